@@ -1,0 +1,113 @@
+"""What goes into a forward pass: which tokens, and how their output is to look."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import mlx.core as mx
+
+
+def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
+    values = tuple(operator.index(number) for number in numbers)
+    for index, value in enumerate(values):
+        if value < 0:
+            raise ValueError(f"{name}[{index}] is {value}; it must be 0 or more")
+    return values
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one forward pass, in any order and of any sequences.
+
+    Args:
+        positions: each token's index in its sequence.
+        sequences: each token's sequence, any int >= 0.
+        multimodal: batch indices of tokens that carry an encoder's input.
+
+    Raises:
+        ValueError: no tokens, unequal lengths, a negative number, the same
+            (sequence, position) twice, or a multimodal index out of range.
+    """
+
+    positions: tuple[int, ...]
+    sequences: tuple[int, ...]
+    multimodal: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "sequences", "multimodal"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        n = len(self.positions)
+        if n == 0:
+            raise ValueError("a batch needs at least 1 token, got 0 positions")
+        if n != len(self.sequences):
+            raise ValueError(f"{n} positions but {len(self.sequences)} sequences")
+        if n > 1 and len(set(zip(self.sequences, self.positions, strict=True))) != n:
+            raise ValueError(f"a (sequence, position) comes twice: {self._first_twice()}")
+        for index in self.multimodal:
+            if index >= n:
+                raise ValueError(f"multimodal index {index} in a batch of {n} tokens")
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @cached_property
+    def rows(self) -> MappingProxyType[int, tuple[int, ...]]:
+        """For each sequence, in order of appearance: its batch indices by rising position."""
+        found: dict[int, list[int]] = {}
+        for index, sequence in enumerate(self.sequences):
+            found.setdefault(sequence, []).append(index)
+        by_position = self.positions.__getitem__
+        return MappingProxyType(
+            {sequence: tuple(sorted(rows, key=by_position)) for sequence, rows in found.items()}
+        )
+
+    def _first_twice(self) -> tuple[int, int]:
+        seen: set[tuple[int, int]] = set()
+        for pair in zip(self.sequences, self.positions, strict=True):
+            if pair in seen:
+                return pair
+            seen.add(pair)
+        raise AssertionError("called only when a pair comes twice")
+
+
+@dataclass(frozen=True)
+class CausalOptions:
+    """Exceptions from causality.
+
+    Args:
+        except_: batch indices of tokens that also see later tokens of their own
+            sequence, as the tokens of an image do.
+    """
+
+    except_: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "except_", _whole("except_", self.except_))
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The form in which `get` returns history.
+
+    Args:
+        mask_dtype: None for boolean masks (True = visible); a float dtype for additive
+            ones (0 = visible, -inf = hidden), which are then always arrays.
+        padding: the history length is rounded up to a multiple of this; padded cells
+            are zeros and masked.
+
+    Raises:
+        ValueError: a mask_dtype that is no float type, or a padding below 1.
+    """
+
+    mask_dtype: mx.Dtype | None = None
+    padding: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mask_dtype is not None and not mx.issubdtype(self.mask_dtype, mx.floating):
+            raise ValueError(f"mask_dtype must be a float type, got {self.mask_dtype}")
+        if operator.index(self.padding) < 1:
+            raise ValueError(f"padding must be 1 or more, got {self.padding}")

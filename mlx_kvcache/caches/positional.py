@@ -1,0 +1,237 @@
+"""K and V by position: what the causal, sliding-window and chunked kinds have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from ..arrays.mask import Mask
+from ..arrays.store import Cells, DenseStore, Rebase, Staged
+from ..batch import Batch, CausalOptions
+from ..cells.placement import Placement, allocated_after, check_batch, compact, place
+from ..cells.removal import Removal, drop_tail, remove_range
+from ..cells.rules import Rule
+from ..cells.spans import Sequence, Spans, clip, resumable
+from ..cells.table import CellTable
+from ..errors import CacheError, NotSupportedError
+from .base import Plan, PlanningCache
+from .reserve import Reservation
+from .step import Step, take
+
+Shift = Callable[[int, mx.array, mx.array], mx.array]
+"""(layer, keys (1, n_kv_heads, m, head_dim), offsets (m,) int32) -> keys at positions + offsets."""
+
+
+class PositionalCache(PlanningCache):
+    """K and V of the tokens that a rule lets later tokens see.
+
+    Args:
+        rule: who sees whom.
+        rewind: how many newest tokens can always be dropped.
+        shift: re-bases keys for `remove` with an end; None refuses where that is needed.
+    """
+
+    def __init__(self, rule: Rule, rewind: int, shift: Shift | None) -> None:
+        super().__init__()
+        self._rule = rule
+        self._rewind = rewind
+        self._shift = shift
+        self._table = CellTable(0)
+        self._store = DenseStore(None)
+        self._step: Step | Reservation | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, what is unused in them included."""
+        return self._store.nbytes
+
+    def check(self) -> None:
+        self._table.check()
+        for layer in self._store.layers():
+            assert set(self._store.pairs(layer)) <= set(self._table.capacity), layer
+
+    def _open(self, dtype: mx.Dtype | None, room: int) -> None:
+        self._table = CellTable(room)
+        self._store = DenseStore(dtype)
+
+    def _close(self) -> None:
+        self._open(None, 0)
+        self._step = None
+
+    def _plan_forward(self, batch: Batch) -> StepPlan:
+        check_batch(self._table, batch.rows, batch.positions)
+        return StepPlan(self, batch, place(self._table, batch.rows, self._rule, self._rewind))
+
+    def _plan_reserve(self, batch: Batch) -> Plan:
+        return ReservePlan(self, batch)
+
+    def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
+        source = self._table[src]
+        end = min(length, source.end)
+        new = Sequence(end, clip(source.spans, 0, end)) if end else None
+        return EditPlan(self, Removal({dst: new}, None))
+
+    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+        length = self._table[sequence].end
+        stop = length if end is None else min(end, length)
+        if begin >= stop:
+            return EditPlan(self, Removal({}, None))
+        if end is None:
+            return EditPlan(self, drop_tail(self._table, sequence, begin))
+        removal = remove_range(self._table, sequence, begin, stop, self._rule)
+        if removal.rebased and self._shift is None:
+            raise NotSupportedError(
+                f"removing [{begin}, {stop}) from sequence {sequence} of length {length} moves later "
+                "tokens, and this cache was built without a shift hook to re-base their keys"
+            )
+        return self._plan_edit(removal, self._rebase_by(begin - stop))
+
+    def _plan_edit(self, removal: Removal, rebase: Rebase) -> Plan:
+        """Prepare the arrays of a removal, as lazy ones."""
+        staged: Staged = {}
+        moved = removal.rebased
+        if moved:
+            capacity = moved.capacity or self._table.capacity[moved.segment]
+            source = _cells(moved.source)
+            self._store.stage_rebase(staged, source, moved.segment, moved.cell, capacity, rebase)
+        return EditPlan(self, removal, staged)
+
+    def _rebase_by(self, offset: int) -> Rebase:
+        def rebase(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+            assert self._shift is not None
+            moved = self._shift(layer, keys, mx.full((keys.shape[2],), offset, mx.int32))
+            if moved.shape != keys.shape:
+                raise ValueError(f"the shift hook made {moved.shape} of keys {keys.shape} in layer {layer}")
+            return moved.astype(keys.dtype), values
+
+        return rebase
+
+    def _set_causal(self, options: CausalOptions) -> None:
+        step = self._current()
+        if isinstance(step, Step):
+            step.set_later(options.except_)
+
+    def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        self._current().put(layer, keys, values)
+
+    def _get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
+        return self._current().get(layer)
+
+    def _attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """One SDPA for each sequence, on its own history."""
+        step = self._current()
+        step.put(layer, keys, values)
+        sdpa = mx.fast.scaled_dot_product_attention
+        if isinstance(step, Reservation):
+            keys, values, mask = step.get(layer)
+            return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        outputs = []
+        for part in step.parts:
+            keys, values = step.history(layer, part)
+            own = take(queries, part.rows)
+            outputs.append(sdpa(own, keys, values, scale=scale, mask=step.mask_of(part), sinks=sinks))
+        if len(outputs) == 1 and step.parts[0].rows is None:
+            return outputs[0]
+        order = [index for part in step.parts for index in part.indices]
+        back = sorted(range(step.n), key=order.__getitem__)
+        joined = mx.concatenate(outputs, axis=2)
+        return joined if back == list(range(step.n)) else mx.take(joined, mx.array(back), axis=2)
+
+    def _can_resume(self, sequence: int, position: int) -> bool:
+        end, spans = self._table[sequence]
+        return position <= end and resumable(self._rule, spans, position)
+
+    def _end(self, sequence: int) -> int:
+        return self._table[sequence].end
+
+    def _current(self) -> Step | Reservation:
+        if self._step is None:
+            self._check_ready()
+            raise CacheError("start_forward must come first")
+        return self._step
+
+    def _compact(self) -> None:
+        """Give unused cells back. Changes nothing that anybody can see."""
+        plan = compact(self._table)
+        self._apply(plan, {})
+
+    def _apply(self, placement: Placement, staged: Staged) -> None:
+        for move in placement.moves:
+            capacity = placement.capacity[move.segment]
+            self._store.stage_move(staged, move.segment, _cells(move.pieces), capacity)
+        self._table.capacity.update(placement.capacity)
+        self._store.adopt(staged)
+        self._table.assign(placement.changes)
+        self._store.drop(self._table.sweep(but=placement.in_use()))
+
+
+def _cells(spans: Spans) -> list[Cells]:
+    return [(span.segment, span.start, span.stop) for span in spans]
+
+
+class StepPlan(Plan):
+    """The tokens of a batch join their sequences."""
+
+    def __init__(self, cache: PositionalCache, batch: Batch, placement: Placement) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._placement = placement
+        self._step: Step | None = None
+
+    def commit(self) -> None:
+        cache, table = self._cache, self._cache._table
+        if allocated_after(table, self._placement) > table.room:
+            cache._compact()
+            self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
+        cache._apply(self._placement, {})
+        placed, n = self._placement.placed, len(self._batch)
+        self._step = Step(placed, n, cache._rule, cache._config, cache._store, table.capacity)
+        cache._step = self._step
+
+    def undo(self) -> None:
+        if self._cache._step is self._step:
+            self._cache._table.assign(self._placement.undo)
+            self._cache._step = None
+
+
+class ReservePlan(Plan):
+    """A step that touches no bookkeeping."""
+
+    def __init__(self, cache: PositionalCache, batch: Batch) -> None:
+        self._cache = cache
+        self._batch = batch
+
+    def commit(self) -> None:
+        cache = self._cache
+        cache._step = Reservation(self._batch, cache._rule, cache._config, cache._store, cache._table.room)
+
+    def undo(self) -> None:
+        self._cache._step = None
+
+
+class EditPlan(Plan):
+    """Sequences change between steps; the last step's history can no longer be read."""
+
+    def __init__(self, cache: PositionalCache, removal: Removal, staged: Staged | None = None) -> None:
+        self._cache = cache
+        self._removal = removal
+        self._staged = staged or {}
+
+    def commit(self) -> None:
+        if not self._removal.changes:
+            return
+        placement = Placement(changes=dict(self._removal.changes))
+        moved = self._removal.rebased
+        if moved and moved.capacity is not None:
+            placement.capacity[moved.segment] = moved.capacity
+        self._cache._step = None
+        self._cache._apply(placement, self._staged)

@@ -1,0 +1,51 @@
+"""A worst case that is allocated and thrown away, so that what cannot fit fails early."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..arrays.mask import Mask
+from ..arrays.store import DenseStore, Pair, zeros
+from ..batch import Batch, CacheConfig
+from ..cells.rules import Causal, Chunk, Rule
+from ..errors import CacheError
+from .step import check_arrays
+
+
+class Reservation:
+    """Takes the place of a step after `start_forward(reserve=True)`."""
+
+    def __init__(self, batch: Batch, rule: Rule, config: CacheConfig, store: DenseStore, room: int) -> None:
+        self.n = len(batch)
+        self._config = config
+        self._store = store
+        self._room = room
+        self._pairs: dict[int, Pair] = {}
+        worst = room
+        if not isinstance(rule, Causal):
+            before = rule.size - 1 + (0 if isinstance(rule, Chunk) else rule.sinks)
+            worst = min(room, before * len(batch.rows) + self.n)
+        self._size = max(worst, self.n)
+
+    def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Allocate and evaluate the layer's whole room."""
+        form = self._store.form(layer, keys, values)
+        check_arrays(keys, (1, form.heads, self.n, form.key_dim), "keys", layer)
+        check_arrays(values, (1, form.heads, self.n, form.value_dim), "values", layer)
+        pair = zeros(form, max(self._room, self._size))
+        mx.eval(pair.keys, pair.values)
+        self._pairs[layer] = pair
+
+    def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
+        if layer not in self._pairs:
+            raise CacheError(f"layer {layer} has had no put in this batch")
+        size = self._size + -self._size % self._config.padding
+        pair = self._pairs[layer]
+        keys, values = pair.view(0, self._size)
+        if size > self._size:
+            keys, values = (
+                mx.pad(array, [(0, 0), (0, 0), (0, size - self._size), (0, 0)]) for array in (keys, values)
+            )
+        dtype = self._config.mask_dtype
+        mask = mx.ones((self.n, size), mx.bool_) if dtype is None else mx.zeros((self.n, size), dtype)
+        return keys, values, mask

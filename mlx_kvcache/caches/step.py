@@ -1,0 +1,168 @@
+"""A forward pass under way: where each layer's K and V go, and what each query sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..arrays.mask import Mask, array_mask, positions_of
+from ..arrays.store import Cells, DenseStore, concatenated
+from ..batch import CacheConfig
+from ..cells.placement import Placed
+from ..cells.rules import Rule
+from ..errors import CacheError
+
+Rows = slice | mx.array | None
+"""Some of a batch's tokens: neighbours, any, or all in order (None)."""
+
+
+def rows_of(indices: Sequence[int], n: int) -> Rows:
+    """How to take these batch indices out of n tokens."""
+    first = indices[0]
+    if indices[-1] - first == len(indices) - 1 and all(a < b for a, b in zip(indices, indices[1:], strict=False)):
+        return None if len(indices) == n else slice(first, first + len(indices))
+    return mx.array(indices)
+
+
+def take(array: mx.array, rows: Rows) -> mx.array:
+    """Rows of (1, heads, n, dim)."""
+    if rows is None:
+        return array
+    if isinstance(rows, slice):
+        return array[:, :, rows]
+    return mx.take(array, rows, axis=2)
+
+
+class Part:
+    """One sequence's share of a step."""
+
+    __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
+
+    def __init__(self, placed: Placed, n: int) -> None:
+        self.sequence = placed.sequence
+        self.begin, self.end = placed.begin, placed.end
+        self.fresh = placed.fresh
+        self.indices = placed.rows
+        self.rows = rows_of(placed.rows, n)
+        self.stores = [
+            (w.segment, mx.array([w.cell]), rows_of(placed.rows[w.first : w.first + w.count], n))
+            for w in placed.writes
+        ]
+        self.cells: list[Cells] = [(span.segment, span.start, span.stop) for span in placed.reads]
+        self.ranges = [(span.position, span.end) for span in placed.reads]
+        if placed.fresh:
+            self.ranges.append((placed.begin, placed.end))
+
+    @property
+    def size(self) -> int:
+        """How many keys there are to see."""
+        return sum(high - low for low, high in self.ranges)
+
+
+class Step:
+    """Binds a placement to arrays. All layers share it."""
+
+    def __init__(
+        self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: DenseStore, capacity: dict[int, int]
+    ) -> None:
+        self.n = n
+        self.parts = [Part(part, n) for part in placed]
+        self._rule = rule
+        self._config = config
+        self._store = store
+        self._capacity = capacity
+        self._later: frozenset[int] = frozenset()
+        self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
+        self._masks: dict[int | None, Mask] = {}
+        self._keeps_batch = any(part.fresh for part in self.parts)
+
+    def set_later(self, indices: tuple[int, ...]) -> None:
+        """Batch indices of tokens that also see later ones."""
+        for index in indices:
+            if index >= self.n:
+                raise ValueError(f"except_ names batch index {index} in a batch of {self.n} tokens")
+        self._later = frozenset(indices)
+        self._masks.clear()
+
+    def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        form = self._store.form(layer, keys, values)
+        check_arrays(keys, (1, form.heads, self.n, form.key_dim), "keys", layer)
+        check_arrays(values, (1, form.heads, self.n, form.value_dim), "values", layer)
+        self._store.open(layer, form)
+        keys, values = keys.astype(form.key_dtype), values.astype(form.value_dtype)
+        for part in self.parts:
+            for segment, start, rows in part.stores:
+                pair = self._store.pair(layer, segment, self._capacity[segment])
+                pair.write(start, take(keys, rows), take(values, rows))
+        self._batches[layer] = (keys, values) if self._keeps_batch else None
+
+    def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
+        """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""
+        pieces = list(self._store.read(layer, part.cells))
+        if part.fresh:
+            batch = self._batches[layer]
+            assert batch is not None
+            pieces.append((take(batch[0], part.rows), take(batch[1], part.rows)))
+        return concatenated(pieces)
+
+    def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
+        self.check_put(layer)
+        keys, values = concatenated([self.history(layer, part) for part in self.parts])
+        padding = -keys.shape[2] % self._config.padding
+        if padding:
+            keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, padding), (0, 0)]) for array in (keys, values))
+        return keys, values, self._mask(padding)
+
+    def check_put(self, layer: int) -> None:
+        if layer not in self._batches:
+            raise CacheError(f"layer {layer} has had no put in this batch")
+
+    def mask_of(self, part: Part) -> Mask:
+        """Who of one part's queries, by rising position, sees which of its history."""
+        key = part.sequence
+        if key not in self._masks:
+            later = self._later.intersection(part.indices)
+            self._masks[key] = self._plain_mask(part) if not later else self._array_mask([part], part.indices, 0)
+        return self._masks[key]
+
+    def _mask(self, padding: int) -> Mask:
+        """Who of the batch's tokens, in batch order, sees which of the whole history."""
+        only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
+        if only and not padding and self._config.mask_dtype is None:
+            return self.mask_of(only)
+        if None not in self._masks:
+            self._masks[None] = self._array_mask(self.parts, range(self.n), padding, self._config.mask_dtype)
+        return self._masks[None]
+
+    def _plain_mask(self, part: Part) -> Mask:
+        if part.end - part.begin == 1:
+            return None
+        lowest = max(0, self._rule.lower(part.begin), self._rule.sinks)
+        if self._rule.lower(part.end - 1) <= lowest:
+            return "causal"
+        return self._array_mask([part], part.indices, 0)
+
+    def _array_mask(
+        self, parts: list[Part], indices: Sequence[int], padding: int, dtype: mx.Dtype | None = None
+    ) -> mx.array:
+        positions = np.zeros(self.n, np.int32)
+        sequences = np.zeros(self.n, np.int64)
+        for part in parts:
+            positions[list(part.indices)] = np.arange(part.begin, part.end)
+            sequences[list(part.indices)] = part.sequence
+        chosen = list(indices)
+        later = np.isin(chosen, list(self._later)) if self._later else None
+        keys = positions_of([pair for part in parts for pair in part.ranges])
+        owners = np.repeat([part.sequence for part in parts], [part.size for part in parts])
+        queries = (positions[chosen], sequences[chosen])
+        return array_mask(self._rule, queries, (keys, owners), later, padding, dtype)
+
+
+def check_arrays(array: mx.array, expected: tuple[int, int, int, int], name: str, layer: int) -> None:
+    """Raise ValueError unless the array is of this shape and holds floats."""
+    if array.shape != expected:
+        raise ValueError(f"{name} of layer {layer} are {array.shape}, expected {expected}")
+    if not mx.issubdtype(array.dtype, mx.floating):
+        raise ValueError(f"{name} of layer {layer} are {array.dtype}, expected floats")

@@ -1,0 +1,275 @@
+"""Where the next tokens go: plans for a forward pass, computed without changing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..errors import CacheFullError, NotSupportedError
+from .rules import Rule
+from .spans import Sequence, Span, Spans, count, join, laid_out, resumable, seen_from
+from .table import CellTable
+
+STEP = 256
+"""Segments grow by this many cells: a compromise between copies and unused room."""
+SMALL_STEP = 64
+"""The same for segments below STEP, so that many short branches stay cheap."""
+DEAD = 128
+"""A full segment with so many dead cells is moved to a new one instead of growing."""
+
+
+class Write(NamedTuple):
+    """`count` of a sequence's new tokens, from the `first` on, go to neighbouring cells."""
+
+    first: int
+    count: int
+    segment: int
+    cell: int
+
+
+class Move(NamedTuple):
+    """A new segment that begins with copies of these cells, in order."""
+
+    segment: int
+    pieces: Spans
+
+
+class Placed(NamedTuple):
+    """One sequence's share of a step.
+
+    `rows` are its batch indices by rising position; they hold positions [begin, end).
+    `reads` is what they may see, by rising position. With `fresh` it stops at `begin`, and
+    the new tokens are to be taken from the batch itself, because not all of them are stored.
+    """
+
+    sequence: int
+    rows: tuple[int, ...]
+    begin: int
+    end: int
+    writes: tuple[Write, ...]
+    reads: Spans
+    fresh: bool
+
+
+@dataclass
+class Placement:
+    """A planned step: what to assign, what to assign to undo it, and what to do with arrays."""
+
+    placed: list[Placed] = field(default_factory=list)
+    changes: dict[int, Sequence | None] = field(default_factory=dict)
+    undo: dict[int, Sequence | None] = field(default_factory=dict)
+    capacity: dict[int, int] = field(default_factory=dict)
+    moves: list[Move] = field(default_factory=list)
+
+    def in_use(self) -> set[int]:
+        """Segments that must live until the step is over, whoever owns them."""
+        spans = [span for placed in self.placed for span in placed.reads]
+        for old in self.undo.values():
+            spans += old.spans if old else ()
+        return {span.segment for span in spans}
+
+
+def check_batch(table: CellTable, rows: Mapping[int, tuple[int, ...]], positions: tuple[int, ...]) -> None:
+    """Raise ValueError unless each sequence's positions go on where it ends."""
+    for sequence, own in rows.items():
+        end = table[sequence].end
+        first, last = positions[own[0]], positions[own[-1]]
+        if first != end or last != end + len(own) - 1:
+            raise ValueError(
+                f"sequence {sequence} ends at {end}, so {len(own)} tokens continue it at positions "
+                f"{end} to {end + len(own) - 1}, not {first} to {last} "
+            )
+
+
+def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int) -> Placement:
+    """Plan a step: rows[sequence] are the batch indices of its next tokens.
+
+    Raises:
+        NotSupportedError: a token would look at something that is not held.
+        CacheFullError: what is held afterwards, and what the tokens see and cannot take
+            from their own batch, exceeds the room.
+    """
+    spread = {s: _Tokens.next_of(table, s, len(own), rule, rewind) for s, own in rows.items()}
+    _check_room(table, spread)
+    new = sum(tokens.stored for tokens in spread.values())
+    spare = max(0, table.room - table.allocated - new) // max(1, len(table.sequences))
+    placement = Placement()
+    for sequence, tokens in spread.items():
+        _place_one(table, placement, sequence, rows[sequence], tokens, spare)
+    return placement
+
+
+def allocated_after(table: CellTable, placement: Placement) -> int:
+    """Cells of all segments that would be owned."""
+    emptied = {
+        span.segment
+        for sequence in placement.changes
+        for span in table[sequence].spans
+        if all(owner in placement.changes for owner in table.owners(span.segment))
+    }
+    kept = {span.segment for new in placement.changes.values() if new for span in new.spans}
+    sizes = {segment: table.capacity[segment] for segment in table.owned()} | placement.capacity
+    return sum(size for segment, size in sizes.items() if segment not in emptied - kept)
+
+
+def compact(table: CellTable) -> Placement:
+    """Plan to give all unused cells back: every segment that has some moves to an exact one."""
+    placement = Placement()
+    for segment in table.owned():
+        cells = table.cells(segment)
+        live = sum(high - low for low, high in cells)
+        if live == table.capacity[segment]:
+            continue
+        target = table.new_segment()
+        pieces = tuple(Span(segment, low, 0, high - low) for low, high in cells)
+        placement.moves.append(Move(target, pieces))
+        placement.capacity[target] = live
+        for owner in table.owners(segment):
+            now = placement.changes.get(owner) or table[owner]
+            spans = tuple(_relocated(span, segment, target, cells) for span in now.spans)
+            placement.changes[owner] = Sequence(now.end, spans)
+    return placement
+
+
+def capacity_for(required: int, spare: int, reserve: int = 0) -> int:
+    """The capacity of a segment for `required` cells, with at most `spare` unused ones."""
+    wanted = required + reserve
+    step = SMALL_STEP if wanted <= STEP else STEP
+    return required + min(reserve + -wanted % step, spare)
+
+
+class _Tokens(NamedTuple):
+    """The next tokens [begin, end) of a sequence, and what the rule says of them.
+
+    `kept` was held before and is held after them; `during` was held before and is either
+    held after them or seen by them. `ranges` are their positions that are held afterwards.
+    """
+
+    rule: Rule
+    old: Sequence
+    begin: int
+    end: int
+    kept: Spans
+    during: Spans
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def next_of(cls, table: CellTable, sequence: int, n: int, rule: Rule, rewind: int) -> _Tokens:
+        old = table[sequence]
+        begin, end = old.end, old.end + n
+        if not resumable(rule, old.spans, begin):
+            raise NotSupportedError(
+                f"sequence {sequence} cannot go on at position {begin}: not all that a token there "
+                f"sees, from position {max(0, rule.lower(begin))} on, is held"
+            )
+        back = max(0, end - rewind)
+        low = max(0, rule.lower(back))
+        sinks = (begin, min(end, rule.sinks, low))
+        newest = (max(begin, low), end)
+        return cls(
+            rule,
+            old,
+            begin,
+            end,
+            kept=seen_from(rule, old.spans, back),
+            during=seen_from(rule, old.spans, min(begin, back)),
+            ranges=tuple((first, stop) for first, stop in (sinks, newest) if first < stop),
+        )
+
+    @property
+    def stored(self) -> int:
+        return sum(stop - first for first, stop in self.ranges)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of them are held afterwards."""
+        return self.ranges == ((self.begin, self.end),)
+
+
+def _check_room(table: CellTable, spread: Mapping[int, _Tokens]) -> None:
+    live = table.live_after({s: Sequence(t.begin, t.during) for s, t in spread.items()})
+    needed = sum(tokens.stored for tokens in spread.values())
+    if live + needed > table.room:
+        raise CacheFullError(needed, table.room - live, table.room)
+
+
+def _place_one(
+    table: CellTable, placement: Placement, sequence: int, rows: tuple[int, ...], tokens: _Tokens, spare: int
+) -> None:
+    """Add one sequence's tokens to the plan: after its last ones, or in a new segment."""
+    old, kept, n = tokens.old, tokens.kept, tokens.stored
+    evicts = count(kept) < count(old.spans)
+    undo = old
+    if tokens.whole and _can_extend(table, placement, sequence, tokens):
+        segment, cell = old.spans[-1].segment, old.spans[-1].stop
+        readable = old.spans
+        if cell + n > table.capacity[segment]:
+            placement.capacity[segment] = capacity_for(cell + n, spare)
+    else:
+        segment = table.new_segment()
+        own = tuple(span for span in kept if table.owners(span.segment) == {sequence})
+        cell = count(own)
+        if own:
+            placement.moves.append(Move(segment, own))
+            kept = _replaced(kept, own, laid_out(segment, 0, own))
+            undo = old if evicts else Sequence(old.end, kept)
+        readable = kept
+        reserve = DEAD if evicts or not tokens.whole else 0
+        placement.capacity[segment] = capacity_for(cell + n, spare, reserve)
+
+    writes, new = _writes(tokens, segment, cell)
+    begin, end = tokens.begin, tokens.end
+    fresh = not (tokens.whole and resumable(tokens.rule, readable, begin))
+    reads = seen_from(tokens.rule, old.spans if fresh else _in_order(readable + new), begin)
+    after = _in_order(kept + new)
+    placement.placed.append(Placed(sequence, rows, begin, end, writes, reads, fresh))
+    placement.changes[sequence] = Sequence(end, after)
+    placement.undo[sequence] = undo if sequence in table.sequences else None
+
+
+def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _Tokens) -> bool:
+    """Whether new cells may follow the last ones, in their segment as it is or grown."""
+    if not tokens.old.spans:
+        return False
+    last = tokens.old.spans[-1]
+    claimed = any(write.segment == last.segment for placed in placement.placed for write in placed.writes)
+    if claimed or last.end != tokens.begin or table.cells(last.segment)[-1][1] != last.stop:
+        return False
+    if last.stop + tokens.stored <= table.capacity[last.segment]:
+        return True
+    if table.owners(last.segment) != {sequence}:
+        return True
+    dead = last.stop - count(span for span in tokens.kept if span.segment == last.segment)
+    tight = table.room - table.allocated < tokens.stored
+    return dead < (1 if tight else DEAD)
+
+
+def _replaced(spans: Spans, own: Spans, by: Spans) -> Spans:
+    """`spans` with those of `own` put at their new places, in order of position."""
+    return _in_order(tuple(span for span in spans if span not in own) + by)
+
+
+def _in_order(spans: Spans) -> Spans:
+    return join(tuple(sorted(spans, key=lambda span: span.position)))
+
+
+def _writes(tokens: _Tokens, segment: int, cell: int) -> tuple[tuple[Write, ...], Spans]:
+    writes, spans = [], []
+    for low, high in tokens.ranges:
+        writes.append(Write(low - tokens.begin, high - low, segment, cell))
+        spans.append(Span(segment, cell, low, high - low))
+        cell += high - low
+    return tuple(writes), tuple(spans)
+
+
+def _relocated(span: Span, source: int, target: int, cells: Iterable[tuple[int, int]]) -> Span:
+    """A span of `source` in `target`, which holds just these cells of it."""
+    if span.segment != source:
+        return span
+    start = 0
+    for low, high in cells:
+        if low <= span.start < high:
+            return Span(target, start + span.start - low, span.position, span.length)
+        start += high - low
+    raise AssertionError(f"{span} is not among the live cells")

@@ -1,0 +1,99 @@
+"""Taking positions out of a sequence: the plan, computed without changing anything."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..errors import CacheFullError, NotSupportedError
+from .placement import capacity_for
+from .rules import Rule
+from .spans import Sequence, Spans, clip, count, join, laid_out, moved, resumable, union
+from .table import Changes, CellTable
+
+
+class Rebased(NamedTuple):
+    """Tokens whose positions change by `offset`: rewritten at neighbouring cells from `cell` on.
+
+    `capacity` is that of the target segment if it is new, else None.
+    """
+
+    source: Spans
+    offset: int
+    segment: int
+    cell: int
+    capacity: int | None
+
+
+class Removal(NamedTuple):
+    changes: Changes
+    rebased: Rebased | None
+
+
+def drop_tail(table: CellTable, sequence: int, begin: int) -> Removal:
+    """Plan to forget the positions from `begin` on."""
+    spans = clip(table[sequence].spans, 0, begin)
+    return Removal({sequence: Sequence(begin, spans) if begin else None}, None)
+
+
+def remove_range(
+    table: CellTable, sequence: int, begin: int, end: int, rule: Rule, rebase_head: bool = False
+) -> Removal:
+    """Plan to take out [begin, end) and move the later positions down by end - begin.
+
+    Keys know their positions only relative to each other, so either side can be re-based:
+    the later tokens by -(end - begin), or, with `rebase_head`, the earlier ones by
+    +(end - begin), where whoever rotates the next queries and keys goes on from the old end.
+
+    Raises:
+        NotSupportedError: what the next token may see would not be held.
+        CacheFullError: re-based cells are shared, and there is no room for a copy.
+    """
+    old = table[sequence]
+    gap = end - begin
+    head, tail = clip(old.spans, 0, begin), moved(clip(old.spans, end), -gap)
+    new_end = old.end - gap
+    if not resumable(rule, head + tail, new_end):
+        raise NotSupportedError(
+            f"after removing [{begin}, {end}) from sequence {sequence} of length {old.end}, the next "
+            f"token at {new_end} would see positions from {max(0, rule.lower(new_end))} on that are not held"
+        )
+    source, staying = (head, tail) if rebase_head else (tail, head)
+    if not source or not gap:
+        return _checked(table, sequence, Sequence(new_end, head + tail), None)
+    segment, cell, capacity = _target(table, sequence, source, staying, rebase_head)
+    placed = laid_out(segment, cell, source)
+    spans = join(placed + tail if rebase_head else head + placed)
+    cells_now = source if rebase_head else moved(source, gap)
+    rebased = Rebased(cells_now, gap if rebase_head else -gap, segment, cell, capacity)
+    return _checked(table, sequence, Sequence(new_end, spans), rebased)
+
+
+def _target(
+    table: CellTable, sequence: int, source: Spans, staying: Spans, before: bool
+) -> tuple[int, int, int | None]:
+    """Where re-based tokens go: next to those that stay if the cells are free, else elsewhere."""
+    size = count(source)
+    if before and staying:
+        segment, cell = staying[0].segment, staying[0].start - size
+    elif staying:
+        segment, cell = staying[-1].segment, staying[-1].stop
+    else:
+        segment, cell = source[0].segment, source[0].start
+    taken = table.cells(segment, but=sequence)
+    taken += [(span.start, span.stop) for span in staying if span.segment == segment]
+    overlaps = any(low < cell + size and cell < high for low, high in union(taken))
+    if cell >= 0 and cell + size <= table.capacity[segment] and not overlaps:
+        return segment, cell, None
+    spare = max(0, table.room - table.allocated - size) // len(table.sequences)
+    return table.new_segment(), 0, capacity_for(size, spare)
+
+
+def _checked(table: CellTable, sequence: int, new: Sequence, rebased: Rebased | None) -> Removal:
+    changes: dict[int, Sequence | None] = {sequence: new if new.end else None}
+    live = table.live_after(changes)
+    if live > table.room:
+        needed = count(rebased.source) if rebased else 0
+        raise CacheFullError(needed, table.room - live + needed, table.room, "shared cells must be copied")
+    return Removal(changes, rebased)
+
+

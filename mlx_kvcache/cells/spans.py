@@ -1,0 +1,123 @@
+"""Runs of cells, and arithmetic on tuples of them. All functions are pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .rules import Rule
+
+FOREVER = sys.maxsize
+
+
+class Span(NamedTuple):
+    """The cells [start, start + length) of a segment, holding the positions from `position` on."""
+
+    segment: int
+    start: int
+    position: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """The cell after the last one."""
+        return self.start + self.length
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.position + self.length
+
+
+Spans = tuple[Span, ...]
+
+
+class Sequence(NamedTuple):
+    """A token stream: the position after its last token, and where what is held lies.
+
+    Spans are in order of position and do not overlap. They need not reach back to 0, nor
+    up to `end` (a window of one token may hold nothing).
+    """
+
+    end: int
+    spans: Spans
+
+
+EMPTY = Sequence(0, ())
+
+
+def count(spans: Iterable[Span]) -> int:
+    """How many cells the spans have."""
+    return sum(span.length for span in spans)
+
+
+def clip(spans: Spans, begin: int, end: int = FOREVER) -> Spans:
+    """The part at positions [begin, end)."""
+    if len(spans) == 1 and begin <= spans[0].position and spans[0].end <= end:
+        return spans
+    kept = []
+    for span in spans:
+        low, high = max(begin, span.position), min(end, span.end)
+        if low < high:
+            kept.append(Span(span.segment, span.start + low - span.position, low, high - low))
+    return tuple(kept)
+
+
+def seen_from(rule: Rule, spans: Spans, position: int) -> Spans:
+    """The part that tokens at `position` or later may see."""
+    low = max(0, rule.lower(position))
+    return clip(spans, 0, min(rule.sinks, low)) + clip(spans, low) if low else spans
+
+
+def covers(spans: Spans, begin: int, end: int) -> bool:
+    """Whether every position in [begin, end) is there."""
+    for span in spans:
+        if span.position <= begin < span.end:
+            begin = span.end
+    return begin >= end
+
+
+def resumable(rule: Rule, spans: Spans, position: int) -> bool:
+    """Whether all that tokens from `position` on may see below `position` is there."""
+    low = max(0, rule.lower(position))
+    return covers(spans, low, position) and covers(spans, 0, min(rule.sinks, low))
+
+
+def moved(spans: Spans, by: int) -> Spans:
+    """The same cells, holding positions that are `by` higher."""
+    return tuple(span._replace(position=span.position + by) for span in spans)
+
+
+def join(spans: Spans) -> Spans:
+    """The same, with neighbours in one span where both cells and positions go on."""
+    if len(spans) < 2:
+        return spans
+    joined = [spans[0]]
+    for span in spans[1:]:
+        last = joined[-1]
+        if (last.segment, last.stop, last.end) == (span.segment, span.start, span.position):
+            joined[-1] = last._replace(length=last.length + span.length)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+def laid_out(segment: int, start: int, spans: Spans) -> Spans:
+    """The positions of `spans` in neighbouring cells of `segment` from `start` on."""
+    placed = []
+    for span in spans:
+        placed.append(Span(segment, start, span.position, span.length))
+        start += span.length
+    return join(tuple(placed))
+
+
+def union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open intervals merged into disjoint ones, in rising order."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(intervals):
+        if merged and low <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    return merged

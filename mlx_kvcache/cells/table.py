@@ -1,0 +1,139 @@
+"""Who owns which cell."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+
+from .spans import EMPTY, Sequence, Spans, union
+
+Changes = Mapping[int, Sequence | None]
+"""New state of some sequences; None forgets one."""
+
+
+class CellTable:
+    """Sequences, and the cells of each segment that they hold.
+
+    A segment is a row of cells that is stored together. It is `owned` by the sequences
+    with spans in it; one that nobody owns is an orphan until it is swept. A cell is live
+    if any sequence holds it, and counts once however many do.
+
+    Args:
+        room: how many cells may be live.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.sequences: dict[int, Sequence] = {}
+        self.capacity: dict[int, int] = {}
+        self.live = 0
+        self._owners: dict[int, set[int]] = {}
+        self._live: dict[int, int] = {}
+        self._orphans: set[int] = set()
+        self._segments = 0
+
+    def __getitem__(self, sequence: int) -> Sequence:
+        return self.sequences.get(sequence, EMPTY)
+
+    @property
+    def allocated(self) -> int:
+        """Cells of all owned segments, the unused ones included."""
+        return sum(self.capacity[segment] for segment in self._owners)
+
+    def new_segment(self) -> int:
+        """A name that no segment has had."""
+        self._segments += 1
+        return self._segments
+
+    def owners(self, segment: int) -> frozenset[int]:
+        return frozenset(self._owners.get(segment, ()))
+
+    def owned(self) -> tuple[int, ...]:
+        """All segments with an owner."""
+        return tuple(self._owners)
+
+    def cells(self, segment: int, but: int | None = None) -> list[tuple[int, int]]:
+        """The live cells of a segment as disjoint intervals; `but` is a sequence to leave out."""
+        return union(self._intervals(segment, {} if but is None else {but: None}))
+
+    def live_after(self, changes: Changes) -> int:
+        """How many cells would be live."""
+        total = self.live
+        for segment in self._touched(changes):
+            held = union(self._intervals(segment, changes))
+            total += sum(high - low for low, high in held) - self._live.get(segment, 0)
+        return total
+
+    def assign(self, changes: Changes) -> None:
+        """Make the changes. The segments in them need a capacity. Cannot fail."""
+        touched = self._touched(changes)
+        for sequence, new in changes.items():
+            for span in self[sequence].spans:
+                self._owners.get(span.segment, set()).discard(sequence)
+            if new is None:
+                self.sequences.pop(sequence, None)
+                continue
+            self.sequences[sequence] = new
+            for span in new.spans:
+                self._owners.setdefault(span.segment, set()).add(sequence)
+        for segment in touched:
+            self._recount(segment)
+
+    def sweep(self, but: Container[int] = ()) -> list[int]:
+        """Forget the segments that nobody owns, `but` some, and return them."""
+        swept = [segment for segment in self._orphans if segment not in but]
+        self._orphans.difference_update(swept)
+        for segment in swept:
+            del self.capacity[segment]
+        return swept
+
+    def check(self) -> None:
+        """Assert the invariants.
+
+        Each sequence's spans rise in position without overlap, end at or below its end and lie
+        inside their segments; live cells are counted right and fit the room; each segment has
+        an owner or is an orphan.
+        """
+        held: dict[int, list[tuple[int, int]]] = {}
+        for sequence, (end, spans) in self.sequences.items():
+            position = 0
+            for span in spans:
+                assert span.length > 0 and span.position >= position, (sequence, spans)
+                assert 0 <= span.start and span.stop <= self.capacity[span.segment], (sequence, spans)
+                assert sequence in self._owners[span.segment], (sequence, spans)
+                held.setdefault(span.segment, []).append((span.start, span.stop))
+                position = span.end
+            assert position <= end, (sequence, end, spans)
+        counts = {s: sum(b - a for a, b in union(cells)) for s, cells in held.items()}
+        assert counts == self._live, (counts, self._live)
+        assert self.live == sum(counts.values()) <= self.room, (self.live, counts, self.room)
+        assert set(self._owners) == set(held) and not set(held) & self._orphans
+        assert set(self.capacity) == set(held) | self._orphans
+
+    def _intervals(self, segment: int, changes: Changes) -> Iterator[tuple[int, int]]:
+        def of(spans: Spans) -> Iterator[tuple[int, int]]:
+            return ((span.start, span.stop) for span in spans if span.segment == segment)
+
+        for sequence in self._owners.get(segment, ()):
+            if sequence not in changes:
+                yield from of(self.sequences[sequence].spans)
+        for new in changes.values():
+            if new is not None:
+                yield from of(new.spans)
+
+    def _touched(self, changes: Changes) -> set[int]:
+        return {
+            span.segment
+            for sequence, new in changes.items()
+            for spans in (self[sequence].spans, new.spans if new else ())
+            for span in spans
+        }
+
+    def _recount(self, segment: int) -> None:
+        held = sum(high - low for low, high in union(self._intervals(segment, {})))
+        self.live += held - self._live.pop(segment, 0)
+        if held:
+            self._live[segment] = held
+            self._orphans.discard(segment)
+        else:
+            self._owners.pop(segment, None)
+            self._orphans.add(segment)

@@ -1,0 +1,29 @@
+"""What can go wrong. After any of these the cache is usable and unchanged."""
+
+
+class CacheError(Exception):
+    """Base of this package's errors; raised itself when calls come in the wrong order."""
+
+
+class CacheFullError(CacheError):
+    """There is no room for what must be held.
+
+    Attributes:
+        needed: cells that the call had to take.
+        free: cells that it could have taken.
+        capacity: cells of the whole room.
+    """
+
+    def __init__(self, needed: int, free: int, capacity: int, hint: str = "") -> None:
+        self.needed = needed
+        self.free = free
+        self.capacity = capacity
+        message = f"{needed} cells needed, {free} free of a capacity of {capacity}"
+        super().__init__(f"{message}: {hint}" if hint else message)
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:
+        return type(self), (self.needed, self.free, self.capacity)
+
+
+class NotSupportedError(CacheError):
+    """The cache, as it was built or with what it holds now, cannot do this exactly."""

@@ -1,0 +1,180 @@
+"""Random calls on every kind, each compared with the oracle."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from mlx_kvcache import Batch, CacheError, CausalOptions
+from mlx_kvcache.cells.table import CellTable
+from tests.kinds import KINDS, Kind, add_offsets
+from tests.oracle import Oracle
+
+SEEDS = int(os.environ.get("MACHINE_SEEDS", "20"))
+STEPS = int(os.environ.get("MACHINE_STEPS", "500"))
+SEQUENCES = 4
+LAYERS = 2
+
+
+class Planted(Exception):
+    """Thrown inside a forward."""
+
+
+def state_of(table: CellTable) -> object:
+    return dict(table.sequences), table.live
+
+
+def outcome(call) -> tuple[object, type[CacheError] | None]:  # type: ignore[no-untyped-def]
+    """What a call returned, or the kind of error that it raised."""
+    try:
+        return call(), None
+    except CacheError as error:
+        return None, type(error)
+
+
+def seen_sets(keys: mx.array, values: mx.array, mask: object, n: int) -> list[set[tuple[int, int]]]:
+    """The (key, value) pairs that each of n queries sees of what `get` returned."""
+    size = keys.shape[2]
+    assert mx.isfinite(keys).all().item() and mx.isfinite(values).all().item()
+    if mask is None:
+        seen = np.ones((n, size), bool)
+    elif isinstance(mask, str):
+        assert mask == "causal"
+        seen = np.tril(np.ones((n, size), bool), size - n)
+    else:
+        assert isinstance(mask, mx.array) and mask.shape == (n, size) and mask.dtype == mx.bool_
+        seen = np.array(mask)
+    pairs = list(zip(np.array(keys)[0, 0, :, 0].astype(int), np.array(values)[0, 0, :, 0].astype(int), strict=True))
+    rows = [[(int(k), int(v)) for (k, v), shown in zip(pairs, row, strict=True) if shown] for row in seen]
+    assert all(len(set(row)) == len(row) for row in rows), "a token is there twice"
+    return [set(row) for row in rows]
+
+
+class Machine(RuleBasedStateMachine):
+    """Each rule draws one seed, so that long runs stay cheap and still shrink."""
+
+    kind: Kind
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.serial = 0
+        self.cache = self.kind.make(add_offsets)
+        self.cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16)
+        self.oracle = Oracle(self.kind.rule, self.kind.rewind, 36, shifts=True)
+
+    @rule(seed=st.integers(0, 2**32))
+    def forward(self, seed: int) -> None:
+        random = Random(seed)
+        chosen = random.sample(range(SEQUENCES), random.choice([1, 1, 1, 2, 3]))
+        longest = random.choice([1, 1, 4, 12])
+        tokens = []
+        for sequence in chosen:
+            end = self.oracle.end(sequence)
+            tokens += [(end + i, sequence) for i in range(random.randint(1, longest))]
+        if random.random() < 0.5:
+            random.shuffle(tokens)
+        batch = Batch([p for p, _ in tokens[:16]], [s for _, s in tokens[:16]])
+        if len(tokens) > 16:
+            before = state_of(self.cache._table)
+            with pytest.raises(ValueError):
+                self.cache.start_forward(Batch([p for p, _ in tokens], [s for _, s in tokens]))
+            assert state_of(self.cache._table) == before
+            return
+        later = set(random.sample(range(len(batch)), random.randint(0, len(batch)))) if seed % 4 == 0 else set()
+        values = [self.serial + i for i in range(len(batch))]
+        self.serial += len(batch)
+        before = state_of(self.cache._table)
+        expected, error = None, None
+        fails = random.random() < 0.15
+        streams = dict(self.oracle.streams)
+        expected, error = outcome(lambda: self.oracle.forward(batch, values, later))
+        _, raised = outcome(lambda: self._forward(batch, values, later, expected, fails))
+        assert raised == error, (batch, raised, error)
+        if fails or error:
+            assert state_of(self.cache._table) == before or fails
+            self.oracle.streams = streams
+
+    def _forward(self, batch, values, later, expected, fails):  # type: ignore[no-untyped-def]
+        try:
+            with self.cache.forward(batch):
+                if later:
+                    self.cache.set_causal(CausalOptions(tuple(later)))
+                for layer in range(LAYERS):
+                    k = mx.array(batch.positions, mx.float32)[None, None, :, None]
+                    v = mx.array(values, mx.float32)[None, None, :, None] + layer * 0.25
+                    handle = self.cache.layer(layer)
+                    handle.put(mx.broadcast_to(k, (1, 1, len(batch), 2)), v)
+                    if fails:
+                        raise Planted
+                    keys, got, mask = handle.get()
+                    assert seen_sets(keys, got - layer * 0.25, mask, len(batch)) == expected
+        except Planted:
+            pass
+
+    @rule(seed=st.integers(0, 2**32))
+    def remove(self, seed: int) -> None:
+        random = Random(seed)
+        sequence = random.randrange(SEQUENCES)
+        end = self.oracle.end(sequence)
+        begin = max(0, end - random.randint(0, 4)) if random.random() < 0.5 else random.randint(0, end + 1)
+        stop = None if random.random() < 0.4 else begin + random.choice([0, 1, 2, 5, 100])
+        before = state_of(self.cache._table)
+        _, error = outcome(lambda: self.oracle.remove(sequence, begin, stop))
+        _, raised = outcome(lambda: self.cache.remove(sequence, begin, stop))
+        assert raised == error, (sequence, begin, stop)
+        if error:
+            assert state_of(self.cache._table) == before
+
+    @rule(seed=st.integers(0, 2**32))
+    def copy_prefix(self, seed: int) -> None:
+        random = Random(seed)
+        src, dst = random.sample(range(SEQUENCES), 2)
+        length = random.randint(0, self.oracle.end(src) + 2)
+        arrays = self.cache.nbytes
+        self.oracle.copy_prefix(src, dst, length)
+        self.cache.copy_prefix(src, dst, length)
+        assert self.cache.nbytes <= arrays
+
+    @rule(seed=st.integers(0, 2**32))
+    def reserve(self, seed: int) -> None:
+        n = seed % 16 + 1
+        before = state_of(self.cache._table)
+        self.cache.start_forward(Batch(range(n), [0] * n), reserve=True)
+        self.cache.put(mx.zeros((1, 1, n, 2)), mx.zeros((1, 1, n, 1)))
+        keys, _, mask = self.cache.get()
+        assert mx.isfinite(keys).all().item() and mask.shape == (n, keys.shape[2])
+        assert state_of(self.cache._table) == before
+
+    @invariant()
+    def agrees(self) -> None:
+        self.cache.check()
+        assert self.cache._table.live == self.oracle.live()
+        for sequence in range(SEQUENCES):
+            end = self.oracle.end(sequence)
+            assert self.cache.end(sequence) == end
+            for position in range(end + 2):
+                expected = self.oracle.can_resume(sequence, position)
+                assert self.cache.can_resume(sequence, position) == expected, (sequence, position)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_equals_the_oracle(kind: Kind) -> None:
+    machine = type(f"Machine_{kind}", (Machine,), {"kind": kind})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=SEEDS,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

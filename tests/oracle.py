@@ -1,0 +1,121 @@
+"""The truth: a cache as a dict of lists, and visibility as the rule itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlx_kvcache import Batch, CacheFullError, NotSupportedError
+from mlx_kvcache.cells.rules import Rule, visible
+
+
+@dataclass(eq=False)
+class Cell:
+    """One token's key and value; the same object in each sequence that shares it."""
+
+    key: int
+    value: int
+
+
+@dataclass
+class Stream:
+    end: int = 0
+    held: dict[int, Cell] = field(default_factory=dict)
+
+
+class Oracle:
+    """Answers what a cache of this rule must answer, token by token."""
+
+    def __init__(self, rule: Rule, rewind: int, room: int, shifts: bool) -> None:
+        self.rule = rule
+        self.rewind = rewind
+        self.room = room
+        self.shifts = shifts
+        self.streams: dict[int, Stream] = {}
+
+    def end(self, sequence: int) -> int:
+        return self.streams[sequence].end if sequence in self.streams else 0
+
+    def live(self) -> int:
+        return len({id(cell) for stream in self.streams.values() for cell in stream.held.values()})
+
+    def can_resume(self, sequence: int, position: int) -> bool:
+        return position <= self.end(sequence) and self._resumable(sequence, position)
+
+    def sees(self, query: int, key: int, later: bool = False) -> bool:
+        return bool(visible(self.rule, query, key, later))
+
+    def forward(self, batch: Batch, values: list[int], later: set[int]) -> list[set[tuple[int, int]]]:
+        """Take a batch in; returns the (key, value) pairs that each token sees."""
+        newcomers: dict[int, dict[int, Cell]] = {}
+        for position, sequence, value in zip(batch.positions, batch.sequences, values, strict=True):
+            newcomers.setdefault(sequence, {})[position] = Cell(position, value)
+        for sequence in newcomers:
+            if not self._resumable(sequence, self.end(sequence)):
+                raise NotSupportedError("a token would look at something that is not held")
+        during, after = {}, {}
+        for sequence, new in newcomers.items():
+            stream = self.streams.get(sequence, Stream())
+            end = max(new) + 1
+            back = max(0, end - self.rewind)
+            every = stream.held | new
+            after[sequence] = {p: cell for p, cell in every.items() if self._reachable(back, end, p)}
+            seen = {p for p in stream.held if any(self.sees(q, p) for q in new)}
+            during[sequence] = {p: c for p, c in every.items() if p in after[sequence] or p in seen}
+        self._check_room(during)
+        result = []
+        for index, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
+            everything = newcomers[sequence] | (
+                self.streams[sequence].held if sequence in self.streams else {}
+            )
+            visible_cells = (c for p, c in everything.items() if self.sees(position, p, index in later))
+            result.append({(cell.key, cell.value) for cell in visible_cells})
+        for sequence, new in newcomers.items():
+            self.streams[sequence] = Stream(max(new) + 1, after[sequence])
+        return result
+
+    def copy_prefix(self, src: int, dst: int, length: int) -> None:
+        source = self.streams.get(src, Stream())
+        end = min(length, source.end)
+        held = {p: cell for p, cell in source.held.items() if p < end}
+        self._set(dst, Stream(end, held))
+
+    def remove(self, sequence: int, begin: int, end: int | None) -> None:
+        stream = self.streams.get(sequence, Stream())
+        stop = stream.end if end is None else min(end, stream.end)
+        if begin >= stop:
+            return
+        gap = stop - begin
+        held = {p: cell for p, cell in stream.held.items() if p < begin}
+        movers = {p: cell for p, cell in stream.held.items() if p >= stop}
+        after = Stream(stream.end - gap, dict(held))
+        others = {id(c) for s, t in self.streams.items() if s != sequence for c in t.held.values()}
+        shared = {p for p, cell in movers.items() if id(cell) in others}
+        for p, cell in movers.items():
+            after.held[p - gap] = Cell(cell.key - gap, cell.value)
+        if end is not None:
+            needed = [p for p in range(after.end) if self._reachable(after.end, after.end, p)]
+            if any(p not in after.held for p in needed) or (movers and not self.shifts):
+                raise NotSupportedError("cannot move")
+            distinct = len(others | {id(cell) for cell in held.values()}) + len(movers)
+            if distinct > self.room:
+                raise CacheFullError(len(shared), 0, self.room)
+        self._set(sequence, after)
+
+    def _set(self, sequence: int, stream: Stream) -> None:
+        self.streams.pop(sequence, None)
+        if stream.end:
+            self.streams[sequence] = stream
+
+    def _reachable(self, first: int, end: int, key: int) -> bool:
+        """Whether some token from `first` on, up to the one at `end`, sees `key`."""
+        return any(self.sees(q, key, later=True) for q in range(first, end + 1)) and key < end
+
+    def _resumable(self, sequence: int, position: int) -> bool:
+        held = self.streams[sequence].held if sequence in self.streams else {}
+        return all(p in held for p in range(position) if self.sees(position, p))
+
+    def _check_room(self, during: dict[int, dict[int, Cell]]) -> None:
+        cells = {id(c) for s, t in self.streams.items() if s not in during for c in t.held.values()}
+        cells |= {id(c) for held in during.values() for c in held.values()}
+        if len(cells) > self.room:
+            raise CacheFullError(len(cells), 0, self.room)
