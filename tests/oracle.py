@@ -108,7 +108,7 @@ class Oracle:
 
     def _reachable(self, first: int, end: int, key: int) -> bool:
         """Whether some token from `first` on, up to the one at `end`, sees `key`."""
-        return any(self.sees(q, key, later=True) for q in range(first, end + 1)) and key < end
+        return key < end and any(self.sees(q, key) for q in range(max(first, key), end + 1))
 
     def _resumable(self, sequence: int, position: int) -> bool:
         held = self.streams[sequence].held if sequence in self.streams else {}

@@ -201,12 +201,12 @@ def _place_one(
     old, kept, n = tokens.old, tokens.kept, tokens.stored
     evicts = count(kept) < count(old.spans)
     undo = old
+    segment, cell, readable = -1, 0, old.spans
     if tokens.whole and _can_extend(table, placement, sequence, tokens):
         segment, cell = old.spans[-1].segment, old.spans[-1].stop
-        readable = old.spans
         if cell + n > table.capacity[segment]:
             placement.capacity[segment] = capacity_for(cell + n, spare)
-    else:
+    elif n:
         segment = table.new_segment()
         own = tuple(span for span in kept if table.owners(span.segment) == {sequence})
         cell = count(own)
