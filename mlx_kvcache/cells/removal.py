@@ -68,6 +68,18 @@ def remove_range(
     return _checked(table, sequence, Sequence(new_end, spans), rebased)
 
 
+def rebase_all(table: CellTable, sequence: int, offset: int) -> Removal:
+    """Plan to re-base every token that is held, while positions stay.
+
+    Raises:
+        CacheFullError: cells are shared, and there is no room for a copy.
+    """
+    end, source = table[sequence]
+    segment, cell, capacity = _target(table, sequence, source, (), before=False)
+    rebased = Rebased(source, offset, segment, cell, capacity)
+    return _checked(table, sequence, Sequence(end, laid_out(segment, cell, source)), rebased)
+
+
 def _target(
     table: CellTable, sequence: int, source: Spans, staying: Spans, before: bool
 ) -> tuple[int, int, int | None]:

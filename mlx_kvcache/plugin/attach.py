@@ -1,0 +1,90 @@
+"""Making mlx-lm's own tools use these caches, and putting everything back."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from types import TracebackType
+from typing import Any
+
+from mlx import nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .prompt_cache import PromptCache, make_prompt_cache
+
+_NAME = "make_prompt_cache"
+_original = mlx_lm_cache.make_prompt_cache
+_lock = threading.RLock()
+_attached: dict[int, list[dict[str, Any]]] = {}
+"""For each attached model, by id: the options of each attach that has not been detached."""
+
+
+class Attachment:
+    """What `attach` returns: as a context manager it detaches at the end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        detach(self.model)
+
+
+def attach(model: nn.Module, **options: Any) -> Attachment:
+    """From here on every mlx-lm tool on this model uses this package's caches.
+
+    Takes the options of `make_prompt_cache`. Where a tool asks for `max_kv_size=N`, that
+    becomes `capacity=N, overflow="shift", sinks=4`. May be called again with other options;
+    each call needs its own `detach`, which brings the options before it back.
+
+    Raises:
+        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
+    """
+    make_prompt_cache(model, **options).close()
+    with _lock:
+        if not _attached:
+            _bind(_original, _dispatch)
+        if id(model) not in _attached:
+            weakref.finalize(model, _forget, id(model))
+        _attached.setdefault(id(model), []).append(options)
+    return Attachment(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo one `attach` of this model. Raises ValueError if there is none."""
+    with _lock:
+        if id(model) not in _attached:
+            raise ValueError(f"this {type(model).__name__} is not attached")
+        _attached[id(model)].pop()
+        if not _attached[id(model)]:
+            _forget(id(model))
+
+
+def _forget(key: int) -> None:
+    with _lock:
+        if _attached.pop(key, None) is not None and not _attached:
+            _bind(_dispatch, _original)
+
+
+def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
+    """Stands in for mlx-lm's `make_prompt_cache` while a model is attached."""
+    options = _attached.get(id(model))
+    if not options:
+        return _original(model, max_kv_size)
+    chosen = options[-1]
+    if max_kv_size is not None:
+        chosen = chosen | {"capacity": max_kv_size, "overflow": "shift", "sinks": min(4, max_kv_size - 1)}
+    cache: PromptCache = make_prompt_cache(model, **chosen)
+    return cache
+
+
+def _bind(old: Any, new: Any) -> None:
+    """Replace `old` wherever a module of mlx-lm has bound the name."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "mlx_lm" and getattr(module, _NAME, None) is old:
+            setattr(module, _NAME, new)

@@ -1,0 +1,196 @@
+"""Finding a model's position scheme by watching it: nothing that is not verified is believed.
+
+The model runs on a few tokens with empty caches, once from position 0 and once from a later
+one, while the calls of `mx.fast.rope` are recorded. A recorded call is a layer's rotation if
+it turns what the first run cached into what the second did.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from ..arrays.rope import RopeShift
+from .rotation import Rotation, Scheme, Slot
+
+TOKENS = 7
+NEAR = 5
+"""A small odd distance between the two runs."""
+_EXACT = {mx.float32: 1e-4}
+_ROUNDED = 3e-2
+_SLOTS: tuple[Slot, Slot] = ("keys", "values")
+_ABOUT_POSITIONS = re.compile("position|original|window|chunk|floor|context|seq")
+
+_schemes: dict[int, Scheme] = {}
+_lock = threading.Lock()
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """The model's position scheme, found once for each model."""
+    key = id(model)
+    if key not in _schemes:
+        with _lock:
+            _schemes[key] = _probe(model)
+        weakref.finalize(model, _schemes.pop, key, None)
+    return _schemes[key]
+
+
+class _Probe:
+    """A layer's cache that holds nothing, at a position that is given."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.stored: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.stored = keys, values
+        return keys, values
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        if not return_array and (window_size is None or n <= window_size):
+            return None if n == 1 else "causal"
+        rows = mx.arange(n)[:, None] - mx.arange(n)[None]
+        return (rows >= 0) & (rows < (window_size or n))
+
+
+Run = tuple[mx.array, list[tuple[mx.array, mx.array] | None]]
+
+
+def _run(model: nn.Module, layers: int, offset: int) -> Run:
+    caches = [_Probe(offset) for _ in range(layers)]
+    logits = model(mx.arange(1, TOKENS + 1)[None], cache=caches)
+    return logits, [cache.stored for cache in caches]
+
+
+def _probe(model: nn.Module) -> Scheme:
+    layers = len(model.make_cache()) if hasattr(model, "make_cache") else len(model.layers)
+    with _recorded() as shifts:
+        here = _run(model, layers, 0)
+        near = _run(model, layers, NEAR)
+    with _recorded() as far_shifts:
+        far = {distance: _run(model, layers, distance)[0] for distance in _beyond(model)}
+    rotations: list[Rotation | None] = []
+    for index, (first, second) in enumerate(zip(here[1], near[1], strict=True)):
+        found, refusal = _layer_rotation(index, shifts, first, second)
+        if refusal:
+            return Scheme((None,) * layers, False, refusal)
+        rotations.append(found)
+    if any(not _among(shift, shifts) for shift in far_shifts):
+        return Scheme((None,) * layers, False, "its rotation depends on the length")
+    noise = _difference(here[0], near[0])
+    rounded = _EXACT.get(here[0].dtype, _ROUNDED)
+    ahead = noise <= 10 * rounded and all(
+        # Float32 angles are exact to distance * 2**-24.
+        _difference(here[0], logits) <= max(10 * _EXACT[mx.float32], 3 * noise) + distance * 2**-22
+        for distance, logits in far.items()
+    )
+    return Scheme(tuple(rotations), ahead)
+
+
+Stored = tuple[mx.array, mx.array] | None
+
+
+def _layer_rotation(
+    index: int, shifts: list[RopeShift], first: Stored, second: Stored
+) -> tuple[Rotation | None, str | None]:
+    """What moves a layer's keys and values from the first run's position to the second's, or a refusal."""
+    found: Rotation | None = None
+    if first is None or second is None:
+        return None, None
+    for array_0, array_1, slot in zip(first, second, _SLOTS, strict=True):
+        if _close(array_0, array_1):
+            continue
+        rotation = _explanation(shifts, array_0, array_1, slot)
+        if rotation is None:
+            return None, f"layer {index} caches {slot} that no rotation takes to another position"
+        if found is not None:
+            return None, f"layer {index} rotates both keys and values"
+        found = rotation
+    return found, None
+
+
+def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
+    """Whether the same rotation is there; frequencies are compared by identity."""
+    return any(
+        (s.dims, s.traditional, s.base, s.scale) == (shift.dims, shift.traditional, shift.base, shift.scale)
+        and s.freqs is shift.freqs
+        for s in shifts
+    )
+
+
+@contextmanager
+def _recorded() -> Iterator[list[RopeShift]]:
+    """Collect the different rotations that are made inside."""
+    calls: list[RopeShift] = []
+    original = mx.fast.rope
+
+    def rope(
+        x: mx.array,
+        dims: int,
+        *,
+        traditional: bool,
+        base: float | None,
+        scale: float,
+        offset: Any,
+        freqs: mx.array | None = None,
+        **more: Any,
+    ) -> mx.array:
+        shift = RopeShift(dims, base, traditional, scale, freqs)
+        if not _among(shift, calls):
+            calls.append(shift)
+        return original(
+            x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **more
+        )
+
+    mx.fast.rope = rope
+    try:
+        yield calls
+    finally:
+        mx.fast.rope = original
+
+
+def _explanation(shifts: list[RopeShift], first: mx.array, second: mx.array, slot: Slot) -> Rotation | None:
+    """The recorded rotation, of the first or the last features, that leads from `first` to `second`."""
+    width = first.shape[-1]
+    for shift in shifts:
+        for start in dict.fromkeys((0, width - shift.dims)):
+            rotation = Rotation(shift, slot, start)
+            if start >= 0 and _close(rotation.apply(first, NEAR), second):
+                return rotation
+    return None
+
+
+def _close(a: mx.array, b: mx.array) -> bool:
+    a, b, limit = a.astype(mx.float32), b.astype(mx.float32), _EXACT.get(a.dtype, _ROUNDED)
+    return bool((mx.abs(a - b).max() <= limit * mx.abs(a).max()).item())
+
+
+def _difference(a: mx.array, b: mx.array) -> float:
+    """How far logits differ, in units of their own spread."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    spread = mx.square(a - a.mean(axis=-1, keepdims=True)).mean()
+    return float(mx.sqrt(mx.square(a - b).mean() / spread).item())
+
+
+def _beyond(model: nn.Module) -> list[int]:
+    """Positions just above every number in the configuration that could be a threshold, and one far above."""
+    arguments = getattr(model, "args", None)
+    config = asdict(arguments) if is_dataclass(arguments) and not isinstance(arguments, type) else {}
+    found = sorted({n for n in _thresholds(config) if NEAR < n <= 1 << 20})
+    return [n + NEAR for n in found] + [2 * n + 1 for n in found[-1:]]
+
+
+def _thresholds(config: Any, name: str = "") -> Iterator[int]:
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _thresholds(value, str(key))
+    elif isinstance(config, int) and not isinstance(config, bool) and _ABOUT_POSITIONS.search(name):
+        yield config
