@@ -34,7 +34,7 @@ class LayerCache:
         """The mask for the next N tokens, as `mlx_lm.models.base.create_attention_mask` asks for it."""
         owner = self.owner
         if not owner.is_open(N) or self.forward == owner.forward or self.asked == owner.forward:
-            owner.begin(N, masked=True)
+            owner.begin(N)
         self.asked = owner.forward
         if N == 1 and window_size is None:
             return None
@@ -54,6 +54,7 @@ class LayerCache:
         history = owner.write(self.index, keys, values)
         self.forward = owner.forward
         self.offset += n
+        owner.wrote()
         return history
 
     @property
@@ -105,10 +106,9 @@ class LayerCache:
 
     def _begin_unasked(self, n: int) -> None:
         owner = self.owner
-        interrupted = owner.is_open(owner.tokens)
-        if interrupted:
+        if owner.unfinished:
             owner.settle()
             raise CacheError(
                 "a forward was left unfinished; its tokens have been taken out, so it can be run again"
             )
-        owner.begin(n, masked=False)
+        owner.begin(n)

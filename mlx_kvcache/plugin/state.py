@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 
+from ..arrays.store import Rebase
 from ..batch import Batch
 from ..caches.base import Plan
 from ..caches.step import Part, Step
@@ -73,14 +74,10 @@ class SequenceState:
     def close(self) -> None:
         self.release()
 
-    def begin(self, n: int, masked: bool) -> None:
-        """Start a forward of n tokens, after making room for them.
-
-        Args:
-            masked: a mask is being asked for, so no layer has used an offset yet.
-        """
+    def begin(self, n: int) -> None:
+        """Start a forward of n tokens, after making room for them."""
         self.settle()
-        self._make_room(n, masked)
+        self._make_room(n)
         cache, end = self.pool.cache, self.position
         self._plan = cache._begin(Batch(range(end, end + n), (self.sequence,) * n), reserve=False)
         assert isinstance(cache._step, Step)
@@ -101,8 +98,14 @@ class SequenceState:
         if cache._step is not step:
             raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
         step.put(layer, keys, values)
-        self._unwritten -= 1
         return step.history(layer, step.parts[0])
+
+    def wrote(self) -> None:
+        """A layer is done. After the last one, make room early where it cannot be made later."""
+        self._unwritten -= 1
+        if not self._unwritten and self.overflow == "shift" and self.position == self.capacity:
+            if not self.pool.scheme.ahead:
+                self._shift(1)
 
     def part(self) -> Part:
         """The forward under way, as positions."""
@@ -147,18 +150,26 @@ class SequenceState:
         other.head = self.head
         return other
 
-    def _make_room(self, n: int, masked: bool) -> None:
-        if self.capacity is None or self.position + n <= self.capacity:
+    def _make_room(self, n: int) -> None:
+        position = self.position
+        if self.capacity is None or position + n <= self.capacity:
             return
-        position, free = self.position, self.capacity - self.position
+        free, sinks = self.capacity - position, min(self.sinks, position)
         if self.overflow == "error":
             raise CacheFullError(n, free, self.capacity, "remove or rewind tokens first")
-        sinks = min(self.sinks, position)
         if n > self.capacity - sinks:
             raise CacheFullError(n, self.capacity - sinks, self.capacity, "feed smaller blocks")
-        if not (masked or self.pool.scheme.ahead):
-            raise CacheFullError(n, free, self.capacity, "this model's offsets are in use already")
-        drop = max((position - sinks) // 2, n - free)
+        if not self.pool.scheme.ahead:
+            # The model may have read its offset already, and a shift would change it.
+            raise CacheFullError(n, free, self.capacity, "remove tokens before feeding a block to this model")
+        self._shift(n)
+
+    def _shift(self, n: int) -> None:
+        """Drop the older half after the sinks, or more if n tokens need it."""
+        assert self.capacity is not None
+        position = self.position
+        sinks = min(self.sinks, position)
+        drop = max((position - sinks) // 2, n - (self.capacity - position))
         if sinks + drop < position:
             self.remove(sinks, sinks + drop)
         else:
@@ -170,7 +181,7 @@ class SequenceState:
         cache._plan_edit(rebase_all(cache._table, self.sequence, -self.head.lead), self._by(-self.head.lead)).commit()
         self.head = Head()
 
-    def _by(self, offset: int):  # type: ignore[no-untyped-def]
+    def _by(self, offset: int) -> Rebase:
         rotations = self.pool.scheme.rotations
 
         def rebase(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

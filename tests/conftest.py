@@ -1,0 +1,16 @@
+"""What tests share: the CPU, whose results are the same everywhere, and the real model."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from examples import smollm2
+
+mx.set_default_device(mx.cpu)
+
+
+@pytest.fixture(scope="session")
+def chat_model():  # type: ignore[no-untyped-def]
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    return smollm2.load(mx.float32)

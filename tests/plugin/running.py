@@ -1,0 +1,53 @@
+"""Running models on caches, and mlx-lm's keys rotated by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.cache import KVCache
+
+Cache = list[Any]
+
+
+def logits_of(model: nn.Module, cache: Cache, tokens: list[int], block: int | None = None) -> mx.array:
+    """Logits (len(tokens), vocabulary) of tokens fed in blocks."""
+    size = block or len(tokens)
+    parts = []
+    for start in range(0, len(tokens), size):
+        parts.append(model(mx.array([tokens[start : start + size]]), cache=cache)[0])
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
+
+
+def difference(a: mx.array, b: mx.array) -> float:
+    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item())
+
+
+def plain(model: nn.Module) -> list[KVCache]:
+    return [KVCache() for _ in model.layers]
+
+
+def without(cache: list[KVCache], begin: int, end: int, dims: int, base: float, traditional: bool) -> list[KVCache]:
+    """mlx-lm's caches less the tokens [begin, end), the later keys rotated by hand."""
+    result = []
+    for layer in cache:
+        keys, values = layer.keys_and_values()
+        tail = keys[:, :, end:].astype(mx.float32)
+        # As (tokens, heads, 1, dim) every token is rotated by the same amount.
+        turned = mx.fast.rope(
+            tail.transpose(2, 1, 0, 3),
+            dims,
+            traditional=traditional,
+            base=base,
+            scale=1.0,
+            offset=mx.full((tail.shape[2],), begin - end),
+        ).transpose(2, 1, 0, 3)
+        new = KVCache()
+        new.update_and_fetch(
+            mx.concatenate([keys[:, :, :begin], turned.astype(keys.dtype)], axis=2),
+            mx.concatenate([values[:, :, :begin], values[:, :, end:]], axis=2),
+        )
+        result.append(new)
+    return result

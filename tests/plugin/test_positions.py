@@ -1,0 +1,188 @@
+"""Removal from the middle, for every way in which models tell positions apart.
+
+A model of one layer caches each token's K and V without regard to the others, so after a
+removal it must answer as if the removed tokens had never been there.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import ministral3
+
+from mlx_kvcache import NotSupportedError
+from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin import state as state_module
+from mlx_kvcache.plugin.probe import scheme_of
+from tests.plugin.running import difference, logits_of
+from tests.plugin.tiny import randomised, tiny_deepseek_v3, tiny_gpt2, tiny_llama
+
+TEXT = [(7 * i + i * i) % 97 for i in range(90)]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SU = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 3.0, 5.0],
+}
+PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.5}
+SCALINGS = {
+    "plain": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": LLAMA3,
+    "yarn": YARN,
+    "su": SU,
+    "proportional": PROPORTIONAL,
+}
+
+
+def one_layer(name: str):  # type: ignore[no-untyped-def]
+    if name == "traditional":
+        return tiny_llama(num_hidden_layers=1, rope_traditional=True)
+    if name == "deepseek_v3":
+        return tiny_deepseek_v3(num_hidden_layers=1)
+    if name == "ministral3":
+        return tiny_ministral3()
+    return tiny_llama(num_hidden_layers=1, rope_scaling=SCALINGS[name])
+
+
+def tiny_ministral3():  # type: ignore[no-untyped-def]
+    """Scales queries by their absolute position, so that its offset may not run ahead."""
+    arguments = {
+        "model_type": "ministral3",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 97,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+    }
+    return randomised(ministral3.Model(ministral3.ModelArgs.from_dict(arguments)))
+
+
+NAMES = [*SCALINGS, "traditional", "deepseek_v3", "ministral3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_tokens_might_never_have_been_there(name):  # type: ignore[no-untyped-def]
+    model = one_layer(name)
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:40])
+    left = list(TEXT[:40])
+    for begin, end in [(4, 11), (20, 21), (0, 3), (2, 20)]:
+        cache.remove(begin, end)
+        del left[begin:end]
+        assert cache.position == len(left)
+        ours = logits_of(model, cache, TEXT[50:53], 1)
+        left += TEXT[50:53]
+        fresh = logits_of(model, make_prompt_cache(model), left)
+        assert difference(ours, fresh[-3:]) <= 2e-5
+
+
+def test_only_ministral3_may_not_run_ahead():  # type: ignore[no-untyped-def]
+    assert [scheme_of(one_layer(name)).ahead for name in NAMES] == [name != "ministral3" for name in NAMES]
+
+
+def test_a_latent_carries_its_rotation_in_the_values():  # type: ignore[no-untyped-def]
+    rotations = scheme_of(tiny_deepseek_v3()).rotations
+    assert [(r.slot, r.start, r.shift.dims) for r in rotations if r] == [("values", 0, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_gpt2(),
+        tiny_llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=32),
+    ],
+    ids=["learned", "dynamic"],
+)
+def test_what_is_not_understood_is_refused(model):  # type: ignore[no-untyped-def]
+    cache = make_prompt_cache(model)
+    before = logits_of(model, cache, TEXT[:20])
+    with pytest.raises(NotSupportedError, match=r"\[4, 8\) of 20 tokens"):
+        cache.remove(4, 8)
+    assert cache.position == 20
+    cache.rewind(10)
+    assert difference(logits_of(model, cache, TEXT[10:20]), before[10:]) <= 1e-5
+    with pytest.raises(NotSupportedError, match="shift"):
+        make_prompt_cache(model, capacity=16, overflow="shift")
+
+
+@pytest.mark.parametrize("name", ["plain", "ministral3"])
+def test_overflow_shifts_by_itself(name):  # type: ignore[no-untyped-def]
+    model = one_layer(name)
+    cache = make_prompt_cache(model, capacity=24, overflow="shift", sinks=3)
+    left: list[int] = []
+    for step, token in enumerate(TEXT):
+        ours = logits_of(model, cache, [token])
+        left.append(token)
+        if name == "plain" and len(left) > 24:
+            del left[3 : 3 + (len(left) - 1 - 3) // 2]
+        fresh = logits_of(model, make_prompt_cache(model), left)
+        assert difference(ours, fresh[-1:]) <= 2e-5, step
+        if name == "ministral3" and len(left) == 24:
+            del left[3 : 3 + (len(left) - 3) // 2]
+        assert cache.position == len(left) <= 24
+
+
+def test_keys_stay_within_two_roundings_after_500_removals():  # type: ignore[no-untyped-def]
+    """bfloat16: each stored key against one float32 rotation of what was first stored."""
+    model = tiny_llama(mx.bfloat16, num_hidden_layers=1)
+    cache = make_prompt_cache(model)
+    scheme_of(model)
+    layer, rotation = cache[0], scheme_of(model).rotations[0]
+    originals: list[tuple[mx.array, int]] = []
+
+    def feed(n: int) -> mx.array:
+        noise = mx.random.normal((1, 2, n, 8), key=mx.random.key(len(originals))).astype(mx.bfloat16)
+        for i in range(n):
+            originals.append((noise[:, :, i : i + 1], layer.offset + i))
+        cache_keys, _ = layer.update_and_fetch(noise, noise)
+        return cache_keys
+
+    feed(32)
+    for _ in range(500):
+        cache.remove(8, 12)
+        del originals[8:12]
+        keys = feed(4)
+        mx.eval(keys, layer.state)
+    lead = layer.offset - cache.position
+    assert lead == 2000
+    worst = 0.0
+    for position, (original, stored_at) in enumerate(originals):
+        exact = rotation.apply(original.astype(mx.float32), position + lead - stored_at)
+        once = exact.astype(mx.bfloat16)
+        error = difference(keys[:, :, position : position + 1], exact)
+        worst = max(worst, error - 2 * difference(once, exact))
+    assert worst <= 0.0
+
+
+def test_a_far_lead_is_taken_back(monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(state_module, "FARTHEST", 20)
+    model = one_layer("plain")
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:40])
+    left = list(TEXT[:40])
+    for _ in range(6):
+        cache.remove(5, 12)
+        del left[5:12]
+        ours = logits_of(model, cache, TEXT[60:67])
+        left += TEXT[60:67]
+        assert cache[0].offset - cache.position <= 20
+        fresh = logits_of(model, make_prompt_cache(model), left)
+        assert difference(ours, fresh[-7:]) <= 2e-5
