@@ -51,6 +51,21 @@ class Batch:
             if index >= n:
                 raise ValueError(f"multimodal index {index} in a batch of {n} tokens")
 
+    @classmethod
+    def run(cls, sequence: int, begin: int, n: int) -> Batch:
+        """The n tokens of one sequence from position `begin` on. Raises ValueError as Batch()."""
+        if sequence < 0 or begin < 0 or n < 1:
+            raise ValueError(f"no run of {n} tokens of sequence {sequence} from position {begin} on")
+        batch = object.__new__(cls)
+        # What follows holds by construction, so it need not be validated token by token.
+        batch.__dict__.update(
+            positions=tuple(range(begin, begin + n)),
+            sequences=(sequence,) * n,
+            multimodal=(),
+            rows=MappingProxyType({sequence: tuple(range(n))}),
+        )
+        return batch
+
     def __len__(self) -> int:
         return len(self.positions)
 

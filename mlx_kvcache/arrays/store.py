@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,10 +10,17 @@ import mlx.core as mx
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 """(layer, keys, values) -> keys and values at their new positions, of the same shapes."""
 
-Cells = tuple[int, int, int]
-"""A segment and a half-open range of its cells."""
+Index = tuple[slice, slice, slice]
+
+Cells = tuple[int, int, Index]
+"""Neighbouring cells: their segment, the cell after the last one, and how to index them."""
 
 _TOKENS = (2,)
+
+
+def cells_of(segment: int, low: int, high: int) -> Cells:
+    """The cells [low, high) of a segment."""
+    return segment, high, (slice(None), slice(None), slice(low, high))
 
 
 class Form(NamedTuple):
@@ -29,6 +36,12 @@ class Form(NamedTuple):
     def cell_bytes(self) -> int:
         keys, values = self.key_dim * self.key_dtype.size, self.value_dim * self.value_dtype.size
         return self.heads * (keys + values)
+
+    def zeros(self, cells: int) -> Pair:
+        return Pair(
+            mx.zeros((1, self.heads, cells, self.key_dim), self.key_dtype),
+            mx.zeros((1, self.heads, cells, self.value_dim), self.value_dtype),
+        )
 
 
 class Pair:
@@ -46,11 +59,49 @@ class Pair:
         self.keys = mx.slice_update(self.keys, keys, start, _TOKENS)
         self.values = mx.slice_update(self.values, values, start, _TOKENS)
 
-    def view(self, low: int, high: int) -> tuple[mx.array, mx.array]:
-        if low == 0 and high == self.capacity:
-            return self.keys, self.values
-        index = (slice(None), slice(None), slice(low, high))
-        return self.keys[index], self.values[index]
+
+class Buffers:
+    """One layer's pairs, by segment."""
+
+    __slots__ = ("form", "pairs")
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.pairs: dict[int, Pair] = {}
+
+    def pair(self, segment: int, capacity: int) -> Pair:
+        """The pair of a segment, created or grown with zeros to `capacity` cells."""
+        pair = self.pairs.get(segment)
+        if pair is None or pair.capacity < capacity:
+            pair = self.pairs[segment] = self.sized(segment, capacity)
+        return pair
+
+    def read(self, cells: Iterable[Cells]) -> list[tuple[mx.array, mx.array]]:
+        """Views of ranges of cells. Those that the layer has not written are zeros."""
+        views = []
+        for segment, high, index in cells:
+            pair = self.pairs.get(segment)
+            if pair is None or pair.capacity < high:
+                pair = self.sized(segment, high)
+            views.append((pair.keys[index], pair.values[index]))
+        return views
+
+    def sized(self, segment: int, capacity: int) -> Pair:
+        """A copy of the pair for a segment, with zeros up to `capacity` cells at least."""
+        pair = self.pairs.get(segment)
+        if pair is None:
+            return self.form.zeros(capacity)
+        if pair.capacity >= capacity:
+            return Pair(pair.keys, pair.values)
+        return self.joined([(pair.keys, pair.values)], capacity)
+
+    def joined(self, parts: list[tuple[mx.array, mx.array]], capacity: int) -> Pair:
+        """A new pair of these K and V one after the other, and zeros."""
+        size = sum(keys.shape[2] for keys, _ in parts)
+        if size < capacity:
+            unused = self.form.zeros(capacity - size)
+            parts = [*parts, (unused.keys, unused.values)]
+        return Pair(*concatenated(parts))
 
 
 Staged = dict[int, dict[int, Pair]]
@@ -66,104 +117,53 @@ class DenseStore:
 
     def __init__(self, dtype: mx.Dtype | None) -> None:
         self._dtype = dtype
-        self._forms: dict[int, Form] = {}
-        self._pairs: dict[int, dict[int, Pair]] = {}
+        self.layers: dict[int, Buffers] = {}
 
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self._forms)
+    def form_for(self, keys: mx.array, values: mx.array) -> Form:
+        """The form of a layer that begins with these."""
+        dtypes = self._dtype or keys.dtype, self._dtype or values.dtype
+        return Form(keys.shape[1], keys.shape[-1], values.shape[-1], *dtypes)
 
-    def pairs(self, layer: int) -> Mapping[int, Pair]:
-        return self._pairs.get(layer, {})
-
-    def form(self, layer: int, keys: mx.array, values: mx.array) -> Form:
-        """The layer's form, taken from these arrays if it has none yet."""
-        form = self._forms.get(layer)
-        if form is None:
-            key_dtype, value_dtype = self._dtype or keys.dtype, self._dtype or values.dtype
-            form = Form(keys.shape[1], keys.shape[3], values.shape[3], key_dtype, value_dtype)
-        return form
-
-    def open(self, layer: int, form: Form) -> None:
-        """Make room for a layer of this form."""
-        self._forms.setdefault(layer, form)
-        self._pairs.setdefault(layer, {})
-
-    def pair(self, layer: int, segment: int, capacity: int) -> Pair:
-        """The pair of a segment, created or grown with zeros to `capacity` cells."""
-        pair = self._pairs[layer].get(segment)
-        if pair is None or pair.capacity < capacity:
-            pair = self._pairs[layer][segment] = self._sized(layer, segment, capacity)
-        return pair
-
-    def read(self, layer: int, cells: Iterable[Cells]) -> Iterator[tuple[mx.array, mx.array]]:
-        """Views of ranges of cells. Those that the layer has not written are zeros."""
-        pairs = self._pairs[layer]
-        for segment, low, high in cells:
-            pair = pairs.get(segment)
-            if pair is None or pair.capacity < high:
-                pair = self._sized(layer, segment, high)
-            yield pair.view(low, high)
+    def open(self, layer: int, form: Form) -> Buffers:
+        """Begin a layer."""
+        buffers = self.layers[layer] = Buffers(form)
+        return buffers
 
     def stage_move(self, staged: Staged, segment: int, pieces: list[Cells], capacity: int) -> None:
         """Prepare a new segment that begins with copies of these cells."""
-        for layer in self._forms:
-            pair = self._joined(layer, list(self.read(layer, pieces)), capacity)
-            staged.setdefault(layer, {})[segment] = pair
+        for layer, buffers in self.layers.items():
+            staged.setdefault(layer, {})[segment] = buffers.joined(buffers.read(pieces), capacity)
 
     def stage_rebase(
         self, staged: Staged, source: list[Cells], segment: int, cell: int, capacity: int, rebase: Rebase
     ) -> None:
         """Prepare `segment` with the source cells, re-based, from `cell` on."""
         start = mx.array([cell])
-        for layer in self._forms:
-            keys, values = rebase(layer, *concatenated(list(self.read(layer, source))))
-            pair = self._sized(layer, segment, capacity)
+        for layer, buffers in self.layers.items():
+            keys, values = rebase(layer, *concatenated(buffers.read(source)))
+            pair = buffers.sized(segment, capacity)
             pair.write(start, keys, values)
             staged.setdefault(layer, {})[segment] = pair
 
     def adopt(self, staged: Staged) -> None:
         for layer, pairs in staged.items():
-            self._pairs[layer].update(pairs)
+            self.layers[layer].pairs.update(pairs)
 
     def drop(self, segments: Iterable[int]) -> None:
         for segment in segments:
-            for pairs in self._pairs.values():
-                pairs.pop(segment, None)
+            for buffers in self.layers.values():
+                buffers.pairs.pop(segment, None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        held = (pair for pairs in self._pairs.values() for pair in pairs.values())
+        held = (pair for buffers in self.layers.values() for pair in buffers.pairs.values())
         return sum(pair.keys.nbytes + pair.values.nbytes for pair in held)
 
-    def cell_bytes(self, layer: int | None = None) -> int:
-        """Bytes of one cell in a layer, or in all of them."""
-        if layer is not None:
-            return self._forms[layer].cell_bytes if layer in self._forms else 0
-        return sum(form.cell_bytes for form in self._forms.values())
-
-    def _sized(self, layer: int, segment: int, capacity: int) -> Pair:
-        """A copy of the layer's pair for a segment, with zeros up to `capacity` cells at least."""
-        pair = self._pairs[layer].get(segment)
-        if pair is None:
-            return zeros(self._forms[layer], capacity)
-        if pair.capacity >= capacity:
-            return Pair(pair.keys, pair.values)
-        return self._joined(layer, [(pair.keys, pair.values)], capacity)
-
-    def _joined(self, layer: int, parts: list[tuple[mx.array, mx.array]], capacity: int) -> Pair:
-        size = sum(keys.shape[2] for keys, _ in parts)
-        if size < capacity:
-            unused = zeros(self._forms[layer], capacity - size)
-            parts = [*parts, (unused.keys, unused.values)]
-        return Pair(*concatenated(parts))
-
-
-def zeros(form: Form, cells: int) -> Pair:
-    return Pair(
-        mx.zeros((1, form.heads, cells, form.key_dim), form.key_dtype),
-        mx.zeros((1, form.heads, cells, form.value_dim), form.value_dtype),
-    )
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one cell, all layers together."""
+        return sum(buffers.form.cell_bytes for buffers in self.layers.values())
 
 
 def concatenated(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..arrays.mask import Mask
-from ..arrays.store import Cells, DenseStore, Rebase, Staged
+from ..arrays.store import Cells, DenseStore, Rebase, Staged, cells_of
 from ..batch import Batch, CausalOptions
 from ..cells.placement import Placement, allocated_after, check_batch, compact, place
 from ..cells.removal import Removal, drop_tail, remove_range
@@ -48,8 +48,8 @@ class PositionalCache(PlanningCache):
 
     def check(self) -> None:
         self._table.check()
-        for layer in self._store.layers():
-            assert set(self._store.pairs(layer)) <= set(self._table.capacity), layer
+        for layer, buffers in self._store.layers.items():
+            assert set(buffers.pairs) <= set(self._table.capacity), layer
 
     def _open(self, dtype: mx.Dtype | None, room: int) -> None:
         self._table = CellTable(room)
@@ -171,11 +171,12 @@ class PositionalCache(PlanningCache):
         self._table.capacity.update(placement.capacity)
         self._store.adopt(staged)
         self._table.assign(placement.changes)
-        self._store.drop(self._table.sweep(but=placement.in_use()))
+        if self._table.orphans:
+            self._store.drop(self._table.sweep(but=placement.in_use()))
 
 
 def _cells(spans: Spans) -> list[Cells]:
-    return [(span.segment, span.start, span.stop) for span in spans]
+    return [cells_of(span.segment, span.start, span.stop) for span in spans]
 
 
 class StepPlan(Plan):
@@ -189,7 +190,7 @@ class StepPlan(Plan):
 
     def commit(self) -> None:
         cache, table = self._cache, self._cache._table
-        if allocated_after(table, self._placement) > table.room:
+        if self._placement.capacity and allocated_after(table, self._placement) > table.room:
             cache._compact()
             self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
         cache._apply(self._placement, {})

@@ -5,11 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..arrays.mask import Mask
-from ..arrays.store import DenseStore, Pair, zeros
+from ..arrays.store import DenseStore, Pair
 from ..batch import Batch, CacheConfig
 from ..cells.rules import Causal, Chunk, Rule
 from ..errors import CacheError
-from .step import check_arrays
+from .step import checked
 
 
 class Reservation:
@@ -29,10 +29,10 @@ class Reservation:
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Allocate and evaluate the layer's whole room."""
-        form = self._store.form(layer, keys, values)
-        check_arrays(keys, (1, form.heads, self.n, form.key_dim), "keys", layer)
-        check_arrays(values, (1, form.heads, self.n, form.value_dim), "values", layer)
-        pair = zeros(form, max(self._room, self._size))
+        buffers = self._store.layers.get(layer)
+        form = buffers.form if buffers else self._store.form_for(keys, values)
+        checked(form, self.n, layer, keys, values)
+        pair = form.zeros(max(self._room, self._size))
         mx.eval(pair.keys, pair.values)
         self._pairs[layer] = pair
 
@@ -41,7 +41,7 @@ class Reservation:
             raise CacheError(f"layer {layer} has had no put in this batch")
         size = self._size + -self._size % self._config.padding
         pair = self._pairs[layer]
-        keys, values = pair.view(0, self._size)
+        keys, values = pair.keys[:, :, : self._size], pair.values[:, :, : self._size]
         if size > self._size:
             keys, values = (
                 mx.pad(array, [(0, 0), (0, 0), (0, size - self._size), (0, 0)]) for array in (keys, values)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..arrays.mask import Mask, array_mask, positions_of
-from ..arrays.store import Cells, DenseStore, concatenated
+from ..arrays.store import DenseStore, Form, cells_of, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.rules import Rule
@@ -50,7 +50,7 @@ class Part:
             (w.segment, mx.array([w.cell]), rows_of(placed.rows[w.first : w.first + w.count], n))
             for w in placed.writes
         ]
-        self.cells: list[Cells] = [(span.segment, span.start, span.stop) for span in placed.reads]
+        self.cells = [cells_of(span.segment, span.start, span.stop) for span in placed.reads]
         self.ranges = [(span.position, span.end) for span in placed.reads]
         if placed.fresh:
             self.ranges.append((placed.begin, placed.end))
@@ -87,20 +87,23 @@ class Step:
         self._masks.clear()
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        form = self._store.form(layer, keys, values)
-        check_arrays(keys, (1, form.heads, self.n, form.key_dim), "keys", layer)
-        check_arrays(values, (1, form.heads, self.n, form.value_dim), "values", layer)
-        self._store.open(layer, form)
-        keys, values = keys.astype(form.key_dtype), values.astype(form.value_dtype)
+        buffers = self._store.layers.get(layer)
+        form = buffers.form if buffers else self._store.form_for(keys, values)
+        keys, values = checked(form, self.n, layer, keys, values)
+        if buffers is None:
+            buffers = self._store.open(layer, form)
         for part in self.parts:
             for segment, start, rows in part.stores:
-                pair = self._store.pair(layer, segment, self._capacity[segment])
-                pair.write(start, take(keys, rows), take(values, rows))
+                pair = buffers.pair(segment, self._capacity[segment])
+                if rows is None:
+                    pair.write(start, keys, values)
+                else:
+                    pair.write(start, take(keys, rows), take(values, rows))
         self._batches[layer] = (keys, values) if self._keeps_batch else None
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""
-        pieces = list(self._store.read(layer, part.cells))
+        pieces = self._store.layers[layer].read(part.cells)
         if part.fresh:
             batch = self._batches[layer]
             assert batch is not None
@@ -160,9 +163,17 @@ class Step:
         return array_mask(self._rule, queries, (keys, owners), later, padding, dtype)
 
 
-def check_arrays(array: mx.array, expected: tuple[int, int, int, int], name: str, layer: int) -> None:
-    """Raise ValueError unless the array is of this shape and holds floats."""
-    if array.shape != expected:
-        raise ValueError(f"{name} of layer {layer} are {array.shape}, expected {expected}")
-    if not mx.issubdtype(array.dtype, mx.floating):
-        raise ValueError(f"{name} of layer {layer} are {array.dtype}, expected floats")
+def checked(form: Form, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """K and V in the layer's dtypes. Raises ValueError unless they have its form and n tokens."""
+    heads, key_dim, value_dim, key_dtype, value_dtype = form
+    if keys.shape != (1, heads, n, key_dim) or values.shape != (1, heads, n, value_dim):
+        raise ValueError(
+            f"keys and values of layer {layer} are {keys.shape} and {values.shape}, "
+            f"expected {(1, heads, n, key_dim)} and {(1, heads, n, value_dim)}"
+        )
+    if keys.dtype != key_dtype or values.dtype != value_dtype:
+        for name, array in (("keys", keys), ("values", values)):
+            if not mx.issubdtype(array.dtype, mx.floating):
+                raise ValueError(f"{name} of layer {layer} are {array.dtype}, expected floats")
+        keys, values = keys.astype(key_dtype), values.astype(value_dtype)
+    return keys, values

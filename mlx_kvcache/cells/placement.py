@@ -90,6 +90,11 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         CacheFullError: what is held afterwards, and what the tokens see and cannot take
             from their own batch, exceeds the room.
     """
+    if len(rows) == 1:
+        [(sequence, own)] = rows.items()
+        appended = _append(table, sequence, own, rule, rewind)
+        if appended is not None:
+            return appended
     spread = {s: _Tokens.next_of(table, s, len(own), rule, rewind) for s, own in rows.items()}
     _check_room(table, spread)
     new = sum(tokens.stored for tokens in spread.values())
@@ -192,6 +197,32 @@ def _check_room(table: CellTable, spread: Mapping[int, _Tokens]) -> None:
     needed = sum(tokens.stored for tokens in spread.values())
     if live + needed > table.room:
         raise CacheFullError(needed, table.room - live, table.room)
+
+
+def _append(
+    table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
+) -> Placement | None:
+    """The plan where it is the simplest: one run of cells, all its own, with room behind it.
+
+    Decoding takes this way at every step but one in STEP, so it is kept short.
+    """
+    old, n = table[sequence], len(rows)
+    if len(old.spans) != 1:
+        return None
+    last, end = old.spans[0], old.end + n
+    if (
+        last.end != old.end
+        or last.position > max(0, rule.lower(old.end))
+        or last.position < rule.lower(end - rewind)
+        or last.stop + n > table.capacity[last.segment]
+        or table.live + n > table.room
+        or len(table.owners(last.segment)) > 1
+    ):
+        return None
+    after = (Span(last.segment, last.start, last.position, last.length + n),)
+    write = Write(0, n, last.segment, last.stop)
+    placed = Placed(sequence, rows, old.end, end, (write,), seen_from(rule, after, old.end), False)
+    return Placement([placed], {sequence: Sequence(end, after)}, {sequence: old})
 
 
 def _place_one(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Set
 
 from .spans import EMPTY, Sequence, Spans, union
 
@@ -28,7 +28,8 @@ class CellTable:
         self.live = 0
         self._owners: dict[int, set[int]] = {}
         self._live: dict[int, int] = {}
-        self._orphans: set[int] = set()
+        self.orphans: set[int] = set()
+        """Segments that nobody owns and that have not been swept."""
         self._segments = 0
 
     def __getitem__(self, sequence: int) -> Sequence:
@@ -44,8 +45,8 @@ class CellTable:
         self._segments += 1
         return self._segments
 
-    def owners(self, segment: int) -> frozenset[int]:
-        return frozenset(self._owners.get(segment, ()))
+    def owners(self, segment: int) -> Set[int]:
+        return self._owners.get(segment, frozenset())
 
     def owned(self) -> tuple[int, ...]:
         """All segments with an owner."""
@@ -80,8 +81,8 @@ class CellTable:
 
     def sweep(self, but: Container[int] = ()) -> list[int]:
         """Forget the segments that nobody owns, `but` some, and return them."""
-        swept = [segment for segment in self._orphans if segment not in but]
-        self._orphans.difference_update(swept)
+        swept = [segment for segment in self.orphans if segment not in but]
+        self.orphans.difference_update(swept)
         for segment in swept:
             del self.capacity[segment]
         return swept
@@ -106,8 +107,8 @@ class CellTable:
         counts = {s: sum(b - a for a, b in union(cells)) for s, cells in held.items()}
         assert counts == self._live, (counts, self._live)
         assert self.live == sum(counts.values()) <= self.room, (self.live, counts, self.room)
-        assert set(self._owners) == set(held) and not set(held) & self._orphans
-        assert set(self.capacity) == set(held) | self._orphans
+        assert set(self._owners) == set(held) and not set(held) & self.orphans
+        assert set(self.capacity) == set(held) | self.orphans
 
     def _intervals(self, segment: int, changes: Changes) -> Iterator[tuple[int, int]]:
         def of(spans: Spans) -> Iterator[tuple[int, int]]:
@@ -133,7 +134,7 @@ class CellTable:
         self.live += held - self._live.pop(segment, 0)
         if held:
             self._live[segment] = held
-            self._orphans.discard(segment)
+            self.orphans.discard(segment)
         else:
             self._owners.pop(segment, None)
-            self._orphans.add(segment)
+            self.orphans.add(segment)

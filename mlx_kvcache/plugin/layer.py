@@ -62,14 +62,16 @@ class LayerCache:
         """The stored arrays, for `mx.eval`."""
         self.owner.check_open()
         cache = self.owner.pool.cache
-        pairs = cache._store.pairs(self.index)
+        buffers = cache._store.layers.get(self.index)
+        pairs = buffers.pairs if buffers else {}
         segments = {span.segment for span in cache._table[self.owner.sequence].spans}
         return [array for s in segments if s in pairs for array in (pairs[s].keys, pairs[s].values)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of this layer's held K and V."""
-        return self.owner.position * self.owner.pool.cache._store.cell_bytes(self.index)
+        buffers = self.owner.pool.cache._store.layers.get(self.index)
+        return self.owner.position * buffers.form.cell_bytes if buffers else 0
 
     def size(self) -> int:
         return self.owner.position

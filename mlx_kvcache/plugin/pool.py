@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import deque
 from itertools import count
 from typing import Protocol
@@ -35,12 +36,13 @@ class Pool:
         self.cache.init(dtype=None, capacity=sys.maxsize, max_batch=sys.maxsize)
         self._names = count()
         self._dropped: deque[int] = deque()
-        self._user: User | None = None
+        self._user: weakref.ref[User] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated, counted once however many prompt caches share them."""
-        if self._user is None or not self._user.unfinished:
+        user = self._user and self._user()
+        if not (user and user.unfinished):
             self._sweep()
         return self.cache.nbytes
 
@@ -58,10 +60,10 @@ class Pool:
 
     def take_turn(self, user: User) -> None:
         """Let `user` change the cache, after undoing what another left unfinished."""
-        last, self._user = self._user, user
-        if last is not None and last is not user and last.unfinished:
+        last = self._user and self._user()
+        if last and last is not user and last.unfinished:
             last.settle()
-            self._user = user
+        self._user = weakref.ref(user)
         self._sweep()
 
     def _sweep(self) -> None:

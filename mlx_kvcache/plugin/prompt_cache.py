@@ -19,10 +19,9 @@ class PromptCache(list[LayerCache]):
     """
 
     def __init__(self, state: SequenceState) -> None:
-        state.layers = [LayerCache(state, index) for index in range(state.pool.layers)]
-        super().__init__(state.layers)
+        super().__init__(LayerCache(state, index) for index in range(state.pool.layers))
         self._state = state
-        state.settle()
+        state.serve(list(self))
 
     @property
     def pool(self) -> Pool:

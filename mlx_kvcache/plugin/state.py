@@ -65,7 +65,12 @@ class SequenceState:
     @property
     def nbytes(self) -> int:
         """Bytes of the K and V that are held, what is shared counted in full."""
-        return self.position * self.pool.cache._store.cell_bytes()
+        return self.position * self.pool.cache._store.cell_bytes
+
+    def serve(self, layers: list[LayerCache]) -> None:
+        """Take these as the layers, and bring them to where the sequence ends."""
+        self.layers = layers
+        self._forget_step()
 
     def check_open(self) -> None:
         if not self.release.alive:
@@ -79,7 +84,7 @@ class SequenceState:
         self.settle()
         self._make_room(n)
         cache, end = self.pool.cache, self.position
-        self._plan = cache._begin(Batch(range(end, end + n), (self.sequence,) * n), reserve=False)
+        self._plan = cache._begin(Batch.run(self.sequence, end, n), reserve=False)
         assert isinstance(cache._step, Step)
         self._step = cache._step
         self._unwritten = len(self.layers)
@@ -114,9 +119,10 @@ class SequenceState:
 
     def settle(self) -> None:
         """Undo a forward that was left unfinished."""
+        self.check_open()
         if self._unwritten and self._plan:
             self._plan.undo()
-        self._forget_step()
+            self._forget_step()
         self.pool.take_turn(self)
 
     def rewind_to(self, position: int) -> None:

@@ -1,0 +1,92 @@
+"""mlx-lm's own functions, unchanged, on attached models."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm import generate as _  # noqa: F401
+from mlx_lm.generate import generate_step
+from mlx_lm.models import cache as mlx_lm_cache
+
+from mlx_kvcache import NotSupportedError
+from mlx_kvcache.plugin import PromptCache, attach, detach
+from tests.plugin.tiny import tiny_llama
+
+ORIGINAL = mlx_lm_cache.make_prompt_cache
+PROMPT = mx.array([3, 14, 15, 92, 65])
+
+
+def bound() -> list[object]:
+    """What mlx-lm's modules call make_prompt_cache."""
+    names = ("models.cache", "generate")
+    return [sys.modules[f"mlx_lm.{name}"].make_prompt_cache for name in names]
+
+
+def tokens(model, n=12, **options):  # type: ignore[no-untyped-def]
+    return [token for token, _ in generate_step(PROMPT, model, max_tokens=n, **options)]
+
+
+def test_attach_and_detach_are_counted():
+    first, second, never = tiny_llama(), tiny_llama(), tiny_llama()
+    make = lambda model: sys.modules["mlx_lm.generate"].make_prompt_cache(model)  # noqa: E731
+    attach(first, capacity=50)
+    attach(second)
+    attach(first, capacity=60)
+    assert [make(m).capacity for m in (first, second)] == [60, None]
+    assert not isinstance(make(never), PromptCache)
+    detach(first)
+    assert make(first).capacity == 50
+    detach(first)
+    assert not isinstance(make(first), PromptCache) and isinstance(make(second), PromptCache)
+    detach(second)
+    assert bound() == [ORIGINAL, ORIGINAL]
+    with pytest.raises(ValueError, match="not attached"):
+        detach(first)
+
+
+def test_generating_gives_the_same_tokens():
+    model = tiny_llama()
+    expected = tokens(model)
+    with attach(model):
+        assert tokens(model) == expected
+    assert bound() == [ORIGINAL, ORIGINAL]
+
+
+def test_max_kv_size_is_honoured():
+    model = tiny_llama()
+    with attach(model):
+        made = sys.modules["mlx_lm.generate"].make_prompt_cache(model, 20)
+        assert (made.capacity, made._state.overflow, made._state.sinks) == (20, "shift", 4)
+        assert len(tokens(model, 60, max_kv_size=20)) == 60
+
+
+def test_kv_bits_is_refused_instead_of_ignored():
+    model = tiny_llama()
+    with attach(model), pytest.raises(NotSupportedError):
+        tokens(model, kv_bits=8, quantized_kv_start=0)
+
+
+def test_bad_options_attach_nothing():
+    with pytest.raises(ValueError, match="capacity"):
+        attach(tiny_llama(), capacity=-1)
+    assert bound() == [ORIGINAL, ORIGINAL]
+
+
+def test_a_model_that_is_dropped_is_detached():
+    model = tiny_llama()
+    attach(model)
+    del model
+    gc.collect()
+    assert bound() == [ORIGINAL, ORIGINAL]
+
+
+def test_generate_on_the_chat_model(chat_model):  # type: ignore[no-untyped-def]
+    model, tokenizer = chat_model
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    with attach(model):
+        assert "Paris" in mlx_lm.generate(model, tokenizer, prompt, max_tokens=10)
