@@ -1,0 +1,1 @@
+"""Runnable examples: python -m examples.01_causal, and so on."""

@@ -52,10 +52,13 @@ def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
 
     Args:
         dtype: of the weights, dequantised; None takes float32 on a CPU, float16 elsewhere.
+
     """
     if dtype is None:
         dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
-    weights, meta = mx.load(str(find()), return_metadata=True)
+    weights: dict[str, mx.array]
+    meta: dict[str, Any]
+    weights, meta = mx.load(str(find()), return_metadata=True)  # type: ignore[assignment]
     model = llama.Model(_arguments(meta))
     model.load_weights(list(_dequantised(weights, dtype).items()))
     mx.eval(model.parameters())
@@ -106,7 +109,11 @@ def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
     digits = pre_tokenizers.Digits(individual_digits=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"].tolist(), strict=True) if kind == CONTROL]
+    control = [
+        t
+        for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"].tolist(), strict=True)
+        if kind == CONTROL
+    ]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     special = {
         f"{role}_token": tokens[meta[f"tokenizer.ggml.{name}_token_id"].item()]

@@ -30,6 +30,7 @@ def attention(
 
     Raises:
         ValueError, CacheError: as `Cache.put`.
+
     """
     layer = cache if isinstance(cache, Layer) else cache.layer(cache._layer)
     return layer._attend(queries, keys, values, scale, sinks)

@@ -19,7 +19,7 @@ def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
     return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Batch:
     """The tokens of one forward pass, in any order and of any sequences.
 
@@ -31,15 +31,21 @@ class Batch:
     Raises:
         ValueError: no tokens, unequal lengths, a negative number, the same
             (sequence, position) twice, or a multimodal index out of range.
+
     """
 
     positions: tuple[int, ...]
     sequences: tuple[int, ...]
     multimodal: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("positions", "sequences", "multimodal"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+    def __init__(
+        self, positions: Iterable[int], sequences: Iterable[int], multimodal: Iterable[int] = ()
+    ) -> None:
+        self.__dict__.update(
+            positions=_whole("positions", positions),
+            sequences=_whole("sequences", sequences),
+            multimodal=_whole("multimodal", multimodal),
+        )
         n = len(self.positions)
         if n == 0:
             raise ValueError("a batch needs at least 1 token, got 0 positions")
@@ -89,19 +95,20 @@ class Batch:
         raise AssertionError("called only when a pair comes twice")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class CausalOptions:
     """Exceptions from causality.
 
     Args:
         except_: batch indices of tokens that also see later tokens of their own
             sequence, as the tokens of an image do.
+
     """
 
     except_: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "except_", _whole("except_", self.except_))
+    def __init__(self, except_: Iterable[int] = ()) -> None:
+        self.__dict__["except_"] = _whole("except_", except_)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ class CacheConfig:
 
     Raises:
         ValueError: a mask_dtype that is no float type, or a padding below 1.
+
     """
 
     mask_dtype: mx.Dtype | None = None

@@ -11,6 +11,6 @@ mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(scope="session")
-def chat_model():  # type: ignore[no-untyped-def]
+def chat_model():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     return smollm2.load(mx.float32)

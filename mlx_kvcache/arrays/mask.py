@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..cells.rules import Rule, visible
 
 Mask = mx.array | Literal["causal"] | None
-Ints = NDArray[np.int32]
+Ints = NDArray[np.signedinteger]
 
 
 def positions_of(ranges: list[tuple[int, int]]) -> Ints:
@@ -38,13 +38,12 @@ def array_mask(
 
     Returns:
         (n, S + padding), True or 0 = visible, False or -inf = hidden.
+
     """
     q_positions, q_sequences = (mx.array(part)[:, None] for part in queries)
-    k_positions, k_sequences = (
-        mx.array(np.pad(part, (0, padding), constant_values=-1)) for part in keys
-    )
+    k_positions, k_sequences = (mx.array(np.pad(part, (0, padding), constant_values=-1)) for part in keys)
     upper = mx.array(later)[:, None] if later is not None else mx.array(False)
-    seen = visible(rule, q_positions, k_positions, upper) & (q_sequences == k_sequences)
+    seen: mx.array = visible(rule, q_positions, k_positions, upper) & (q_sequences == k_sequences)
     if dtype is None:
         return seen
     return mx.where(seen, mx.array(0, dtype), mx.array(-mx.inf, dtype))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
+import mlx.nn as nn
 
 from ..errors import NotSupportedError
 
@@ -28,6 +28,7 @@ class RopeShift:
         dims: how many of the first features are rotated.
         base, traditional, scale, freqs: as of `mx.fast.rope`; `freqs` (dims / 2,) takes the
             place of `base`.
+
     """
 
     dims: int
@@ -59,6 +60,7 @@ class RopeShift:
         Raises:
             NotSupportedError: the module is not understood, or depends on the length, as
                 dynamic NTK does.
+
         """
         name = type(module).__name__
         dims = getattr(module, "dims", getattr(module, "dim", None))
@@ -84,7 +86,7 @@ class RopeShift:
         near, far = module(x, offset=0), module(x, offset=distance)
         error = mx.abs(self(0, near, mx.full((3,), distance, mx.int32)) - far).max()
         # Float32 angles are exact to about distance * 2**-24.
-        return error.item() <= 1e-4 + distance * 1e-6
+        return bool((error <= 1e-4 + distance * 1e-6).item())
 
 
 rope_shift = RopeShift

@@ -113,6 +113,7 @@ class DenseStore:
 
     Args:
         dtype: of what is stored; None keeps that of each layer's first K and V.
+
     """
 
     def __init__(self, dtype: mx.Dtype | None) -> None:
@@ -171,4 +172,4 @@ def concatenated(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.a
     if len(parts) == 1:
         return parts[0]
     keys, values = zip(*parts, strict=True)
-    return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
+    return mx.concatenate(list(keys), axis=2), mx.concatenate(list(values), axis=2)

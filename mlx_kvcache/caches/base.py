@@ -136,6 +136,7 @@ class PlanningCache(ABC):
 
         Raises:
             CacheError: after `init`.
+
         """
         self._check_open()
         if self._ready:
@@ -160,6 +161,7 @@ class PlanningCache(ABC):
         Raises:
             ValueError: a number below 1, or a dtype that is no float type.
             CacheError: a second call.
+
         """
         self._check_open()
         if self._ready:
@@ -190,6 +192,7 @@ class PlanningCache(ABC):
                 their sequence ends.
             NotSupportedError: a token would look at something that is not held.
             CacheFullError: there is no room.
+
         """
         self._begin(batch, reserve)
 
@@ -209,6 +212,7 @@ class PlanningCache(ABC):
         Raises:
             ValueError: an index outside the batch.
             CacheError: no batch has been started.
+
         """
         self._check_ready()
         self._set_causal(options)
@@ -228,6 +232,7 @@ class PlanningCache(ABC):
         Raises:
             ValueError: a shape that does not fit the batch or the layer, or no float type.
             CacheError: no batch has been started.
+
         """
         self._put(self._layer, keys, values)
 
@@ -239,6 +244,7 @@ class PlanningCache(ABC):
 
         Raises:
             CacheError: before this layer's `put`.
+
         """
         return self._get(self._layer)
 
@@ -247,6 +253,7 @@ class PlanningCache(ABC):
 
         Raises:
             ValueError: a negative number, or `src` and `dst` the same.
+
         """
         self._check_ready()
         _check_numbers(src=src, dst=dst, length=length)
@@ -259,6 +266,7 @@ class PlanningCache(ABC):
 
         Raises:
             ValueError: a negative number.
+
         """
         self._check_ready()
         _check_numbers(sequence=sequence, position=position)
@@ -275,6 +283,7 @@ class PlanningCache(ABC):
             NotSupportedError: keys would have to be re-based and there is no hook, or what
                 the next token may see would not be held.
             CacheFullError: shared cells have to be copied and there is no room.
+
         """
         self._check_ready()
         _check_range(sequence, begin, end)
@@ -347,6 +356,7 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
     Raises:
         ValueError: a negative number.
         NotSupportedError, CacheFullError: as `Cache.remove`.
+
     """
     _check_numbers(sequence=sequence, keep=keep, discard=discard or 0)
     end = cache.end(sequence)

@@ -20,15 +20,16 @@ class SlidingWindowCache(PositionalCache):
 
     Raises:
         ValueError: a window below 1, a negative number, or sinks that fill the window.
+
     """
 
-    def __init__(
-        self, window_size: int, rewind: int = 1, sinks: int = 0, shift: Shift | None = None
-    ) -> None:
+    def __init__(self, window_size: int, rewind: int = 1, sinks: int = 0, shift: Shift | None = None) -> None:
         if window_size < 1:
             raise ValueError(f"window_size must be 1 or more, got {window_size}")
         if rewind < 0:
             raise ValueError(f"rewind must be 0 or more, got {rewind}")
         if not 0 <= sinks < window_size:
-            raise ValueError(f"sinks must be 0 to {window_size - 1} in a window of {window_size}, got {sinks}")
+            raise ValueError(
+                f"sinks must be 0 to {window_size - 1} in a window of {window_size}, got {sinks}"
+            )
         super().__init__(Window(window_size, sinks), rewind, shift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -21,9 +22,9 @@ Rows = slice | mx.array | None
 def rows_of(indices: Sequence[int], n: int) -> Rows:
     """How to take these batch indices out of n tokens."""
     first = indices[0]
-    if indices[-1] - first == len(indices) - 1 and all(a < b for a, b in zip(indices, indices[1:], strict=False)):
+    if indices[-1] - first == len(indices) - 1 and all(a < b for a, b in pairwise(indices)):
         return None if len(indices) == n else slice(first, first + len(indices))
-    return mx.array(indices)
+    return mx.array(tuple(indices))
 
 
 def take(array: mx.array, rows: Rows) -> mx.array:
@@ -47,7 +48,7 @@ class Part:
         self.indices = placed.rows
         self.rows = rows_of(placed.rows, n)
         self.stores = [
-            (w.segment, mx.array([w.cell]), rows_of(placed.rows[w.first : w.first + w.count], n))
+            (w.segment, mx.array([w.cell]), rows_of(placed.rows[w.first : w.first + w.size], n))
             for w in placed.writes
         ]
         self.cells = [cells_of(span.segment, span.start, span.stop) for span in placed.reads]
@@ -65,7 +66,13 @@ class Step:
     """Binds a placement to arrays. All layers share it."""
 
     def __init__(
-        self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: DenseStore, capacity: dict[int, int]
+        self,
+        placed: list[Placed],
+        n: int,
+        rule: Rule,
+        config: CacheConfig,
+        store: DenseStore,
+        capacity: dict[int, int],
     ) -> None:
         self.n = n
         self.parts = [Part(part, n) for part in placed]
@@ -127,7 +134,9 @@ class Step:
         key = part.sequence
         if key not in self._masks:
             later = self._later.intersection(part.indices)
-            self._masks[key] = self._plain_mask(part) if not later else self._array_mask([part], part.indices, 0)
+            self._masks[key] = (
+                self._plain_mask(part) if not later else self._array_mask([part], part.indices, 0)
+            )
         return self._masks[key]
 
     def _mask(self, padding: int) -> Mask:

@@ -20,10 +20,10 @@ DEAD = 128
 
 
 class Write(NamedTuple):
-    """`count` of a sequence's new tokens, from the `first` on, go to neighbouring cells."""
+    """`size` of a sequence's new tokens, from the `first` on, go to neighbouring cells."""
 
     first: int
-    count: int
+    size: int
     segment: int
     cell: int
 
@@ -89,6 +89,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         NotSupportedError: a token would look at something that is not held.
         CacheFullError: what is held afterwards, and what the tokens see and cannot take
             from their own batch, exceeds the room.
+
     """
     if len(rows) == 1:
         [(sequence, own)] = rows.items()

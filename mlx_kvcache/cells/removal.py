@@ -8,7 +8,7 @@ from ..errors import CacheFullError, NotSupportedError
 from .placement import capacity_for
 from .rules import Rule
 from .spans import Sequence, Spans, clip, count, join, laid_out, moved, resumable, union
-from .table import Changes, CellTable
+from .table import CellTable, Changes
 
 
 class Rebased(NamedTuple):
@@ -25,6 +25,8 @@ class Rebased(NamedTuple):
 
 
 class Removal(NamedTuple):
+    """Planned changes, and what has to be rewritten for them."""
+
     changes: Changes
     rebased: Rebased | None
 
@@ -47,6 +49,7 @@ def remove_range(
     Raises:
         NotSupportedError: what the next token may see would not be held.
         CacheFullError: re-based cells are shared, and there is no room for a copy.
+
     """
     old = table[sequence]
     gap = end - begin
@@ -73,6 +76,7 @@ def rebase_all(table: CellTable, sequence: int, offset: int) -> Removal:
 
     Raises:
         CacheFullError: cells are shared, and there is no room for a copy.
+
     """
     end, source = table[sequence]
     segment, cell, capacity = _target(table, sequence, source, (), before=False)
@@ -107,5 +111,3 @@ def _checked(table: CellTable, sequence: int, new: Sequence, rebased: Rebased | 
         needed = count(rebased.source) if rebased else 0
         raise CacheFullError(needed, table.room - live + needed, table.room, "shared cells must be copied")
     return Removal(changes, rebased)
-
-

@@ -19,6 +19,7 @@ class CellTable:
 
     Args:
         room: how many cells may be live.
+
     """
 
     def __init__(self, room: int) -> None:
@@ -99,7 +100,7 @@ class CellTable:
             position = 0
             for span in spans:
                 assert span.length > 0 and span.position >= position, (sequence, spans)
-                assert 0 <= span.start and span.stop <= self.capacity[span.segment], (sequence, spans)
+                assert span.start >= 0 and span.stop <= self.capacity[span.segment], (sequence, spans)
                 assert sequence in self._owners[span.segment], (sequence, spans)
                 held.setdefault(span.segment, []).append((span.start, span.stop))
                 position = span.end

@@ -8,7 +8,7 @@ import weakref
 from types import TracebackType
 from typing import Any
 
-from mlx import nn
+import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .prompt_cache import PromptCache, make_prompt_cache
@@ -44,6 +44,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
 
     Raises:
         TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
+
     """
     make_prompt_cache(model, **options).close()
     with _lock:

@@ -18,6 +18,7 @@ class LayerCache:
     Attributes:
         offset: where the model's RoPE goes on. It counts this layer's tokens, and may run
             ahead of them after a removal.
+
     """
 
     def __init__(self, owner: SequenceState, index: int) -> None:
@@ -87,6 +88,7 @@ class LayerCache:
 
         Raises:
             CacheError: layers are told different numbers.
+
         """
         owner = self.owner
         if self.trims == len(owner.trims):

@@ -8,7 +8,7 @@ from collections import deque
 from itertools import count
 from typing import Protocol
 
-from mlx import nn
+import mlx.nn as nn
 
 from ..caches.causal import CausalCache
 from .probe import scheme_of
@@ -18,7 +18,8 @@ from .rotation import Scheme
 class User(Protocol):
     """Who can have a forward under way in a pool."""
 
-    unfinished: bool
+    @property
+    def unfinished(self) -> bool: ...
 
     def settle(self) -> None: ...
 

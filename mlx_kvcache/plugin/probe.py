@@ -16,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
+import mlx.nn as nn
 
 from ..arrays.rope import RopeShift
 from .rotation import Rotation, Scheme, Slot
@@ -150,7 +150,7 @@ def _recorded() -> Iterator[list[RopeShift]]:
             x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **more
         )
 
-    mx.fast.rope = rope
+    mx.fast.rope = rope  # type: ignore[assignment]
     try:
         yield calls
     finally:
@@ -177,7 +177,8 @@ def _difference(a: mx.array, b: mx.array) -> float:
     """How far logits differ, in units of their own spread."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     spread = mx.square(a - a.mean(axis=-1, keepdims=True)).mean()
-    return float(mx.sqrt(mx.square(a - b).mean() / spread).item())
+    ratio: float = mx.sqrt(mx.square(a - b).mean() / spread).tolist()  # type: ignore[assignment]
+    return ratio
 
 
 def _beyond(model: nn.Module) -> list[int]:

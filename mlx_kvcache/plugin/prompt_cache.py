@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx import nn
+import mlx.nn as nn
 
 from ..errors import NotSupportedError
 from .layer import LayerCache
@@ -65,12 +65,15 @@ class PromptCache(list[LayerCache]):
             raise ValueError(f"cannot rewind {self.position} tokens to position {position}")
         self._state.rewind_to(position)
 
-    def remove(self, begin: int, end: int | None = None) -> None:
+    def remove(  # type: ignore[override]  # positions, not elements of the list
+        self, begin: int, end: int | None = None
+    ) -> None:
         """Take out the tokens [begin, end); later ones move down and their keys are re-based.
 
         Raises:
             ValueError: a negative number, or begin > end.
             NotSupportedError: the model's position scheme is not understood.
+
         """
         if begin < 0 or (end is not None and end < begin):
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.position} tokens")
@@ -117,6 +120,7 @@ def make_prompt_cache(
         ValueError: options out of range.
         NotSupportedError: a layer that is not of full attention, "shift" on a model whose
             tokens cannot be moved, or kv_bits.
+
     """
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")

@@ -109,8 +109,7 @@ class SequenceState:
         """A layer is done. After the last one, make room early where it cannot be made later."""
         self._unwritten -= 1
         if not self._unwritten and self.overflow == "shift" and self.position == self.capacity:
-            if not self.pool.scheme.ahead:
-                self._shift(1)
+            self._shift_early()
 
     def part(self) -> Part:
         """The forward under way, as positions."""
@@ -170,6 +169,10 @@ class SequenceState:
             raise CacheFullError(n, free, self.capacity, "remove tokens before feeding a block to this model")
         self._shift(n)
 
+    def _shift_early(self) -> None:
+        if not self.pool.scheme.ahead:
+            self._shift(1)
+
     def _shift(self, n: int) -> None:
         """Drop the older half after the sinks, or more if n tokens need it."""
         assert self.capacity is not None
@@ -184,7 +187,9 @@ class SequenceState:
     def _renormalise(self) -> None:
         """Rotate everything back, so that offsets equal positions again."""
         cache = self.pool.cache
-        cache._plan_edit(rebase_all(cache._table, self.sequence, -self.head.lead), self._by(-self.head.lead)).commit()
+        cache._plan_edit(
+            rebase_all(cache._table, self.sequence, -self.head.lead), self._by(-self.head.lead)
+        ).commit()
         self.head = Head()
 
     def _by(self, offset: int) -> Rebase:

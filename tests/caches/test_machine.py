@@ -31,7 +31,7 @@ def state_of(table: CellTable) -> object:
     return dict(table.sequences), table.live
 
 
-def outcome(call) -> tuple[object, type[CacheError] | None]:  # type: ignore[no-untyped-def]
+def outcome(call) -> tuple[object, type[CacheError] | None]:
     """What a call returned, or the kind of error that it raised."""
     try:
         return call(), None
@@ -51,7 +51,9 @@ def seen_sets(keys: mx.array, values: mx.array, mask: object, n: int) -> list[se
     else:
         assert isinstance(mask, mx.array) and mask.shape == (n, size) and mask.dtype == mx.bool_
         seen = np.array(mask)
-    pairs = list(zip(np.array(keys)[0, 0, :, 0].astype(int), np.array(values)[0, 0, :, 0].astype(int), strict=True))
+    pairs = list(
+        zip(np.array(keys)[0, 0, :, 0].astype(int), np.array(values)[0, 0, :, 0].astype(int), strict=True)
+    )
     rows = [[(int(k), int(v)) for (k, v), shown in zip(pairs, row, strict=True) if shown] for row in seen]
     assert all(len(set(row)) == len(row) for row in rows), "a token is there twice"
     return [set(row) for row in rows]
@@ -91,7 +93,11 @@ class Machine(RuleBasedStateMachine):
                 self.cache.start_forward(Batch([p for p, _ in tokens], [s for _, s in tokens]))
             assert state_of(self.cache._table) == before
             return
-        later = set(random.sample(range(len(batch)), random.randint(0, len(batch)))) if random.random() < 0.25 else set()
+        later = (
+            set(random.sample(range(len(batch)), random.randint(0, len(batch))))
+            if random.random() < 0.25
+            else set()
+        )
         values = [self.serial + i for i in range(len(batch))]
         self.serial += len(batch)
         before = state_of(self.cache._table)
@@ -105,7 +111,7 @@ class Machine(RuleBasedStateMachine):
             assert state_of(self.cache._table) == before or fails
             self.oracle.streams = streams
 
-    def _forward(self, batch, values, later, expected, fails):  # type: ignore[no-untyped-def]
+    def _forward(self, batch, values, later, expected, fails):
         try:
             with self.cache.forward(batch):
                 if later:
@@ -148,7 +154,9 @@ class Machine(RuleBasedStateMachine):
         self.cache.start_forward(Batch(range(n), [0] * n), reserve=True)
         self.cache.put(mx.zeros((1, 1, n, 2)), mx.zeros((1, 1, n, 1)))
         keys, _, mask = self.cache.get()
-        assert mx.isfinite(keys).all().item() and mask.shape == (n, keys.shape[2])
+        assert (
+            mx.isfinite(keys).all().item() and isinstance(mask, mx.array) and mask.shape == (n, keys.shape[2])
+        )
         assert state_of(self.cache._table) == before
 
     @invariant()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
+import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 Cache = list[Any]
@@ -22,14 +22,18 @@ def logits_of(model: nn.Module, cache: Cache, tokens: list[int], block: int | No
 
 
 def difference(a: mx.array, b: mx.array) -> float:
-    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item())
+    worst = mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().tolist()
+    assert isinstance(worst, float)
+    return worst
 
 
 def plain(model: nn.Module) -> list[KVCache]:
     return [KVCache() for _ in model.layers]
 
 
-def without(cache: list[KVCache], begin: int, end: int, dims: int, base: float, traditional: bool) -> list[KVCache]:
+def without(
+    cache: list[KVCache], begin: int, end: int, dims: int, base: float, traditional: bool
+) -> list[KVCache]:
     """mlx-lm's caches less the tokens [begin, end), the later keys rotated by hand."""
     result = []
     for layer in cache:

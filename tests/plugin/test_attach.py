@@ -8,7 +8,6 @@ import sys
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx_lm import generate as _  # noqa: F401
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
@@ -26,7 +25,7 @@ def bound() -> list[object]:
     return [sys.modules[f"mlx_lm.{name}"].make_prompt_cache for name in names]
 
 
-def tokens(model, n=12, **options):  # type: ignore[no-untyped-def]
+def tokens(model, n=12, **options):
     return [token for token, _ in generate_step(PROMPT, model, max_tokens=n, **options)]
 
 
@@ -84,7 +83,7 @@ def test_a_model_that_is_dropped_is_detached():
     assert bound() == [ORIGINAL, ORIGINAL]
 
 
-def test_generate_on_the_chat_model(chat_model):  # type: ignore[no-untyped-def]
+def test_generate_on_the_chat_model(chat_model):
     model, tokenizer = chat_model
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)

@@ -43,7 +43,7 @@ SCALINGS = {
 }
 
 
-def one_layer(name: str):  # type: ignore[no-untyped-def]
+def one_layer(name: str):
     if name == "traditional":
         return tiny_llama(num_hidden_layers=1, rope_traditional=True)
     if name == "deepseek_v3":
@@ -53,7 +53,7 @@ def one_layer(name: str):  # type: ignore[no-untyped-def]
     return tiny_llama(num_hidden_layers=1, rope_scaling=SCALINGS[name])
 
 
-def tiny_ministral3():  # type: ignore[no-untyped-def]
+def tiny_ministral3():
     """Scales queries by their absolute position, so that its offset may not run ahead."""
     arguments = {
         "model_type": "ministral3",
@@ -79,7 +79,7 @@ NAMES = [*SCALINGS, "traditional", "deepseek_v3", "ministral3"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_removed_tokens_might_never_have_been_there(name):  # type: ignore[no-untyped-def]
+def test_removed_tokens_might_never_have_been_there(name):
     model = one_layer(name)
     cache = make_prompt_cache(model)
     logits_of(model, cache, TEXT[:40])
@@ -94,11 +94,11 @@ def test_removed_tokens_might_never_have_been_there(name):  # type: ignore[no-un
         assert difference(ours, fresh[-3:]) <= 2e-5
 
 
-def test_only_ministral3_may_not_run_ahead():  # type: ignore[no-untyped-def]
+def test_only_ministral3_may_not_run_ahead():
     assert [scheme_of(one_layer(name)).ahead for name in NAMES] == [name != "ministral3" for name in NAMES]
 
 
-def test_a_latent_carries_its_rotation_in_the_values():  # type: ignore[no-untyped-def]
+def test_a_latent_carries_its_rotation_in_the_values():
     rotations = scheme_of(tiny_deepseek_v3()).rotations
     assert [(r.slot, r.start, r.shift.dims) for r in rotations if r] == [("values", 0, 8)] * 2
 
@@ -111,7 +111,7 @@ def test_a_latent_carries_its_rotation_in_the_values():  # type: ignore[no-untyp
     ],
     ids=["learned", "dynamic"],
 )
-def test_what_is_not_understood_is_refused(model):  # type: ignore[no-untyped-def]
+def test_what_is_not_understood_is_refused(model):
     cache = make_prompt_cache(model)
     before = logits_of(model, cache, TEXT[:20])
     with pytest.raises(NotSupportedError, match=r"\[4, 8\) of 20 tokens"):
@@ -124,7 +124,7 @@ def test_what_is_not_understood_is_refused(model):  # type: ignore[no-untyped-de
 
 
 @pytest.mark.parametrize("name", ["plain", "ministral3"])
-def test_overflow_shifts_by_itself(name):  # type: ignore[no-untyped-def]
+def test_overflow_shifts_by_itself(name):
     model = one_layer(name)
     cache = make_prompt_cache(model, capacity=24, overflow="shift", sinks=3)
     left: list[int] = []
@@ -140,18 +140,18 @@ def test_overflow_shifts_by_itself(name):  # type: ignore[no-untyped-def]
         assert cache.position == len(left) <= 24
 
 
-def test_keys_stay_within_two_roundings_after_500_removals():  # type: ignore[no-untyped-def]
+def test_keys_stay_within_two_roundings_after_500_removals():
     """bfloat16: each stored key against one float32 rotation of what was first stored."""
     model = tiny_llama(mx.bfloat16, num_hidden_layers=1)
     cache = make_prompt_cache(model)
     scheme_of(model)
     layer, rotation = cache[0], scheme_of(model).rotations[0]
+    assert rotation is not None
     originals: list[tuple[mx.array, int]] = []
 
     def feed(n: int) -> mx.array:
         noise = mx.random.normal((1, 2, n, 8), key=mx.random.key(len(originals))).astype(mx.bfloat16)
-        for i in range(n):
-            originals.append((noise[:, :, i : i + 1], layer.offset + i))
+        originals.extend((noise[:, :, i : i + 1], layer.offset + i) for i in range(n))
         cache_keys, _ = layer.update_and_fetch(noise, noise)
         return cache_keys
 
@@ -172,7 +172,7 @@ def test_keys_stay_within_two_roundings_after_500_removals():  # type: ignore[no
     assert worst <= 0.0
 
 
-def test_a_far_lead_is_taken_back(monkeypatch):  # type: ignore[no-untyped-def]
+def test_a_far_lead_is_taken_back(monkeypatch):
     monkeypatch.setattr(state_module, "FARTHEST", 20)
     model = one_layer("plain")
     cache = make_prompt_cache(model)

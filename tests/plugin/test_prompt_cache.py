@@ -20,11 +20,11 @@ MODEL = tiny_llama()
 
 
 @pytest.fixture
-def cache():  # type: ignore[no-untyped-def]
+def cache():
     return make_prompt_cache(MODEL)
 
 
-def assert_goes_on(cache, tokens, model=MODEL):  # type: ignore[no-untyped-def]
+def assert_goes_on(cache, tokens, model=MODEL):
     """The cache holds just these tokens, and answers as mlx-lm's would."""
     assert cache.position == len(tokens)
     theirs = plain(model)
@@ -34,7 +34,7 @@ def assert_goes_on(cache, tokens, model=MODEL):  # type: ignore[no-untyped-def]
     assert difference(logits_of(model, ours, probe), logits_of(model, theirs, probe)) <= 2e-5
 
 
-def test_rewinding(cache):  # type: ignore[no-untyped-def]
+def test_rewinding(cache):
     logits_of(MODEL, cache, TEXT[:300], 64)
     cache.rewind(0)
     cache.rewind(44)
@@ -48,7 +48,7 @@ def test_rewinding(cache):  # type: ignore[no-untyped-def]
     assert_goes_on(cache, TEXT[:3])
 
 
-def test_ranges_that_are_not_there(cache):  # type: ignore[no-untyped-def]
+def test_ranges_that_are_not_there(cache):
     logits_of(MODEL, cache, TEXT[:20])
     calls = {
         "21 of 20": lambda: cache.rewind(21),
@@ -66,12 +66,12 @@ def test_ranges_that_are_not_there(cache):  # type: ignore[no-untyped-def]
     assert_goes_on(cache, TEXT[:20])
 
 
-def test_a_forward_that_throws_leaves_no_trace(cache, monkeypatch):  # type: ignore[no-untyped-def]
+def test_a_forward_that_throws_leaves_no_trace(cache, monkeypatch):
     logits_of(MODEL, cache, TEXT[:20])
     original = llama.MLP.__call__
     calls = []
 
-    def failing(self, x):  # type: ignore[no-untyped-def]
+    def failing(self, x):
         calls.append(x)
         if len(calls) == 2:
             raise RuntimeError("in layer 1")
@@ -99,7 +99,7 @@ def test_a_forward_that_throws_leaves_no_trace(cache, monkeypatch):  # type: ign
     assert_goes_on(cache, TEXT[:20] + TEXT[40:45] + TEXT[50:51])
 
 
-def test_an_unfinished_forward_does_not_disturb_a_fork(cache):  # type: ignore[no-untyped-def]
+def test_an_unfinished_forward_does_not_disturb_a_fork(cache):
     logits_of(MODEL, cache, TEXT[:20])
     fork = cache.fork()
     cache[0].make_mask(4)
@@ -109,7 +109,7 @@ def test_an_unfinished_forward_does_not_disturb_a_fork(cache):  # type: ignore[n
     assert_goes_on(cache, TEXT[:20])
 
 
-def test_a_forward_without_masks(cache):  # type: ignore[no-untyped-def]
+def test_a_forward_without_masks(cache):
     kv = mx.ones((1, 2, 3, 8))
     for layer in cache:
         layer.update_and_fetch(kv, kv)
@@ -120,7 +120,7 @@ def test_a_forward_without_masks(cache):  # type: ignore[no-untyped-def]
     assert cache.position == 3 and [layer.offset for layer in cache] == [3, 3, 3]
 
 
-def test_forks_share_until_they_write(cache):  # type: ignore[no-untyped-def]
+def test_forks_share_until_they_write(cache):
     logits_of(MODEL, cache, TEXT[:1000])
     one = cache.pool.nbytes
     forks = [cache.fork() for _ in range(8)]
@@ -141,7 +141,7 @@ def test_forks_share_until_they_write(cache):  # type: ignore[no-untyped-def]
     assert cache.pool.nbytes == 0
 
 
-def test_a_deep_copy_is_a_fork(cache):  # type: ignore[no-untyped-def]
+def test_a_deep_copy_is_a_fork(cache):
     logits_of(MODEL, cache, TEXT[:20])
     twin = copy.deepcopy(cache)
     assert twin.pool is cache.pool
@@ -150,7 +150,7 @@ def test_a_deep_copy_is_a_fork(cache):  # type: ignore[no-untyped-def]
     assert_goes_on(twin, TEXT[:20] + TEXT[30:34])
 
 
-def test_use_after_close(cache):  # type: ignore[no-untyped-def]
+def test_use_after_close(cache):
     logits_of(MODEL, cache, TEXT[:20])
     fork = cache.fork()
     cache.close()
@@ -167,7 +167,7 @@ def test_use_after_close(cache):  # type: ignore[no-untyped-def]
     assert_goes_on(fork, TEXT[:20])
 
 
-def test_trim_as_mlx_lm_calls_it(cache):  # type: ignore[no-untyped-def]
+def test_trim_as_mlx_lm_calls_it(cache):
     logits_of(MODEL, cache, TEXT[:20])
     assert can_trim_prompt_cache(cache)
     assert trim_prompt_cache(cache, 5) == 5
@@ -204,7 +204,7 @@ def test_a_block_that_cannot_fit_by_shifting():
 
 
 @pytest.mark.parametrize("n", [1, 6])
-def test_masks_equal_mlx_lm(cache, n):  # type: ignore[no-untyped-def]
+def test_masks_equal_mlx_lm(cache, n):
     theirs = plain(MODEL)
     for both in (cache, theirs):
         logits_of(MODEL, both, TEXT[:9])
@@ -230,16 +230,18 @@ def test_options_out_of_range():
     with pytest.raises(NotSupportedError, match="kv_bits=8"):
         make_prompt_cache(MODEL, kv_bits=8)
     with pytest.raises(TypeError, match="int"):
-        make_prompt_cache(3)
+        make_prompt_cache(3)  # type: ignore[arg-type]
 
 
 def test_layers_of_another_kind_are_named():
-    window = tiny_llama(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8)
-    with pytest.raises(NotSupportedError, match="layer 1 .* RotatingKVCache"):
+    window = tiny_llama(
+        layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8
+    )
+    with pytest.raises(NotSupportedError, match=r"layer 1 .* RotatingKVCache"):
         make_prompt_cache(window)
 
 
-def test_a_batch_of_rows_is_refused(cache):  # type: ignore[no-untyped-def]
+def test_a_batch_of_rows_is_refused(cache):
     with pytest.raises(ValueError, match=r"\(2, 2, 3, 8\), expected \(1, 2, 3, 8\)"):
         MODEL(mx.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
     assert cache.position == 0
@@ -247,6 +249,6 @@ def test_a_batch_of_rows_is_refused(cache):  # type: ignore[no-untyped-def]
     assert_goes_on(cache, TEXT[:5])
 
 
-def test_quantising_in_place_is_refused(cache):  # type: ignore[no-untyped-def]
+def test_quantising_in_place_is_refused(cache):
     with pytest.raises(NotSupportedError, match="4 bits"):
         cache[0].to_quantized()

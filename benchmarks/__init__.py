@@ -1,0 +1,1 @@
+"""Figures about this package, each beside a peer in the same run."""

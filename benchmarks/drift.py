@@ -1,0 +1,63 @@
+"""What 500 removals do to the keys that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin.probe import scheme_of
+from tests.plugin.running import difference
+from tests.plugin.tiny import tiny_llama
+
+REMOVALS, WIDTH, SINKS = 500, 4, 8
+
+
+def run() -> Iterator[str]:
+    """Largest key error after 500 removals of 4 tokens, 16-bit keys, in units of one rounding."""
+    for dtype in (mx.bfloat16, mx.float16):
+        yield from _errors(dtype)
+
+
+def _errors(dtype: mx.Dtype) -> Iterator[str]:
+    model = tiny_llama(dtype, num_hidden_layers=1, max_position_embeddings=4096)
+    rotation = scheme_of(model).rotations[0]
+    assert rotation is not None
+    cache = make_prompt_cache(model)
+    layer = cache[0]
+    noise = iter(mx.random.split(mx.random.key(0), REMOVALS + 1))
+    originals: list[tuple[mx.array, int]] = []
+
+    def feed(n: int) -> mx.array:
+        kv = mx.random.normal((1, 2, n, 8), key=next(noise)).astype(dtype)
+        originals.extend((kv[:, :, i : i + 1], layer.offset + i) for i in range(n))
+        keys, _ = layer.update_and_fetch(kv, kv)
+        mx.eval(keys)
+        return keys
+
+    repeated = feed(64)
+    for _ in range(REMOVALS):
+        cache.remove(SINKS, SINKS + WIDTH)
+        del originals[SINKS : SINKS + WIDTH]
+        repeated = mx.concatenate(
+            [repeated[:, :, :SINKS], rotation.apply(repeated[:, :, SINKS + WIDTH :], -WIDTH)], axis=2
+        )
+        keys = feed(WIDTH)
+        repeated = mx.concatenate(
+            [repeated, rotation.apply(keys[:, :, -WIDTH:], cache.position - layer.offset)], axis=2
+        )
+        mx.eval(repeated)
+    lead = layer.offset - cache.position
+    ours = rounding = again = 0.0
+    for position, (original, stored_at) in enumerate(originals):
+        wide = original.astype(mx.float32)
+        exact = rotation.apply(wide, position + lead - stored_at)
+        ours = max(ours, difference(keys[:, :, position : position + 1], exact))
+        rounding = max(rounding, difference(exact.astype(dtype), exact))
+        there = rotation.apply(wide, position - stored_at)
+        again = max(again, difference(repeated[:, :, position : position + 1], there))
+    yield (
+        f"{str(dtype).split('.')[-1]}: ours {ours:.4f}, one rounding {rounding:.4f}; "
+        f"re-rotating what is stored each time: {again:.4f}"
+    )

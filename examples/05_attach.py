@@ -1,0 +1,13 @@
+"""mlx-lm's own functions on an attached model: text that goes on beyond the cache's capacity."""
+
+import mlx_lm
+
+from examples import smollm2
+from mlx_kvcache.plugin import attach
+
+model, tokenizer = smollm2.load()
+prompt = tokenizer.encode("The history of tea begins")
+
+with attach(model, capacity=48, overflow="shift", sinks=4):
+    text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=96)
+print(text)
