@@ -1,0 +1,83 @@
+"""Attention over mixed batches, against one fresh softmax per token."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_kvcache import Batch, CausalOptions, attention
+from mlx_kvcache.cells.rules import Rule, visible
+from tests.kinds import KINDS, add_offsets
+
+HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
+SCALE = DIM**-0.5
+
+
+class Fresh:
+    """Keeps every token of every sequence, and computes one query at a time."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.tokens: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def attend(self, batch: Batch, q, k, v, sinks, later) -> np.ndarray:
+        for index in sorted(range(len(batch)), key=batch.positions.__getitem__):
+            own = self.tokens.setdefault(batch.sequences[index], [])
+            own.append((k[0, :, index], v[0, :, index]))
+        result = np.zeros((1, HEADS, len(batch), VALUE_DIM))
+        for index, (position, sequence) in enumerate(zip(batch.positions, batch.sequences, strict=True)):
+            tokens = self.tokens[sequence]
+            seen = [p for p in range(len(tokens)) if visible(self.rule, position, p, index in later)]
+            for head in range(HEADS):
+                kv = head * KV_HEADS // HEADS
+                scores = [float(q[0, head, index] @ tokens[p][0][kv]) * SCALE for p in seen]
+                if sinks is not None:
+                    scores.append(float(sinks[head]))
+                weights = np.exp(np.array(scores) - max(scores))
+                weights /= weights.sum()
+                for p, weight in zip(seen, weights, strict=False):
+                    result[0, head, index] += weight * tokens[p][1][kv]
+        return result
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_equals_a_fresh_softmax(kind, learned):
+    rng = np.random.default_rng(1)
+    cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
+    cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64)
+    sinks = rng.standard_normal(HEADS).astype(np.float32) if learned else None
+    ends = {0: 0, 3: 0, 7: 0}
+    for step in range(12):
+        tokens = []
+        for sequence in rng.permutation(list(ends))[: rng.integers(1, 4)].tolist():
+            n = int(rng.integers(1, 6))
+            tokens += [(ends[sequence] + i, sequence) for i in range(n)]
+            ends[sequence] += n
+        if step % 2:
+            rng.shuffle(tokens)
+        batch = Batch([p for p, _ in tokens], [s for _, s in tokens])
+        q, k, v = (
+            rng.standard_normal((1, heads, len(batch), dim)).astype(np.float32)
+            for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
+        )
+        later = {int(rng.integers(len(batch)))} if step % 3 == 0 else set()
+        with cache.forward(batch):
+            cache.set_causal(CausalOptions(later))
+            layer = cache.layer(0)
+            learned_sinks = None if sinks is None else mx.array(sinks)
+            ours = attention(mx.array(q), mx.array(k), mx.array(v), layer, scale=SCALE, sinks=learned_sinks)
+        expected = fresh.attend(batch, q, k, v, sinks, later)
+        assert np.abs(np.array(ours) - expected).max() < 1e-5, step
+
+
+def test_on_the_current_layer():
+    cache = KINDS[0].make(None)
+    cache.init(mx.float32)
+    cache.start_forward(Batch([0, 1], [0, 0]))
+    cache.set_layer(2)
+    q, k, v = mx.random.normal((3, 1, 2, 2, 8), key=mx.random.key(1))
+    output = attention(q, k, v, cache, scale=1.0)
+    assert mx.allclose(output[:, :, 0], v[:, :, 0])
+    assert cache.layer(2).get()[0].shape == (1, 2, 2, 8)

@@ -1,0 +1,381 @@
+"""The calls of every kind: their order, their errors, and that they evaluate nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvcache import (
+    Batch,
+    Cache,
+    CacheConfig,
+    CacheError,
+    CacheFullError,
+    CausalCache,
+    CausalOptions,
+    NotSupportedError,
+    slide,
+)
+from tests.caches.data import coded, column, fed
+from tests.kinds import KINDS, Kind, add_offsets
+
+CAUSAL = KINDS[0]
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def cache(kind: Kind):
+    made = kind.make(add_offsets)
+    made.init(mx.float32, max_sequences=2, capacity=16, max_batch=12)
+    return made
+
+
+def causal(shift: Any = add_offsets, room: int = 32, config: CacheConfig | None = None) -> CausalCache:
+    made = CausalCache(shift)
+    if config:
+        made.set_config(config)
+    made.init(mx.float32, capacity=room, max_batch=room)
+    return made
+
+
+def refused(cache: Any, call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """The call raises, says so, and changes nothing."""
+    table = cache._table
+    before = dict(table.sequences), table.live, dict(table.capacity), cache.nbytes
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert type(caught.value) is error
+    assert (dict(table.sequences), table.live, dict(table.capacity), cache.nbytes) == before
+    cache.check()
+
+
+def held(cache: Any) -> dict[int, tuple[int, list[int]]]:
+    """Each sequence's end and the positions that are held of it, wherever they lie."""
+    return {
+        name: (end, [p for span in spans for p in range(span.position, span.end)])
+        for name, (end, spans) in cache._table.sequences.items()
+    }
+
+
+def test_is_a_cache(cache):
+    assert isinstance(cache, Cache)
+
+
+def test_calls_out_of_order(kind):
+    cache = kind.make(None)
+    kv = coded([0])
+    for call in (
+        lambda: cache.start_forward(Batch([0], [0])),
+        lambda: cache.put(*kv),
+        lambda: cache.get(),
+        lambda: cache.layer(0).put(*kv),
+        lambda: cache.set_layer(0),
+        lambda: cache.set_causal(CausalOptions()),
+        lambda: cache.remove(0, 0),
+        lambda: cache.copy_prefix(0, 1, 1),
+        lambda: cache.can_resume(0, 0),
+        lambda: cache.end(0),
+    ):
+        refused(cache, call, CacheError, "init must come first")
+    cache.init(mx.float32)
+    refused(cache, lambda: cache.init(), CacheError, "init was called before")
+    refused(cache, lambda: cache.set_config(CacheConfig()), CacheError, "before init")
+    refused(cache, lambda: cache.put(*kv), CacheError, "start_forward must come first")
+    refused(cache, lambda: cache.get(), CacheError, "start_forward must come first")
+    refused(cache, lambda: cache.set_causal(CausalOptions()), CacheError, "start_forward must come first")
+    cache.start_forward(Batch([0], [0]))
+    refused(cache, lambda: cache.get(), CacheError, "layer 0 has had no put")
+    cache.put(*kv)
+    refused(cache, lambda: cache.layer(3).get(), CacheError, "layer 3 has had no put")
+    cache.get()
+
+
+def test_after_close(cache):
+    fed(cache, [0, 1])
+    with cache as entered:
+        assert entered is cache
+    cache.close()
+    for call in (lambda: cache.end(0), lambda: cache.put(*coded([0])), lambda: cache.init()):
+        with pytest.raises(CacheError, match="closed"):
+            call()
+    assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "sequences", "multimodal", "message"),
+    [
+        ([], [], [], "at least 1 token"),
+        ([0, 1], [0], [], "2 positions but 1 sequences"),
+        ([0, -1], [0, 0], [], r"positions\[1\] is -1"),
+        ([0], [-3], [], r"sequences\[0\] is -3"),
+        ([4, 4], [2, 2], [], r"twice: \(2, 4\)"),
+        ([0], [0], [1], "multimodal index 1 in a batch of 1"),
+    ],
+)
+def test_batches_that_cannot_be(positions, sequences, multimodal, message):
+    with pytest.raises(ValueError, match=message):
+        Batch(positions, sequences, multimodal)
+
+
+def test_positions_must_go_on(cache):
+    fed(cache, [0, 1, 2])
+    for positions, said in (([4], "not 4 to 4"), ([2], "not 2 to 2"), ([3, 5], "not 3 to 5")):
+        batch = Batch(positions, [0] * len(positions))
+        refused(cache, partial(cache.start_forward, batch), ValueError, f"sequence 0 ends at 3.*{said}")
+    refused(cache, lambda: cache.start_forward(Batch.run(0, 3, 13)), ValueError, "13 tokens .*max_batch=12")
+    with pytest.raises(ValueError, match="no run of 0 tokens"):
+        Batch.run(0, 3, 0)
+
+
+def test_numbers_out_of_range(cache):
+    fed(cache, range(4))
+    for call, said in (
+        (lambda: cache.remove(0, -1), "begin must be 0 or more, got -1"),
+        (lambda: cache.remove(0, 3, 2), r"\[3, 2\)"),
+        (lambda: cache.remove(-1, 0), "sequence must be 0 or more"),
+        (lambda: cache.copy_prefix(0, 0, 2), "onto itself"),
+        (lambda: cache.copy_prefix(0, 1, -2), "length must be"),
+        (lambda: cache.can_resume(0, -1), "position must be"),
+        (lambda: cache.set_layer(-1), "layer must be 0 or more, got -1"),
+        (lambda: cache.layer(-2), "layer must be 0 or more, got -2"),
+        (lambda: slide(cache, 0, keep=-1), "keep must be"),
+    ):
+        refused(cache, call, ValueError, said)
+    cache.start_forward(Batch([4], [0]))
+    refused(cache, lambda: cache.set_causal(CausalOptions((1,))), ValueError, "index 1 in a batch of 1")
+
+
+@pytest.mark.parametrize("options", [{"max_sequences": 0}, {"capacity": -1}, {"max_batch": 0}])
+def test_init_out_of_range(options):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        CausalCache().init(**options)
+    with pytest.raises(ValueError, match="float"):
+        CausalCache().init(mx.int32)
+
+
+def test_arrays_that_do_not_fit(cache):
+    fed(cache, [0, 1])
+    keys, values = coded([2, 3])
+    cache.start_forward(Batch([2, 3], [0, 0]))
+    for bad_keys, bad_values in (
+        (keys[:, :, :1], values),
+        (keys, values[:, :, :1]),
+        (mx.repeat(keys, 2, axis=1), values),
+        (mx.repeat(keys, 2, axis=0), values),
+        (keys[..., :1], values),
+        (keys, values[..., :1]),
+        (keys[0], values[0]),
+    ):
+        with pytest.raises(ValueError, match=r"expected \(1, 1, 2, 2\) and \(1, 1, 2, 3\)"):
+            cache.put(bad_keys, bad_values)
+    with pytest.raises(ValueError, match=r"int32, expected floats"):
+        cache.put(keys.astype(mx.int32), values)
+    with pytest.raises(ValueError, match=r"int32, expected floats"):
+        cache.layer(1).put(keys.astype(mx.int32), values)
+    cache.put(keys.astype(mx.float16), values)
+    assert cache.get()[0].dtype == mx.float32
+
+
+def test_full_and_still_usable():
+    cache = causal(room=8)
+    fed(cache, range(3), sequence=0)
+    fed(cache, range(3), sequence=5)
+    with pytest.raises(CacheFullError) as caught:
+        cache.start_forward(Batch.run(0, 3, 3))
+    assert (caught.value.needed, caught.value.free, caught.value.capacity) == (3, 2, 8)
+    assert "3 cells needed, 2 free of a capacity of 8" in str(caught.value)
+    fed(cache, [3, 4], sequence=0)
+    cache.remove(5, 0)
+    keys, _, _ = fed(cache, [5, 6, 7], sequence=0)
+    assert column(keys) == list(range(8))
+
+
+def test_an_exception_takes_the_batch_out_again(cache):
+    fed(cache, range(4))
+    before = held(cache)
+    with pytest.raises(KeyError), cache.forward(Batch([4, 0], [0, 9])):
+        cache.put(*coded([4, 0]))
+        raise KeyError
+    assert held(cache) == before
+    with pytest.raises(CacheError, match="start_forward"):
+        cache.get()
+    fed(cache, [4])
+
+
+def test_later_tokens_until_the_next_forward():
+    cache = causal()
+    cache.start_forward(Batch.run(0, 0, 4))
+    cache.put(*coded(range(4)))
+    assert cache.get()[2] == "causal"
+    cache.set_causal(CausalOptions((1, 2)))
+    mask = cache.get()[2]
+    assert isinstance(mask, mx.array)
+    assert mask.tolist() == [[True, False, False, False], [True] * 4, [True] * 4, [True] * 4]
+    assert fed(cache, [4, 5])[2] == "causal"
+
+
+def test_additive_masks_and_padding():
+    cache = causal(config=CacheConfig(mask_dtype=mx.float16, padding=4))
+    keys, values, mask = fed(cache, range(3))
+    assert isinstance(mask, mx.array)
+    assert mask.dtype == mx.float16
+    hidden = -float("inf")
+    assert mask.tolist() == [[0, hidden, hidden, hidden], [0, 0, hidden, hidden], [0, 0, 0, hidden]]
+    assert column(keys) == [0, 1, 2, 0]
+    assert values.shape == (1, 1, 4, 3)
+    boolean = causal(config=CacheConfig(padding=4))
+    mask = fed(boolean, range(3))[2]
+    assert isinstance(mask, mx.array)
+    assert mask[0].tolist() == [True, False, False, False]
+    assert fed(boolean, [3])[2] is None
+    for bad in ({"padding": 0}, {"mask_dtype": mx.int32}):
+        with pytest.raises(ValueError, match="must be"):
+            CacheConfig(**bad)
+
+
+def test_padding_hides_what_was_not_a_number():
+    """Cells that a removed token filled with NaN must not come back as padding."""
+    cache = causal(config=CacheConfig(padding=8))
+    fed(cache, range(2))
+    cache.start_forward(Batch([2], [0]))
+    cache.put(*(kv * mx.nan for kv in coded([2])))
+    cache.remove(0, 2)
+    keys, values, _ = fed(cache, [2])
+    assert mx.isfinite(keys).all().item()
+    assert mx.isfinite(values).all().item()
+
+
+def test_a_failing_shift_hook_changes_nothing():
+    calls = []
+
+    def failing(layer: int, keys: mx.array, offsets: mx.array) -> mx.array:
+        calls.append((layer, keys.shape, offsets.tolist()))
+        if layer == 1:
+            raise RuntimeError("hook")
+        return keys
+
+    cache = causal(shift=failing)
+    cache.start_forward(Batch.run(0, 0, 6))
+    for layer in (0, 1):
+        cache.layer(layer).put(*coded(range(6)))
+    refused(cache, lambda: cache.remove(0, 1, 3), RuntimeError, "hook")
+    assert calls == [(0, (1, 1, 3, 2), [-2] * 3), (1, (1, 1, 3, 2), [-2] * 3)]
+    wrong = causal(shift=lambda layer, keys, offsets: keys[:, :, 1:])
+    fed(wrong, range(6))
+    refused(wrong, lambda: wrong.remove(0, 1, 3), ValueError, r"\(1, 1, 2, 2\) of keys \(1, 1, 3, 2\)")
+
+
+def test_without_a_hook_only_tails_go():
+    cache = causal(shift=None)
+    fed(cache, range(6))
+    refused(cache, lambda: cache.remove(0, 1, 3), NotSupportedError, r"\[1, 3\) from sequence 0 of length 6")
+    cache.remove(0, 4, 99)
+    cache.remove(0, 2, 2)
+    cache.remove(0, 50, 60)
+    cache.remove(7, 0, 3)
+    assert column(fed(cache, [4])[0]) == [0, 1, 2, 3, 4]
+
+
+def test_moving_shared_cells_needs_room_for_a_copy():
+    cache = causal(room=8)
+    fed(cache, range(6))
+    cache.copy_prefix(0, 1, 6)
+    refused(cache, lambda: cache.remove(1, 1, 3), CacheFullError, "3 cells needed, 2 free of a capacity of 8")
+    cache.remove(1, 5)
+    cache.remove(1, 2, 3)
+    cache.remove(0, 4)
+    assert column(fed(cache, [4], sequence=1)[0]) == [0, 1, 2, 3, 4]
+    assert column(fed(cache, [4], sequence=0)[0]) == [0, 1, 2, 3, 4]
+
+
+def test_sliding_the_context():
+    cache = causal()
+    fed(cache, range(11))
+    assert slide(cache, 0, keep=3) == 4
+    assert column(fed(cache, [7])[0]) == list(range(8))
+    assert slide(cache, 0, keep=2, discard=1) == 1
+    assert slide(cache, 0, keep=20) == 0
+    assert slide(cache, 0, keep=5, discard=50) == 2
+    assert slide(cache, 42) == 0
+    assert cache.end(0) == 5
+
+
+def test_reserving_allocates_the_whole_room_and_stores_nothing():
+    cache = causal(room=4096)
+    fed(cache, range(4))
+    ends, held = cache.end(0), cache.nbytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache.start_forward(Batch.run(0, 0, 2), reserve=True)
+    refused(cache, lambda: cache.get(), CacheError, "layer 0 has had no put")
+    cache.put(*coded(range(2)))
+    assert mx.get_active_memory() - before >= 4096 * (2 + 3) * 4
+    keys, values, mask = cache.get()
+    assert keys.shape == (1, 1, 4096, 2)
+    assert values.shape == (1, 1, 4096, 3)
+    assert isinstance(mask, mx.array)
+    assert mask.shape == (2, 4096)
+    assert (cache.end(0), cache.nbytes) == (ends, held)
+    assert column(fed(cache, [4])[0]) == [0, 1, 2, 3, 4]
+
+
+def test_nothing_is_evaluated(cache):
+    """Inputs of some MB each, and no memory taken for them or for anything made of them."""
+    heads = 1 << 16
+
+    def lazy(dim: int) -> mx.array:
+        return mx.random.normal((1, heads, 4, dim), key=mx.random.key(dim))
+
+    before = mx.get_active_memory()
+    cache.start_forward(Batch.run(0, 0, 4))
+    cache.put(lazy(4), lazy(8))
+    outputs = list(cache.get()[:2])
+    cache.copy_prefix(0, 1, 3)
+    for sequence in (0, 1):
+        cache.remove(sequence, 3)
+    if cache.can_resume(0, 2):
+        cache.remove(0, 1, 2)
+    # A few start indices are made at once.
+    assert mx.get_active_memory() - before < 4096
+    mx.eval(outputs)
+    assert mx.get_active_memory() - before > heads * 4 * 12 * 4 - 1
+
+
+def test_memory_is_taken_as_it_is_needed():
+    cache = CausalCache()
+    cache.init(mx.float32, max_sequences=100, capacity=100_000)
+    fed(cache, range(10))
+    assert cache.nbytes <= 64 * (2 + 3) * 4
+    for sequence in range(1, 40):
+        fed(cache, range(2), sequence=10**9 + sequence)
+    assert cache.nbytes <= 40 * 64 * 5 * 4
+    for sequence in range(1, 40):
+        cache.remove(10**9 + sequence, 0)
+    assert cache.nbytes <= 64 * (2 + 3) * 4
+
+
+def test_slack_is_given_up_under_pressure():
+    cache = causal(room=100)
+    for sequence in range(9):
+        fed(cache, range(11), sequence=sequence)
+    assert cache._table.allocated <= 100
+    fed(cache, [11], sequence=4)
+    assert cache._table.live == 100
+    with pytest.raises(CacheFullError):
+        cache.start_forward(Batch([12], [4]))
+
+
+def test_importing_the_core_does_not_import_mlx_lm():
+    import subprocess
+
+    code = "import sys, mlx_kvcache; assert not any(m.startswith('mlx_lm') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
