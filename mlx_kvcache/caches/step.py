@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..arrays.mask import Mask, array_mask, positions_of
-from ..arrays.store import DenseStore, Form, cells_of, concatenated
+from ..arrays.store import DenseStore, Form, Index, cells_of, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.rules import Rule
@@ -84,6 +84,7 @@ class Step:
         self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
         self._masks: dict[int | None, Mask] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
+        self._plain = self._only_run()
 
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Batch indices of tokens that also see later ones."""
@@ -107,6 +108,27 @@ class Step:
                 else:
                     pair.write(start, take(keys, rows), take(values, rows))
         self._batches[layer] = (keys, values) if self._keeps_batch else None
+
+    def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """`put`, and the history of a step's only part, with little else where that is one run."""
+        buffers = self._store.layers.get(layer)
+        if self._plain is None or buffers is None:
+            self.put(layer, keys, values)
+            return self.history(layer, self.parts[0])
+        segment, start, index = self._plain
+        keys, values = checked(buffers.form, self.n, layer, keys, values)
+        pair = buffers.pair(segment, self._capacity[segment])
+        pair.write(start, keys, values)
+        self._batches[layer] = None
+        return pair.keys[index], pair.values[index]
+
+    def _only_run(self) -> tuple[int, mx.array, Index] | None:
+        """Segment, first new cell and index of the history, where all of it is one run of one sequence."""
+        part = self.parts[0]
+        if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
+            return None
+        [(target, start, rows)], [(segment, _, index)] = part.stores, part.cells
+        return (segment, start, index) if rows is None and target == segment else None
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""

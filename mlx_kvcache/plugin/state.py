@@ -102,8 +102,7 @@ class SequenceState:
         cache = self.pool.cache
         if cache._step is not step:
             raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
-        step.put(layer, keys, values)
-        return step.history(layer, step.parts[0])
+        return step.exchange(layer, keys, values)
 
     def wrote(self) -> None:
         """A layer is done. After the last one, make room early where it cannot be made later."""
