@@ -126,7 +126,8 @@ class DenseStore:
         return Form(keys.shape[1], keys.shape[-1], values.shape[-1], *dtypes)
 
     def open(self, layer: int, form: Form) -> Buffers:
-        """Begin a layer."""
+        """Begin a layer. Layers of the same form share one object for it."""
+        form = next((other.form for other in self.layers.values() if other.form == form), form)
         buffers = self.layers[layer] = Buffers(form)
         return buffers
 

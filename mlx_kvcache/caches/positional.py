@@ -170,7 +170,8 @@ class PositionalCache(PlanningCache):
             capacity = placement.capacity[move.segment]
             self._store.stage_move(staged, move.segment, _cells(move.pieces), capacity)
         self._table.capacity.update(placement.capacity)
-        self._store.adopt(staged)
+        if staged:
+            self._store.adopt(staged)
         self._table.assign(placement.changes)
         if self._table.orphans:
             self._store.drop(self._table.sweep(but=placement.in_use()))

@@ -22,6 +22,8 @@ Rows = slice | mx.array | None
 def rows_of(indices: Sequence[int], n: int) -> Rows:
     """How to take these batch indices out of n tokens."""
     first = indices[0]
+    if n == 1:
+        return None
     if indices[-1] - first == len(indices) - 1 and all(a < b for a, b in pairwise(indices)):
         return None if len(indices) == n else slice(first, first + len(indices))
     return mx.array(tuple(indices))
@@ -85,6 +87,8 @@ class Step:
         self._masks: dict[int | None, Mask] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
         self._plain = self._only_run()
+        self._form: Form | None = None
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Batch indices of tokens that also see later ones."""
@@ -116,7 +120,16 @@ class Step:
             self.put(layer, keys, values)
             return self.history(layer, self.parts[0])
         segment, start, index = self._plain
-        keys, values = checked(buffers.form, self.n, layer, keys, values)
+        form = buffers.form
+        if form is not self._form:
+            self._form = form
+            self._shapes = (1, form.heads, self.n, form.key_dim), (1, form.heads, self.n, form.value_dim)
+        if (
+            (keys.shape, values.shape) != self._shapes
+            or keys.dtype != form.key_dtype
+            or values.dtype != form.value_dtype
+        ):
+            keys, values = checked(form, self.n, layer, keys, values)
         pair = buffers.pair(segment, self._capacity[segment])
         pair.write(start, keys, values)
         self._batches[layer] = None

@@ -67,6 +67,26 @@ class CellTable:
 
     def assign(self, changes: Changes) -> None:
         """Make the changes. The segments in them need a capacity. Cannot fail."""
+        if not self._stretch(changes):
+            self._replace(changes)
+
+    def _stretch(self, changes: Changes) -> bool:
+        """Do what decoding does at every step: one sequence, alone in its segment, gets longer."""
+        if len(changes) != 1:
+            return False
+        [(sequence, new)] = changes.items()
+        old = self[sequence].spans
+        if new is None or not len(old) == len(new.spans) == 1 or old[0].segment != new.spans[0].segment:
+            return False
+        segment, more = old[0].segment, new.spans[0].length - old[0].length
+        if len(self._owners[segment]) > 1:
+            return False
+        self.sequences[sequence] = new
+        self._live[segment] += more
+        self.live += more
+        return True
+
+    def _replace(self, changes: Changes) -> None:
         touched = self._touched(changes)
         for sequence, new in changes.items():
             for span in self[sequence].spans:
