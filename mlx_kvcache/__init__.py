@@ -3,8 +3,13 @@
 from .arrays.rope import rope_shift
 from .attention import attention
 from .batch import Batch, CacheConfig, CausalOptions
-from .caches.base import Cache, slide
 from .caches.causal import CausalCache
+from .caches.chunked import ChunkedAttentionCache
+from .caches.encoder import EncoderCache
+from .caches.interface import Cache, slide
+from .caches.recurrent import RecurrentCache
+from .caches.sliding import SlidingWindowCache
+from .caches.wrapper import WrapperCache
 from .errors import CacheError, CacheFullError, NotSupportedError
 
 __version__ = "0.1.0"
@@ -17,7 +22,12 @@ __all__ = [
     "CacheFullError",
     "CausalCache",
     "CausalOptions",
+    "ChunkedAttentionCache",
+    "EncoderCache",
     "NotSupportedError",
+    "RecurrentCache",
+    "SlidingWindowCache",
+    "WrapperCache",
     "attention",
     "rope_shift",
     "slide",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .caches.base import Layer, PlanningCache
+from .caches.keyvalue import KeyValueCache, Layer
+from .caches.wrapper import WrapperCache
 
 
 def attention(
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: PlanningCache | Layer,
+    keys: mx.array | None,
+    values: mx.array | None,
+    cache: KeyValueCache | WrapperCache | Layer,
     *,
     scale: float,
     sinks: mx.array | None = None,
@@ -20,7 +21,8 @@ def attention(
 
     Args:
         queries: (1, n_heads, n, head_dim) in batch order.
-        keys, values: (1, n_kv_heads, n, head_dim), as for `Cache.put`.
+        keys, values: (1, n_kv_heads, n, head_dim), as for `Cache.put`; both None attend to
+            what has been put before, as layers that share K/V and cross-attention do.
         cache: a cache on its current layer, or the handle `cache.layer(i)`.
         scale: of the scores.
         sinks: (n_heads,) learned attention sinks, or None.
@@ -29,8 +31,13 @@ def attention(
         (1, n_heads, n, value_dim).
 
     Raises:
-        ValueError, CacheError: as `Cache.put`.
+        ValueError, CacheError: as `Cache.put` and `Cache.get`.
+        NotSupportedError: a kind that holds no keys and values.
 
     """
-    layer = cache if isinstance(cache, Layer) else cache.layer(cache._layer)
-    return layer._attend(queries, keys, values, scale, sinks)
+    if not isinstance(cache, Layer):
+        owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache
+        cache = Layer(owner, owner._layer)
+    if keys is not None and values is not None:
+        cache.put(keys, values)
+    return cache.cache._attend(cache.index, queries, scale, sinks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -86,6 +86,17 @@ class Batch:
             {sequence: tuple(sorted(rows, key=by_position)) for sequence, rows in found.items()}
         )
 
+    def check_continues(self, end_of: Callable[[int], int]) -> None:
+        """Raise ValueError unless each sequence's positions go on where `end_of` says that it ends."""
+        for sequence, rows in self.rows.items():
+            end = end_of(sequence)
+            first, last = self.positions[rows[0]], self.positions[rows[-1]]
+            if first != end or last != end + len(rows) - 1:
+                raise ValueError(
+                    f"sequence {sequence} ends at {end}, so {len(rows)} tokens continue it at positions "
+                    f"{end} to {end + len(rows) - 1}, not {first} to {last}"
+                )
+
     def _first_twice(self) -> tuple[int, int]:
         seen: set[tuple[int, int]] = set()
         for pair in zip(self.sequences, self.positions, strict=True):
@@ -109,6 +120,12 @@ class CausalOptions:
 
     def __init__(self, except_: Iterable[int] = ()) -> None:
         self.__dict__["except_"] = _whole("except_", except_)
+
+    def check(self, n: int) -> None:
+        """Raise ValueError unless all indices lie in a batch of n tokens."""
+        for index in self.except_:
+            if index >= n:
+                raise ValueError(f"except_ names batch index {index} in a batch of {n} tokens")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every kind of cache that holds K and V by position, as the oracle knows it. A new kind is one entry."""
+"""Every kind of cache that holds K and V by position, alone and wrapped. A new kind is one entry."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvcache import CausalCache
-from mlx_kvcache.caches.chunked import ChunkedAttentionCache
-from mlx_kvcache.caches.positional import PositionalCache, Shift
-from mlx_kvcache.caches.sliding import SlidingWindowCache
+from mlx_kvcache import CausalCache, ChunkedAttentionCache, SlidingWindowCache, WrapperCache
+from mlx_kvcache.caches.base import PlanningCache
+from mlx_kvcache.caches.positional import Shift
 from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window
 
 
 @dataclass(frozen=True)
 class Kind:
+    """How to make a cache, and the (rule, rewind) of each of its children; one if it is no wrapper."""
+
     name: str
-    make: Callable[[Shift | None], PositionalCache]
-    rule: Rule
-    rewind: int = 0
+    make: Callable[[Shift | None], PlanningCache]
+    children: tuple[tuple[Rule, int], ...]
+
+    @property
+    def rule(self) -> Rule:
+        return self.children[0][0]
 
     def __str__(self) -> str:
         return self.name
@@ -34,19 +38,30 @@ def _window(size: int, rewind: int, sinks: int = 0) -> Kind:
     return Kind(
         f"window{size}r{rewind}s{sinks}",
         lambda shift: SlidingWindowCache(size, rewind, sinks, shift),
-        Window(size, sinks),
-        rewind,
+        ((Window(size, sinks), rewind),),
     )
 
 
 def _chunk(size: int, rewind: int) -> Kind:
     return Kind(
-        f"chunk{size}r{rewind}", lambda shift: ChunkedAttentionCache(size, rewind, shift), Chunk(size), rewind
+        f"chunk{size}r{rewind}",
+        lambda shift: ChunkedAttentionCache(size, rewind, shift),
+        ((Chunk(size), rewind),),
     )
 
 
-KINDS = [
-    Kind("causal", CausalCache, Causal()),
+def _wrapped(*kinds: Kind) -> Kind:
+    return Kind(
+        "+".join(map(str, kinds)),
+        lambda shift: WrapperCache(*(kind.make(shift) for kind in kinds)),
+        tuple(child for kind in kinds for child in kind.children),
+    )
+
+
+CAUSAL = Kind("causal", CausalCache, ((Causal(), 0),))
+
+SINGLE_KINDS = [
+    CAUSAL,
     _window(1, 0),
     _window(4, 1),
     _window(5, 3, sinks=2),
@@ -54,4 +69,10 @@ KINDS = [
     _chunk(1, 1),
     _chunk(4, 0),
     _chunk(6, 3),
+]
+
+KINDS = [
+    *SINGLE_KINDS,
+    _wrapped(_window(4, 2), CAUSAL),
+    _wrapped(_chunk(6, 3), _window(3, 3), CAUSAL, _window(6, 2, sinks=2)),
 ]

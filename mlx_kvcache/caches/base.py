@@ -1,4 +1,4 @@
-"""The interface of every kind, and the part of it that does not depend on the kind."""
+"""The order of calls, which is the same for every kind, and how plans are made and committed."""
 
 from __future__ import annotations
 
@@ -6,83 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import mlx.core as mx
 
-from ..arrays.mask import Mask
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
-
-History = tuple[mx.array, mx.array, Mask]
-"""Keys and values (1, n_kv_heads, S, head_dim), and who of the n tokens sees which of the S."""
+from .interface import check_numbers, check_range
+from .plan import Plan
 
 Self = TypeVar("Self", bound="PlanningCache")
 
 
-@runtime_checkable
-class Cache(Protocol):
-    """What a model needs of a cache, and what an application does with one.
-
-    A forward pass is `start_forward`, then for each layer `put` and `get`. Nothing evaluates
-    an array, except `put` after `start_forward(reserve=True)`. After any error the cache is
-    as it was before the call.
-    """
-
-    def set_config(self, config: CacheConfig) -> None: ...
-    def init(
-        self, dtype: mx.Dtype = ..., max_sequences: int = ..., capacity: int = ..., max_batch: int = ...
-    ) -> None: ...
-    def start_forward(self, batch: Batch, reserve: bool = False) -> None: ...
-    def set_causal(self, options: CausalOptions) -> None: ...
-    def set_layer(self, layer: int) -> None: ...
-    def put(self, keys: mx.array, values: mx.array) -> None: ...
-    def get(self) -> History: ...
-    def layer(self, layer: int) -> Layer: ...
-    def copy_prefix(self, src: int, dst: int, length: int) -> None: ...
-    def can_resume(self, sequence: int, position: int) -> bool: ...
-    def remove(self, sequence: int, begin: int, end: int | None = None) -> None: ...
-    def end(self, sequence: int) -> int: ...
-    def close(self) -> None: ...
-
-
-class Plan(ABC):
-    """A change that has been computed whole. Neither method can fail."""
-
-    @abstractmethod
-    def commit(self) -> None:
-        """Make the change."""
-
-    def undo(self) -> None:
-        """Put the bookkeeping back as it was before `commit`; only plans of steps can."""
-        raise NotImplementedError
-
-
-class Layer:
-    """One model layer of a cache: `put` and `get` without the mode that `set_layer` sets."""
-
-    __slots__ = ("cache", "index")
-
-    def __init__(self, cache: PlanningCache, index: int) -> None:
-        self.cache = cache
-        self.index = index
-
-    def put(self, keys: mx.array, values: mx.array) -> None:
-        """As `Cache.put`, for this layer."""
-        self.cache._put(self.index, keys, values)
-
-    def get(self) -> History:
-        """As `Cache.get`, for this layer."""
-        return self.cache._get(self.index)
-
-    def _attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
-    ) -> mx.array:
-        return self.cache._attend(self.index, queries, keys, values, scale, sinks)
-
-
 class PlanningCache(ABC):
-    """The order of calls, and how plans are made and committed.
+    """Sequences that batches of tokens join and leave.
 
     A kind supplies the methods below that start with an underscore. `WrapperCache` calls
     the `_plan_...` methods of all its children before it commits any of their plans.
@@ -108,25 +45,16 @@ class PlanningCache(ABC):
     @abstractmethod
     def _set_causal(self, options: CausalOptions) -> None: ...
     @abstractmethod
-    def _put(self, layer: int, keys: mx.array, values: mx.array) -> None: ...
-    @abstractmethod
-    def _get(self, layer: int) -> History: ...
-    @abstractmethod
-    def _attend(
-        self,
-        layer: int,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array: ...
-    @abstractmethod
     def _can_resume(self, sequence: int, position: int) -> bool: ...
     @abstractmethod
     def _end(self, sequence: int) -> int: ...
     @abstractmethod
     def _close(self) -> None: ...
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all arrays that are held, what is unused in them included."""
+
     @abstractmethod
     def check(self) -> None:
         """Assert this cache's invariants; for tests."""
@@ -180,9 +108,10 @@ class PlanningCache(ABC):
         self._ready = True
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
-        """Take the batch's tokens into their sequences; their K and V follow by `put`.
+        """Take the batch's tokens into their sequences; what belongs to them follows by `put`.
 
         Args:
+            batch: the tokens.
             reserve: check no room and change no bookkeeping. Until the next call each `put`
                 allocates and evaluates its layer's whole room without storing, and `get`
                 returns the worst case's shapes.
@@ -220,43 +149,17 @@ class PlanningCache(ABC):
     def set_layer(self, layer: int) -> None:
         """Choose the model layer for `put` and `get`. Raises ValueError below 0."""
         self._check_ready()
-        self._layer = self._checked_layer(layer)
-
-    def layer(self, layer: int) -> Layer:
-        """A handle on one model layer. Raises ValueError below 0."""
-        return Layer(self, self._checked_layer(layer))
-
-    def put(self, keys: mx.array, values: mx.array) -> None:
-        """Store the batch's keys and values, each (1, n_kv_heads, n, head_dim), in batch order.
-
-        Raises:
-            ValueError: a shape that does not fit the batch or the layer, or no float type.
-            CacheError: no batch has been started.
-
-        """
-        self._put(self._layer, keys, values)
-
-    def get(self) -> History:
-        """History for this layer, the batch included: keys, values and mask.
-
-        Keys and values are (1, n_kv_heads, S, head_dim). The mask is None (all n tokens see
-        all of S), "causal" (as `mx.fast.scaled_dot_product_attention` means it), or (n, S).
-
-        Raises:
-            CacheError: before this layer's `put`.
-
-        """
-        return self._get(self._layer)
+        self._layer = checked_layer(layer)
 
     def copy_prefix(self, src: int, dst: int, length: int) -> None:
-        """Empty `dst` and let it share the positions of `src` below `length`. Copies no K or V.
+        """Empty `dst` and let it share the positions of `src` below `length`. Copies no array.
 
         Raises:
             ValueError: a negative number, or `src` and `dst` the same.
 
         """
         self._check_ready()
-        _check_numbers(src=src, dst=dst, length=length)
+        check_numbers(src=src, dst=dst, length=length)
         if src == dst:
             raise ValueError(f"cannot copy sequence {src} onto itself")
         self._plan_copy(src, dst, length).commit()
@@ -269,11 +172,11 @@ class PlanningCache(ABC):
 
         """
         self._check_ready()
-        _check_numbers(sequence=sequence, position=position)
+        check_numbers(sequence=sequence, position=position)
         return self._can_resume(sequence, position)
 
     def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
-        """Take out the positions [begin, end), or all from `begin` on, which never fails.
+        """Take out the positions [begin, end), or all from `begin` on, which K/V never refuse.
 
         Later tokens move down by end - begin, and their keys are re-based by the shift hook.
         An unknown sequence or an empty range is no error.
@@ -286,7 +189,7 @@ class PlanningCache(ABC):
 
         """
         self._check_ready()
-        _check_range(sequence, begin, end)
+        check_range(sequence, begin, end)
         self._plan_remove(sequence, begin, end).commit()
 
     def end(self, sequence: int) -> int:
@@ -317,10 +220,10 @@ class PlanningCache(ABC):
         plan.commit()
         return plan
 
-    def _checked_layer(self, layer: int) -> int:
-        if layer < 0:
-            raise ValueError(f"layer must be 0 or more, got {layer}")
-        return layer
+    def _no_batch(self) -> CacheError:
+        """What to raise where a batch is needed and there is none."""
+        self._check_ready()
+        return CacheError("start_forward must come first")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -332,38 +235,8 @@ class PlanningCache(ABC):
             raise CacheError("init must come first")
 
 
-def _check_numbers(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
-
-
-def _check_range(sequence: int, begin: int, end: int | None) -> None:
-    _check_numbers(sequence=sequence, begin=begin)
-    if end is not None and end < begin:
-        raise ValueError(f"cannot remove [{begin}, {end}): it ends before it begins")
-
-
-def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None) -> int:
-    """Shift the context: drop tokens after the first `keep`, and re-base the rest.
-
-    Args:
-        discard: how many; None drops the older half of those after `keep`.
-
-    Returns:
-        How many tokens were dropped.
-
-    Raises:
-        ValueError: a negative number.
-        NotSupportedError, CacheFullError: as `Cache.remove`.
-
-    """
-    _check_numbers(sequence=sequence, keep=keep, discard=discard or 0)
-    end = cache.end(sequence)
-    if discard is None:
-        discard = max(0, end - keep) // 2
-    stop = min(keep + discard, end)
-    if stop <= keep:
-        return 0
-    cache.remove(sequence, keep, stop)
-    return stop - keep
+def checked_layer(layer: int) -> int:
+    """The layer itself. Raises ValueError below 0."""
+    if layer < 0:
+        raise ValueError(f"layer must be 0 or more, got {layer}")
+    return layer

@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..arrays.mask import Mask
 from ..arrays.store import Cells, DenseStore, Rebase, Staged, cells_of
 from ..batch import Batch, CausalOptions
-from ..cells.placement import Placement, allocated_after, check_batch, compact, place
+from ..cells.placement import Placement, allocated_after, compact, place
 from ..cells.removal import Removal, drop_tail, remove_range
 from ..cells.rules import Rule
 from ..cells.spans import Sequence, Spans, clip, resumable
 from ..cells.table import CellTable
-from ..errors import CacheError, NotSupportedError
-from .base import Plan, PlanningCache
+from ..errors import NotSupportedError
+from .interface import History
+from .keyvalue import KeyValueCache
+from .plan import Plan
 from .reserve import Reservation
 from .step import Step, take
 
@@ -23,7 +24,7 @@ Shift = Callable[[int, mx.array, mx.array], mx.array]
 """(layer, keys (1, n_kv_heads, m, head_dim), offsets (m,) int32) -> keys at positions + offsets."""
 
 
-class PositionalCache(PlanningCache):
+class PositionalCache(KeyValueCache):
     """K and V of the tokens that a rule lets later tokens see.
 
     Args:
@@ -61,7 +62,7 @@ class PositionalCache(PlanningCache):
         self._step = None
 
     def _plan_forward(self, batch: Batch) -> StepPlan:
-        check_batch(self._table, batch.rows, batch.positions)
+        batch.check_continues(self._end)
         return StepPlan(self, batch, place(self._table, batch.rows, self._rule, self._rewind))
 
     def _plan_reserve(self, batch: Batch) -> Plan:
@@ -110,31 +111,24 @@ class PositionalCache(PlanningCache):
 
     def _set_causal(self, options: CausalOptions) -> None:
         step = self._current()
+        options.check(step.n)
         if isinstance(step, Step):
             step.set_later(options.except_)
 
     def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         self._current().put(layer, keys, values)
 
-    def _get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
+    def _get(self, layer: int) -> History:
         return self._current().get(layer)
 
-    def _attend(
-        self,
-        layer: int,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def _attend(self, layer: int, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """One SDPA for each sequence, on its own history."""
         step = self._current()
-        step.put(layer, keys, values)
         sdpa = mx.fast.scaled_dot_product_attention
         if isinstance(step, Reservation):
             keys, values, mask = step.get(layer)
             return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        step.check_put(layer)
         outputs = []
         for part in step.parts:
             keys, values = step.history(layer, part)
@@ -156,8 +150,7 @@ class PositionalCache(PlanningCache):
 
     def _current(self) -> Step | Reservation:
         if self._step is None:
-            self._check_ready()
-            raise CacheError("start_forward must come first")
+            raise self._no_batch()
         return self._step
 
     def _compact(self) -> None:

@@ -92,9 +92,6 @@ class Step:
 
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Batch indices of tokens that also see later ones."""
-        for index in indices:
-            if index >= self.n:
-                raise ValueError(f"except_ names batch index {index} in a batch of {self.n} tokens")
         self._later = frozenset(indices)
         self._masks.clear()
 

@@ -70,18 +70,6 @@ class Placement:
         return {span.segment for span in spans}
 
 
-def check_batch(table: CellTable, rows: Mapping[int, tuple[int, ...]], positions: tuple[int, ...]) -> None:
-    """Raise ValueError unless each sequence's positions go on where it ends."""
-    for sequence, own in rows.items():
-        end = table[sequence].end
-        first, last = positions[own[0]], positions[own[-1]]
-        if first != end or last != end + len(own) - 1:
-            raise ValueError(
-                f"sequence {sequence} ends at {end}, so {len(own)} tokens continue it at positions "
-                f"{end} to {end + len(own) - 1}, not {first} to {last} "
-            )
-
-
 def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int) -> Placement:
     """Plan a step: rows[sequence] are the batch indices of its next tokens.
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..arrays.store import Rebase
 from ..batch import Batch
-from ..caches.base import Plan
+from ..caches.plan import Plan
 from ..caches.step import Part, Step
 from ..cells.removal import rebase_all, remove_range
 from ..cells.rules import Causal

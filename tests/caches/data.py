@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import mlx.core as mx
 
 from mlx_kvcache import Batch
-from mlx_kvcache.caches.base import History, PlanningCache
+from mlx_kvcache.caches.interface import History
+from mlx_kvcache.caches.keyvalue import KeyValueCache
 
 
 def coded(
@@ -19,7 +20,7 @@ def coded(
     return mx.broadcast_to(column, shapes[0]), mx.broadcast_to(-column, shapes[1])
 
 
-def fed(cache: PlanningCache, positions: Iterable[int], sequence: int = 0, layer: int = 0) -> History:
+def fed(cache: KeyValueCache, positions: Iterable[int], sequence: int = 0, layer: int = 0) -> History:
     """One forward of one sequence; returns what `get` does."""
     batch = Batch(positions, [sequence] * len(list(positions)))
     with cache.forward(batch):

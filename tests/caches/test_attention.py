@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvcache import Batch, CausalOptions, attention
+from mlx_kvcache import Batch, CausalCache, CausalOptions, attention
 from mlx_kvcache.cells.rules import Rule, visible
-from tests.kinds import KINDS, add_offsets
+from tests.kinds import SINGLE_KINDS, add_offsets
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 SCALE = DIM**-0.5
@@ -42,7 +42,7 @@ class Fresh:
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
 def test_equals_a_fresh_softmax(kind, learned):
     rng = np.random.default_rng(1)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
@@ -73,7 +73,7 @@ def test_equals_a_fresh_softmax(kind, learned):
 
 
 def test_on_the_current_layer():
-    cache = KINDS[0].make(None)
+    cache = CausalCache()
     cache.init(mx.float32)
     cache.start_forward(Batch([0, 1], [0, 0]))
     cache.set_layer(2)

@@ -22,12 +22,10 @@ from mlx_kvcache import (
     slide,
 )
 from tests.caches.data import coded, column, fed
-from tests.kinds import KINDS, Kind, add_offsets
-
-CAUSAL = KINDS[0]
+from tests.kinds import SINGLE_KINDS, Kind, add_offsets
 
 
-@pytest.fixture(params=KINDS, ids=str)
+@pytest.fixture(params=SINGLE_KINDS, ids=str)
 def kind(request):
     return request.param
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from random import Random
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from mlx_kvcache import Batch, CacheError, CausalOptions
-from mlx_kvcache.cells.table import CellTable
 from tests.kinds import KINDS, Kind, add_offsets
 from tests.oracle import Oracle
 
@@ -25,10 +25,6 @@ LAYERS = 2
 
 class Planted(Exception):
     """Thrown inside a forward."""
-
-
-def state_of(table: CellTable) -> object:
-    return dict(table.sequences), table.live
 
 
 def outcome(call) -> tuple[object, type[CacheError] | None]:
@@ -67,9 +63,10 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.serial = 0
-        self.cache = self.kind.make(add_offsets)
+        self.cache: Any = self.kind.make(add_offsets)
         self.cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16)
-        self.oracle = Oracle(self.kind.rule, self.kind.rewind, 36, shifts=True)
+        self.children = getattr(self.cache, "_children", [self.cache])
+        self.oracles = [Oracle(rule, rewind, 36, shifts=True) for rule, rewind in self.kind.children]
 
     @rule(seed=st.integers(0, 2**32))
     def step(self, seed: int) -> None:
@@ -82,16 +79,16 @@ class Machine(RuleBasedStateMachine):
         longest = random.choice([1, 1, 4, 12])
         tokens = []
         for sequence in chosen:
-            end = self.oracle.end(sequence)
+            end = self.oracles[0].end(sequence)
             tokens += [(end + i, sequence) for i in range(random.randint(1, longest))]
         if random.random() < 0.5:
             random.shuffle(tokens)
-        batch = Batch([p for p, _ in tokens[:16]], [s for _, s in tokens[:16]])
-        if len(tokens) > 16:
-            before = state_of(self.cache._table)
-            with pytest.raises(ValueError):
-                self.cache.start_forward(Batch([p for p, _ in tokens], [s for _, s in tokens]))
-            assert state_of(self.cache._table) == before
+        batch = Batch([p for p, _ in tokens], [s for _, s in tokens])
+        if len(batch) > 16:
+            before = self.bookkeeping()
+            with pytest.raises(ValueError, match="max_batch"):
+                self.cache.start_forward(batch)
+            assert self.bookkeeping() == before
             return
         later = (
             set(random.sample(range(len(batch)), random.randint(0, len(batch))))
@@ -100,74 +97,96 @@ class Machine(RuleBasedStateMachine):
         )
         values = [self.serial + i for i in range(len(batch))]
         self.serial += len(batch)
-        before = state_of(self.cache._table)
-        expected, error = None, None
         fails = random.random() < 0.15
-        streams = dict(self.oracle.streams)
-        expected, error = outcome(lambda: self.oracle.forward(batch, values, later))
-        _, raised = outcome(lambda: self._forward(batch, values, later, expected, fails))
+        before = self.bookkeeping()
+        streams = [dict(oracle.streams) for oracle in self.oracles]
+        expected, error = self.of_all(lambda oracle: oracle.forward(batch, values, later))
+        _, raised = outcome(lambda: self.run(batch, values, later, expected, fails))
         assert raised == error, (batch, raised, error)
-        if fails or error:
-            assert state_of(self.cache._table) == before or fails
-            self.oracle.streams = streams
+        if error:
+            assert self.bookkeeping() == before
+        if fails:
+            for oracle, old in zip(self.oracles, streams, strict=True):
+                oracle.streams = old
 
-    def _forward(self, batch, values, later, expected, fails):
+    def run(self, batch, values, later, expected, fails):
+        """A forward with two layers for each child, or one that fails half-way."""
         try:
             with self.cache.forward(batch):
-                if later:
-                    self.cache.set_causal(CausalOptions(tuple(later)))
-                for layer in range(LAYERS):
-                    k = mx.array(batch.positions, mx.float32)[None, None, :, None]
-                    v = mx.array(values, mx.float32)[None, None, :, None] + layer * 0.25
-                    handle = self.cache.layer(layer)
-                    handle.put(mx.broadcast_to(k, (1, 1, len(batch), 2)), v)
-                    if fails:
-                        raise Planted
-                    keys, got, mask = handle.get()
-                    assert seen_sets(keys, got - layer * 0.25, mask, len(batch)) == expected
+                for index, sets in enumerate(expected or [None]):
+                    if len(self.children) > 1:
+                        self.cache.set_layer_type(index)
+                    if later:
+                        self.cache.set_causal(CausalOptions(later))
+                    for layer in range(LAYERS):
+                        k = mx.array(batch.positions, mx.float32)[None, None, :, None]
+                        v = mx.array(values, mx.float32)[None, None, :, None] + layer * 0.25
+                        handle = self.cache.layer(layer)
+                        handle.put(mx.broadcast_to(k, (1, 1, len(batch), 2)), v)
+                        if fails:
+                            raise Planted
+                        keys, got, mask = handle.get()
+                        assert seen_sets(keys, got - layer * 0.25, mask, len(batch)) == sets
         except Planted:
             pass
 
     def remove(self, random: Random) -> None:
         sequence = random.randrange(SEQUENCES)
-        end = self.oracle.end(sequence)
+        end = self.oracles[0].end(sequence)
         begin = max(0, end - random.randint(0, 4)) if random.random() < 0.5 else random.randint(0, end + 1)
         stop = None if random.random() < 0.4 else begin + random.choice([0, 1, 2, 5, 100])
-        before = state_of(self.cache._table)
-        _, error = outcome(lambda: self.oracle.remove(sequence, begin, stop))
+        before = self.bookkeeping()
+        _, error = self.of_all(lambda oracle: oracle.remove(sequence, begin, stop))
         _, raised = outcome(lambda: self.cache.remove(sequence, begin, stop))
         assert raised == error, (sequence, begin, stop)
         if error:
-            assert state_of(self.cache._table) == before
+            assert self.bookkeeping() == before
 
     def copy_prefix(self, random: Random) -> None:
         src, dst = random.sample(range(SEQUENCES), 2)
-        length = random.randint(0, self.oracle.end(src) + 2)
+        length = random.randint(0, self.oracles[0].end(src) + 2)
         arrays = self.cache.nbytes
-        self.oracle.copy_prefix(src, dst, length)
+        self.of_all(lambda oracle: oracle.copy_prefix(src, dst, length))
         self.cache.copy_prefix(src, dst, length)
         assert self.cache.nbytes <= arrays
 
     def reserve(self, random: Random) -> None:
         n = random.randint(1, 16)
-        before = state_of(self.cache._table)
-        self.cache.start_forward(Batch(range(n), [0] * n), reserve=True)
+        before = self.bookkeeping()
+        self.cache.start_forward(Batch.run(0, 0, n), reserve=True)
         self.cache.put(mx.zeros((1, 1, n, 2)), mx.zeros((1, 1, n, 1)))
         keys, _, mask = self.cache.get()
-        assert (
-            mx.isfinite(keys).all().item() and isinstance(mask, mx.array) and mask.shape == (n, keys.shape[2])
-        )
-        assert state_of(self.cache._table) == before
+        assert mx.isfinite(keys).all().item()
+        assert isinstance(mask, mx.array)
+        assert mask.shape == (n, keys.shape[2])
+        assert self.bookkeeping() == before
+
+    def bookkeeping(self) -> list[object]:
+        return [(dict(child._table.sequences), child._table.live) for child in self.children]
+
+    def of_all(self, call):
+        """The call on every oracle, or on none and the first error."""
+        streams = [dict(oracle.streams) for oracle in self.oracles]
+        results = []
+        for oracle in self.oracles:
+            result, error = outcome(lambda oracle=oracle: call(oracle))
+            if error:
+                for each, old in zip(self.oracles, streams, strict=True):
+                    each.streams = old
+                return None, error
+            results.append(result)
+        return results, None
 
     @invariant()
     def agrees(self) -> None:
         self.cache.check()
-        assert self.cache._table.live == self.oracle.live()
+        for child, oracle in zip(self.children, self.oracles, strict=True):
+            assert child._table.live == oracle.live()
         for sequence in range(SEQUENCES):
-            end = self.oracle.end(sequence)
+            end = self.oracles[0].end(sequence)
             assert self.cache.end(sequence) == end
-            for position in range(end + 2):
-                expected = self.oracle.can_resume(sequence, position)
+            for position in (0, *range(max(1, end - 12), end + 2)):
+                expected = all(oracle.can_resume(sequence, position) for oracle in self.oracles)
                 assert self.cache.can_resume(sequence, position) == expected, (sequence, position)
 
 

@@ -1,0 +1,140 @@
+"""What cross-attention looks at: the output of an encoder, one for each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..batch import Batch, CausalOptions
+from ..errors import CacheError
+from .interface import History
+from .keyvalue import KeyValueCache
+from .plan import Plan
+from .streams import StreamCache, StreamPlan
+
+
+class Entry(NamedTuple):
+    """An encoder's output, by layer, and the position of the token that carries its input."""
+
+    position: int
+    layers: Mapping[int, tuple[mx.array, mx.array]]
+
+
+class Stream(NamedTuple):
+    """A sequence: the position after its last token, and what it looks at."""
+
+    end: int
+    entry: Entry | None
+
+
+class EncoderCache(StreamCache[Stream], KeyValueCache):
+    """Holds K and V of any shapes and dtypes, as they were put, until their token is removed.
+
+    `put` and `get` need a batch of one sequence. `put` is called when there is a new input,
+    `get` in any batch; what is put belongs to the last token of `Batch.multimodal`, or to the
+    first of the batch if there is none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scratch: dict[int, tuple[mx.array, mx.array]] | None = None
+        self._fresh = False
+
+    @property
+    def encoder_cached(self) -> bool:
+        """Whether every sequence of the batch has something to look at; without a batch, whether any has."""
+        if self._batch is None:
+            return any(stream.entry for stream in self._streams.values())
+        streams = (self._streams.get(sequence) for sequence in self._batch.rows)
+        return all(stream is not None and stream.entry is not None for stream in streams)
+
+    @property
+    def nbytes(self) -> int:
+        entries = (stream.entry for stream in self._streams.values() if stream.entry)
+        pairs = (array for entry in entries for pair in entry.layers.values() for array in pair)
+        return sum({id(array): array.nbytes for array in pairs}.values())
+
+    def check(self) -> None:
+        for end, entry in self._streams.values():
+            assert end > 0
+            assert entry is None or 0 <= entry.position < end
+
+    def _begin_step(self, batch: Batch | None, reserve: bool) -> None:
+        self._scratch = {} if reserve else None
+        self._fresh = False
+
+    def _plan_forward(self, batch: Batch) -> Plan:
+        batch.check_continues(self._end)
+        changes: dict[int, Stream | None] = {}
+        for sequence, rows in batch.rows.items():
+            old = self._streams.get(sequence)
+            changes[sequence] = Stream(batch.positions[rows[-1]] + 1, old.entry if old else None)
+        return StreamPlan(self, changes, batch)
+
+    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+        old = self._streams.get(sequence)
+        stop = 0 if old is None else old.end if end is None else min(end, old.end)
+        if old is None or begin >= stop:
+            return StreamPlan(self, {})
+        entry = old.entry
+        if entry and begin <= entry.position < stop:
+            entry = None
+        elif entry and entry.position >= stop:
+            entry = entry._replace(position=entry.position - (stop - begin))
+        left = old.end - (stop - begin)
+        return StreamPlan(self, {sequence: Stream(left, entry) if left else None})
+
+    def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
+        source = self._streams.get(src)
+        end = min(length, source.end) if source else 0
+        if source is None or not end:
+            return StreamPlan(self, {dst: None})
+        entry = source.entry if source.entry and source.entry.position < end else None
+        return StreamPlan(self, {dst: Stream(end, entry)})
+
+    def _set_causal(self, options: CausalOptions) -> None:
+        """Everything is visible anyway."""
+        if self._batch is None:
+            raise self._no_batch()
+        options.check(len(self._batch))
+
+    def _can_resume(self, sequence: int, position: int) -> bool:
+        return True
+
+    def _only_sequence(self) -> int:
+        if self._batch is None:
+            raise self._no_batch()
+        if len(self._batch.rows) > 1:
+            raise CacheError(f"put and get need a batch of one sequence, this has {len(self._batch.rows)}")
+        return next(iter(self._batch.rows))
+
+    def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        sequence = self._only_sequence()
+        assert self._batch is not None
+        if self._scratch is not None:
+            self._scratch[layer] = mx.zeros_like(keys), mx.zeros_like(values)
+            mx.eval(self._scratch[layer])
+            return
+        end, entry = self._streams[sequence]
+        # The first put of a batch is a new input; it takes the place of all layers of the last.
+        known = entry.layers if entry and self._fresh else {}
+        at = self._batch.multimodal or self._batch.rows[sequence]
+        position = self._batch.positions[at[-1] if self._batch.multimodal else at[0]]
+        self._streams[sequence] = Stream(end, Entry(position, {**known, layer: (keys, values)}))
+        self._fresh = True
+
+    def _get(self, layer: int) -> History:
+        sequence = self._only_sequence()
+        entry = self._streams[sequence].entry if sequence in self._streams else None
+        held = entry.layers if entry else {}
+        if self._scratch is not None:
+            held = {**held, **self._scratch}
+        if layer not in held:
+            raise CacheError(f"sequence {sequence} has no encoder output in layer {layer}")
+        return *held[layer], None
+
+    def _attend(self, layer: int, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        keys, values, _ = self._get(layer)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)

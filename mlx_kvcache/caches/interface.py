@@ -1,0 +1,78 @@
+"""What a model and an application see of every kind."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import mlx.core as mx
+
+from ..arrays.mask import Mask
+from ..batch import Batch, CacheConfig, CausalOptions
+
+History = tuple[mx.array, mx.array, Mask]
+"""Keys and values (1, n_kv_heads, S, head_dim), and who of the n tokens sees which of the S."""
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What a model needs of a cache, and what an application does with one.
+
+    A forward pass is `start_forward`, then for each layer `put` and `get`. Nothing evaluates
+    an array, except `put` after `start_forward(reserve=True)`. After any error the cache is
+    as it was before the call.
+    """
+
+    def set_config(self, config: CacheConfig) -> None: ...
+    def init(
+        self, dtype: mx.Dtype = ..., max_sequences: int = ..., capacity: int = ..., max_batch: int = ...
+    ) -> None: ...
+    def start_forward(self, batch: Batch, reserve: bool = False) -> None: ...
+    def set_causal(self, options: CausalOptions) -> None: ...
+    def set_layer(self, layer: int) -> None: ...
+    def put(self, keys: mx.array, values: mx.array) -> None: ...
+    def get(self) -> Any: ...
+    def layer(self, layer: int) -> Any: ...
+    def copy_prefix(self, src: int, dst: int, length: int) -> None: ...
+    def can_resume(self, sequence: int, position: int) -> bool: ...
+    def remove(self, sequence: int, begin: int, end: int | None = None) -> None: ...
+    def end(self, sequence: int) -> int: ...
+    def close(self) -> None: ...
+
+
+def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None) -> int:
+    """Shift the context: drop tokens after the first `keep`, and re-base the rest.
+
+    Args:
+        discard: how many; None drops the older half of those after `keep`.
+
+    Returns:
+        How many tokens were dropped.
+
+    Raises:
+        ValueError: a negative number.
+        NotSupportedError, CacheFullError: as `Cache.remove`.
+
+    """
+    check_numbers(sequence=sequence, keep=keep, discard=discard or 0)
+    end = cache.end(sequence)
+    if discard is None:
+        discard = max(0, end - keep) // 2
+    stop = min(keep + discard, end)
+    if stop <= keep:
+        return 0
+    cache.remove(sequence, keep, stop)
+    return stop - keep
+
+
+def check_numbers(**numbers: int) -> None:
+    """Raise ValueError that names the first negative one."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
+
+
+def check_range(sequence: int, begin: int, end: int | None) -> None:
+    """Raise ValueError unless [begin, end) can be a range of positions; None is the end."""
+    check_numbers(sequence=sequence, begin=begin)
+    if end is not None and end < begin:
+        raise ValueError(f"cannot remove [{begin}, {end}): it ends before it begins")

@@ -1,0 +1,65 @@
+"""Kinds whose layers store keys and values."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import mlx.core as mx
+
+from .base import PlanningCache, checked_layer
+from .interface import History
+
+
+class Layer:
+    """One model layer of a cache: `put` and `get` without the mode that `set_layer` sets."""
+
+    __slots__ = ("cache", "index")
+
+    def __init__(self, cache: KeyValueCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+    def put(self, keys: mx.array, values: mx.array) -> None:
+        """As `KeyValueCache.put`, for this layer."""
+        self.cache._put(self.index, keys, values)
+
+    def get(self) -> History:
+        """As `KeyValueCache.get`, for this layer."""
+        return self.cache._get(self.index)
+
+
+class KeyValueCache(PlanningCache):
+    """`put` and `get` of keys and values, on the current layer or by a handle."""
+
+    @abstractmethod
+    def _put(self, layer: int, keys: mx.array, values: mx.array) -> None: ...
+    @abstractmethod
+    def _get(self, layer: int) -> History: ...
+    @abstractmethod
+    def _attend(self, layer: int, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array: ...
+
+    def layer(self, layer: int) -> Layer:
+        """A handle on one model layer. Raises ValueError below 0."""
+        return Layer(self, checked_layer(layer))
+
+    def put(self, keys: mx.array, values: mx.array) -> None:
+        """Store the batch's keys and values, each (1, n_kv_heads, n, head_dim), in batch order.
+
+        Raises:
+            ValueError: a shape that does not fit the batch or the layer, or no float type.
+            CacheError: no batch has been started.
+
+        """
+        self._put(self._layer, keys, values)
+
+    def get(self) -> History:
+        """History for this layer, the batch included: keys, values and mask.
+
+        Keys and values are (1, n_kv_heads, S, head_dim). The mask is None (all n tokens see
+        all of S), "causal" (as `mx.fast.scaled_dot_product_attention` means it), or (n, S).
+
+        Raises:
+            CacheError: before this layer's `put`.
+
+        """
+        return self._get(self._layer)

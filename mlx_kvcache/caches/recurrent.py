@@ -1,0 +1,276 @@
+"""State of recurrent layers: convolutions, state spaces, linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..batch import Batch, CausalOptions
+from ..errors import CacheError, NotSupportedError
+from .base import checked_layer
+from .plan import Plan
+from .streams import StreamCache, StreamPlan
+
+Arrays = tuple[mx.array | None, ...]
+"""One layer's state. MLX arrays never change, so sharing and keeping old ones copies nothing."""
+
+State = Mapping[int, Arrays]
+"""What all layers hold at one position."""
+
+NOTHING: State = {}
+
+
+class Stream(NamedTuple):
+    """A sequence: the position after its last token, and the states that are kept, by position.
+
+    `keeps_newest` says that the state at `end` is to stay as a checkpoint when others come.
+    """
+
+    end: int
+    states: Mapping[int, State]
+    keeps_newest: bool
+
+
+class RecurrentLayer:
+    """One model layer: `put` and `get` without the mode that `set_layer` sets."""
+
+    __slots__ = ("cache", "index")
+
+    def __init__(self, cache: RecurrentCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+    def put(self, *arrays: mx.array | None, sequence: int | None = None, at: int | None = None) -> None:
+        """As `RecurrentCache.put`, for this layer."""
+        self.cache._put(self.index, arrays, sequence, at)
+
+    def get(self, sequence: int | None = None) -> Arrays:
+        """As `RecurrentCache.get`, for this layer."""
+        return self.cache._get(self.index, sequence)
+
+
+class RecurrentCache(StreamCache[Stream]):
+    """The newest state of each sequence, and some older ones to go back to.
+
+    A state cannot be rolled back, only kept. The ends of blocks are kept as checkpoints, every
+    `interval` tokens of decoding, and any position inside a block for which the model puts a
+    state (`wanted` suggests some). When there are too many, those go that lie closest together
+    for their age, so that recent history stays finer than old.
+
+    Args:
+        interval: tokens between checkpoints while decoding, and inside long blocks.
+        max_checkpoints: the most of them for each sequence, the newest state not counted.
+        max_bytes: the most bytes of them for each sequence, or None.
+
+    Raises:
+        ValueError: an interval below 1, or a negative bound.
+
+    """
+
+    def __init__(self, interval: int = 64, max_checkpoints: int = 16, max_bytes: int | None = None) -> None:
+        super().__init__()
+        if interval < 1:
+            raise ValueError(f"interval must be 1 or more, got {interval}")
+        if max_checkpoints < 0 or (max_bytes is not None and max_bytes < 0):
+            raise ValueError(f"max_checkpoints={max_checkpoints} and max_bytes={max_bytes} must be 0 or more")
+        self._interval = interval
+        self._max_checkpoints = max_checkpoints
+        self._max_bytes = max_bytes
+        self._forms: dict[int, tuple[object, ...]] = {}
+        self._begins: dict[int, int] = {}
+        self._scratch: dict[int, Arrays] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(state for stream in self._streams.values() for state in stream.states.values())
+
+    def check(self) -> None:
+        for end, states, _ in self._streams.values():
+            assert end > 0
+            assert all(0 < position <= end for position in states)
+            assert len(states) <= self._max_checkpoints + 1 or self._batch is not None
+
+    def layer(self, layer: int) -> RecurrentLayer:
+        """A handle on one model layer. Raises ValueError below 0."""
+        return RecurrentLayer(self, checked_layer(layer))
+
+    def put(self, *arrays: mx.array | None, sequence: int | None = None, at: int | None = None) -> None:
+        """Set the current layer's state.
+
+        Args:
+            arrays: the state, of any shapes; None where there is nothing.
+            sequence: whose; None where the batch has one only.
+            at: a position inside the batch, to keep the state there as a checkpoint: that
+                after the token at `at` - 1. None is the end of the batch.
+
+        Raises:
+            ValueError: shapes or dtypes that differ from the layer's earlier ones, or a
+                position outside the batch.
+            CacheError: no batch, or one of several sequences and none named.
+
+        """
+        self._put(self._layer, arrays, sequence, at)
+
+    def get(self, sequence: int | None = None) -> Arrays:
+        """The current layer's state: before this batch, or what has been put in it; () at a beginning.
+
+        Raises:
+            CacheError: no batch, or one of several sequences and none named.
+
+        """
+        return self._get(self._layer, sequence)
+
+    def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
+        """Positions inside the batch at which a checkpoint would be useful, for `put(at=...)`."""
+        sequence = self._named(sequence)
+        begin, end = self._begins[sequence], self._streams[sequence].end
+        first = begin - begin % self._interval + self._interval
+        return tuple(range(first, end, self._interval))[-self._max_checkpoints or end :]
+
+    def prepare_restore(self, sequence: int, position: int) -> int | None:
+        """The newest position <= `position` to continue from; None for an unknown sequence.
+
+        Raises:
+            ValueError: a negative number.
+
+        """
+        stream = self._streams.get(sequence)
+        if not self.can_resume(sequence, 0) or stream is None:
+            return None
+        candidates = (p for p in stream.states if p <= position and self._can_resume(sequence, p))
+        return max(candidates, default=0)
+
+    def _begin_step(self, batch: Batch | None, reserve: bool) -> None:
+        self._begins = {sequence: self._end(sequence) for sequence in batch.rows} if batch else {}
+        self._scratch = {} if reserve else None
+
+    def _close(self) -> None:
+        super()._close()
+        self._forms = {}
+
+    def _plan_forward(self, batch: Batch) -> Plan:
+        batch.check_continues(self._end)
+        changes: dict[int, Stream | None] = {}
+        for sequence, rows in batch.rows.items():
+            old = self._streams.get(sequence, Stream(0, {}, False))
+            begin = old.end
+            if not self._can_resume(sequence, begin):
+                raise NotSupportedError(
+                    f"sequence {sequence} cannot go on at position {begin}: its state there is not held; "
+                    f"the newest that is lies at {self.prepare_restore(sequence, begin)}"
+                )
+            end = begin + len(rows)
+            # A layer that is not put keeps its state.
+            states = {**self._thinned(old), end: old.states.get(begin, NOTHING)}
+            changes[sequence] = Stream(end, states, len(rows) > 1 or end % self._interval == 0)
+        return StreamPlan(self, changes, batch)
+
+    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+        stream = self._streams.get(sequence)
+        stop = 0 if stream is None else stream.end if end is None else min(end, stream.end)
+        if stream is None or begin >= stop:
+            return StreamPlan(self, {})
+        if stop < stream.end:
+            raise NotSupportedError(
+                f"removing [{begin}, {stop}) from sequence {sequence} of length {stream.end}: "
+                "a recurrent state cannot forget tokens that later ones were added to"
+            )
+        if not self._can_resume(sequence, begin):
+            raise NotSupportedError(
+                f"sequence {sequence} has no state at position {begin}; "
+                f"the newest before it lies at {self.prepare_restore(sequence, begin)}"
+            )
+        return StreamPlan(self, {sequence: _cut(stream, begin)})
+
+    def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
+        source = self._streams.get(src)
+        return StreamPlan(self, {dst: _cut(source, min(length, source.end)) if source else None})
+
+    def _set_causal(self, options: CausalOptions) -> None:
+        raise NotSupportedError("a recurrence has no mask: no token can see later ones")
+
+    def _can_resume(self, sequence: int, position: int) -> bool:
+        if position == 0:
+            return True
+        stream = self._streams.get(sequence)
+        if stream is None or position not in stream.states:
+            return False
+        # One that was put for some layers only is no place to go back to.
+        newest = stream.states.get(stream.end, NOTHING)
+        return stream.states[position].keys() >= newest.keys()
+
+    def _named(self, sequence: int | None) -> int:
+        if self._batch is None:
+            raise self._no_batch()
+        rows = self._batch.rows
+        if sequence is None and len(rows) == 1:
+            return next(iter(rows))
+        if sequence is None or sequence not in rows:
+            raise CacheError(f"sequence {sequence} is none of the batch's {len(rows)}: {sorted(rows)[:8]}")
+        return sequence
+
+    def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
+        sequence = self._named(sequence)
+        form = tuple(None if array is None else (array.shape, array.dtype) for array in arrays)
+        known = self._forms.get(layer, form)
+        if len(form) != len(known) or any(a != b for a, b in zip(form, known, strict=True) if a and b):
+            raise ValueError(f"the state of layer {layer} is {form}, before it was {known}")
+        if self._scratch is not None:
+            self._scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
+            mx.eval([array for array in self._scratch[layer] if array is not None])
+            return
+        end, states, keeps = self._streams[sequence]
+        position = end if at is None else at
+        if not self._begins[sequence] < position <= end:
+            raise ValueError(
+                f"at={at} is not inside the batch, which takes sequence {sequence} "
+                f"from {self._begins[sequence]} to {end}"
+            )
+        self._forms[layer] = tuple(new or old for new, old in zip(form, known, strict=True))
+        state = {**states.get(position, NOTHING), layer: arrays}
+        self._streams[sequence] = Stream(end, {**states, position: state}, keeps)
+
+    def _get(self, layer: int, sequence: int | None) -> Arrays:
+        sequence = self._named(sequence)
+        if self._scratch is not None:
+            return self._scratch.get(layer, ())
+        end, states, _ = self._streams[sequence]
+        return states.get(end, NOTHING).get(layer, ())
+
+    def _thinned(self, stream: Stream) -> dict[int, State]:
+        """The checkpoints that stay when more tokens come."""
+        kept = dict(stream.states)
+        if not stream.keeps_newest:
+            kept.pop(stream.end, None)
+        while len(kept) > self._max_checkpoints or self._exceeds_bytes(kept):
+            del kept[_most_crowded(sorted(kept), stream.end)]
+        return kept
+
+    def _exceeds_bytes(self, states: Mapping[int, State]) -> bool:
+        return self._max_bytes is not None and _nbytes(states.values()) > self._max_bytes
+
+
+def _nbytes(states: Iterable[State]) -> int:
+    """Bytes of all different arrays."""
+    arrays = (array for state in states for own in state.values() for array in own if array is not None)
+    return sum({id(array): array.nbytes for array in arrays}.values())
+
+
+def _cut(stream: Stream, length: int) -> Stream | None:
+    """The first `length` tokens of a stream."""
+    if not length:
+        return None
+    return Stream(length, {p: s for p, s in stream.states.items() if p <= length}, True)
+
+
+def _most_crowded(positions: list[int], end: int) -> int:
+    """The position whose neighbours lie closest together, in proportion to its age."""
+
+    def spread(index: int) -> float:
+        before = positions[index - 1] if index else 0
+        after = positions[index + 1] if index + 1 < len(positions) else end + 1
+        return (after - before) / (end + 1 - positions[index])
+
+    return positions[min(range(len(positions)), key=spread)]

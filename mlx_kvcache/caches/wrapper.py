@@ -1,0 +1,138 @@
+"""Several caches as one, for models whose layers are of several kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..batch import Batch, CacheConfig, CausalOptions
+from ..errors import CacheError, NotSupportedError
+from .base import PlanningCache
+from .keyvalue import KeyValueCache
+from .plan import JointPlan, Plan
+
+
+class WrapperCache(PlanningCache):
+    """Every batch and every edit goes to all children, or to none where one refuses.
+
+    `put`, `get`, `layer` and `set_causal` belong to the underlying cache: the child of the
+    current layer type, which `start_forward` sets to 0.
+
+    Args:
+        caches: the children, in the order of layer types; not initialised yet.
+
+    Raises:
+        ValueError: no child, or one twice.
+
+    """
+
+    def __init__(self, *caches: PlanningCache) -> None:
+        super().__init__()
+        if not caches or len(set(map(id, caches))) < len(caches):
+            raise ValueError(f"a wrapper needs one or more different caches, got {len(caches)}")
+        self._children = caches
+        self._type = 0
+
+    def set_layer_type(self, layer_type: int) -> None:
+        """Choose the underlying cache. Raises ValueError for an index that no child has."""
+        self._check_open()
+        if not 0 <= layer_type < len(self._children):
+            raise ValueError(f"layer type {layer_type}: there are 0 to {len(self._children) - 1}")
+        self._type = layer_type
+
+    @property
+    def underlying_cache(self) -> PlanningCache:
+        """The child of the current layer type."""
+        return self._children[self._type]
+
+    @property
+    def key_value_cache(self) -> KeyValueCache:
+        """The underlying cache, where it holds keys and values. Raises NotSupportedError elsewhere."""
+        child = self.underlying_cache
+        if isinstance(child, WrapperCache):
+            return child.key_value_cache
+        if not isinstance(child, KeyValueCache):
+            raise NotSupportedError(f"layer type {self._type} is a {type(child).__name__}, without K and V")
+        return child
+
+    @property
+    def nbytes(self) -> int:
+        return sum(child.nbytes for child in self._children)
+
+    def check(self) -> None:
+        for child in self._children:
+            child.check()
+
+    def set_config(self, config: CacheConfig) -> None:
+        """As `Cache.set_config`, for all children."""
+        super().set_config(config)
+        for child in self._children:
+            child.set_config(config)
+
+    def set_layer(self, layer: int) -> None:
+        """As `Cache.set_layer`, for all children."""
+        super().set_layer(layer)
+        for child in self._children:
+            child.set_layer(layer)
+
+    def layer(self, layer: int) -> Any:
+        """A handle on one layer of the underlying cache."""
+        return self._underlying().layer(layer)
+
+    def put(self, *arrays: Any, **more: Any) -> None:
+        """As the underlying cache's `put`."""
+        self._underlying().put(*arrays, **more)
+
+    def get(self, **more: Any) -> Any:
+        """As the underlying cache's `get`."""
+        return self._underlying().get(**more)
+
+    def _underlying(self) -> Any:
+        self._check_ready()
+        return self.underlying_cache
+
+    def _open(self, dtype: mx.Dtype | None, room: int) -> None:
+        for index, child in enumerate(self._children):
+            child._check_open()
+            if child._ready:
+                raise CacheError(f"child {index} has been initialised by itself")
+        for child in self._children:
+            child.init(dtype, 1, room, self._max_batch)
+
+    def _plan_forward(self, batch: Batch) -> Plan:
+        return _ForwardPlan(self, [child._plan_forward(batch) for child in self._children])
+
+    def _plan_reserve(self, batch: Batch) -> Plan:
+        return _ForwardPlan(self, [child._plan_reserve(batch) for child in self._children])
+
+    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+        return JointPlan([child._plan_remove(sequence, begin, end) for child in self._children])
+
+    def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
+        return JointPlan([child._plan_copy(src, dst, length) for child in self._children])
+
+    def _set_causal(self, options: CausalOptions) -> None:
+        self.underlying_cache.set_causal(options)
+
+    def _can_resume(self, sequence: int, position: int) -> bool:
+        return all(child._can_resume(sequence, position) for child in self._children)
+
+    def _end(self, sequence: int) -> int:
+        return self._children[0]._end(sequence)
+
+    def _close(self) -> None:
+        for child in self._children:
+            child.close()
+
+
+class _ForwardPlan(JointPlan):
+    """All children's steps; the layer type begins at 0."""
+
+    def __init__(self, wrapper: WrapperCache, plans: list[Plan]) -> None:
+        super().__init__(plans)
+        self._wrapper = wrapper
+
+    def commit(self) -> None:
+        super().commit()
+        self._wrapper._type = 0
