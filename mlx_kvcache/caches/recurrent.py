@@ -90,7 +90,8 @@ class RecurrentCache(StreamCache[Stream]):
         for end, states, _ in self._streams.values():
             assert end > 0
             assert all(0 < position <= end for position in states)
-            assert len(states) <= self._max_checkpoints + 1 or self._batch is not None
+            # Those that a model put inside its last batch are thinned out when the next begins.
+            assert len(states) <= 2 * self._max_checkpoints + 1
 
     def layer(self, layer: int) -> RecurrentLayer:
         """A handle on one model layer. Raises ValueError below 0."""

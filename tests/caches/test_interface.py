@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -333,6 +334,7 @@ def test_nothing_is_evaluated(cache):
     def lazy(dim: int) -> mx.array:
         return mx.random.normal((1, heads, 4, dim), key=mx.random.key(dim))
 
+    gc.collect()
     before = mx.get_active_memory()
     cache.start_forward(Batch.run(0, 0, 4))
     cache.put(lazy(4), lazy(8))
