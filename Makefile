@@ -39,6 +39,9 @@ soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for
 bench: $(VENV)/dev  ## every benchmark, paired with mlx-lm's own caches
 	$(RUN) -m benchmarks --all
 
+pictures: $(VENV)/dev  ## draw the pictures in docs/
+	$(BIN)/python docs/draw.py
+
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
 

@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 
-from benchmarks import drift, exactness, forks, generation, host
+from benchmarks import drift, exactness, forks, generation, host, window
 from benchmarks.measure import machine
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "forks": forks.run,
     "host": host.run,
     "generation": generation.run,
+    "window": window.run,
 }
 
 

@@ -1,5 +1,7 @@
 """Cross-attention: a decoder that looks at an encoder's output, one wrapper for both caches."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -21,9 +23,7 @@ class Attention(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(DIM, DIM) for _ in range(3))
 
-    def project(
-        self, x: mx.array, source: mx.array | None
-    ) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    def project(self, x: mx.array, source: mx.array | None) -> tuple[Any, Any, Any]:
         if source is None:
             return heads(self.query(x)), None, None
         return heads(self.query(x)), heads(self.key(source)), heads(self.value(source))
@@ -72,7 +72,6 @@ for position in range(8, 12):
     cache.start_forward(Batch([position], [0]))
     logits.append(model(tokens[position : position + 1], None, cache))
 fresh = model.without_cache(tokens, encoded)
-print(
-    "largest difference from the same network without a cache:", mx.abs(mx.concatenate(logits) - fresh).max()
-)
-assert mx.allclose(mx.concatenate(logits), fresh, atol=1e-4)
+worst = float(mx.abs(mx.concatenate(logits) - fresh).max())
+print(f"largest difference from the same network without a cache: {worst:.1e}")
+assert worst < 1e-4

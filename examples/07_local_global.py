@@ -57,6 +57,6 @@ cache.remove(0, 18)  # the window has slid past 18 long ago, and can still go ba
 again = mx.concatenate([tokens[:18], tokens[30:]])
 logits = mx.concatenate([feed(again[18:24]), *[feed(again[i : i + 1]) for i in range(24, 28)]])
 fresh = model.without_cache(again)[18:]
-worst = mx.abs(logits - fresh).max().item()
+worst = float(mx.abs(logits - fresh).max())
 print(f"largest difference from the same network without a cache: {worst:.1e}")
 assert worst < 1e-4

@@ -38,6 +38,4 @@ def attention(
     if not isinstance(cache, Layer):
         owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache
         cache = Layer(owner, owner._layer)
-    if keys is not None and values is not None:
-        cache.put(keys, values)
-    return cache.cache._attend(cache.index, queries, scale, sinks)
+    return cache.cache._attend(cache.index, queries, keys, values, scale, sinks)

@@ -135,6 +135,16 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
             raise CacheError(f"sequence {sequence} has no encoder output in layer {layer}")
         return *held[layer], None
 
-    def _attend(self, layer: int, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+    def _attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array | None,
+        values: mx.array | None,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if keys is not None and values is not None:
+            self._put(layer, keys, values)
         keys, values, _ = self._get(layer)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)

@@ -36,7 +36,15 @@ class KeyValueCache(PlanningCache):
     @abstractmethod
     def _get(self, layer: int) -> History: ...
     @abstractmethod
-    def _attend(self, layer: int, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array: ...
+    def _attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array | None,
+        values: mx.array | None,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array: ...
 
     def layer(self, layer: int) -> Layer:
         """A handle on one model layer. Raises ValueError below 0."""

@@ -121,10 +121,23 @@ class PositionalCache(KeyValueCache):
     def _get(self, layer: int) -> History:
         return self._current().get(layer)
 
-    def _attend(self, layer: int, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+    def _attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array | None,
+        values: mx.array | None,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
         """One SDPA for each sequence, on its own history."""
-        step = self._current()
-        sdpa = mx.fast.scaled_dot_product_attention
+        step, sdpa = self._current(), mx.fast.scaled_dot_product_attention
+        if isinstance(step, Step) and step.is_plain and keys is not None and values is not None:
+            keys, values = step.exchange(layer, keys, values)
+            mask = step.mask_of(step.parts[0])
+            return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        if keys is not None and values is not None:
+            step.put(layer, keys, values)
         if isinstance(step, Reservation):
             keys, values, mask = step.get(layer)
             return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -110,6 +110,11 @@ class Step:
                     pair.write(start, take(keys, rows), take(values, rows))
         self._batches[layer] = (keys, values) if self._keeps_batch else None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all of the step is one run of one sequence, in batch order."""
+        return self._plain is not None
+
     def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """`put`, and the history of a step's only part, with little else where that is one run."""
         buffers = self._store.layers.get(layer)

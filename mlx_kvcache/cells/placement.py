@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import CacheFullError, NotSupportedError
 from .rules import Rule
-from .spans import Sequence, Span, Spans, count, join, laid_out, resumable, seen_from
+from .spans import Sequence, Span, Spans, clip, count, join, laid_out, resumable, seen_from
 from .table import CellTable
 
 STEP = 256
@@ -199,19 +199,21 @@ def _append(
     if len(old.spans) != 1:
         return None
     last, end = old.spans[0], old.end + n
+    low = rule.lower(max(0, end - rewind))
     if (
         last.end != old.end
         or last.position > max(0, rule.lower(old.end))
-        or last.position < rule.lower(end - rewind)
+        or low > old.end
+        or (rule.sinks and low > last.position)
         or last.stop + n > table.capacity[last.segment]
         or table.live + n > table.room
         or len(table.owners(last.segment)) > 1
     ):
         return None
-    after = (Span(last.segment, last.start, last.position, last.length + n),)
+    run = (Span(last.segment, last.start, last.position, last.length + n),)
     write = Write(0, n, last.segment, last.stop)
-    placed = Placed(sequence, rows, old.end, end, (write,), seen_from(rule, after, old.end), False)
-    return Placement([placed], {sequence: Sequence(end, after)}, {sequence: old})
+    placed = Placed(sequence, rows, old.end, end, (write,), seen_from(rule, run, old.end), False)
+    return Placement([placed], {sequence: Sequence(end, clip(run, low))}, {sequence: old})
 
 
 def _place_one(
