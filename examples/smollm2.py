@@ -52,7 +52,6 @@ def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
 
     Args:
         dtype: of the weights, dequantised; None takes float32 on a CPU, float16 elsewhere.
-
     """
     if dtype is None:
         dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16

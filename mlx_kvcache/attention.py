@@ -33,7 +33,6 @@ def attention(
     Raises:
         ValueError, CacheError: as `Cache.put` and `Cache.get`.
         NotSupportedError: a kind that holds no keys and values.
-
     """
     if not isinstance(cache, Layer):
         owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache

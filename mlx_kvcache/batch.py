@@ -31,7 +31,6 @@ class Batch:
     Raises:
         ValueError: no tokens, unequal lengths, a negative number, the same
             (sequence, position) twice, or a multimodal index out of range.
-
     """
 
     positions: tuple[int, ...]
@@ -113,7 +112,6 @@ class CausalOptions:
     Args:
         except_: batch indices of tokens that also see later tokens of their own
             sequence, as the tokens of an image do.
-
     """
 
     except_: tuple[int, ...] = ()
@@ -140,7 +138,6 @@ class CacheConfig:
 
     Raises:
         ValueError: a mask_dtype that is no float type, or a padding below 1.
-
     """
 
     mask_dtype: mx.Dtype | None = None

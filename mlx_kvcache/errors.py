@@ -12,7 +12,6 @@ class CacheFullError(CacheError):
         needed: cells that the call had to take.
         free: cells that it could have taken.
         capacity: cells of the whole room.
-
     """
 
     def __init__(self, needed: int, free: int, capacity: int, hint: str = "") -> None:

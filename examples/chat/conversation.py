@@ -61,7 +61,6 @@ class Conversation:
     Args:
         capacity: the most tokens in the cache, or None. When it is reached, the oldest turns
             after the system prompt are taken out of the cache and of the messages.
-
     """
 
     model: Any
@@ -90,7 +89,6 @@ class Conversation:
 
         Raises:
             TooLong, IndexError: and nothing has changed.
-
         """
         before = self.messages
         if instead_of is not None:

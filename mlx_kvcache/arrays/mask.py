@@ -38,7 +38,6 @@ def array_mask(
 
     Returns:
         (n, S + padding), True or 0 = visible, False or -inf = hidden.
-
     """
     q_positions, q_sequences = (mx.array(part)[:, None] for part in queries)
     k_positions, k_sequences = (mx.array(np.pad(part, (0, padding), constant_values=-1)) for part in keys)

@@ -28,7 +28,6 @@ class RopeShift:
         dims: how many of the first features are rotated.
         base, traditional, scale, freqs: as of `mx.fast.rope`; `freqs` (dims / 2,) takes the
             place of `base`.
-
     """
 
     dims: int
@@ -60,7 +59,6 @@ class RopeShift:
         Raises:
             NotSupportedError: the module is not understood, or depends on the length, as
                 dynamic NTK does.
-
         """
         name = type(module).__name__
         dims = getattr(module, "dims", getattr(module, "dim", None))

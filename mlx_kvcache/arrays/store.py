@@ -113,7 +113,6 @@ class DenseStore:
 
     Args:
         dtype: of what is stored; None keeps that of each layer's first K and V.
-
     """
 
     def __init__(self, dtype: mx.Dtype | None) -> None:

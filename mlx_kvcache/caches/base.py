@@ -64,7 +64,6 @@ class PlanningCache(ABC):
 
         Raises:
             CacheError: after `init`.
-
         """
         self._check_open()
         if self._ready:
@@ -89,7 +88,6 @@ class PlanningCache(ABC):
         Raises:
             ValueError: a number below 1, or a dtype that is no float type.
             CacheError: a second call.
-
         """
         self._check_open()
         if self._ready:
@@ -121,7 +119,6 @@ class PlanningCache(ABC):
                 their sequence ends.
             NotSupportedError: a token would look at something that is not held.
             CacheFullError: there is no room.
-
         """
         self._begin(batch, reserve)
 
@@ -141,7 +138,6 @@ class PlanningCache(ABC):
         Raises:
             ValueError: an index outside the batch.
             CacheError: no batch has been started.
-
         """
         self._check_ready()
         self._set_causal(options)
@@ -156,7 +152,6 @@ class PlanningCache(ABC):
 
         Raises:
             ValueError: a negative number, or `src` and `dst` the same.
-
         """
         self._check_ready()
         check_numbers(src=src, dst=dst, length=length)
@@ -169,7 +164,6 @@ class PlanningCache(ABC):
 
         Raises:
             ValueError: a negative number.
-
         """
         self._check_ready()
         check_numbers(sequence=sequence, position=position)
@@ -186,7 +180,6 @@ class PlanningCache(ABC):
             NotSupportedError: keys would have to be re-based and there is no hook, or what
                 the next token may see would not be held.
             CacheFullError: shared cells have to be copied and there is no room.
-
         """
         self._check_ready()
         check_range(sequence, begin, end)

@@ -11,7 +11,6 @@ class CausalCache(PositionalCache):
 
     Args:
         shift: re-bases keys so that a range in the middle can be removed; see `rope_shift`.
-
     """
 
     def __init__(self, shift: Shift | None = None) -> None:

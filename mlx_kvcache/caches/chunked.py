@@ -19,7 +19,6 @@ class ChunkedAttentionCache(PositionalCache):
 
     Raises:
         ValueError: a chunk below 1, or a negative rewind.
-
     """
 
     def __init__(self, chunk_size: int, rewind: int = 1, shift: Shift | None = None) -> None:

@@ -51,7 +51,6 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
     Raises:
         ValueError: a negative number.
         NotSupportedError, CacheFullError: as `Cache.remove`.
-
     """
     check_numbers(sequence=sequence, keep=keep, discard=discard or 0)
     end = cache.end(sequence)

@@ -56,7 +56,6 @@ class KeyValueCache(PlanningCache):
         Raises:
             ValueError: a shape that does not fit the batch or the layer, or no float type.
             CacheError: no batch has been started.
-
         """
         self._put(self._layer, keys, values)
 
@@ -68,6 +67,5 @@ class KeyValueCache(PlanningCache):
 
         Raises:
             CacheError: before this layer's `put`.
-
         """
         return self._get(self._layer)

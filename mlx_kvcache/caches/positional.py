@@ -31,7 +31,6 @@ class PositionalCache(KeyValueCache):
         rule: who sees whom.
         rewind: how many newest tokens can always be dropped.
         shift: re-bases keys for `remove` with an end; None refuses where that is needed.
-
     """
 
     def __init__(self, rule: Rule, rewind: int, shift: Shift | None) -> None:

@@ -66,7 +66,6 @@ class RecurrentCache(StreamCache[Stream]):
 
     Raises:
         ValueError: an interval below 1, or a negative bound.
-
     """
 
     def __init__(self, interval: int = 64, max_checkpoints: int = 16, max_bytes: int | None = None) -> None:
@@ -110,7 +109,6 @@ class RecurrentCache(StreamCache[Stream]):
             ValueError: shapes or dtypes that differ from the layer's earlier ones, or a
                 position outside the batch.
             CacheError: no batch, or one of several sequences and none named.
-
         """
         self._put(self._layer, arrays, sequence, at)
 
@@ -119,7 +117,6 @@ class RecurrentCache(StreamCache[Stream]):
 
         Raises:
             CacheError: no batch, or one of several sequences and none named.
-
         """
         return self._get(self._layer, sequence)
 
@@ -135,7 +132,6 @@ class RecurrentCache(StreamCache[Stream]):
 
         Raises:
             ValueError: a negative number.
-
         """
         stream = self._streams.get(sequence)
         if not self.can_resume(sequence, 0) or stream is None:

@@ -20,7 +20,6 @@ class SlidingWindowCache(PositionalCache):
 
     Raises:
         ValueError: a window below 1, a negative number, or sinks that fill the window.
-
     """
 
     def __init__(self, window_size: int, rewind: int = 1, sinks: int = 0, shift: Shift | None = None) -> None:

@@ -24,7 +24,6 @@ class WrapperCache(PlanningCache):
 
     Raises:
         ValueError: no child, or one twice.
-
     """
 
     def __init__(self, *caches: PlanningCache) -> None:

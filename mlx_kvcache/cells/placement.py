@@ -77,7 +77,6 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         NotSupportedError: a token would look at something that is not held.
         CacheFullError: what is held afterwards, and what the tokens see and cannot take
             from their own batch, exceeds the room.
-
     """
     if len(rows) == 1:
         [(sequence, own)] = rows.items()

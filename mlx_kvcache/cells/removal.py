@@ -49,7 +49,6 @@ def remove_range(
     Raises:
         NotSupportedError: what the next token may see would not be held.
         CacheFullError: re-based cells are shared, and there is no room for a copy.
-
     """
     old = table[sequence]
     gap = end - begin
@@ -76,7 +75,6 @@ def rebase_all(table: CellTable, sequence: int, offset: int) -> Removal:
 
     Raises:
         CacheFullError: cells are shared, and there is no room for a copy.
-
     """
     end, source = table[sequence]
     segment, cell, capacity = _target(table, sequence, source, (), before=False)

@@ -19,7 +19,6 @@ class CellTable:
 
     Args:
         room: how many cells may be live.
-
     """
 
     def __init__(self, room: int) -> None:

@@ -44,7 +44,6 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
 
     Raises:
         TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
-
     """
     make_prompt_cache(model, **options).close()
     with _lock:

@@ -18,7 +18,6 @@ class LayerCache:
     Attributes:
         offset: where the model's RoPE goes on. It counts this layer's tokens, and may run
             ahead of them after a removal.
-
     """
 
     def __init__(self, owner: SequenceState, index: int) -> None:
@@ -88,7 +87,6 @@ class LayerCache:
 
         Raises:
             CacheError: layers are told different numbers.
-
         """
         owner = self.owner
         if self.trims == len(owner.trims):
@@ -107,6 +105,15 @@ class LayerCache:
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> LayerCache:
         raise NotSupportedError(f"K/V cannot be quantised to {bits} bits in place; make the cache so")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
+        """The same layer of a fork; all layers that are copied together belong to one."""
+        fork = memo.get(id(self.owner))
+        if fork is None:
+            fork = memo[id(self.owner)] = self.owner.fork()
+            fork.serve([LayerCache(fork, index) for index in range(len(self.owner.layers))])
+        layer: LayerCache = fork.layers[self.index]
+        return layer
 
     def _begin_unasked(self, n: int) -> None:
         owner = self.owner

@@ -73,7 +73,6 @@ class PromptCache(list[LayerCache]):
         Raises:
             ValueError: a negative number, or begin > end.
             NotSupportedError: the model's position scheme is not understood.
-
         """
         if begin < 0 or (end is not None and end < begin):
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.position} tokens")
@@ -120,7 +119,6 @@ def make_prompt_cache(
         ValueError: options out of range.
         NotSupportedError: a layer that is not of full attention, "shift" on a model whose
             tokens cannot be moved, or kv_bits.
-
     """
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")

@@ -40,7 +40,6 @@ class Scheme:
         ahead: the model's output depends on differences of positions only, so the offset
             that it is given may exceed the number of tokens before.
         refusal: why tokens cannot be moved, or None if they can.
-
     """
 
     rotations: tuple[Rotation | None, ...]

@@ -150,6 +150,18 @@ def test_a_deep_copy_is_a_fork(cache):
     assert_goes_on(twin, TEXT[:20] + TEXT[30:34])
 
 
+def test_a_deep_copy_of_some_layers_is_a_fork(cache):
+    """mlx-lm hands out slices, which are plain lists."""
+    logits_of(MODEL, cache, TEXT[:20])
+    before = cache.pool.nbytes
+    twin = copy.deepcopy(cache[:3])
+    assert twin[0].owner is twin[2].owner is not cache[0].owner
+    assert cache.pool.nbytes == before
+    logits_of(MODEL, twin, TEXT[30:34])
+    assert twin[1].offset == 24
+    assert_goes_on(cache, TEXT[:20])
+
+
 def test_use_after_close(cache):
     logits_of(MODEL, cache, TEXT[:20])
     fork = cache.fork()
