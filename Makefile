@@ -14,7 +14,7 @@ MACHINE_TESTS := tests/caches/test_machine.py
 .PHONY: help demo test check fmt soak bench pictures clean
 
 help:           ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST) | column -t -l 2
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo  ## talk with SmolLM2; without a terminal, play a short scripted conversation
 	@if [ -t 0 ] && [ -t 1 ]; then $(RUN) -m examples.chat; \

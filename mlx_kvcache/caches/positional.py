@@ -14,11 +14,12 @@ from ..cells.rules import Rule
 from ..cells.spans import Sequence, Spans, clip, resumable
 from ..cells.table import CellTable
 from ..errors import NotSupportedError
+from .attend import attend
 from .interface import History
 from .keyvalue import KeyValueCache
 from .plan import Plan
 from .reserve import Reservation
-from .step import Step, take
+from .step import Step
 
 Shift = Callable[[int, mx.array, mx.array], mx.array]
 """(layer, keys (1, n_kv_heads, m, head_dim), offsets (m,) int32) -> keys at positions + offsets."""
@@ -129,29 +130,15 @@ class PositionalCache(KeyValueCache):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        """One SDPA for each sequence, on its own history."""
-        step, sdpa = self._current(), mx.fast.scaled_dot_product_attention
-        if isinstance(step, Step) and step.is_plain and keys is not None and values is not None:
-            keys, values = step.exchange(layer, keys, values)
-            mask = step.mask_of(step.parts[0])
-            return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        if keys is not None and values is not None:
-            step.put(layer, keys, values)
+        step = self._current()
         if isinstance(step, Reservation):
+            if keys is not None and values is not None:
+                step.put(layer, keys, values)
             keys, values, mask = step.get(layer)
-            return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        step.check_put(layer)
-        outputs = []
-        for part in step.parts:
-            keys, values = step.history(layer, part)
-            own = take(queries, part.rows)
-            outputs.append(sdpa(own, keys, values, scale=scale, mask=step.mask_of(part), sinks=sinks))
-        if len(outputs) == 1 and step.parts[0].rows is None:
-            return outputs[0]
-        order = [index for part in step.parts for index in part.indices]
-        back = sorted(range(step.n), key=order.__getitem__)
-        joined = mx.concatenate(outputs, axis=2)
-        return joined if back == list(range(step.n)) else mx.take(joined, mx.array(back), axis=2)
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask, sinks=sinks
+            )
+        return attend(step, layer, queries, keys, values, scale, sinks)
 
     def _can_resume(self, sequence: int, position: int) -> bool:
         end, spans = self._table[sequence]

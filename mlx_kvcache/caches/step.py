@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,11 @@ from ..arrays.mask import Mask, array_mask, positions_of
 from ..arrays.store import DenseStore, Form, Index, cells_of, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
-from ..cells.rules import Rule
+from ..cells.rules import Causal, Chunk, Rule
 from ..errors import CacheError
+
+SHORTEST = 64
+"""Queries in a stretch at least; fewer are not worth a product of their own."""
 
 Rows = slice | mx.array | None
 """Some of a batch's tokens: neighbours, any, or all in order (None)."""
@@ -64,6 +68,14 @@ class Part:
         return sum(high - low for low, high in self.ranges)
 
 
+class Stretch(NamedTuple):
+    """Neighbouring queries of a part, the keys that any of them sees, and who sees which."""
+
+    queries: slice
+    keys: slice
+    mask: Mask
+
+
 class Step:
     """Binds a placement to arrays. All layers share it."""
 
@@ -84,7 +96,9 @@ class Step:
         self._capacity = capacity
         self._later: frozenset[int] = frozenset()
         self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
-        self._masks: dict[int | None, Mask] = {}
+        self._whole_mask: Mask = None
+        self._has_mask = False
+        self._stretches: dict[int, list[Stretch]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
         self._plain = self._only_run()
         self._form: Form | None = None
@@ -93,7 +107,8 @@ class Step:
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Batch indices of tokens that also see later ones."""
         self._later = frozenset(indices)
-        self._masks.clear()
+        self._has_mask = False
+        self._stretches.clear()
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         buffers = self._store.layers.get(layer)
@@ -166,32 +181,66 @@ class Step:
         if layer not in self._batches:
             raise CacheError(f"layer {layer} has had no put in this batch")
 
-    def mask_of(self, part: Part) -> Mask:
+    def stretches(self, part: Part) -> list[Stretch]:
+        """One part's queries, by rising position, in stretches that see about the same keys."""
+        found = self._stretches.get(part.sequence)
+        if found is None:
+            borders = self._borders(part)
+            found = [self._stretch(part, a, b) for a, b in pairwise(borders)]
+            self._stretches[part.sequence] = found
+        return found
+
+    def _borders(self, part: Part) -> list[int]:
+        """Positions at which a new stretch begins, and the end."""
+        whole = [part.begin, part.end]
+        gaps = any(before[1] != after[0] for before, after in pairwise(part.ranges))
+        if gaps or self._rule.sinks or self._later.intersection(part.indices):
+            return whole
+        if isinstance(self._rule, Causal):
+            return whole
+        if isinstance(self._rule, Chunk):
+            size = self._rule.size
+            inner = range(part.begin - part.begin % size + size, part.end, size)
+            # Many tiny chunks are cheaper in one product with a mask.
+            return [part.begin, *inner, part.end] if size >= SHORTEST else whole
+        size = max(SHORTEST, self._rule.size // 4)
+        hides = self._rule.lower(part.end - 1) > max(0, self._rule.lower(part.begin))
+        return [*range(part.begin, part.end, size), part.end] if hides else whole
+
+    def _stretch(self, part: Part, begin: int, end: int) -> Stretch:
+        if (begin, end) == (part.begin, part.end):
+            return Stretch(slice(None), slice(None), self._own_mask(part))
+        first = part.ranges[0][0]
+        low = max(first, self._rule.lower(begin))
+        mask: Mask = None if end - begin == 1 else "causal"
+        if self._rule.lower(end - 1) > low:
+            queries, keys = positions_of([(begin, end)]), positions_of([(low, end)])
+            mask = array_mask(self._rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
+        return Stretch(slice(begin - part.begin, end - part.begin), slice(low - first, end - first), mask)
+
+    def _own_mask(self, part: Part) -> Mask:
         """Who of one part's queries, by rising position, sees which of its history."""
-        key = part.sequence
-        if key not in self._masks:
-            later = self._later.intersection(part.indices)
-            self._masks[key] = (
-                self._plain_mask(part) if not later else self._array_mask([part], part.indices, 0)
-            )
-        return self._masks[key]
-
-    def _mask(self, padding: int) -> Mask:
-        """Who of the batch's tokens, in batch order, sees which of the whole history."""
-        only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
-        if only and not padding and self._config.mask_dtype is None:
-            return self.mask_of(only)
-        if None not in self._masks:
-            self._masks[None] = self._array_mask(self.parts, range(self.n), padding, self._config.mask_dtype)
-        return self._masks[None]
-
-    def _plain_mask(self, part: Part) -> Mask:
+        if self._later.intersection(part.indices):
+            return self._array_mask([part], part.indices, 0)
         if part.end - part.begin == 1:
             return None
         lowest = max(0, self._rule.lower(part.begin), self._rule.sinks)
         if self._rule.lower(part.end - 1) <= lowest:
             return "causal"
         return self._array_mask([part], part.indices, 0)
+
+    def _mask(self, padding: int) -> Mask:
+        """Who of the batch's tokens, in batch order, sees which of the whole history."""
+        if not self._has_mask:
+            only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
+            self._has_mask = True
+            if only and not padding and self._config.mask_dtype is None:
+                self._whole_mask = self._own_mask(only)
+            else:
+                self._whole_mask = self._array_mask(
+                    self.parts, range(self.n), padding, self._config.mask_dtype
+                )
+        return self._whole_mask
 
     def _array_mask(
         self, parts: list[Part], indices: Sequence[int], padding: int, dtype: mx.Dtype | None = None

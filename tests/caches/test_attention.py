@@ -6,7 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvcache import Batch, CausalCache, CausalOptions, attention
+from mlx_kvcache import (
+    Batch,
+    CausalCache,
+    CausalOptions,
+    ChunkedAttentionCache,
+    SlidingWindowCache,
+    attention,
+)
 from mlx_kvcache.cells.rules import Rule, visible
 from tests.kinds import SINGLE_KINDS, add_offsets
 
@@ -70,6 +77,35 @@ def test_equals_a_fresh_softmax(kind, learned):
             ours = attention(mx.array(q), mx.array(k), mx.array(v), layer, scale=SCALE, sinks=learned_sinks)
         expected = fresh.attend(batch, q, k, v, sinks, later)
         assert np.abs(np.array(ours) - expected).max() < 1e-5, step
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SlidingWindowCache(100),
+        lambda: SlidingWindowCache(300, rewind=20),
+        lambda: SlidingWindowCache(100, sinks=5),
+        lambda: ChunkedAttentionCache(64),
+        lambda: ChunkedAttentionCache(130, rewind=9),
+        lambda: ChunkedAttentionCache(10),
+        CausalCache,
+    ],
+    ids=["window", "wide", "sinks", "chunk", "long", "short", "causal"],
+)
+def test_long_blocks_equal_one_masked_product(make):
+    """Blocks are cut into stretches; the whole history and its mask say what must come out."""
+    cache = make()
+    cache.init(mx.float32, max_batch=400)
+    for step, n in enumerate([70, 1, 333, 256, 64, 5, 130]):
+        keys = mx.random.split(mx.random.key(step), 3)
+        q, k, v = (
+            mx.random.normal((1, heads, n, 8), key=key) for heads, key in zip((4, 2, 2), keys, strict=True)
+        )
+        with cache.forward(Batch.run(0, cache.end(0), n)):
+            ours = attention(q, k, v, cache.layer(0), scale=SCALE)
+            keys, values, mask = cache.layer(0).get()
+        whole = mx.fast.scaled_dot_product_attention(q, keys, values, scale=SCALE, mask=mask)
+        assert mx.allclose(ours, whole, atol=1e-5), step
 
 
 def test_on_the_current_layer():
