@@ -120,7 +120,9 @@ class DenseStore:
         self.layers: dict[int, Buffers] = {}
 
     def form_for(self, keys: mx.array, values: mx.array) -> Form:
-        """The form of a layer that begins with these."""
+        """The form of a layer that begins with these. Raises ValueError unless they have four axes."""
+        if keys.ndim != 4 or values.ndim != 4:
+            raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected four axes")
         dtypes = self._dtype or keys.dtype, self._dtype or values.dtype
         return Form(keys.shape[1], keys.shape[-1], values.shape[-1], *dtypes)
 

@@ -266,7 +266,8 @@ def checked(form: Form, n: int, layer: int, keys: mx.array, values: mx.array) ->
             f"keys and values of layer {layer} are {keys.shape} and {values.shape}, "
             f"expected {(1, heads, n, key_dim)} and {(1, heads, n, value_dim)}"
         )
-    if keys.dtype != key_dtype or values.dtype != value_dtype:
+    as_stored = keys.dtype == key_dtype and values.dtype == value_dtype
+    if not as_stored or not mx.issubdtype(key_dtype, mx.floating):
         for name, array in (("keys", keys), ("values", values)):
             if not mx.issubdtype(array.dtype, mx.floating):
                 raise ValueError(f"{name} of layer {layer} are {array.dtype}, expected floats")

@@ -63,13 +63,16 @@ class HeadRebase:
     gap: int
     fresh: dict[int, mx.array] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._known = self.head.cut(self.length)
+
     def __call__(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         rotation = self.scheme.rotations[layer]
         if rotation is None:
             return keys, values
         stored = keys if rotation.slot == "keys" else values
         lead = self.head.lead + self.gap
-        known = self.head.cut(self.length)
+        known = self._known
         originals = [(piece.arrays[layer], lead - piece.lead) for piece in known.pieces]
         if known.length < self.length:
             # The sum is a copy: a view would keep the whole buffer alive.
@@ -80,8 +83,7 @@ class HeadRebase:
 
     @property
     def moved(self) -> Head:
-        known = self.head.cut(self.length)
-        pieces = known.pieces
+        known, pieces = self._known, self._known.pieces
         if known.length < self.length:
             pieces += (Piece(self.length - known.length, self.head.lead, self.fresh),)
         return Head(self.head.lead + self.gap, pieces)

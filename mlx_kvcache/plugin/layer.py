@@ -89,19 +89,14 @@ class LayerCache:
             CacheError: layers are told different numbers.
         """
         owner = self.owner
-        if self.trims == len(owner.trims):
+        if self.trims == owner.trims:
             dropped = min(n, owner.position)
-            owner.trims.append(dropped)
-            seen = [layer.trims for layer in owner.layers]
             owner.rewind_to(owner.position - dropped)
-            for layer, count in zip(owner.layers, seen, strict=True):
-                layer.trims = count
-        elif min(n, owner.position + owner.trims[self.trims]) != owner.trims[self.trims]:
-            raise CacheError(
-                f"layer {self.index} is trimmed by {n}, other layers by {owner.trims[self.trims]}"
-            )
-        self.trims += 1
-        return owner.trims[self.trims - 1]
+            owner.trims, owner.trimmed = owner.trims + 1, dropped
+        elif min(n, owner.position + owner.trimmed) != owner.trimmed:
+            raise CacheError(f"layer {self.index} is trimmed by {n}, other layers by {owner.trimmed}")
+        self.trims = owner.trims
+        return owner.trimmed
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> LayerCache:
         raise NotSupportedError(f"K/V cannot be quantised to {bits} bits in place; make the cache so")
@@ -117,6 +112,12 @@ class LayerCache:
 
     def _begin_unasked(self, n: int) -> None:
         owner = self.owner
+        if owner.interrupted:
+            owner.interrupted = False
+            raise CacheError(
+                "another prompt cache of the same pool was used in the middle of a forward; "
+                "the tokens of that forward have been taken out, so it can be run again"
+            )
         if owner.unfinished:
             owner.settle()
             raise CacheError(

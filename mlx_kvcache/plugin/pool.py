@@ -18,6 +18,8 @@ from .rotation import Scheme
 class User(Protocol):
     """Who can have a forward under way in a pool."""
 
+    interrupted: bool
+
     @property
     def unfinished(self) -> bool: ...
 
@@ -64,6 +66,7 @@ class Pool:
         last = self._user and self._user()
         if last and last is not user and last.unfinished:
             last.settle()
+            last.interrupted = True
         self._user = weakref.ref(user)
         self._sweep()
 

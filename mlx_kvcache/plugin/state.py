@@ -44,7 +44,9 @@ class SequenceState:
         self.layers: list[LayerCache] = []
         self.forward = 0
         self.tokens = 0
-        self.trims: list[int] = []
+        self.trims = 0
+        self.trimmed = 0
+        self.interrupted = False
         self._unwritten = 0
         self._plan: Plan | None = None
         self._step: Step | None = None
@@ -88,6 +90,7 @@ class SequenceState:
         assert isinstance(cache._step, Step)
         self._step = cache._step
         self._unwritten = len(self.layers)
+        self.interrupted = False
         self.tokens = n
         self.forward += 1
 
@@ -211,4 +214,4 @@ class SequenceState:
         for layer in self.layers:
             layer.offset = offset
             layer.forward = layer.asked = self.forward
-            layer.trims = len(self.trims)
+            layer.trims = self.trims

@@ -109,6 +109,32 @@ def test_an_unfinished_forward_does_not_disturb_a_fork(cache):
     assert_goes_on(cache, TEXT[:20])
 
 
+def test_forwards_of_one_pool_do_not_interleave(cache):
+    logits_of(MODEL, cache, TEXT[:20])
+    fork = cache.fork()
+    kv = mx.zeros((1, 2, 4, 8))
+    cache[0].make_mask(4)
+    cache[0].update_and_fetch(kv, kv)
+    logits_of(MODEL, fork, TEXT[60:64])
+    with pytest.raises(CacheError, match="in the middle of a forward"):
+        cache[1].update_and_fetch(kv, kv)
+    assert cache.position == 20
+    logits_of(MODEL, cache, TEXT[20:23])
+    assert_goes_on(cache, TEXT[:23])
+    assert_goes_on(fork, TEXT[:20] + TEXT[60:64])
+
+
+def test_arrays_that_are_none(cache):
+    ints = mx.ones((1, 2, 3, 8), mx.int32)
+    with pytest.raises(ValueError, match="int32, expected floats"):
+        cache[0].update_and_fetch(ints, ints)
+    with pytest.raises(ValueError, match="four axes"):
+        cache[0].update_and_fetch(mx.ones((1, 2, 3)), mx.ones((1, 2, 3)))
+    assert cache.position == 0
+    logits_of(MODEL, cache, TEXT[:5])
+    assert_goes_on(cache, TEXT[:5])
+
+
 def test_a_forward_without_masks(cache):
     kv = mx.ones((1, 2, 3, 8))
     for layer in cache:
