@@ -7,16 +7,19 @@ import pytest
 
 from mlx_kvcache import (
     Batch,
+    Cache,
     CacheError,
     CacheFullError,
     CausalCache,
     CausalOptions,
+    ChunkedAttentionCache,
     EncoderCache,
     NotSupportedError,
     RecurrentCache,
     SlidingWindowCache,
     WrapperCache,
     attention,
+    slide,
 )
 from mlx_kvcache.caches.keyvalue import KeyValueCache
 from tests.caches.data import coded, column
@@ -37,6 +40,20 @@ def feed(cache, positions, sequence=0):
             cache.put(mx.array(float(positions[-1])), sequence=sequence)
         elif not isinstance(child, EncoderCache):
             cache.put(*coded(positions))
+
+
+def test_every_kind_is_a_cache():
+    kinds = (CausalCache(), SlidingWindowCache(4), ChunkedAttentionCache(4), EncoderCache(), RecurrentCache())
+    assert all(isinstance(cache, Cache) for cache in (*kinds, WrapperCache(*kinds)))
+
+
+def test_sliding_the_context_of_all_children():
+    cache = made(CausalCache(add_offsets), SlidingWindowCache(8, shift=add_offsets, sinks=2))
+    feed(cache, range(7))
+    assert slide(cache, 0, keep=2) == 2
+    assert {child.end(0) for child in cache._children} == {5}
+    feed(cache, [5])
+    assert column(cache.get()[0]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_layer_types():
