@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .caches.keyvalue import KeyValueCache, Layer
+from .caches.keyvalue import Attending, KeyValueCache, Layer
 from .caches.wrapper import WrapperCache
 
 
@@ -37,4 +37,4 @@ def attention(
     if not isinstance(cache, Layer):
         owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache
         cache = Layer(owner, owner._layer)
-    return cache.cache._attend(cache.index, queries, keys, values, scale, sinks)
+    return cache.cache._attend(cache.index, Attending(queries, keys, values, scale, sinks))

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .keyvalue import Attending
 from .step import Part, Step, take
 
 
-def attend(
-    step: Step,
-    layer: int,
-    queries: mx.array,
-    keys: mx.array | None,
-    values: mx.array | None,
-    scale: float,
-    sinks: mx.array | None,
-) -> mx.array:
-    """Put, unless keys and values are None, and attend. Shapes are those of `mlx_kvcache.attention`."""
-    if keys is not None and values is not None:
+def attend(step: Step, layer: int, given: Attending) -> mx.array:
+    """Put, unless keys and values are None, and attend; (1, n_heads, n, value_dim) in batch order."""
+    if given.keys is not None and given.values is not None:
         if step.is_plain:
-            keys, values = step.exchange(layer, keys, values)
-            return _stretches(step, step.parts[0], queries, keys, values, scale, sinks)
-        step.put(layer, keys, values)
+            history = step.exchange(layer, given.keys, given.values)
+            return _stretches(step, step.parts[0], given.queries, history, given)
+        step.put(layer, given.keys, given.values)
     step.check_put(layer)
-    outputs = []
-    for part in step.parts:
-        keys, values = step.history(layer, part)
-        outputs.append(_stretches(step, part, take(queries, part.rows), keys, values, scale, sinks))
+    outputs = [
+        _stretches(step, part, take(given.queries, part.rows), step.history(layer, part), given)
+        for part in step.parts
+    ]
     if len(outputs) == 1 and step.parts[0].rows is None:
         return outputs[0]
     order = [index for part in step.parts for index in part.indices]
@@ -36,30 +29,16 @@ def attend(
 
 
 def _stretches(
-    step: Step,
-    part: Part,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-    sinks: mx.array | None,
+    step: Step, part: Part, queries: mx.array, history: tuple[mx.array, mx.array], given: Attending
 ) -> mx.array:
     """A long block attends in stretches: what a window or a chunk hides is then never multiplied."""
-    sdpa = mx.fast.scaled_dot_product_attention
+    sdpa, (keys, values) = mx.fast.scaled_dot_product_attention, history
+    scale, sinks = given.scale, given.sinks
     stretches = step.stretches(part)
     if len(stretches) == 1:
         return sdpa(queries, keys, values, scale=scale, mask=stretches[0].mask, sinks=sinks)
-    return mx.concatenate(
-        [
-            sdpa(
-                queries[:, :, s.queries],
-                keys[:, :, s.keys],
-                values[:, :, s.keys],
-                scale=scale,
-                mask=s.mask,
-                sinks=sinks,
-            )
-            for s in stretches
-        ],
-        axis=2,
-    )
+    outputs = [
+        sdpa(queries[:, :, q], keys[:, :, k], values[:, :, k], scale=scale, mask=mask, sinks=sinks)
+        for q, k, mask in stretches
+    ]
+    return mx.concatenate(outputs, axis=2)

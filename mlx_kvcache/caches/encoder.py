@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError
 from .interface import History
-from .keyvalue import KeyValueCache
+from .keyvalue import Attending, KeyValueCache
 from .plan import Plan
 from .streams import StreamCache, StreamPlan
 
@@ -135,16 +135,9 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
             raise CacheError(f"sequence {sequence} has no encoder output in layer {layer}")
         return *held[layer], None
 
-    def _attend(
-        self,
-        layer: int,
-        queries: mx.array,
-        keys: mx.array | None,
-        values: mx.array | None,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        if keys is not None and values is not None:
-            self._put(layer, keys, values)
+    def _attend(self, layer: int, given: Attending) -> mx.array:
+        queries, new_keys, new_values, scale, sinks = given
+        if new_keys is not None and new_values is not None:
+            self._put(layer, new_keys, new_values)
         keys, values, _ = self._get(layer)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from .base import PlanningCache, checked_layer
 from .interface import History
+
+
+class Attending(NamedTuple):
+    """The arguments of `mlx_kvcache.attention`, but for the cache."""
+
+    queries: mx.array
+    keys: mx.array | None
+    values: mx.array | None
+    scale: float
+    sinks: mx.array | None
 
 
 class Layer:
@@ -36,15 +47,7 @@ class KeyValueCache(PlanningCache):
     @abstractmethod
     def _get(self, layer: int) -> History: ...
     @abstractmethod
-    def _attend(
-        self,
-        layer: int,
-        queries: mx.array,
-        keys: mx.array | None,
-        values: mx.array | None,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array: ...
+    def _attend(self, layer: int, given: Attending) -> mx.array: ...
 
     def layer(self, layer: int) -> Layer:
         """A handle on one model layer. Raises ValueError below 0."""

@@ -16,7 +16,7 @@ from ..cells.table import CellTable
 from ..errors import NotSupportedError
 from .attend import attend
 from .interface import History
-from .keyvalue import KeyValueCache
+from .keyvalue import Attending, KeyValueCache
 from .plan import Plan
 from .reserve import Reservation
 from .step import Step
@@ -121,24 +121,17 @@ class PositionalCache(KeyValueCache):
     def _get(self, layer: int) -> History:
         return self._current().get(layer)
 
-    def _attend(
-        self,
-        layer: int,
-        queries: mx.array,
-        keys: mx.array | None,
-        values: mx.array | None,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def _attend(self, layer: int, given: Attending) -> mx.array:
         step = self._current()
-        if isinstance(step, Reservation):
-            if keys is not None and values is not None:
-                step.put(layer, keys, values)
-            keys, values, mask = step.get(layer)
-            return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=scale, mask=mask, sinks=sinks
-            )
-        return attend(step, layer, queries, keys, values, scale, sinks)
+        if isinstance(step, Step):
+            return attend(step, layer, given)
+        queries, new_keys, new_values, scale, sinks = given
+        if new_keys is not None and new_values is not None:
+            step.put(layer, new_keys, new_values)
+        keys, values, mask = step.get(layer)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=mask, sinks=sinks
+        )
 
     def _can_resume(self, sequence: int, position: int) -> bool:
         end, spans = self._table[sequence]
