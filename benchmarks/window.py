@@ -67,7 +67,7 @@ def run() -> Iterator[str]:
     token = inputs(1, 99)
     worst = mx.abs(our_step(mine, *token) - their_step(peer, *token)).max().item()
     yield f"largest difference of one token after {PREFILL}: {worst:.1e}"
-    yield f"cells in a layer after the prefill: {stored[0]}, at most {WINDOW + REWIND + 512}; theirs {stored[1]}"
+    yield f"cells in a layer after it: {stored[0]}, at most {WINDOW + REWIND + 512}; theirs {stored[1]}"
 
     def decode(step, cache) -> float:
         start = time.perf_counter()
