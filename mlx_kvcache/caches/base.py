@@ -213,6 +213,11 @@ class PlanningCache(ABC):
         plan.commit()
         return plan
 
+    def _clipped(self, sequence: int, end: int | None) -> int:
+        """The end of a range to remove, None or beyond the sequence meaning its end."""
+        length = self._end(sequence)
+        return length if end is None else min(end, length)
+
     def _no_batch(self) -> CacheError:
         """What to raise where a batch is needed and there is none."""
         self._check_ready()

@@ -75,7 +75,7 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
 
     def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
         old = self._streams.get(sequence)
-        stop = 0 if old is None else old.end if end is None else min(end, old.end)
+        stop = self._clipped(sequence, end)
         if old is None or begin >= stop:
             return StreamPlan(self, {})
         entry = old.entry

@@ -76,7 +76,7 @@ class PositionalCache(KeyValueCache):
 
     def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
         length = self._table[sequence].end
-        stop = length if end is None else min(end, length)
+        stop = self._clipped(sequence, end)
         if begin >= stop:
             return EditPlan(self, Removal({}, None))
         if end is None:

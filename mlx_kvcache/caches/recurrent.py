@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError, NotSupportedError
 from .base import checked_layer
+from .interface import check_numbers
 from .plan import Plan
 from .streams import StreamCache, StreamPlan
 
@@ -123,7 +124,9 @@ class RecurrentCache(StreamCache[Stream]):
     def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
         """Positions inside the batch at which a checkpoint would be useful, for `put(at=...)`."""
         sequence = self._named(sequence)
-        begin, end = self._begins[sequence], self._streams[sequence].end
+        assert self._batch is not None
+        begin = self._begins[sequence]
+        end = begin + len(self._batch.rows[sequence])
         first = begin - begin % self._interval + self._interval
         return tuple(range(first, end, self._interval))[-self._max_checkpoints or end :]
 
@@ -133,8 +136,10 @@ class RecurrentCache(StreamCache[Stream]):
         Raises:
             ValueError: a negative number.
         """
+        self._check_ready()
+        check_numbers(sequence=sequence, position=position)
         stream = self._streams.get(sequence)
-        if not self.can_resume(sequence, 0) or stream is None:
+        if stream is None:
             return None
         candidates = (p for p in stream.states if p <= position and self._can_resume(sequence, p))
         return max(candidates, default=0)
@@ -166,7 +171,7 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
         stream = self._streams.get(sequence)
-        stop = 0 if stream is None else stream.end if end is None else min(end, stream.end)
+        stop = self._clipped(sequence, end)
         if stream is None or begin >= stop:
             return StreamPlan(self, {})
         if stop < stream.end:

@@ -110,6 +110,8 @@ def test_checkpoints_inside_a_block_and_while_decoding():
     assert cache.prepare_restore(0, 49) == 40
     assert cache.prepare_restore(0, 9) == 0
     assert cache.prepare_restore(7, 9) is None
+    with pytest.raises(ValueError, match="position must be 0 or more, got -1"):
+        cache.prepare_restore(0, -1)
     cache.remove(0, 30)
     assert newest(cache) == after((), range(30))
 
@@ -194,6 +196,7 @@ def test_reserving_stores_nothing():
     cache = made()
     cache.start_forward(Batch([0], [0]), reserve=True)
     assert cache.get() == ()
+    assert cache.wanted() == ()
     cache.put(mx.ones((2, 3)))
     assert array(cache.get()).shape == (2, 3)
     assert (cache.nbytes, cache.end(0)) == (0, 0)
