@@ -107,8 +107,8 @@ class RecurrentCache(StreamCache[Stream]):
                 after the token at `at` - 1. None is the end of the batch.
 
         Raises:
-            ValueError: shapes or dtypes that differ from the layer's earlier ones, or a
-                position outside the batch.
+            ValueError: a number of arrays, of axes or a dtype that differs from the layer's
+                earlier ones, or a position outside the batch.
             CacheError: no batch, or one of several sequences and none named.
         """
         self._put(self._layer, arrays, sequence, at)
@@ -120,6 +120,19 @@ class RecurrentCache(StreamCache[Stream]):
             CacheError: no batch, or one of several sequences and none named.
         """
         return self._get(self._layer, sequence)
+
+    def newest(self, layer: int, sequence: int) -> Arrays:
+        """A layer's state after the sequence's last token, also between batches; () where there is none."""
+        self._check_ready()
+        stream = self._streams.get(sequence)
+        return stream.states.get(stream.end, NOTHING).get(layer, ()) if stream else ()
+
+    def layer_nbytes(self, layer: int, sequence: int) -> int:
+        """Bytes of one layer's state and checkpoints in one sequence."""
+        self._check_ready()
+        stream = self._streams.get(sequence)
+        states = stream.states.values() if stream else ()
+        return _nbytes({layer: state[layer]} for state in states if layer in state)
 
     def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
         """Positions inside the batch at which a checkpoint would be useful, for `put(at=...)`."""
@@ -215,10 +228,10 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
         sequence = self._named(sequence)
-        form = tuple(None if array is None else (array.shape, array.dtype) for array in arrays)
+        form = tuple(None if array is None else (array.ndim, array.dtype) for array in arrays)
         known = self._forms.get(layer, form)
         if len(form) != len(known) or any(a != b for a, b in zip(form, known, strict=True) if a and b):
-            raise ValueError(f"the state of layer {layer} is {form}, before it was {known}")
+            raise ValueError(f"the state of layer {layer} has (axes, dtype) {form}, before it had {known}")
         if self._scratch is not None:
             self._scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
             mx.eval([array for array in self._scratch[layer] if array is not None])
@@ -238,8 +251,7 @@ class RecurrentCache(StreamCache[Stream]):
         sequence = self._named(sequence)
         if self._scratch is not None:
             return self._scratch.get(layer, ())
-        end, states, _ = self._streams[sequence]
-        return states.get(end, NOTHING).get(layer, ())
+        return self.newest(layer, sequence)
 
     def _thinned(self, stream: Stream) -> dict[int, State]:
         """The checkpoints that stay when more tokens come."""

@@ -67,6 +67,16 @@ class Part:
         """How many keys there are to see."""
         return sum(high - low for low, high in self.ranges)
 
+    @property
+    def earlier(self) -> list[tuple[int, int]]:
+        """Positions of the keys that were there before this step."""
+        return [(low, min(high, self.begin)) for low, high in self.ranges if low < self.begin]
+
+    @property
+    def earlier_size(self) -> int:
+        """How many keys were there before this step."""
+        return sum(high - low for low, high in self.earlier)
+
 
 class Stretch(NamedTuple):
     """Neighbouring queries of a part, the keys that any of them sees, and who sees which."""
@@ -209,7 +219,7 @@ class Step:
 
     def _stretch(self, part: Part, begin: int, end: int) -> Stretch:
         if (begin, end) == (part.begin, part.end):
-            return Stretch(slice(None), slice(None), self._own_mask(part))
+            return Stretch(slice(None), slice(None), self.own_mask(part))
         first = part.ranges[0][0]
         low = max(first, self._rule.lower(begin))
         mask: Mask = None if end - begin == 1 else "causal"
@@ -218,7 +228,7 @@ class Step:
             mask = array_mask(self._rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
         return Stretch(slice(begin - part.begin, end - part.begin), slice(low - first, end - first), mask)
 
-    def _own_mask(self, part: Part) -> Mask:
+    def own_mask(self, part: Part) -> Mask:
         """Who of one part's queries, by rising position, sees which of its history."""
         if self._later.intersection(part.indices):
             return self._array_mask([part], part.indices, 0)
@@ -235,7 +245,7 @@ class Step:
             only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
             self._has_mask = True
             if only and not padding and self._config.mask_dtype is None:
-                self._whole_mask = self._own_mask(only)
+                self._whole_mask = self.own_mask(only)
             else:
                 self._whole_mask = self._array_mask(
                     self.parts, range(self.n), padding, self._config.mask_dtype

@@ -8,82 +8,104 @@ copies as they were when first stored, so that a key is rounded twice however of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..cells.spans import Spans
 from .rotation import Scheme
 
 
 class Piece(NamedTuple):
-    """Originals of neighbouring tokens: per layer the array that carries RoPE, at offset `lead`."""
+    """Originals of the tokens [begin, end): per leaf the array that carries RoPE, at offset `lead`."""
 
-    length: int
+    begin: int
+    end: int
     lead: int
     arrays: dict[int, mx.array]
 
-    def cut(self, length: int) -> Piece:
-        if length >= self.length:
+    def cut(self, begin: int, end: int) -> Piece | None:
+        """What of it lies in [begin, end)."""
+        begin, end = max(begin, self.begin), min(end, self.end)
+        if begin >= end:
+            return None
+        if (begin, end) == (self.begin, self.end):
             return self
-        return Piece(length, self.lead, {i: array[:, :, :length] + 0 for i, array in self.arrays.items()})
+        low, high = begin - self.begin, end - self.begin
+        return Piece(
+            begin, end, self.lead, {i: array[:, :, low:high] + 0 for i, array in self.arrays.items()}
+        )
 
 
-@dataclass
+Pieces = tuple[Piece, ...]
+"""Pieces by rising position, without overlap."""
+
+
+@dataclass(frozen=True)
 class Head:
-    """Originals of a sequence's first tokens, from position 0 on; `lead` is offset minus position."""
+    """A sequence's first tokens as they were first stored.
+
+    `lead` is the model's offset less the position; `pieces` are for each of the pool's caches.
+    """
 
     lead: int = 0
-    pieces: tuple[Piece, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return sum(piece.length for piece in self.pieces)
+    pieces: dict[int, Pieces] = field(default_factory=dict)
 
     def cut(self, length: int) -> Head:
         """The originals of the first `length` tokens at most."""
-        kept = []
-        for piece in self.pieces:
-            if length > 0:
-                kept.append(piece.cut(length))
-            length -= piece.length
-        return Head(self.lead, tuple(kept))
+        kept = {
+            kind: tuple(part for piece in pieces if (part := piece.cut(0, length)))
+            for kind, pieces in self.pieces.items()
+        }
+        return Head(self.lead, kept)
 
 
-@dataclass
 class HeadRebase:
-    """Rotates the first `length` tokens to a lead that is `gap` higher, layer by layer.
+    """Rotates what one cache holds of a sequence's head, leaf by leaf, to a new lead.
 
-    `moved` is the new head, complete when every layer has been called.
+    `pieces` is complete when every leaf has been called.
+
+    Args:
+        source: what is rotated, as spans.
+        lead, new_lead: of the head now, and then.
+        known: the originals that there are.
     """
 
-    scheme: Scheme
-    head: Head
-    length: int
-    gap: int
-    fresh: dict[int, mx.array] = field(default_factory=dict)
+    def __init__(self, scheme: Scheme, source: Spans, lead: int, new_lead: int, known: Pieces) -> None:
+        self._scheme = scheme
+        self._new_lead = new_lead
+        self.pieces: Pieces = tuple(_covering(source, lead, known))
 
-    def __post_init__(self) -> None:
-        self._known = self.head.cut(self.length)
-
-    def __call__(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        rotation = self.scheme.rotations[layer]
+    def __call__(self, leaf: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        rotation = self._scheme.rotations[leaf]
         if rotation is None:
             return keys, values
         stored = keys if rotation.slot == "keys" else values
-        lead = self.head.lead + self.gap
-        known = self._known
-        originals = [(piece.arrays[layer], lead - piece.lead) for piece in known.pieces]
-        if known.length < self.length:
-            # The sum is a copy: a view would keep the whole buffer alive.
-            self.fresh[layer] = stored[:, :, known.length : self.length] + 0
-            originals.append((self.fresh[layer], self.gap))
-        rotated = mx.concatenate([rotation.apply(array, by) for array, by in originals], axis=2)
-        return (rotated, values) if rotation.slot == "keys" else (keys, rotated)
+        rotated, done = [], 0
+        for piece in self.pieces:
+            size = piece.end - piece.begin
+            if leaf not in piece.arrays:
+                # The sum is a copy: a view would keep the whole buffer alive.
+                piece.arrays[leaf] = stored[:, :, done : done + size] + 0
+            rotated.append(rotation.apply(piece.arrays[leaf], self._new_lead - piece.lead))
+            done += size
+        whole = mx.concatenate(rotated, axis=2)
+        return (whole, values) if rotation.slot == "keys" else (keys, whole)
 
-    @property
-    def moved(self) -> Head:
-        known, pieces = self._known, self._known.pieces
-        if known.length < self.length:
-            pieces += (Piece(self.length - known.length, self.head.lead, self.fresh),)
-        return Head(self.head.lead + self.gap, pieces)
+
+def _covering(source: Spans, lead: int, known: Pieces) -> Iterator[Piece]:
+    """Pieces of all that is in `source`: known ones, and new ones of what they leave out."""
+    for span in source:
+        at = span.position
+        for piece in known:
+            part = piece.cut(at, span.end)
+            if part is None:
+                continue
+            if at < part.begin:
+                yield Piece(at, part.begin, lead, {})
+            yield part
+            at = part.end
+        if at < span.end:
+            yield Piece(at, span.end, lead, {})

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Protocol
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from ..caches.causal import CausalCache
+from ..batch import Batch
+from ..caches.base import PlanningCache
+from ..caches.plan import JointPlan, Plan
+from ..caches.positional import PositionalCache
+from ..caches.recurrent import RecurrentCache
+from .layout import Layout
+from .observe import observe, unobserve
 from .probe import scheme_of
 from .rotation import Scheme
 
@@ -27,32 +36,66 @@ class User(Protocol):
 
 
 class Pool:
-    """One cache whose sequences are prompt caches: a fork shares cells with its origin.
+    """One cache for each kind of layer, whose sequences are prompt caches: forks share cells.
 
-    A pool has no bound of its own; each prompt cache has its `capacity`.
+    A pool has no bound of its own; each prompt cache has its `capacity`. The model's calls
+    hold `lock`, so that forwards of several threads come one after the other.
+
+    Attributes:
+        caches: one for each of the layout's rules.
+        kinds: for each leaf of the layout, the index of its cache.
+        used: indices of the leaves that the model writes.
     """
 
-    def __init__(self, model: nn.Module, layers: int) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> None:
         self.model = model
-        self.layers = layers
-        self.cache = CausalCache()
-        self.cache.init(dtype=None, capacity=sys.maxsize, max_batch=sys.maxsize)
+        self.layout = layout
+        self.leaves = layout.leaves
+        self.caches = tuple(
+            RecurrentCache() if rule is None else PositionalCache(rule, rewind, None)
+            for rule, rewind in zip(layout.rules, rewinds, strict=True)
+        )
+        for cache in self.caches:
+            cache.init(dtype=None, capacity=sys.maxsize, max_batch=sys.maxsize)
+        self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
+        self.lock = threading.RLock()
+        self.used = frozenset(range(len(self.leaves)))
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
+        observe(model)
+        weakref.finalize(self, unobserve, model)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated, counted once however many prompt caches share them."""
-        user = self._user and self._user()
-        if not (user and user.unfinished):
-            self._sweep()
-        return self.cache.nbytes
+        with self.lock:
+            user = self._user and self._user()
+            if not (user and user.unfinished):
+                self._sweep()
+            return sum(cache.nbytes for cache in self.caches)
 
     @property
     def scheme(self) -> Scheme:
         """How the model tells positions apart; the first call runs the model on a few tokens."""
         return scheme_of(self.model)
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        """All arrays of keys and values."""
+        return [
+            array
+            for _, cache in self.positional()
+            for buffers in cache._store.layers.values()
+            for pair in buffers.pairs.values()
+            for array in (pair.keys, pair.values)
+        ]
+
+    def positional(self) -> Iterator[tuple[int, PositionalCache]]:
+        """The caches of keys and values, with their indices."""
+        for index, cache in enumerate(self.caches):
+            if isinstance(cache, PositionalCache):
+                yield index, cache
 
     def new_sequence(self) -> int:
         return next(self._names)
@@ -62,7 +105,7 @@ class Pool:
         self._dropped.append(sequence)
 
     def take_turn(self, user: User) -> None:
-        """Let `user` change the cache, after undoing what another left unfinished."""
+        """Let `user` change the caches, after undoing what another left unfinished."""
         last = self._user and self._user()
         if last and last is not user and last.unfinished:
             last.settle()
@@ -70,6 +113,63 @@ class Pool:
         self._user = weakref.ref(user)
         self._sweep()
 
+    def begin(self, batch: Batch | None) -> Plan:
+        """Take a batch's tokens into all caches, or into none. Raises what `start_forward` does."""
+        plan = JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
+        plan.commit()
+        return plan
+
+    def end(self, sequence: int) -> int:
+        return self.caches[0]._end(sequence)
+
+    def truncate(self, sequence: int, position: int) -> None:
+        """Drop the tokens from `position` on. Raises NotSupportedError where a recurrence cannot."""
+        plans = [cache._plan_remove(sequence, position, None) for cache in self.caches]
+        JointPlan(plans).commit()
+
+    def copy(self, src: int, dst: int) -> None:
+        """Let `dst` share all of `src`."""
+        plans = [cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]
+        JointPlan(plans).commit()
+
+    def can_resume(self, sequence: int, position: int) -> bool:
+        return all(cache._can_resume(sequence, position) for cache in self.caches)
+
+    def resume_point(self, sequence: int, position: int) -> int:
+        """The newest position <= `position` that all caches can go on from."""
+        point = min(position, self.end(sequence))
+        while not self.can_resume(sequence, point):
+            point = min(_resume_point(cache, sequence, point) for cache in self.caches)
+        return point
+
     def _sweep(self) -> None:
         while self._dropped:
-            self.cache.remove(self._dropped.popleft(), 0)
+            sequence = self._dropped.popleft()
+            for cache in self.caches:
+                cache._plan_remove(sequence, 0, None).commit()
+
+
+def _resume_point(cache: PlanningCache, sequence: int, position: int) -> int:
+    """The newest position <= `position` that one cache can go on from."""
+    if isinstance(cache, RecurrentCache):
+        return cache.prepare_restore(sequence, position) or 0
+    assert isinstance(cache, PositionalCache)
+    rule = cache._rule
+    # Where what a token sees is not held, neither is what the tokens shortly before it see:
+    # only a chunk's head sees nothing, and the sinks see only each other.
+    candidates = (position, max(0, rule.lower(position)), min(position, rule.sinks))
+    return next((p for p in candidates if cache._can_resume(sequence, p)), 0)
+
+
+_pools: weakref.WeakValueDictionary[tuple[object, ...], Pool] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def pool_for(model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> Pool:
+    """The model's pool of this form: prompt caches that are made alike can join one batch."""
+    key = (id(model), layout, tuple(rewinds))
+    with _lock:
+        pool = _pools.get(key)
+        if pool is None:
+            pool = _pools[key] = Pool(model, layout, rewinds)
+        return pool

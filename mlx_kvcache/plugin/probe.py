@@ -17,8 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
 
 from ..arrays.rope import RopeShift
+from .layout import Entry, Layout, Leaf, layout_of
 from .rotation import Rotation, Scheme, Slot
 
 TOKENS = 7
@@ -44,15 +46,24 @@ def scheme_of(model: nn.Module) -> Scheme:
 
 
 class _Probe:
-    """A layer's cache that holds nothing, at a position that is given."""
+    """A leaf of keys and values that holds nothing, at a position that is given."""
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
-        self.stored: tuple[mx.array, mx.array] | None = None
+        self.start_position = offset
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.stored: Stored = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.stored = keys, values
+        self.keys, self.values = self.stored = keys, values
         return keys, values
+
+    def keys_and_values(self) -> Stored:
+        return self.stored
+
+    def maybe_trim_front(self) -> None:
+        pass
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         if not return_array and (window_size is None or n <= window_size):
@@ -61,22 +72,31 @@ class _Probe:
         return (rows >= 0) & (rows < (window_size or n))
 
 
-Run = tuple[mx.array, list[tuple[mx.array, mx.array] | None]]
+Stored = tuple[mx.array, mx.array] | None
+Run = tuple[mx.array, list[Stored]]
 
 
-def _run(model: nn.Module, layers: int, offset: int) -> Run:
-    caches = [_Probe(offset) for _ in range(layers)]
-    logits = model(mx.arange(1, TOKENS + 1)[None], cache=caches)
-    return logits, [cache.stored for cache in caches]
+def _run(model: nn.Module, layout: Layout, offset: int) -> Run:
+    leaves: list[Any] = []
+
+    def stand_in(entry: Entry) -> Any:
+        if not isinstance(entry, Leaf):
+            return mlx_lm_cache.CacheList(*map(stand_in, entry))
+        leaves.append(mlx_lm_cache.ArraysCache(entry.slots) if entry.rule is None else _Probe(offset))
+        return leaves[-1]
+
+    logits = model(mx.arange(1, TOKENS + 1)[None], cache=[stand_in(entry) for entry in layout.entries])
+    return logits, [getattr(leaf, "stored", None) for leaf in leaves]
 
 
 def _probe(model: nn.Module) -> Scheme:
-    layers = len(model.make_cache()) if hasattr(model, "make_cache") else len(model.layers)
+    layout = layout_of(model)
+    layers = len(layout.leaves)
     with _recorded() as shifts:
-        here = _run(model, layers, 0)
-        near = _run(model, layers, NEAR)
+        here = _run(model, layout, 0)
+        near = _run(model, layout, NEAR)
     with _recorded() as far_shifts:
-        far = {distance: _run(model, layers, distance)[0] for distance in _beyond(model)}
+        far = {distance: _run(model, layout, distance)[0] for distance in _beyond(model)}
     rotations: list[Rotation | None] = []
     for index, (first, second) in enumerate(zip(here[1], near[1], strict=True)):
         found, refusal = _layer_rotation(index, shifts, first, second)
@@ -93,9 +113,6 @@ def _probe(model: nn.Module) -> Scheme:
         for distance, logits in far.items()
     )
     return Scheme(tuple(rotations), ahead)
-
-
-Stored = tuple[mx.array, mx.array] | None
 
 
 def _layer_rotation(

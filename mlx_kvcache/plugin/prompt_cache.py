@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import mlx.nn as nn
 
+from ..cells.rules import Causal, Rule
 from ..errors import NotSupportedError
-from .layer import LayerCache
-from .pool import Pool
-from .state import Overflow, SequenceState
+from .conversation import Conversation, Overflow
+from .layers import Entries, entries_of
+from .layers.nested import AnyEntry
+from .layout import layout_of
+from .pool import Pool, pool_for
+from .rows import Rows
+from .trial import try_out
 
 
-class PromptCache(list[LayerCache]):
-    """mlx-lm's prompt cache, a list with an object for each layer, that can do more.
+class PromptCache(list[AnyEntry]):
+    """mlx-lm's prompt cache, a list with an object for each entry of the model's own, that can do more.
 
     Positions count tokens. After any error everything is as it was.
     """
 
-    def __init__(self, state: SequenceState) -> None:
-        super().__init__(LayerCache(state, index) for index in range(state.pool.layers))
-        self._state = state
-        state.serve(list(self))
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(entries_of(rows))
+        self._rows = rows
 
     @property
     def pool(self) -> Pool:
         """The cells that this cache shares with its forks; `pool.nbytes` is what is allocated."""
-        return self._state.pool
+        return self._rows.pool
 
     @property
     def position(self) -> int:
         """How many tokens are in the cache."""
-        return self._state.position
+        return self._rows.positions[0]
 
     @property
     def capacity(self) -> int | None:
         """How many tokens may be in the cache."""
-        return self._state.capacity
+        return self._conversation.capacity
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the K and V that are held, what is shared with forks counted in full."""
-        return self._state.nbytes
+        """Bytes of what is held, what is shared with forks counted in full."""
+        own: Entries = entries_of(self._rows)
+        return sum(entry.nbytes for entry in own)
 
     def can_resume(self, position: int) -> bool:
         """Whether generation can go on from `position`, the tokens from there on dropped."""
-        return 0 <= position <= self.position
+        if not 0 <= position <= self.position:
+            return False
+        return self.pool.can_resume(self._conversation.sequence, position)
 
     def resume_point(self, position: int) -> int:
         """The newest position <= `position` to continue from. Raises ValueError below 0."""
         if position < 0:
             raise ValueError(f"position must be 0 or more, got {position}")
-        return min(position, self.position)
+        return self.pool.resume_point(self._conversation.sequence, min(position, self.position))
 
     def rewind(self, n: int) -> None:
-        """Drop the newest n tokens. Raises ValueError unless 0 <= n <= position."""
+        """Drop the newest n tokens.
+
+        Raises:
+            ValueError: not 0 <= n <= position.
+            NotSupportedError: what the tokens before those need is not held; see `resume_point`.
+        """
         if not 0 <= n <= self.position:
             raise ValueError(f"cannot rewind {n} of {self.position} tokens")
-        self._state.rewind_to(self.position - n)
+        self._rewind_to(self.position - n)
 
     def rewind_to(self, position: int) -> None:
-        """Drop the tokens from `position` on. Raises ValueError unless 0 <= position <= self.position."""
+        """Drop the tokens from `position` on. Raises as `rewind`."""
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind {self.position} tokens to position {position}")
-        self._state.rewind_to(position)
+        self._rewind_to(position)
 
     def remove(  # type: ignore[override]  # positions, not elements of the list
         self, begin: int, end: int | None = None
@@ -72,7 +85,8 @@ class PromptCache(list[LayerCache]):
 
         Raises:
             ValueError: a negative number, or begin > end.
-            NotSupportedError: the model's position scheme is not understood.
+            NotSupportedError: the model's position scheme is not understood, it has recurrent
+                layers, or what the next token sees would not be held.
         """
         if begin < 0 or (end is not None and end < begin):
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.position} tokens")
@@ -80,20 +94,36 @@ class PromptCache(list[LayerCache]):
         if begin >= stop:
             return
         if stop == self.position:
-            self._state.rewind_to(begin)
+            self._rewind_to(begin)
         else:
-            self._state.remove(begin, stop)
+            with self._rows.edit():
+                self._conversation.remove(begin, stop)
 
     def fork(self) -> PromptCache:
-        """A cache with the same tokens that goes its own way. Copies no K or V."""
-        return PromptCache(self._state.fork())
+        """A cache with the same tokens that goes its own way. Copies no array."""
+        return PromptCache(self._rows.fork())
 
     def close(self) -> None:
         """Give the memory back that no fork shares. Further use is a CacheError."""
-        self._state.close()
+        self._conversation.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         return self.fork()
+
+    def __iadd__(self, other: Iterable[AnyEntry]) -> list[AnyEntry]:  # type: ignore[override,misc]
+        """A plain list: with the layers of a draft model behind it, it is no longer one conversation."""
+        return [*self, *other]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        raise NotSupportedError("a prompt cache cannot be pickled")
+
+    @property
+    def _conversation(self) -> Conversation:
+        return self._rows.conversation
+
+    def _rewind_to(self, position: int) -> None:
+        with self._rows.edit():
+            self._conversation.rewind_to(position)
 
 
 def make_prompt_cache(
@@ -104,21 +134,22 @@ def make_prompt_cache(
     sinks: int = 0,
     kv_bits: int | None = None,
 ) -> PromptCache:
-    """A prompt cache for an mlx-lm model.
+    """A prompt cache for an mlx-lm model, which answers every entry of the model's own in kind.
 
     Args:
         capacity: the most tokens that it holds; None grows without bound.
         overflow: what happens when more come. "error" raises CacheFullError before anything
             is computed; "shift" removes the older half after the first `sinks` tokens.
-        rewind: how many newest tokens can always be dropped. Full attention can drop any.
+        rewind: how many newest tokens windows and chunks can always drop. Full attention can
+            drop any; recurrences go back to their checkpoints (see `PromptCache.resume_point`).
         sinks: how many first tokens "shift" never removes.
         kv_bits: None, as K and V are stored in the model's own precision.
 
     Raises:
         TypeError: not an mlx-lm model.
         ValueError: options out of range.
-        NotSupportedError: a layer that is not of full attention, "shift" on a model whose
-            tokens cannot be moved, or kv_bits.
+        NotSupportedError: a layer of unknown kind, a model that asks more of its caches than
+            these give, "shift" on a model whose tokens cannot be moved, or kv_bits.
     """
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
@@ -132,21 +163,25 @@ def make_prompt_cache(
         raise ValueError(f"sinks must be 0 or more and below the capacity of {capacity}, got {sinks}")
     if kv_bits is not None:
         raise NotSupportedError(f"kv_bits={kv_bits}: K and V are stored in the model's own precision")
-    pool = Pool(model, _count_layers(model))
-    if overflow == "shift" and capacity is not None and pool.scheme.refusal:
+    layout = layout_of(model)
+    shifts = capacity if overflow == "shift" else None
+    if shifts and layout.is_recurrent:
+        raise NotSupportedError(
+            f'overflow="shift" on {type(model).__module__}: '
+            "a recurrent state cannot forget tokens that later ones were added to"
+        )
+    pool = pool_for(model, layout, [_rewind(rule, rewind, shifts) for rule in layout.rules])
+    try_out(pool)
+    if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
-    return PromptCache(SequenceState(pool, capacity, overflow, sinks))
+    return PromptCache(Rows(pool, [Conversation(pool, capacity, overflow, sinks)], is_batch=False))
 
 
-def _count_layers(model: nn.Module) -> int:
-    """How many entries the model's cache has; all must be of full attention."""
-    if not hasattr(model, "make_cache"):
-        return len(model.layers)
-    entries = model.make_cache()
-    for index, entry in enumerate(entries):
-        if type(entry).__name__ != "KVCache":
-            raise NotSupportedError(
-                f"layer {index} of {type(model).__module__} caches by {type(entry).__name__}; "
-                "layers of full attention (KVCache) are supported"
-            )
-    return len(entries)
+def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
+    """How many newest tokens a kind of layer can drop, in a cache that shifts within `capacity`, or not."""
+    if rule is None or isinstance(rule, Causal):
+        return 1
+    if capacity is not None and capacity <= 4 * rule.size:
+        # After a shift the window may reach over the gap, so nothing that stays may be forgotten.
+        return capacity
+    return max(1, rewind)

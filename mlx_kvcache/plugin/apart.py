@@ -1,0 +1,70 @@
+"""Calling a model row by row where its rows cannot share an input.
+
+Recurrences read every column, and only some of mlx-lm's take a mask for padding. So rows that
+differ in padding, or in the shapes of their states, go through the model in calls of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .forward import newest
+from .observe import Call, is_cache
+from .padding import Columns
+
+if TYPE_CHECKING:
+    from .rows import Rows
+
+
+def groups(rows: Rows, columns: Sequence[Columns]) -> dict[object, list[int]]:
+    """Rows that can share an input, by what they have in common. Those without tokens are left out."""
+    found: dict[object, list[int]] = {}
+    for row, (first, stop) in enumerate(columns):
+        if first < stop:
+            found.setdefault((first, stop, _form(rows, row)), []).append(row)
+    return found
+
+
+def run_apart(
+    rows: Rows,
+    together: Mapping[object, list[int]],
+    columns: Sequence[Columns],
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> mx.array:
+    """Call the model once for each group; the outputs of padding are zeros."""
+    outputs: dict[int, mx.array] = {}
+    n = max(stop for _, stop in columns)
+    for members in together.values():
+        first, stop = columns[members[0]]
+        some = rows.subset(members)
+
+        def given(
+            value: Any, some: Rows = some, members: list[int] = members, span: Columns = (first, stop)
+        ) -> Any:
+            if is_cache(value):
+                return [entry.served_by(some) for entry in value]
+            if isinstance(value, mx.array) and value.ndim >= 2:
+                return value[mx.array(members), span[0] : span[1]]
+            return value
+
+        output = call(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+        for index, row in enumerate(members):
+            edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (output.ndim - 2)
+            outputs[row] = mx.pad(output[index : index + 1], edges)
+    like = next(iter(outputs.values()))
+    return mx.concatenate([outputs.get(row, mx.zeros_like(like)) for row in range(len(columns))])
+
+
+def _form(rows: Rows, row: int) -> tuple[object, ...]:
+    """The shapes of a row's recurrent arrays."""
+    conversation = rows.conversations[row]
+    return tuple(
+        tuple(None if array is None else array.shape for array in newest(conversation, leaf))
+        for leaf in rows.pool.leaves
+        if leaf.rule is None
+    )

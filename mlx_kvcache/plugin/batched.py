@@ -1,0 +1,155 @@
+"""A model's pass over several sequences as the rows of one input.
+
+What mlx-lm's models take is a rectangle: the rows' histories are padded on the left, so that
+the new tokens end them all, and a mask hides the padding. Nothing of that is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..arrays.mask import Ints, Mask, positions_of
+from ..batch import Batch
+from ..caches.step import Part, Step
+from ..cells.rules import Causal, Rule, visible
+from .conversation import Conversation
+from .forward import Forward, History, narrowed, newest, padded_state, store
+from .layout import Leaf
+from .padding import Columns
+from .pool import Pool
+
+
+class BatchedForward(Forward):
+    """Each row's tokens join its sequence; rows may be padded on either side."""
+
+    def __init__(
+        self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
+    ) -> None:
+        super().__init__(pool, conversations, columns, n)
+        self._is_full = all(span == (0, n) for span in columns)
+        self._masks: dict[tuple[Rule, int], Mask] = {}
+
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        step = self.step(leaf)
+        step.put(leaf.index, self._tokens(keys), self._tokens(values))
+        return self._gathered(step, leaf, keys, values)
+
+    def history(self, leaf: Leaf) -> History:
+        step = self.step(leaf)
+        step.check_put(leaf.index)
+        keys, values = (self._columns_of(step, leaf, slot) for slot in (0, 1))
+        return self._gathered(step, leaf, keys, values)
+
+    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+        step = self.step(leaf)
+        rule = narrowed(leaf.rule, window_size)
+        equal = self._is_full and len({part.size for part in step.parts}) == 1
+        if equal and not return_array and rule == leaf.rule:
+            if self.n == 1:
+                return None
+            if isinstance(rule, Causal):
+                return "causal"
+        key = rule, self.pool.kinds[leaf.index]
+        if key not in self._masks:
+            self._masks[key] = self._array_mask(step, rule)
+        return self._masks[key]
+
+    def _batch(self) -> Batch | None:
+        positions: list[int] = []
+        sequences: list[int] = []
+        for conversation, begin, (first, stop) in zip(
+            self.conversations, self.begins, self.columns, strict=True
+        ):
+            positions += range(begin, begin + stop - first)
+            sequences += [conversation.sequence] * (stop - first)
+        return Batch(positions, sequences) if positions else None
+
+    def _tokens(self, array: mx.array) -> mx.array:
+        """(B, heads, n, dim) as (1, heads, tokens, dim), row by row, without the padding."""
+        if self._is_full:
+            heads, dim = array.shape[1], array.shape[3]
+            return array.swapaxes(0, 1).reshape(1, heads, -1, dim)
+        rows = [
+            array[i : i + 1, :, first:stop] for i, (first, stop) in enumerate(self.columns) if first < stop
+        ]
+        return mx.concatenate(rows, axis=2)
+
+    def _parts(self, step: Step) -> list[Part | None]:
+        """For each row its part of the step; None where it is all padding."""
+        parts = {part.sequence: part for part in step.parts}
+        return [parts.get(conversation.sequence) for conversation in self.conversations]
+
+    def _gathered(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        """All rows' histories, ended by their columns of K and V."""
+        parts = self._parts(step)
+        before = [part.earlier_size if part else 0 for part in parts]
+        widest = max(before)
+        gathered: tuple[list[mx.array], list[mx.array]] = [], []
+        for row, part in enumerate(parts):
+            own = step.history(leaf.index, part) if part and before[row] else None
+            for slot, (array, rows) in enumerate(zip((keys, values), gathered, strict=True)):
+                pieces = [array[row : row + 1]]
+                if own is not None:
+                    pieces.insert(0, own[slot][:, :, : before[row]])
+                if before[row] < widest:
+                    shape = (1, array.shape[1], widest - before[row], array.shape[3])
+                    pieces.insert(0, mx.zeros(shape, array.dtype))
+                rows.append(mx.concatenate(pieces, axis=2) if len(pieces) > 1 else pieces[0])
+        return mx.concatenate(gathered[0]), mx.concatenate(gathered[1])
+
+    def _columns_of(self, step: Step, leaf: Leaf, slot: int) -> mx.array:
+        """The rows' stored new tokens, as the columns that they came in."""
+        rows = []
+        for part, (first, stop) in zip(self._parts(step), self.columns, strict=True):
+            if part is None:
+                rows.append(None)
+                continue
+            own = step.history(leaf.index, part)[slot][:, :, part.earlier_size :]
+            rows.append(mx.pad(own, [(0, 0), (0, 0), (first, self.n - stop), (0, 0)]))
+        like = next(row for row in rows if row is not None)
+        return mx.concatenate([mx.zeros_like(like) if row is None else row for row in rows])
+
+    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
+        """(B, 1, n, S): who of a row's columns sees which of its history."""
+        parts = self._parts(step)
+        widest = max(part.earlier_size if part else 0 for part in parts)
+        queries = np.full((len(parts), self.n), -1, np.int32)
+        keys = np.full((len(parts), widest + self.n), -1, np.int32)
+        for row, (part, (first, stop)) in enumerate(zip(parts, self.columns, strict=True)):
+            if part is None:
+                continue
+            new: Ints = np.arange(part.begin, part.end, dtype=np.int32)
+            queries[row, first:stop] = new
+            keys[row, widest + first : widest + stop] = new
+            if part.earlier_size:
+                keys[row, widest - part.earlier_size : widest] = positions_of(part.earlier)
+        q, k = mx.array(queries)[:, None, :, None], mx.array(keys)[:, None, None, :]
+        seen: mx.array = visible(rule, q, k) & (k >= 0)
+        if self._is_full:
+            return seen
+        # A padded column sees itself: an average over nothing would not be a number.
+        itself = mx.arange(widest + self.n) == widest + mx.arange(self.n)[:, None]
+        return seen | (itself & (q < 0))
+
+    def _read(self, leaf: Leaf) -> list[mx.array | None]:
+        rows = [padded_state(newest(conversation, leaf), leaf.slots) for conversation in self.conversations]
+        return [_joined(slot) for slot in zip(*rows, strict=True)]
+
+    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None:
+        for row, (conversation, (first, stop)) in enumerate(
+            zip(self.conversations, self.columns, strict=True)
+        ):
+            if first < stop:
+                own = tuple(None if array is None else array[row : row + 1] for array in arrays)
+                store(conversation, leaf, own)
+
+
+def _joined(rows: Sequence[mx.array | None]) -> mx.array | None:
+    """Rows (1, ...) of one array as a batch; zeros stand for those that are not there yet."""
+    like = next((row for row in rows if row is not None), None)
+    if like is None:
+        return None
+    return mx.concatenate([mx.zeros_like(like) if row is None else row for row in rows])

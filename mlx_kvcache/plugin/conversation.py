@@ -1,0 +1,175 @@
+"""One sequence of a pool: what is edited, forked and bounded."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Literal
+
+import mlx.core as mx
+
+from ..arrays.store import Rebase
+from ..caches.plan import JointPlan, Plan
+from ..cells.removal import rebase_all, remove_range
+from ..errors import CacheError, CacheFullError, NotSupportedError
+from .head import Head, HeadRebase
+from .pool import Pool
+
+Overflow = Literal["error", "shift"]
+
+FARTHEST = 1 << 16
+"""Beyond this lead, float32 angles lose precision, and all keys are rotated back by it."""
+
+
+class Conversation:
+    """A sequence, and what happens when it gets longer than its capacity.
+
+    Its methods belong between forwards. After any error everything is as it was.
+    """
+
+    def __init__(self, pool: Pool, capacity: int | None, overflow: Overflow, sinks: int) -> None:
+        self.pool = pool
+        self.sequence = pool.new_sequence()
+        self.capacity = capacity
+        self.overflow: Overflow = overflow
+        self.sinks = sinks
+        self.head = Head()
+        self._release = weakref.finalize(self, pool.drop, self.sequence)
+
+    @property
+    def position(self) -> int:
+        """How many tokens there are."""
+        self.check_open()
+        return self.pool.end(self.sequence)
+
+    @property
+    def offset(self) -> int:
+        """Where the model's RoPE goes on: after removals it runs ahead of the position."""
+        return self.position + self.head.lead
+
+    def check_open(self) -> None:
+        if not self._release.alive:
+            raise CacheError("the prompt cache is closed")
+
+    def close(self) -> None:
+        self._release()
+
+    def fork(self) -> Conversation:
+        """Another conversation with the same tokens. Copies no array."""
+        self.check_open()
+        other = Conversation(self.pool, self.capacity, self.overflow, self.sinks)
+        self.pool.copy(self.sequence, other.sequence)
+        other.head = self.head
+        return other
+
+    def check_resume(self, position: int) -> None:
+        """Raise NotSupportedError unless the tokens from `position` on can be dropped."""
+        if not self.pool.can_resume(self.sequence, position):
+            raise NotSupportedError(
+                f"cannot go back from {self.position} tokens to position {position}: what a token there needs "
+                f"is not held; the newest position before it to go on from is "
+                f"{self.pool.resume_point(self.sequence, position)}"
+            )
+
+    def rewind_to(self, position: int) -> None:
+        """Drop the tokens from `position` on. Raises NotSupportedError where that cannot be done."""
+        self.check_resume(position)
+        self.pool.truncate(self.sequence, position)
+        self.head = self.head.cut(position)
+
+    def remove(self, begin: int, end: int) -> None:
+        """Take out [begin, end), which are followed by others.
+
+        Raises:
+            NotSupportedError: the model's tokens cannot be moved, or what the next token sees
+                would not be held.
+        """
+        pool, scheme, gap = self.pool, self.pool.scheme, end - begin
+        if pool.layout.is_recurrent:
+            raise NotSupportedError(
+                f"removing [{begin}, {end}) of {self.position} tokens: "
+                "a recurrent state cannot forget tokens that later ones were added to"
+            )
+        if scheme.refusal:
+            raise NotSupportedError(f"removing [{begin}, {end}) of {self.position} tokens: {scheme.refusal}")
+        if not scheme.ahead:
+            self._plan_tail(begin, end).commit()
+            return
+        if self.head.lead + gap > FARTHEST:
+            self._renormalise()
+        plan, head = self._plan_head(begin, end)
+        plan.commit()
+        self.head = head
+
+    def make_room(self, n: int, early: bool) -> None:
+        """Make room for n tokens, before anything is computed.
+
+        Args:
+            early: the model has not read its offset yet, so that it may still change.
+
+        Raises:
+            CacheFullError: there is none, and none can be made.
+        """
+        position = self.position
+        if self.capacity is None or position + n <= self.capacity:
+            return
+        free, sinks = self.capacity - position, min(self.sinks, position)
+        if self.overflow == "error":
+            raise CacheFullError(n, free, self.capacity, "remove or rewind tokens first")
+        if n > self.capacity - sinks:
+            raise CacheFullError(n, self.capacity - sinks, self.capacity, "feed smaller blocks")
+        if not early and not self.pool.scheme.ahead:
+            raise CacheFullError(
+                n, free, self.capacity, "this model can make room only when it is called itself"
+            )
+        drop = max((position - sinks) // 2, n - free)
+        if sinks + drop < position:
+            self.remove(sinks, sinks + drop)
+        else:
+            self.rewind_to(sinks)
+
+    def _plan_head(self, begin: int, end: int) -> tuple[Plan, Head]:
+        """A removal that rotates what is before it, and the head afterwards."""
+        pool, scheme, lead = self.pool, self.pool.scheme, self.head.lead
+        new_lead = lead + end - begin
+        plans: list[Plan] = []
+        pieces = {}
+        for kind, cache in pool.positional():
+            removal = remove_range(cache._table, self.sequence, begin, end, cache._rule, rebase_head=True)
+            source = removal.rebased.source if removal.rebased else ()
+            rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()))
+            plans.append(cache._plan_edit(removal, rebase))
+            pieces[kind] = rebase.pieces
+        return JointPlan(plans), Head(new_lead, pieces)
+
+    def _plan_tail(self, begin: int, end: int) -> Plan:
+        """A removal that rotates what is after it."""
+        rebase = self._by(begin - end)
+        plans = []
+        for _, cache in self.pool.positional():
+            removal = remove_range(cache._table, self.sequence, begin, end, cache._rule)
+            plans.append(cache._plan_edit(removal, rebase))
+        return JointPlan(plans)
+
+    def _renormalise(self) -> None:
+        """Rotate everything back, so that offsets equal positions again."""
+        rebase = self._by(-self.head.lead)
+        plans = [
+            cache._plan_edit(rebase_all(cache._table, self.sequence, -self.head.lead), rebase)
+            for _, cache in self.pool.positional()
+            if cache._table[self.sequence].spans
+        ]
+        JointPlan(plans).commit()
+        self.head = Head()
+
+    def _by(self, offset: int) -> Rebase:
+        rotations = self.pool.scheme.rotations
+
+        def rebase(leaf: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+            rotation = rotations[leaf]
+            if rotation is None:
+                return keys, values
+            if rotation.slot == "keys":
+                return rotation.apply(keys, offset), values
+            return keys, rotation.apply(values, offset)
+
+        return rebase

@@ -1,0 +1,163 @@
+"""A model's pass over the next tokens: what each of its caches is given, and gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..arrays.mask import Mask, array_mask, positions_of
+from ..batch import Batch
+from ..caches.positional import PositionalCache
+from ..caches.recurrent import Arrays, RecurrentCache
+from ..caches.step import Step
+from ..cells.rules import Causal, Chunk, Rule, Window
+from ..errors import CacheError
+from .conversation import Conversation
+from .layout import Leaf
+from .padding import Columns
+from .pool import Pool
+
+History = tuple[mx.array, mx.array]
+"""Keys and values (B, n_kv_heads, S, head_dim)."""
+
+
+class Forward(ABC):
+    """The next n tokens of some sequences, taken into all caches of their pool.
+
+    Args:
+        columns: for each sequence, which of the n columns of the model's input are its tokens.
+
+    Attributes:
+        begins: positions of the first of them.
+        written: indices of the leaves that have stored theirs.
+        asked: indices of the leaves that have been asked for a mask.
+        advanced: indices of the recurrences that have said that they read their columns.
+    """
+
+    def __init__(
+        self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
+    ) -> None:
+        self.pool = pool
+        self.conversations = conversations
+        self.columns = columns
+        self.n = n
+        self.begins = [conversation.position for conversation in conversations]
+        self.written: set[int] = set()
+        self.asked: set[int] = set()
+        self.advanced: set[int] = set()
+        self._plan = pool.begin(self._batch())
+        self._steps = [getattr(cache, "_step", None) for cache in pool.caches]
+        self._states: dict[int, list[mx.array | None]] = {}
+
+    @abstractmethod
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        """Store a leaf's K and V (B, n_kv_heads, n, head_dim) and return what its tokens see."""
+
+    @abstractmethod
+    def history(self, leaf: Leaf) -> History:
+        """What `update` returned."""
+
+    @abstractmethod
+    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+        """Who of the n tokens sees which of a leaf's history."""
+
+    def state(self, leaf: Leaf) -> list[mx.array | None]:
+        """A recurrence's arrays, (B, ...) each: before these tokens, until it is changed in place."""
+        if leaf.index not in self._states:
+            self._states[leaf.index] = self._read(leaf)
+        return self._states[leaf.index]
+
+    def finish(self) -> None:
+        """Keep what the recurrences have become."""
+        for index, arrays in self._states.items():
+            self._write(self.pool.leaves[index], arrays)
+
+    def undo(self) -> None:
+        """Take the tokens out again."""
+        self._plan.undo()
+
+    def step(self, leaf: Leaf) -> Step:
+        """The step of a leaf's cache. Raises CacheError if another forward has begun since."""
+        kind = self.pool.kinds[leaf.index]
+        cache, step = self.pool.caches[kind], self._steps[kind]
+        assert isinstance(cache, PositionalCache) and isinstance(step, Step)
+        if cache._step is not step:
+            raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
+        return step
+
+    @abstractmethod
+    def _batch(self) -> Batch | None:
+        """The tokens; None where there is only padding."""
+
+    @abstractmethod
+    def _read(self, leaf: Leaf) -> list[mx.array | None]: ...
+
+    @abstractmethod
+    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None: ...
+
+
+class SingleForward(Forward):
+    """One sequence, as the only row of the model's input."""
+
+    def __init__(self, conversation: Conversation, n: int) -> None:
+        super().__init__(conversation.pool, (conversation,), ((0, n),), n)
+
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        return self.step(leaf).exchange(leaf.index, keys, values)
+
+    def history(self, leaf: Leaf) -> History:
+        step = self.step(leaf)
+        step.check_put(leaf.index)
+        return step.history(leaf.index, step.parts[0])
+
+    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+        step = self.step(leaf)
+        part = step.parts[0]
+        rule = narrowed(leaf.rule, window_size)
+        if rule == leaf.rule:
+            mask = step.own_mask(part)
+            if mask is None or not (return_array and isinstance(mask, str)):
+                return mask
+        queries, keys = positions_of([(part.begin, part.end)]), positions_of(part.ranges)
+        return array_mask(rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
+
+    def _batch(self) -> Batch:
+        return Batch.run(self.conversations[0].sequence, self.begins[0], self.n)
+
+    def _read(self, leaf: Leaf) -> list[mx.array | None]:
+        return padded_state(newest(self.conversations[0], leaf), leaf.slots)
+
+    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None:
+        store(self.conversations[0], leaf, tuple(arrays))
+
+
+def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
+    """The rule of a leaf, for a mask that hides all but the newest `window_size` tokens."""
+    assert rule is not None
+    if window_size is None or isinstance(rule, Chunk):
+        return rule
+    if isinstance(rule, Causal):
+        return Window(window_size)
+    return Window(min(rule.size, window_size), rule.sinks)
+
+
+def newest(conversation: Conversation, leaf: Leaf) -> Arrays:
+    """The arrays of a recurrence after a conversation's last token; () where there are none."""
+    pool = conversation.pool
+    cache = pool.caches[pool.kinds[leaf.index]]
+    assert isinstance(cache, RecurrentCache)
+    return cache.newest(leaf.index, conversation.sequence)
+
+
+def store(conversation: Conversation, leaf: Leaf, arrays: Arrays) -> None:
+    """Make these the arrays of a recurrence after the tokens of the forward."""
+    pool = conversation.pool
+    cache = pool.caches[pool.kinds[leaf.index]]
+    assert isinstance(cache, RecurrentCache)
+    cache._put(leaf.index, arrays, conversation.sequence, None)
+
+
+def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:
+    return list(arrays) if arrays else [None] * slots

@@ -1,0 +1,197 @@
+"""Layers of keys and values: full attention, sliding windows and chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ...arrays.mask import Mask
+from ...arrays.store import Pair
+from ...caches.positional import PositionalCache
+from ...cells.rules import Chunk, Window
+from ...cells.spans import Spans, count
+from ...errors import CacheError, NotSupportedError
+from ..forward import History
+from .base import Layer, Mergeable
+from .stored import stored
+
+
+class KeyValueLayer(Layer):
+    """K and V by position."""
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None, **more: Any
+    ) -> Mask:
+        """The mask for the next N tokens, as `mlx_lm.models.base.create_attention_mask` asks for it.
+
+        Returns:
+            None, "causal", or booleans (N, S); of a batch (B, 1, N, S).
+        """
+        rows, leaf = self.rows, self.leaf
+        forward = rows.forward
+        if not rows.is_open(leaf.index, N) or (
+            forward and not rows.is_called and leaf.index in forward.asked
+        ):
+            rows.begin(N)
+        forward = rows.forward
+        assert forward is not None
+        forward.asked.add(leaf.index)
+        return forward.mask(leaf, return_array, window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> History:
+        """Store K and V (B, n_kv_heads, n, head_dim) and return the history, these included.
+
+        Raises:
+            ValueError: arrays of other shapes than before, or of other rows than there are.
+            CacheFullError: there is no room; nothing has changed.
+            CacheError: this layer has stored its tokens of this call already.
+        """
+        rows, index = self.rows, self.leaf.index
+        if keys.ndim == 4 and keys.shape[0] != len(rows.conversations):
+            raise ValueError(
+                f"keys are {keys.shape}, of {keys.shape[0]} rows; the cache has {len(rows.conversations)}"
+            )
+        n = keys.shape[2] if keys.ndim > 2 else 0
+        if rows.is_called and rows.forward and index in rows.forward.written:
+            raise CacheError(f"layer {self.leaf.name} is written twice in one call")
+        if not rows.is_open(index, n):
+            rows.begin_unasked(n)
+        assert rows.forward is not None
+        history = rows.forward.update(self.leaf, keys, values)
+        rows.wrote(index)
+        return history
+
+    def keys_and_values(self) -> History:
+        """What `update_and_fetch` returned last."""
+        forward = self.rows.forward
+        if forward is not None and self.leaf.index in forward.written:
+            return forward.history(self.leaf)
+        return stored(self.rows.conversation, self.leaf)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The buffer that the newest keys are in; assigning one of the same shape replaces it."""
+        pair = self._newest_pair()
+        return pair.keys if pair else None
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self._replace("keys", array)
+
+    @property
+    def values(self) -> mx.array | None:
+        """The same of values."""
+        pair = self._newest_pair()
+        return pair.values if pair else None
+
+    @values.setter
+    def values(self, array: mx.array) -> None:
+        self._replace("values", array)
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        raise NotSupportedError(f"K/V cannot be quantised to {bits} bits in place; make the cache so")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this layer's held K and V, what is shared counted in full."""
+        cache = self._cache
+        buffers = cache._store.layers.get(self.leaf.index)
+        return sum(count(spans) for spans in self._spans()) * buffers.form.cell_bytes if buffers else 0
+
+    @property
+    def state(self) -> Any:
+        """What mlx-lm's class of this name would have; of a batch, the buffers that the rows are in."""
+        if self.rows.is_batch:
+            pairs = self._cache._store.layers[self.leaf.index].pairs if not self.empty() else {}
+            segments = {span.segment for spans in self._spans() for span in spans}
+            return [array for s in segments if s in pairs for array in (pairs[s].keys, pairs[s].values)]
+        if self.empty():
+            return self._state(None, None)
+        return self._state(*stored(self.rows.conversation, self.leaf))
+
+    def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
+        raise NotImplementedError
+
+    @property
+    def _cache(self) -> PositionalCache:
+        cache = self.rows.pool.caches[self.rows.pool.kinds[self.leaf.index]]
+        assert isinstance(cache, PositionalCache)
+        return cache
+
+    def _spans(self) -> list[Spans]:
+        """Where what each row holds lies."""
+        self.rows.check_open()
+        return [self._cache._table[conversation.sequence].spans for conversation in self.rows.conversations]
+
+    def _newest_pair(self) -> Pair | None:
+        """Of the first row: models that assign to it want no more than that it is evaluated."""
+        buffers = self._cache._store.layers.get(self.leaf.index)
+        spans = next((spans for spans in self._spans() if spans), None)
+        return buffers.pairs.get(spans[-1].segment) if buffers and spans else None
+
+    def _replace(self, slot: str, array: mx.array) -> None:
+        pair = self._newest_pair()
+        shape = getattr(pair, slot).shape if pair else None
+        if array.shape != shape:
+            raise ValueError(
+                f"{slot} of layer {self.leaf.name} are {shape}, they cannot become {array.shape}"
+            )
+        setattr(pair, slot, array)
+
+
+class KVCache(KeyValueLayer, Mergeable):
+    """A layer of full attention."""
+
+    def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
+        return keys, values, self.size()
+
+
+class RotatingKVCache(KeyValueLayer, Mergeable):
+    """A layer with a sliding window. `keep` first tokens stay, and `max_size` in all are seen."""
+
+    @property
+    def _window(self) -> Window:
+        assert isinstance(self.leaf.rule, Window)
+        return self.leaf.rule
+
+    @property
+    def keep(self) -> int:
+        return self._window.sinks
+
+    @property
+    def max_size(self) -> int:
+        return self._window.size + self._window.sinks
+
+    def size(self) -> int:
+        return min(super().size(), self.max_size)
+
+    def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
+        length = 0 if keys is None else keys.shape[2]
+        return keys, values, Layer.size(self), self.keep, self.max_size, length
+
+
+class ChunkedKVCache(KeyValueLayer):
+    """A layer of attention within chunks. Its model makes masks of its own, for one sequence only."""
+
+    @property
+    def chunk_size(self) -> int:
+        assert isinstance(self.leaf.rule, Chunk)
+        return self.leaf.rule.size
+
+    @property
+    def start_position(self) -> int:
+        """The position of the first key that the tokens under way see."""
+        position = self.rows.positions[0]
+        return position - position % self.chunk_size
+
+    def maybe_trim_front(self) -> None:
+        """What chunks behind no longer need has gone already."""
+
+    def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
+        position = self.rows.positions[0]
+        start = position - (keys.shape[2] if keys is not None else 0)
+        return keys, values, position, self.chunk_size, start

@@ -1,0 +1,33 @@
+"""Making the entries of a cache list."""
+
+from __future__ import annotations
+
+from ...cells.rules import Causal, Chunk, Window
+from ..layout import Entry, Leaf
+from ..rows import Rows
+from .arrays import ArraysCache
+from .base import Layer, Mergeable
+from .keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
+from .nested import AnyEntry, CacheList, MergeableCacheList
+
+Entries = list[AnyEntry]
+
+_CLASSES: dict[type, type[Layer]] = {
+    Causal: KVCache,
+    Window: RotatingKVCache,
+    Chunk: ChunkedKVCache,
+    type(None): ArraysCache,
+}
+
+
+def entries_of(rows: Rows) -> Entries:
+    """One object for each entry of the model's cache list."""
+    return [_entry(rows, entry) for entry in rows.pool.layout.entries]
+
+
+def _entry(rows: Rows, entry: Entry) -> AnyEntry:
+    if isinstance(entry, Leaf):
+        return _CLASSES[type(entry.rule)](rows, entry)
+    children = [_entry(rows, child) for child in entry]
+    mergeable = all(isinstance(child, (Mergeable, MergeableCacheList)) for child in children)
+    return (MergeableCacheList if mergeable else CacheList)(*children)

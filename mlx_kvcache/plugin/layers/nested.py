@@ -1,0 +1,88 @@
+"""Entries that are several layers in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..observe import Observable
+from ..rows import Rows
+from .base import Layer, Mergeable
+
+
+class CacheList(Observable):
+    """Several layers as one entry of a model's cache list."""
+
+    def __init__(self, *caches: Any) -> None:
+        self.caches = caches
+        self.rows: Rows = caches[0].rows
+
+    def served_by(self, rows: Rows) -> CacheList:
+        """The same entry of other rows."""
+        return type(self)(*(cache.served_by(rows) for cache in self.caches))
+
+    def __getitem__(self, idx: int) -> Any:
+        return self.caches[idx]
+
+    def is_trimmable(self) -> bool:
+        return all(cache.is_trimmable() for cache in self.caches)
+
+    def trim(self, n: int) -> int:
+        """As `Layer.trim`."""
+        return max(cache.trim(n) for cache in self.caches)
+
+    def size(self) -> int:
+        return max(cache.size() for cache in self.caches)
+
+    def empty(self) -> bool:
+        return all(cache.empty() for cache in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def state(self) -> Any:
+        """What mlx-lm's class of this name would have."""
+        return [(cache.state, type(cache).__name__) for cache in self.caches]
+
+    def filter(self, batch_indices: Any) -> None:
+        """As `Layer.filter`."""
+        for cache in self.caches:
+            cache.filter(batch_indices)
+
+    def extend(self, other: CacheList) -> None:
+        """As `Layer.extend`."""
+        for cache, more in zip(self.caches, other.caches, strict=True):
+            cache.extend(more)
+
+    def extract(self, idx: int) -> CacheList:
+        """As `Layer.extract`."""
+        return type(self)(*(cache.extract(idx) for cache in self.caches))
+
+    def prepare(self, **padding: Any) -> None:
+        """As `Layer.prepare`."""
+        for cache in self.caches:
+            cache.prepare(**padding)
+
+    def finalize(self) -> None:
+        """As `Layer.finalize`."""
+        for cache in self.caches:
+            cache.finalize()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheList:
+        return type(self)(*(cache.__deepcopy__(memo) for cache in self.caches))
+
+
+class MergeableCacheList(CacheList):
+    """One whose layers can all become ones of a batch."""
+
+    def merge(self, caches: Sequence[CacheList]) -> CacheList:
+        """As `Mergeable.merge`."""
+        own: Sequence[Mergeable] = self.caches
+        return type(self)(*(c.merge([other.caches[i] for other in caches]) for i, c in enumerate(own)))
+
+
+# Files name the class, and mlx-lm knows one name only.
+MergeableCacheList.__name__ = CacheList.__name__
+AnyEntry = Layer | CacheList

@@ -1,0 +1,103 @@
+"""What a model's own cache is made of, entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ..cells.rules import Causal, Chunk, Rule, Window
+from ..errors import NotSupportedError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One cache of a model: keys and values that a rule makes visible, or a recurrence's arrays.
+
+    Attributes:
+        index: its place among all leaves of the model.
+        name: its place in the model's cache list, such as "3", or "3[1]" inside a `CacheList`.
+        rule: who sees whom; None for arrays.
+        slots: how many arrays; 0 for keys and values.
+    """
+
+    index: int
+    name: str
+    rule: Rule | None
+    slots: int = 0
+
+
+Entry = Leaf | tuple["Entry", ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The entries of a model's cache list, a `CacheList` as a tuple, and all leaves in order."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for entry in self.entries for leaf in _leaves(entry))
+
+    @property
+    def rules(self) -> tuple[Rule | None, ...]:
+        """The different rules, in order of appearance; None stands for recurrent arrays."""
+        return tuple(dict.fromkeys(leaf.rule for leaf in self.leaves))
+
+    @property
+    def is_recurrent(self) -> bool:
+        return None in self.rules
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Read what the model asks for: its `make_cache`, or a cache of full attention for each layer.
+
+    Raises:
+        NotSupportedError: an entry of an unknown class, or a model that caches nothing.
+    """
+    entries = (
+        model.make_cache() if hasattr(model, "make_cache") else [mlx_lm_cache.KVCache()] * len(model.layers)
+    )
+    found: list[Entry] = []
+    count = 0
+    for index, entry in enumerate(entries):
+        found.append(_read(entry, str(index), count, type(model).__module__))
+        count += sum(1 for _ in _leaves(found[-1]))
+    if not count:
+        raise NotSupportedError(f"{type(model).__module__} caches nothing")
+    return Layout(tuple(found))
+
+
+def _leaves(entry: Entry) -> Iterator[Leaf]:
+    if isinstance(entry, Leaf):
+        yield entry
+    else:
+        for child in entry:
+            yield from _leaves(child)
+
+
+def _read(entry: Any, name: str, first: int, module: str) -> Entry:
+    # Subclasses may behave in any way, so the class must be just the one that is known.
+    kind = type(entry)
+    if kind is mlx_lm_cache.KVCache:
+        return Leaf(first, name, Causal())
+    if kind is mlx_lm_cache.RotatingKVCache and 0 <= entry.keep < entry.max_size:
+        return Leaf(first, name, Window(entry.max_size - entry.keep, entry.keep))
+    if kind is mlx_lm_cache.ChunkedKVCache:
+        return Leaf(first, name, Chunk(entry.chunk_size))
+    if kind is mlx_lm_cache.ArraysCache:
+        return Leaf(first, name, None, len(entry.cache))
+    if kind is mlx_lm_cache.CacheList:
+        children: list[Entry] = []
+        for index, child in enumerate(entry.caches):
+            children.append(_read(child, f"{name}[{index}]", first, module))
+            first += sum(1 for _ in _leaves(children[-1]))
+        return tuple(children)
+    raise NotSupportedError(
+        f"layer {name} of {module} caches by {kind.__name__}, which is unknown here; known are KVCache, "
+        "RotatingKVCache, ChunkedKVCache, ArraysCache and CacheList"
+    )

@@ -1,0 +1,282 @@
+"""What the layers of one cache list share: their sequences, and the forward under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CacheError
+from .apart import groups, run_apart
+from .batched import BatchedForward
+from .conversation import Conversation
+from .forward import Forward, SingleForward
+from .observe import Call, Caller
+from .padding import Padding
+from .pool import Pool
+from .told import Told
+
+EVALUATE = 64
+"""Forwards between evaluations of what nobody may ever read, such as values that a model ignores."""
+
+
+class Rows(Caller):
+    """Conversations that go through the model as the rows of one input.
+
+    A forward begins and ends with the model's call. Where somebody else drives the layers, it
+    begins when one asks for a mask or writes with nothing left to write, and is over when all
+    have written. One that is still open when a layer asks or writes again was left by an
+    exception; it is undone.
+
+    Args:
+        conversations: of one pool.
+        is_batch: whether mlx-lm sees a batch (also of one row): offsets are then arrays (B,).
+    """
+
+    def __init__(self, pool: Pool, conversations: Sequence[Conversation], is_batch: bool) -> None:
+        self.pool = pool
+        self.conversations = list(conversations)
+        self.is_batch = is_batch
+        self.padding = Padding(len(self.conversations))
+        self.forward: Forward | None = None
+        self.interrupted = False
+        names = [leaf.name for leaf in pool.leaves]
+        self.edits = Told(names, strict=True)
+        self.copies = Told(names, strict=False)
+        self.is_called = False
+        self._offsets: tuple[Any, Any] | None = None
+        self._forwards = 0
+        self.written_last: frozenset[int] = frozenset()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a forward is under way, or was left by an exception."""
+        return self.forward is not None
+
+    @property
+    def conversation(self) -> Conversation:
+        """The only one. Raises CacheError where there are several."""
+        if len(self.conversations) != 1:
+            raise CacheError(f"a batch of {len(self.conversations)} sequences is not one conversation")
+        return self.conversations[0]
+
+    @property
+    def positions(self) -> list[int]:
+        """Tokens of each conversation; those of an unfinished forward do not count."""
+        self.check_open()
+        if self.forward is not None:
+            return list(self.forward.begins)
+        return [conversation.position for conversation in self.conversations]
+
+    def offset(self, leaf: int) -> Any:
+        """Where RoPE goes on for a leaf: an int, or an array (B,) that never changes."""
+        if self._offsets is None:
+            self._offsets = self._find_offsets()
+        forward = self.forward
+        return self._offsets[forward is not None and leaf in forward.written]
+
+    def check_open(self) -> None:
+        for conversation in self.conversations:
+            conversation.check_open()
+
+    def run(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Make a call of the model inside a forward of its tokens."""
+        if self.is_called:
+            return call(*args, **kwargs)
+        with self.pool.lock:
+            n = self._length(args, kwargs)
+            columns = self.padding.columns(n)
+            if self.is_batch and self.pool.layout.is_recurrent:
+                self.settle()
+                together = groups(self, columns)
+                if list(together.values()) != [list(range(len(columns)))] or any(
+                    c != (0, n) for c in columns
+                ):
+                    output = run_apart(self, together, columns, call, args, kwargs)
+                    self.padding.passed(columns)
+                    return output
+            self.begin(n, is_called=True)
+            try:
+                output = call(*args, **kwargs)
+                self.finish()
+            except BaseException:
+                self.settle()
+                raise
+            return output
+
+    def begin(self, n: int, is_called: bool = False) -> None:
+        """Start a forward of n columns, after making room for its tokens."""
+        self.settle()
+        columns = self.padding.columns(n)
+        for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
+            conversation.make_room(stop - first, early=is_called)
+        if self.is_batch:
+            self.forward = BatchedForward(self.pool, self.conversations, columns, n)
+        else:
+            self.forward = SingleForward(self.conversation, n)
+        self._offsets = None
+        self.is_called = is_called
+        self.interrupted = False
+        self.edits.forget()
+
+    def is_open(self, leaf: int, n: int) -> bool:
+        """Whether a forward of n columns waits for this leaf."""
+        forward = self.forward
+        if forward is None:
+            return False
+        return self.is_called or (forward.n == n and leaf not in forward.written)
+
+    def begin_unasked(self, n: int) -> None:
+        """Start a forward because a layer writes, though none has asked for a mask.
+
+        Raises:
+            CacheError: it may be the rest of a forward that was not finished; that is undone.
+        """
+        if self.interrupted:
+            self.interrupted = False
+            raise CacheError(
+                "another prompt cache of the same pool was used in the middle of a forward; "
+                "the tokens of that forward have been taken out, so it can be run again"
+            )
+        if self.unfinished:
+            self.settle()
+            raise CacheError(
+                "a forward was left unfinished; its tokens have been taken out, so it can be run again"
+            )
+        self.begin(n)
+
+    def wrote(self, leaf: int) -> None:
+        """A leaf has stored its tokens."""
+        assert self.forward is not None
+        self.forward.written.add(leaf)
+        if not self.is_called and self.forward.written >= self.pool.used:
+            self.finish()
+
+    def finish(self) -> None:
+        """The forward is over."""
+        forward = self.forward
+        assert forward is not None
+        forward.finish()
+        self.written_last = frozenset(forward.written)
+        self.forward, self.is_called, self._offsets = None, False, None
+        self.padding.passed(forward.columns)
+        self._forwards += 1
+        if self._forwards % EVALUATE == 0:
+            mx.async_eval(self.pool.buffers)
+
+    def settle(self) -> None:
+        """Undo a forward that was left unfinished, and take the pool."""
+        self.check_open()
+        forward, self.forward = self.forward, None
+        self.is_called, self._offsets = False, None
+        if forward is not None:
+            forward.undo()
+        self.pool.take_turn(self)
+
+    def trim(self, n: int) -> int:
+        """Drop the newest n tokens of every row, or all of them where there are fewer.
+
+        Raises:
+            NotSupportedError: a row cannot go back as far; none has changed.
+        """
+        with self.edit():
+            before = self.positions
+            targets = [max(0, position - n) for position in before]
+            for conversation, target in zip(self.conversations, targets, strict=True):
+                conversation.check_resume(target)
+            for conversation, target in zip(self.conversations, targets, strict=True):
+                conversation.rewind_to(target)
+            return min(n, max(before, default=0))
+
+    def prepare(
+        self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
+    ) -> None:
+        """As `Padding.prepare`."""
+        with self.edit():
+            self.padding.prepare(left, lengths, right)
+
+    def finalize(self) -> None:
+        """As `Padding.finalize`."""
+        with self.edit():
+            self.padding.finalize()
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Let go of all rows but these."""
+        with self.edit():
+            self.conversations = [self.conversations[row] for row in keep]
+            self.padding = self.padding.filtered(keep)
+
+    def extend(self, other: Rows) -> None:
+        """Take forks of another's rows behind these. Raises ValueError for one of another pool."""
+        with self.edit():
+            self._check_joins(other)
+            self.conversations += [conversation.fork() for conversation in other.conversations]
+            self.padding = self.padding.extended(other.padding)
+
+    def merged(self, all_rows: Sequence[Rows]) -> Rows:
+        """A batch of forks of all these, self among them. Raises ValueError for one of another pool."""
+        with self.edit():
+            for other in all_rows:
+                self._check_joins(other)
+            forks = [conversation.fork() for other in all_rows for conversation in other.conversations]
+            return Rows(self.pool, forks, is_batch=True)
+
+    def extracted(self, row: int) -> Rows:
+        """A fork of one row, no batch any more."""
+        with self.edit():
+            return Rows(self.pool, [self.conversations[row].fork()], is_batch=False)
+
+    def fork(self) -> Rows:
+        """The same rows, to go their own way. Copies no array."""
+        with self.edit():
+            other = self.subset(range(len(self.conversations)), is_fork=True)
+            other.padding = self.padding.filtered(range(len(self.conversations)))
+            return other
+
+    def subset(self, members: Sequence[int], is_fork: bool = False) -> Rows:
+        """Some rows, or forks of them, without padding to come."""
+        chosen = [self.conversations[row] for row in members]
+        return Rows(self.pool, [c.fork() for c in chosen] if is_fork else chosen, self.is_batch)
+
+    @contextmanager
+    def edit(self) -> Iterator[None]:
+        """Between forwards: what was left unfinished is undone, and no other thread is at work."""
+        with self.pool.lock:
+            self.settle()
+            yield
+            self._offsets = None
+
+    def _check_joins(self, other: Rows) -> None:
+        other.settle()
+        if other.pool is not self.pool:
+            raise ValueError(
+                "prompt caches of different pools cannot join one batch: they must be of the same model, "
+                "and made with the same options"
+            )
+
+    def _find_offsets(self) -> tuple[Any, Any]:
+        """Offsets before the forward under way, and after it."""
+        offsets = [
+            position + conversation.head.lead - left
+            for position, conversation, left in zip(
+                self.positions, self.conversations, self.padding.left, strict=True
+            )
+        ]
+        n = self.forward.n if self.forward else 0
+        if not self.is_batch:
+            return offsets[0], offsets[0] + n
+        before = mx.array(offsets, mx.int32)
+        return before, before + n
+
+    def _length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """How many columns the model's input has. Raises ValueError for other rows than there are."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:
+                if value.shape[0] != len(self.conversations):
+                    raise ValueError(
+                        f"{value.shape[0]} rows of input for a cache of {len(self.conversations)}"
+                    )
+                return value.shape[1]
+        raise ValueError("the model is called without tokens")
