@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from tests.plugin.configurations.build import build, model_modules, module_of
 from tests.plugin.configurations.common import VOCABULARY, WINDOW
-from tests.plugin.configurations.tables import CONFIGURATIONS, UNBUILDABLE
+from tests.plugin.configurations.tables import (
+    CONFIGURATIONS,
+    DIFFERS_IN_BLOCKS,
+    DIFFERS_WITHOUT_CACHE,
+    UNBUILDABLE,
+)
 
-__all__ = ["CONFIGURATIONS", "UNBUILDABLE", "VOCABULARY", "WINDOW", "build", "model_modules", "module_of"]
+__all__ = [
+    "CONFIGURATIONS",
+    "DIFFERS_IN_BLOCKS",
+    "DIFFERS_WITHOUT_CACHE",
+    "UNBUILDABLE",
+    "VOCABULARY",
+    "WINDOW",
+    "build",
+    "model_modules",
+    "module_of",
+]

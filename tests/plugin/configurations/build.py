@@ -6,6 +6,7 @@ import ast
 import copy
 import importlib
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -58,16 +59,38 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def _randomise(model: nn.Module, seed: int) -> None:
     """Draw all weights anew, norms and biases too: those of one and zero hide faults."""
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
-
-    def draw(path: str, array: mx.array) -> mx.array:
-        key = next(keys)
-        if not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        noise = mx.random.normal(array.shape, key=key)
-        if path.endswith(".weight") and array.ndim > 1:
-            inputs = array.size // array.shape[0] if "conv" in path else array.shape[-1]
-            return noise * inputs**-0.5
-        return array.astype(mx.float32) + 0.1 * noise
-
-    model.update(tree_map_with_path(draw, model.parameters()))
+    model.update(tree_map_with_path(lambda path, array: _draw(path, array, next(keys)), model.parameters()))
     mx.eval(model.parameters())
+
+
+# What decides how fast a recurrent layer forgets. As the models set them first most forget within
+# five tokens, so that a state kept wrongly would not show; and some set them at random.
+_FORGETTING = {
+    "A_log": (0.0, 0.5),
+    "dt_bias": (-3.0, 0.3),
+    "dt_proj.bias": (-3.0, 0.3),
+    "w_lora.lora.2.bias": (-3.0, 0.3),
+    "recurrent_param": (-4.0, 0.3),
+}
+# The shares of the token before in each of RWKV's inputs.
+_SHIFT = re.compile(r"\.x_[rwkvag]$")
+
+
+def _draw(path: str, array: mx.array, key: mx.array) -> mx.array:
+    """A random array in the place of one that the model has made."""
+    if array.dtype == mx.uint32:
+        return mx.random.randint(0, 2**31 - 1, array.shape, mx.uint32, key=key)  # packed weights
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    noise = mx.random.normal(array.shape, key=key)
+    for ending, (mean, deviation) in _FORGETTING.items():
+        if path.endswith("." + ending):
+            return mean + deviation * noise
+    if _SHIFT.search(path):
+        return 0.5 + 0.2 * noise
+    owner = path.removesuffix(".weight")
+    if array.ndim > 1 and "conv" in path:
+        return noise * (array.shape[0] / array.size) ** 0.5
+    if array.ndim > 1 and owner != path and "norm" not in owner.rpartition(".")[2]:
+        return noise * array.shape[-1] ** -0.5
+    return array.astype(mx.float32) + 0.1 * noise

@@ -44,9 +44,10 @@ FULL_ATTENTION: dict[str, Configuration] = table(
         "llama": {},
         "llama:llama3": {"rope_scaling": _LLAMA3},
         "llama:longrope": {"rope_scaling": _LONG},
+        "llama:tied": {"tie_word_embeddings": True},
         "llama:traditional": {"rope_traditional": True, "attention_bias": True, "mlp_bias": True},
         "llama:yarn": {"rope_scaling": YARN},
-        # Every fourth layer has no rotation, whatever the interval says elsewhere.
+        # The third layer does not rotate.
         "smollm3": {"num_hidden_layers": 3, "no_rope_layer_interval": 3},
         "mimo": {},
         "minicpm": {"dim_model_base": 64, "scale_depth": 1.4, "scale_emb": 2.0},
@@ -141,6 +142,20 @@ WINDOWED: dict[str, Configuration] = table(
     },
 )
 
+_GEMMA4: Configuration = {
+    "num_hidden_layers": 6,
+    "layer_types": [SLIDING, FULL] * 3,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+    "rope_parameters": {
+        FULL: {"partial_rotary_factor": 0.25, "rope_theta": 100000.0},
+        SLIDING: {"rope_theta": 10000.0},
+    },
+}
+
 # Layers that read other layers' K and V, layers run twice, and layers left out.
 SHARING: dict[str, Configuration] = table(
     {},
@@ -153,18 +168,19 @@ SHARING: dict[str, Configuration] = table(
             "num_kv_heads": 2,
             "hidden_dim_scale_factor": 1.5,
         },
-        "gemma4_text": {
-            "num_hidden_layers": 6,
-            "layer_types": [SLIDING, FULL] * 3,
-            "global_head_dim": 32,
-            "num_global_key_value_heads": 1,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 16,
-            "num_kv_shared_layers": 2,
-            "rope_parameters": {
-                FULL: {"partial_rotary_factor": 0.25, "rope_theta": 100000.0},
-                SLIDING: {"rope_theta": 10000.0},
-            },
+        "gemma4_text": _GEMMA4,
+        # Keys that serve as values too, experts, and no sharing between layers.
+        "gemma4_text:experts": _GEMMA4
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
         },
         "iquestloopcoder": {"loop_num": 2, "loop_window_size": WINDOW},
         "nanbeige": {"num_loops": 2},

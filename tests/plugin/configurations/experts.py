@@ -144,13 +144,19 @@ LATENT_ATTENTION: dict[str, Configuration] = table(
     EXPERTS | LATENT,
     {
         "deepseek_v2": {"topk_method": "group_limited_greedy", "rope_scaling": YARN},
+        "deepseek_v2:lite": {
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "rope_scaling": YARN | {"mscale": 1.0},
+        },
         "deepseek_v3": {},
         "deepseek_v3:yarn": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
         "deepseek_v32": _INDEX,
         "glm4_moe_lite": {},
         "glm_moe_dsa": _INDEX | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         "longcat_flash": _FLASH,
-        "longcat_flash_ngram": _FLASH | {"ngram_vocab_size_ratio": 2, "emb_neighbor_num": 3, "emb_split_num": 2},
+        "longcat_flash_ngram": _FLASH
+        | {"ngram_vocab_size_ratio": 2, "emb_neighbor_num": 3, "emb_split_num": 2},
         "mistral4": {
             "rope_parameters": YARN
             | {

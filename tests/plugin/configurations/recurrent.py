@@ -13,16 +13,19 @@ from tests.plugin.configurations.common import (
     table,
 )
 
+_MAMBA: Configuration = {
+    "intermediate_size": 128,
+    "state_size": 8,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+}
+
 PURE: dict[str, Configuration] = table(
     {},
     {
-        "mamba": {
-            "intermediate_size": 128,
-            "state_size": 8,
-            "conv_kernel": 4,
-            "use_conv_bias": True,
-            "time_step_rank": 4,
-        },
+        "mamba": _MAMBA,
+        "mamba:falcon": _MAMBA | {"model_type": "falcon_mamba"},
         "mamba2": {
             "num_heads": 4,
             "state_size": 16,

@@ -111,21 +111,6 @@ _MINIMAX_M3: Configuration = (
     }
 )
 
-_MUSE_SPARK: Configuration = (
-    COMMON
-    | EXPERTS
-    | {
-        "num_hidden_layers": 4,
-        "post_norm_eps": 1e-8,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "layer_rope_theta": [10000.0, 10000.0, 10000.0, 0],
-        "layer_types": [SLIDING] * 3 + [FULL],
-        "final_logit_softcapping": 20.0,
-        "output_multiplier": 0.5,
-        "moe_hidden_size": 32,
-    }
-)
-
 # Two-bit weights, whose groups of 128 values set the least sizes.
 _HADAMARD: Configuration = _QWEN3_5 | {
     "hidden_size": 128,
@@ -147,7 +132,8 @@ WRAPPERS: dict[str, Configuration] = {
     "llama4_text": _LLAMA4 | {"no_rope_layers": [1, 1, 1, 0]},
     "minimax_m3_vl": around(_MINIMAX_M3, model_type="minimax_m3_vl"),
     "mistral3": around(dense.WINDOWED["ministral3"], model_type="mistral3"),
-    "muse_spark": around(_MUSE_SPARK, model_type="muse_spark"),
+    "mistral3:llama": around(dense.FULL_ATTENTION["llama"], model_type="mistral3"),
+    "mistral3:mistral4": around(experts.LATENT_ATTENTION["mistral4"], model_type="mistral3"),
     "pixtral": around(dense.FULL_ATTENTION["llama"], model_type="pixtral"),
     "prism_hadamard_qwen35": around(
         _HADAMARD,
