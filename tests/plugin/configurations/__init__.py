@@ -1,0 +1,24 @@
+"""A small configuration for every model module of mlx-lm."""
+
+from __future__ import annotations
+
+from tests.plugin.configurations.build import build, model_modules, module_of
+from tests.plugin.configurations.common import VOCABULARY, WINDOW
+from tests.plugin.configurations.tables import (
+    CONFIGURATIONS,
+    DIFFERS_IN_BLOCKS,
+    DIFFERS_WITHOUT_CACHE,
+    UNBUILDABLE,
+)
+
+__all__ = [
+    "CONFIGURATIONS",
+    "DIFFERS_IN_BLOCKS",
+    "DIFFERS_WITHOUT_CACHE",
+    "UNBUILDABLE",
+    "VOCABULARY",
+    "WINDOW",
+    "build",
+    "model_modules",
+    "module_of",
+]
