@@ -6,6 +6,7 @@ differ in padding, or in the shapes of their states, go through the model in cal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,23 +42,23 @@ def run_apart(
     n = max(stop for _, stop in columns)
     for members in together.values():
         first, stop = columns[members[0]]
-        some = rows.subset(members)
 
-        def given(
-            value: Any, some: Rows = some, members: list[int] = members, span: Columns = (first, stop)
-        ) -> Any:
-            if is_cache(value):
-                return [entry.served_by(some) for entry in value]
-            if isinstance(value, mx.array) and value.ndim >= 2:
-                return value[mx.array(members), span[0] : span[1]]
-            return value
-
+        given = functools.partial(_of_rows, rows.subset(members), members, (first, stop))
         output = call(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
         for index, row in enumerate(members):
             edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (output.ndim - 2)
             outputs[row] = mx.pad(output[index : index + 1], edges)
     like = next(iter(outputs.values()))
     return mx.concatenate([outputs.get(row, mx.zeros_like(like)) for row in range(len(columns))])
+
+
+def _of_rows(rows: Rows, members: Sequence[int], columns: Columns, argument: Any) -> Any:
+    """An argument of the model's call as these members are given it."""
+    if is_cache(argument):
+        return [entry.served_by(rows) for entry in argument]
+    if isinstance(argument, mx.array) and argument.ndim >= 2:
+        return argument[mx.array(list(members)), columns[0] : columns[1]]
+    return argument
 
 
 def _form(rows: Rows, row: int) -> tuple[object, ...]:

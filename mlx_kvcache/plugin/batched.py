@@ -102,15 +102,14 @@ class BatchedForward(Forward):
 
     def _columns_of(self, step: Step, leaf: Leaf, slot: int) -> mx.array:
         """The rows' stored new tokens, as the columns that they came in."""
-        rows = []
+        rows: list[mx.array | None] = []
         for part, (first, stop) in zip(self._parts(step), self.columns, strict=True):
-            if part is None:
-                rows.append(None)
-                continue
-            own = step.history(leaf.index, part)[slot][:, :, part.earlier_size :]
-            rows.append(mx.pad(own, [(0, 0), (0, 0), (first, self.n - stop), (0, 0)]))
-        like = next(row for row in rows if row is not None)
-        return mx.concatenate([mx.zeros_like(like) if row is None else row for row in rows])
+            own = step.history(leaf.index, part)[slot][:, :, part.earlier_size :] if part else None
+            edges = [(0, 0), (0, 0), (first, self.n - stop), (0, 0)]
+            rows.append(None if own is None else mx.pad(own, edges))
+        joined = _joined(rows)
+        assert joined is not None
+        return joined
 
     def _array_mask(self, step: Step, rule: Rule) -> mx.array:
         """(B, 1, n, S): who of a row's columns sees which of its history."""

@@ -65,8 +65,8 @@ class Conversation:
         """Raise NotSupportedError unless the tokens from `position` on can be dropped."""
         if not self.pool.can_resume(self.sequence, position):
             raise NotSupportedError(
-                f"cannot go back from {self.position} tokens to position {position}: what a token there needs "
-                f"is not held; the newest position before it to go on from is "
+                f"cannot go back from {self.position} tokens to position {position}: what a token there "
+                f"needs is not held; the newest position before it to go on from is "
                 f"{self.pool.resume_point(self.sequence, position)}"
             )
 

@@ -160,4 +160,5 @@ def store(conversation: Conversation, leaf: Leaf, arrays: Arrays) -> None:
 
 
 def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:
+    """One array or None for each slot, also where there are none yet."""
     return list(arrays) if arrays else [None] * slots

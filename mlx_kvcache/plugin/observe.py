@@ -51,7 +51,7 @@ def unobserve(model: nn.Module) -> None:
         _observers[id(model)] -= 1
         if not _observers[id(model)]:
             del _observers[id(model)]
-            model.__class__ = type(model).__base__
+            model.__class__ = type(model).__mro__[1]
 
 
 def is_cache(value: Any) -> bool:
@@ -62,7 +62,7 @@ def is_cache(value: Any) -> bool:
 @functools.cache
 def _observed(cls: type[nn.Module]) -> type[nn.Module]:
     """A class like `cls` whose calls run inside forwards."""
-    original = cls.__call__  # type: ignore[operator]
+    original = cls.__call__
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

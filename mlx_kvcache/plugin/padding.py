@@ -19,7 +19,12 @@ class Padding:
     def prepare(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
     ) -> None:
-        """Announce padding. `lengths` are tokens to come; without them `right` counts from the next input's end.
+        """Announce padding of the next inputs.
+
+        Args:
+            left: columns of padding to come first.
+            lengths: tokens that follow, over all inputs until `finalize`.
+            right: where `lengths` is not given, columns of padding at the end of the next input.
 
         Raises:
             ValueError: not one number for each row, or a negative one.

@@ -10,15 +10,14 @@ import mlx.nn as nn
 from ..cells.rules import Causal, Rule
 from ..errors import NotSupportedError
 from .conversation import Conversation, Overflow
-from .layers import Entries, entries_of
-from .layers.nested import AnyEntry
+from .layers import entries_of
 from .layout import layout_of
 from .pool import Pool, pool_for
 from .rows import Rows
 from .trial import try_out
 
 
-class PromptCache(list[AnyEntry]):
+class PromptCache(list[Any]):
     """mlx-lm's prompt cache, a list with an object for each entry of the model's own, that can do more.
 
     Positions count tokens. After any error everything is as it was.
@@ -46,8 +45,7 @@ class PromptCache(list[AnyEntry]):
     @property
     def nbytes(self) -> int:
         """Bytes of what is held, what is shared with forks counted in full."""
-        own: Entries = entries_of(self._rows)
-        return sum(entry.nbytes for entry in own)
+        return sum(entry.nbytes for entry in entries_of(self._rows))
 
     def can_resume(self, position: int) -> bool:
         """Whether generation can go on from `position`, the tokens from there on dropped."""
@@ -78,9 +76,7 @@ class PromptCache(list[AnyEntry]):
             raise ValueError(f"cannot rewind {self.position} tokens to position {position}")
         self._rewind_to(position)
 
-    def remove(  # type: ignore[override]  # positions, not elements of the list
-        self, begin: int, end: int | None = None
-    ) -> None:
+    def remove(self, begin: int, end: int | None = None) -> None:
         """Take out the tokens [begin, end); later ones move down and their keys are re-based.
 
         Raises:
@@ -110,7 +106,7 @@ class PromptCache(list[AnyEntry]):
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         return self.fork()
 
-    def __iadd__(self, other: Iterable[AnyEntry]) -> list[AnyEntry]:  # type: ignore[override,misc]
+    def __iadd__(self, other: Iterable[Any]) -> list[Any]:  # type: ignore[override,misc]
         """A plain list: with the layers of a draft model behind it, it is no longer one conversation."""
         return [*self, *other]
 

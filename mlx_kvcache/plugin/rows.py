@@ -164,7 +164,7 @@ class Rows(Caller):
         self.padding.passed(forward.columns)
         self._forwards += 1
         if self._forwards % EVALUATE == 0:
-            mx.async_eval(self.pool.buffers)
+            mx.async_eval(self.pool.buffers)  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         """Undo a forward that was left unfinished, and take the pool."""

@@ -39,9 +39,9 @@ class Told:
                 self._forget_if_done()
                 return result
             if self._strict:
-                told, before = self._what
+                other, before = self._what
                 raise CacheError(
-                    f"layer {self._names[layer]} is told to {name} {arguments}, other layers to {told} {before}"
+                    f"layer {self._names[layer]} is told to {name} {arguments}, others to {other} {before}"
                 )
         result = act()
         self._what, self._result, self._heard = what, result, {layer}

@@ -181,7 +181,7 @@ def test_a_deep_copy_of_some_layers_is_a_fork(cache):
     logits_of(MODEL, cache, TEXT[:20])
     before = cache.pool.nbytes
     twin = copy.deepcopy(cache[:3])
-    assert twin[0].owner is twin[2].owner is not cache[0].owner
+    assert twin[0].rows is twin[2].rows is not cache[0].rows
     assert cache.pool.nbytes == before
     logits_of(MODEL, twin, TEXT[30:34])
     assert twin[1].offset == 24
@@ -214,7 +214,7 @@ def test_trim_as_mlx_lm_calls_it(cache):
     assert cache.position == 0 and all(layer.offset == 0 and layer.empty() for layer in cache)
     logits_of(MODEL, cache, TEXT[:6])
     cache[1].trim(2)
-    with pytest.raises(CacheError, match="layer 0 is trimmed by 3, other layers by 2"):
+    with pytest.raises(CacheError, match="layer 0 is told to trim 3, others to trim 2"):
         cache[0].trim(3)
     assert cache.position == 4
 
@@ -271,16 +271,8 @@ def test_options_out_of_range():
         make_prompt_cache(3)  # type: ignore[arg-type]
 
 
-def test_layers_of_another_kind_are_named():
-    window = tiny_llama(
-        layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8
-    )
-    with pytest.raises(NotSupportedError, match=r"layer 1 .* RotatingKVCache"):
-        make_prompt_cache(window)
-
-
 def test_a_batch_of_rows_is_refused(cache):
-    with pytest.raises(ValueError, match=r"\(2, 2, 3, 8\), expected \(1, 2, 3, 8\)"):
+    with pytest.raises(ValueError, match="2 rows of input for a cache of 1"):
         MODEL(mx.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
     assert cache.position == 0
     logits_of(MODEL, cache, TEXT[:5])

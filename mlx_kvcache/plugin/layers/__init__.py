@@ -4,6 +4,6 @@ The classes are named as mlx-lm's own, and answer `state` like them: files that 
 classes, and load again with or without this package.
 """
 
-from .make import Entries, entries_of
+from .make import entries_of
 
-__all__ = ["Entries", "entries_of"]
+__all__ = ["entries_of"]

@@ -13,7 +13,7 @@ from ..forward import newest, padded_state
 from .base import Mergeable
 
 
-class ArraysCache(Mergeable, mlx_lm_cache.ArraysCache):
+class ArraysCache(Mergeable, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
     """A list of arrays, of which some may be None. Some models ask whether it is mlx-lm's class."""
 
     @property

@@ -34,7 +34,7 @@ class Layer(Observable):
 
     @property
     def offset(self) -> Any:
-        """Where the model's RoPE goes on, an int or an array (B,). After removals it runs ahead of the tokens."""
+        """Where the model's RoPE goes on, an int or an array (B,). After removals it runs ahead of tokens."""
         return self.rows.offset(self.leaf.index)
 
     def size(self) -> int:
@@ -71,7 +71,8 @@ class Layer(Observable):
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep just these rows, in this order."""
-        keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+        chosen: Any = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        keep = list(chosen)
         self.rows.edits.tell(self.leaf.index, "filter", keep, lambda: self.rows.filter(keep))
 
     def extend(self, other: Layer) -> None:

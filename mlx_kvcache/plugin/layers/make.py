@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...cells.rules import Causal, Chunk, Window
 from ..layout import Entry, Leaf
 from ..rows import Rows
 from .arrays import ArraysCache
 from .base import Layer, Mergeable
 from .keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
-from .nested import AnyEntry, CacheList, MergeableCacheList
-
-Entries = list[AnyEntry]
+from .nested import CacheList, MergeableCacheList
 
 _CLASSES: dict[type, type[Layer]] = {
     Causal: KVCache,
@@ -20,12 +20,12 @@ _CLASSES: dict[type, type[Layer]] = {
 }
 
 
-def entries_of(rows: Rows) -> Entries:
+def entries_of(rows: Rows) -> list[Any]:
     """One object for each entry of the model's cache list."""
     return [_entry(rows, entry) for entry in rows.pool.layout.entries]
 
 
-def _entry(rows: Rows, entry: Entry) -> AnyEntry:
+def _entry(rows: Rows, entry: Entry) -> Any:
     if isinstance(entry, Leaf):
         return _CLASSES[type(entry.rule)](rows, entry)
     children = [_entry(rows, child) for child in entry]

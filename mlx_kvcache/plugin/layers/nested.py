@@ -7,7 +7,7 @@ from typing import Any
 
 from ..observe import Observable
 from ..rows import Rows
-from .base import Layer, Mergeable
+from .base import Mergeable
 
 
 class CacheList(Observable):
@@ -29,10 +29,12 @@ class CacheList(Observable):
 
     def trim(self, n: int) -> int:
         """As `Layer.trim`."""
-        return max(cache.trim(n) for cache in self.caches)
+        dropped: list[int] = [cache.trim(n) for cache in self.caches]
+        return max(dropped)
 
     def size(self) -> int:
-        return max(cache.size() for cache in self.caches)
+        sizes: list[int] = [cache.size() for cache in self.caches]
+        return max(sizes)
 
     def empty(self) -> bool:
         return all(cache.empty() for cache in self.caches)
@@ -85,4 +87,3 @@ class MergeableCacheList(CacheList):
 
 # Files name the class, and mlx-lm knows one name only.
 MergeableCacheList.__name__ = CacheList.__name__
-AnyEntry = Layer | CacheList

@@ -13,7 +13,10 @@ from ..layout import Leaf
 
 
 def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
-    """K and V (1, n_kv_heads, S, head_dim) of the newest tokens that mlx-lm would keep, at their own positions."""
+    """K and V (1, n_kv_heads, S, head_dim) of the newest tokens, as many as mlx-lm would keep.
+
+    Keys are returned at the tokens' own positions, whatever the model's offset is.
+    """
     pool = conversation.pool
     cache = pool.caches[pool.kinds[leaf.index]]
     assert isinstance(cache, PositionalCache)
