@@ -2,6 +2,7 @@
 
 Recurrences read every column, and only some of mlx-lm's take a mask for padding. So rows that
 differ in padding, or in the shapes of their states, go through the model in calls of their own.
+So do all rows of a model that gives other results for a batch than for its rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def groups(rows: Rows, columns: Sequence[Columns]) -> dict[object, list[int]]:
     found: dict[object, list[int]] = {}
     for row, (first, stop) in enumerate(columns):
         if first < stop:
-            found.setdefault((first, stop, _form(rows, row)), []).append(row)
+            own = _form(rows, row) if rows.pool.takes_rows else row
+            found.setdefault((first, stop, own), []).append(row)
     return found
 
 
@@ -43,8 +45,11 @@ def run_apart(
     for members in together.values():
         first, stop = columns[members[0]]
 
-        given = functools.partial(_of_rows, rows.subset(members), members, (first, stop))
-        output = call(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+        some = rows.subset(members)
+        given = functools.partial(_of_rows, some, members, (first, stop))
+        output = some.run(
+            call, tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
+        )
         for index, row in enumerate(members):
             edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (output.ndim - 2)
             outputs[row] = mx.pad(output[index : index + 1], edges)

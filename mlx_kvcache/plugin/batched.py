@@ -70,12 +70,12 @@ class BatchedForward(Forward):
     def _tokens(self, array: mx.array) -> mx.array:
         """(B, heads, n, dim) as (1, heads, tokens, dim), row by row, without the padding."""
         if self._is_full:
-            heads, dim = array.shape[1], array.shape[3]
-            return array.swapaxes(0, 1).reshape(1, heads, -1, dim)
-        rows = [
+            rows, heads, n, dim = array.shape
+            return array.swapaxes(0, 1).reshape(1, heads, rows * n, dim)
+        tokens = [
             array[i : i + 1, :, first:stop] for i, (first, stop) in enumerate(self.columns) if first < stop
         ]
-        return mx.concatenate(rows, axis=2)
+        return mx.concatenate(tokens, axis=2)
 
     def _parts(self, step: Step) -> list[Part | None]:
         """For each row its part of the step; None where it is all padding."""

@@ -6,7 +6,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import count
 from typing import Protocol
 
@@ -45,6 +46,7 @@ class Pool:
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
         used: indices of the leaves that the model writes.
+        judge: finds `takes_rows`.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> None:
@@ -60,6 +62,7 @@ class Pool:
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.lock = threading.RLock()
         self.used = frozenset(range(len(self.leaves)))
+        self.judge: Callable[[Pool], bool] = lambda pool: True
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
@@ -79,6 +82,11 @@ class Pool:
     def scheme(self) -> Scheme:
         """How the model tells positions apart; the first call runs the model on a few tokens."""
         return scheme_of(self.model)
+
+    @cached_property
+    def takes_rows(self) -> bool:
+        """Whether the model computes the rows of a batch as it computes each alone."""
+        return self.judge(self)
 
     @property
     def buffers(self) -> list[mx.array]:

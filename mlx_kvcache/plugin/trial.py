@@ -6,8 +6,11 @@ whatever a model asks of a cache that it does not get shows here, and not in the
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -17,23 +20,39 @@ from .layers import entries_of
 from .pool import Pool
 from .rows import Rows
 
-_used: dict[int, frozenset[int]] = {}
-"""For each model that passed, by id: the leaves that it writes."""
+LENGTHS = (5, 2)
+"""Tokens of the rows that are tried."""
+BY_COLUMN = frozenset({"minimax_m3_vl"})
+"""Models that choose among blocks of thousands of keys by their columns, which padding moves."""
+NOISE = 0.1
+"""Logits that differ by more of their spread are not the same, in 16 bits either."""
+
+_findings: dict[tuple[str, int], Any] = {}
+"""What has been found out, by question and id of the model."""
 _lock = threading.RLock()
+
+T = TypeVar("T")
 
 
 def try_out(pool: Pool) -> None:
     """Find out which leaves the model writes. Raises NotSupportedError if it cannot run on these caches."""
-    key = id(pool.model)
+    pool.used = _found("used", pool, _written)
+    pool.judge = functools.partial(_found, "rows", find=_takes_rows)
+
+
+def _found(question: str, pool: Pool, find: Callable[[Pool], T]) -> T:
+    """What is known of the pool's model, found once for each model."""
+    key = question, id(pool.model)
     with _lock:
-        if key not in _used:
-            _used[key] = _written(pool)
-            weakref.finalize(pool.model, _used.pop, key, None)
-    pool.used = _used[key]
+        if key not in _findings:
+            _findings[key] = find(pool)
+            weakref.finalize(pool.model, _findings.pop, key, None)
+        finding: T = _findings[key]
+        return finding
 
 
 def _written(pool: Pool) -> frozenset[int]:
-    rows = Rows(pool, [Conversation(pool, None, "error", 0)], is_batch=False)
+    rows = _rows(pool, 1)
     cache, module = entries_of(rows), type(pool.model).__module__
     written: set[int] = set()
     for n in (2, 1):
@@ -43,3 +62,47 @@ def _written(pool: Pool) -> frozenset[int]:
             raise NotSupportedError(f"{module} does not run on these caches: {error!r}") from error
         written |= rows.written_last
     return frozenset(written)
+
+
+def _takes_rows(pool: Pool) -> bool:
+    """Compare two rows of unequal length in one input with each alone."""
+    if type(pool.model).__module__.rpartition(".")[2] in BY_COLUMN:
+        return False
+    alone = [_rows(pool, 1) for _ in LENGTHS]
+    together = _rows(pool, len(LENGTHS))
+    together.padding.prepare(None, LENGTHS, None)
+    text = mx.arange(1, max(LENGTHS) + 1)[None]
+    expected = mx.concatenate(
+        [
+            _logits(pool, rows, text[:, :length], mx.array([[length]]))
+            for rows, length in zip(alone, LENGTHS, strict=True)
+        ]
+    )
+    pool.__dict__["takes_rows"] = True  # what is to be found out, meanwhile
+    try:
+        block = mx.broadcast_to(text, (len(LENGTHS), text.shape[1]))
+        found = _logits(pool, together, block, mx.array(LENGTHS)[:, None])
+    except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
+        return False
+    finally:
+        del pool.__dict__["takes_rows"]
+    return found.shape == expected.shape and _difference(found, expected) <= NOISE
+
+
+def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:
+    """Those of one token after a block."""
+    cache = entries_of(rows)
+    pool.model(block, cache=cache)
+    rows.padding.finalize()
+    logits: mx.array = pool.model(token, cache=cache)
+    return logits[:, -1].astype(mx.float32)
+
+
+def _rows(pool: Pool, n: int) -> Rows:
+    return Rows(pool, [Conversation(pool, None, "error", 0) for _ in range(n)], is_batch=n > 1)
+
+
+def _difference(a: mx.array, b: mx.array) -> float:
+    """Root of the mean square, in units of the spread of b."""
+    ratio: float = (mx.sqrt(mx.square(a - b).mean()) / mx.sqrt(mx.var(b))).tolist()  # type: ignore[assignment]
+    return ratio

@@ -10,10 +10,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ...caches.recurrent import RecurrentCache
 from ...errors import CacheError
 from ..forward import newest, padded_state
-from .base import Mergeable
+from .base import Layer
 
 
-class ArraysCache(Mergeable, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
+class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
     """A list of arrays, of which some may be None. Some models ask whether it is mlx-lm's class."""
 
     @property

@@ -84,19 +84,15 @@ class Layer(Observable):
         rows = self.rows.copies.tell(self.leaf.index, "extract", idx, lambda: self.rows.extracted(idx))
         return self.served_by(rows)
 
+    def merge(self: Self, caches: Sequence[Layer]) -> Self:
+        """This layer of a batch of forks of these. Raises ValueError for one of another pool."""
+        all_rows = [cache.rows for cache in caches]
+        rows = self.rows.copies.tell(self.leaf.index, "merge", all_rows, lambda: self.rows.merged(all_rows))
+        return self.served_by(rows)
+
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         """The same layer of a fork; all layers that are copied together belong to one."""
         rows = memo.get(id(self.rows))
         if rows is None:
             rows = memo[id(self.rows)] = self.rows.fork()
-        return self.served_by(rows)
-
-
-class Mergeable(Layer):
-    """A layer that can become one of a batch. mlx-lm asks for `merge` to know whether it can."""
-
-    def merge(self: Self, caches: Sequence[Layer]) -> Self:
-        """This layer of a batch of forks of these. Raises ValueError for one of another pool."""
-        all_rows = [cache.rows for cache in caches]
-        rows = self.rows.copies.tell(self.leaf.index, "merge", all_rows, lambda: self.rows.merged(all_rows))
         return self.served_by(rows)

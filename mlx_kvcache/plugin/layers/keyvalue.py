@@ -13,7 +13,7 @@ from ...cells.rules import Chunk, Window
 from ...cells.spans import Spans, count
 from ...errors import CacheError, NotSupportedError
 from ..forward import History
-from .base import Layer, Mergeable
+from .base import Layer
 from .stored import stored
 
 
@@ -143,14 +143,14 @@ class KeyValueLayer(Layer):
         setattr(pair, slot, array)
 
 
-class KVCache(KeyValueLayer, Mergeable):
+class KVCache(KeyValueLayer):
     """A layer of full attention."""
 
     def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
         return keys, values, self.size()
 
 
-class RotatingKVCache(KeyValueLayer, Mergeable):
+class RotatingKVCache(KeyValueLayer):
     """A layer with a sliding window. `keep` first tokens stay, and `max_size` in all are seen."""
 
     @property

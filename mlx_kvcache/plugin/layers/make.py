@@ -8,9 +8,9 @@ from ...cells.rules import Causal, Chunk, Window
 from ..layout import Entry, Leaf
 from ..rows import Rows
 from .arrays import ArraysCache
-from .base import Layer, Mergeable
+from .base import Layer
 from .keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
-from .nested import CacheList, MergeableCacheList
+from .nested import CacheList
 
 _CLASSES: dict[type, type[Layer]] = {
     Causal: KVCache,
@@ -28,6 +28,4 @@ def entries_of(rows: Rows) -> list[Any]:
 def _entry(rows: Rows, entry: Entry) -> Any:
     if isinstance(entry, Leaf):
         return _CLASSES[type(entry.rule)](rows, entry)
-    children = [_entry(rows, child) for child in entry]
-    mergeable = all(isinstance(child, (Mergeable, MergeableCacheList)) for child in children)
-    return (MergeableCacheList if mergeable else CacheList)(*children)
+    return CacheList(*(_entry(rows, child) for child in entry))

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..observe import Observable
 from ..rows import Rows
-from .base import Mergeable
 
 
 class CacheList(Observable):
@@ -72,18 +71,11 @@ class CacheList(Observable):
         for cache in self.caches:
             cache.finalize()
 
+    def merge(self, caches: Sequence[CacheList]) -> CacheList:
+        """As `Layer.merge`."""
+        return type(self)(
+            *(own.merge([other.caches[i] for other in caches]) for i, own in enumerate(self.caches))
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheList:
         return type(self)(*(cache.__deepcopy__(memo) for cache in self.caches))
-
-
-class MergeableCacheList(CacheList):
-    """One whose layers can all become ones of a batch."""
-
-    def merge(self, caches: Sequence[CacheList]) -> CacheList:
-        """As `Mergeable.merge`."""
-        own: Sequence[Mergeable] = self.caches
-        return type(self)(*(c.merge([other.caches[i] for other in caches]) for i, c in enumerate(own)))
-
-
-# Files name the class, and mlx-lm knows one name only.
-MergeableCacheList.__name__ = CacheList.__name__
