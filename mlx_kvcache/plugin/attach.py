@@ -11,6 +11,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from . import reuse
+from .contract import check_contract
 from .prompt_cache import PromptCache, make_prompt_cache
 
 _NAME = "make_prompt_cache"
@@ -18,6 +20,8 @@ _original = mlx_lm_cache.make_prompt_cache
 _lock = threading.RLock()
 _attached: dict[int, list[dict[str, Any]]] = {}
 """For each attached model, by id: the options of each attach that has not been detached."""
+_all_models: list[dict[str, Any]] = []
+"""The options of each `attach_all`."""
 
 
 class Attachment:
@@ -43,12 +47,14 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
     each call needs its own `detach`, which brings the options before it back.
 
     Raises:
-        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
+        TypeError, ValueError: as `make_prompt_cache`.
+        NotSupportedError: as `make_prompt_cache`, or a version of mlx-lm that is not known.
     """
+    check_contract()
     make_prompt_cache(model, **options).close()
     with _lock:
-        if not _attached:
-            _bind(_original, _dispatch)
+        if not _attached and not _all_models:
+            _patch()
         if id(model) not in _attached:
             weakref.finalize(model, _forget, id(model))
         _attached.setdefault(id(model), []).append(options)
@@ -65,15 +71,29 @@ def detach(model: nn.Module) -> None:
             _forget(id(model))
 
 
+def attach_all(**options: Any) -> None:
+    """Attach every model that a tool of mlx-lm makes a cache for, until the process ends.
+
+    Raises:
+        NotSupportedError: a version of mlx-lm that is not known. What else `attach` raises
+            comes when a model is used.
+    """
+    check_contract()
+    with _lock:
+        if not _attached and not _all_models:
+            _patch()
+        _all_models.append(options)
+
+
 def _forget(key: int) -> None:
     with _lock:
-        if _attached.pop(key, None) is not None and not _attached:
-            _bind(_dispatch, _original)
+        if _attached.pop(key, None) is not None and not _attached and not _all_models:
+            _restore()
 
 
 def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
     """Stands in for mlx-lm's `make_prompt_cache` while a model is attached."""
-    options = _attached.get(id(model))
+    options = _attached.get(id(model)) or _all_models
     if not options:
         return _original(model, max_kv_size)
     chosen = options[-1]
@@ -81,6 +101,18 @@ def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
         chosen = chosen | {"capacity": max_kv_size, "overflow": "shift", "sinks": min(4, max_kv_size - 1)}
     cache: PromptCache = make_prompt_cache(model, **chosen)
     return cache
+
+
+def _patch() -> None:
+    _bind(_original, _dispatch)
+    reuse.LRUPromptCache.fetch_nearest_cache = reuse.fetch_nearest_cache
+    reuse.LRUPromptCache.insert_cache = reuse.insert_cache
+
+
+def _restore() -> None:
+    _bind(_dispatch, _original)
+    reuse.LRUPromptCache.fetch_nearest_cache = reuse.original_fetch
+    reuse.LRUPromptCache.insert_cache = reuse.original_insert
 
 
 def _bind(old: Any, new: Any) -> None:

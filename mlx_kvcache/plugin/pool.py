@@ -155,6 +155,11 @@ class Pool:
             sequence = self._dropped.popleft()
             for cache in self.caches:
                 cache._plan_remove(sequence, 0, None).commit()
+                # The model may be given another precision before it writes again.
+                if isinstance(cache, PositionalCache) and not cache._table.sequences:
+                    cache._store.layers.clear()
+                elif isinstance(cache, RecurrentCache) and not cache._streams:
+                    cache._forms.clear()
 
 
 def _resume_point(cache: PlanningCache, sequence: int, position: int) -> int:

@@ -49,15 +49,13 @@ class PromptCache(list[Any]):
 
     def can_resume(self, position: int) -> bool:
         """Whether generation can go on from `position`, the tokens from there on dropped."""
-        if not 0 <= position <= self.position:
-            return False
-        return self.pool.can_resume(self._conversation.sequence, position)
+        return 0 <= position <= self.position and self._rows.can_resume(position)
 
     def resume_point(self, position: int) -> int:
         """The newest position <= `position` to continue from. Raises ValueError below 0."""
         if position < 0:
             raise ValueError(f"position must be 0 or more, got {position}")
-        return self.pool.resume_point(self._conversation.sequence, min(position, self.position))
+        return self._rows.resume_point(min(position, self.position))
 
     def rewind(self, n: int) -> None:
         """Drop the newest n tokens.

@@ -175,6 +175,14 @@ class Rows(Caller):
             forward.undo()
         self.pool.take_turn(self)
 
+    def can_resume(self, position: int) -> bool:
+        """Whether the only conversation can go on from `position`."""
+        return self.pool.can_resume(self.conversation.sequence, position)
+
+    def resume_point(self, position: int) -> int:
+        """The newest position <= `position` that the only conversation can go on from."""
+        return self.pool.resume_point(self.conversation.sequence, position)
+
     def trim(self, n: int) -> int:
         """Drop the newest n tokens of every row, or all of them where there are fewer.
 

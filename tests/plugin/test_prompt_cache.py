@@ -128,7 +128,7 @@ def test_arrays_that_are_none(cache):
     ints = mx.ones((1, 2, 3, 8), mx.int32)
     with pytest.raises(ValueError, match="int32, expected floats"):
         cache[0].update_and_fetch(ints, ints)
-    with pytest.raises(ValueError, match="four axes"):
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\), expected"):
         cache[0].update_and_fetch(mx.ones((1, 2, 3)), mx.ones((1, 2, 3)))
     assert cache.position == 0
     logits_of(MODEL, cache, TEXT[:5])

@@ -12,6 +12,8 @@ from ..rows import Rows
 class CacheList(Observable):
     """Several layers as one entry of a model's cache list."""
 
+    caches: tuple[Any, ...] = ()
+
     def __init__(self, *caches: Any) -> None:
         self.caches = caches
         self.rows: Rows = caches[0].rows
