@@ -23,16 +23,22 @@ from .pool import Pool
 
 
 class BatchedForward(Forward):
-    """Each row's tokens join its sequence; rows may be padded on either side."""
+    """Each row's tokens join its sequence; rows may be padded on either side.
+
+    Where all is padding, the model is given its own columns back.
+    """
 
     def __init__(
         self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
     ) -> None:
         super().__init__(pool, conversations, columns, n)
         self._is_full = all(span == (0, n) for span in columns)
+        self._is_empty = all(first == stop for first, stop in columns)
         self._masks: dict[tuple[Rule, int], Mask] = {}
 
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        if self._is_empty:
+            return keys, values
         step = self.step(leaf)
         step.put(leaf.index, self._tokens(keys), self._tokens(values))
         return self._gathered(step, leaf, keys, values)
@@ -44,6 +50,8 @@ class BatchedForward(Forward):
         return self._gathered(step, leaf, keys, values)
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+        if self._is_empty:
+            return mx.eye(self.n, dtype=mx.bool_)
         step = self.step(leaf)
         rule = narrowed(leaf.rule, window_size)
         equal = self._is_full and len({part.size for part in step.parts}) == 1

@@ -13,6 +13,7 @@ from ..cells.removal import rebase_all, remove_range
 from ..errors import CacheError, CacheFullError, NotSupportedError
 from .head import Head, HeadRebase
 from .pool import Pool
+from .rotation import rebased
 
 Overflow = Literal["error", "shift"]
 
@@ -165,11 +166,6 @@ class Conversation:
         rotations = self.pool.scheme.rotations
 
         def rebase(leaf: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-            rotation = rotations[leaf]
-            if rotation is None:
-                return keys, values
-            if rotation.slot == "keys":
-                return rotation.apply(keys, offset), values
-            return keys, rotation.apply(values, offset)
+            return rebased(rotations[leaf], keys, values, offset)
 
         return rebase

@@ -15,16 +15,16 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..cells.spans import Spans
-from .rotation import Scheme
+from .rotation import Rotation, Scheme, Slot
 
 
 class Piece(NamedTuple):
-    """Originals of the tokens [begin, end): per leaf the array that carries RoPE, at offset `lead`."""
+    """Originals of the tokens [begin, end), at offset `lead`: what carries RoPE, by leaf and slot."""
 
     begin: int
     end: int
     lead: int
-    arrays: dict[int, mx.array]
+    arrays: dict[tuple[int, Slot], mx.array]
 
     def cut(self, begin: int, end: int) -> Piece | None:
         """What of it lies in [begin, end)."""
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
             return self
         low, high = begin - self.begin, end - self.begin
         return Piece(
-            begin, end, self.lead, {i: array[:, :, low:high] + 0 for i, array in self.arrays.items()}
+            begin, end, self.lead, {which: array[:, :, low:high] + 0 for which, array in self.arrays.items()}
         )
 
 
@@ -82,17 +82,21 @@ class HeadRebase:
         rotation = self._scheme.rotations[leaf]
         if rotation is None:
             return keys, values
-        stored = keys if rotation.slot == "keys" else values
-        rotated, done = [], 0
+        arrays = [keys, values]
+        for slot in rotation.slots:
+            arrays[slot] = self._rotated(rotation, leaf, slot, arrays[slot])
+        return arrays[0], arrays[1]
+
+    def _rotated(self, rotation: Rotation, leaf: int, slot: Slot, stored: mx.array) -> mx.array:
+        parts, done = [], 0
         for piece in self.pieces:
             size = piece.end - piece.begin
-            if leaf not in piece.arrays:
+            if (leaf, slot) not in piece.arrays:
                 # The sum is a copy: a view would keep the whole buffer alive.
-                piece.arrays[leaf] = stored[:, :, done : done + size] + 0
-            rotated.append(rotation.apply(piece.arrays[leaf], self._new_lead - piece.lead))
+                piece.arrays[leaf, slot] = stored[:, :, done : done + size] + 0
+            parts.append(rotation.apply(piece.arrays[leaf, slot], self._new_lead - piece.lead))
             done += size
-        whole = mx.concatenate(rotated, axis=2)
-        return (whole, values) if rotation.slot == "keys" else (keys, whole)
+        return mx.concatenate(parts, axis=2)
 
 
 def _covering(source: Spans, lead: int, known: Pieces) -> Iterator[Piece]:

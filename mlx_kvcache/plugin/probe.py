@@ -7,6 +7,7 @@ it turns what the first run cached into what the second did.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import weakref
@@ -20,6 +21,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..arrays.rope import RopeShift
+from ..cells.rules import Chunk
 from .layout import Entry, Layout, Leaf, layout_of
 from .rotation import Rotation, Scheme, Slot
 
@@ -28,7 +30,8 @@ NEAR = 5
 """A small odd distance between the two runs."""
 _EXACT = {mx.float32: 1e-4}
 _ROUNDED = 3e-2
-_SLOTS: tuple[Slot, Slot] = ("keys", "values")
+_SLOTS: tuple[Slot, Slot] = (0, 1)
+_NAMES = ("keys", "values")
 _ABOUT_POSITIONS = re.compile("position|original|window|chunk|floor|context|seq")
 
 _schemes: dict[int, Scheme] = {}
@@ -92,14 +95,15 @@ def _run(model: nn.Module, layout: Layout, offset: int) -> Run:
 def _probe(model: nn.Module) -> Scheme:
     layout = layout_of(model)
     layers = len(layout.leaves)
+    distance = _near(layout)
     with _recorded() as shifts:
         here = _run(model, layout, 0)
-        near = _run(model, layout, NEAR)
+        near = _run(model, layout, distance)
     with _recorded() as far_shifts:
         far = {distance: _run(model, layout, distance)[0] for distance in _beyond(model)}
     rotations: list[Rotation | None] = []
     for index, (first, second) in enumerate(zip(here[1], near[1], strict=True)):
-        found, refusal = _layer_rotation(index, shifts, first, second)
+        found, refusal = _layer_rotation(index, shifts, distance, first, second)
         if refusal:
             return Scheme((None,) * layers, False, refusal)
         rotations.append(found)
@@ -116,7 +120,7 @@ def _probe(model: nn.Module) -> Scheme:
 
 
 def _layer_rotation(
-    index: int, shifts: list[RopeShift], first: Stored, second: Stored
+    index: int, shifts: list[RopeShift], distance: int, first: Stored, second: Stored
 ) -> tuple[Rotation | None, str | None]:
     """What moves a layer's keys and values from the first run's position to the second's, or a refusal."""
     found: Rotation | None = None
@@ -125,12 +129,15 @@ def _layer_rotation(
     for array_0, array_1, slot in zip(first, second, _SLOTS, strict=True):
         if _close(array_0, array_1):
             continue
-        rotation = _explanation(shifts, array_0, array_1, slot)
+        rotation = _explanation(shifts, distance, array_0, array_1, slot)
         if rotation is None:
-            return None, f"layer {index} caches {slot} that no rotation takes to another position"
-        if found is not None:
-            return None, f"layer {index} rotates both keys and values"
-        found = rotation
+            return None, f"layer {index} caches {_NAMES[slot]} that no rotation takes to another position"
+        if found is None:
+            found = rotation
+        elif rotation.shift is found.shift and rotation.start == found.start:
+            found = found._replace(slots=_SLOTS)
+        else:
+            return None, f"layer {index} rotates keys and values by different angles"
     return found, None
 
 
@@ -174,20 +181,22 @@ def _recorded() -> Iterator[list[RopeShift]]:
         mx.fast.rope = original
 
 
-def _explanation(shifts: list[RopeShift], first: mx.array, second: mx.array, slot: Slot) -> Rotation | None:
+def _explanation(
+    shifts: list[RopeShift], distance: int, first: mx.array, second: mx.array, slot: Slot
+) -> Rotation | None:
     """The recorded rotation, of the first or the last features, that leads from `first` to `second`."""
     width = first.shape[-1]
     for shift in shifts:
         for start in dict.fromkeys((0, width - shift.dims)):
-            rotation = Rotation(shift, slot, start)
-            if start >= 0 and _close(rotation.apply(first, NEAR), second):
+            rotation = Rotation(shift, (slot,), start)
+            if start >= 0 and _close(rotation.apply(first, distance), second):
                 return rotation
     return None
 
 
 def _close(a: mx.array, b: mx.array) -> bool:
     a, b, limit = a.astype(mx.float32), b.astype(mx.float32), _EXACT.get(a.dtype, _ROUNDED)
-    return bool((mx.abs(a - b).max() <= limit * mx.abs(a).max()).item())
+    return not a.size or bool((mx.abs(a - b).max() <= limit * mx.abs(a).max()).item())
 
 
 def _difference(a: mx.array, b: mx.array) -> float:
@@ -196,6 +205,12 @@ def _difference(a: mx.array, b: mx.array) -> float:
     spread = mx.square(a - a.mean(axis=-1, keepdims=True)).mean()
     ratio: float = mx.sqrt(mx.square(a - b).mean() / spread).tolist()  # type: ignore[assignment]
     return ratio
+
+
+def _near(layout: Layout) -> int:
+    """The distance between the runs: one that leaves chunks where they are, if they are very short."""
+    chunks = [rule.size for rule in layout.rules if isinstance(rule, Chunk) and rule.size < NEAR + TOKENS]
+    return math.lcm(*chunks) if chunks else NEAR
 
 
 def _beyond(model: nn.Module) -> list[int]:

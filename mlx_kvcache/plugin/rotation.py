@@ -1,4 +1,4 @@
-"""Which rotation a model puts into the keys it caches."""
+"""Which rotation a model puts into what it caches."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import mlx.core as mx
 
 from ..arrays.rope import RopeShift
 
-Slot = Literal["keys", "values"]
+Slot = Literal[0, 1]
+"""Which of a layer's two arrays: keys or values."""
 
 
 class Rotation(NamedTuple):
-    """One of a layer's two arrays carries RoPE in its features from `start` on.
+    """What carries RoPE in a layer: the features from `start` on, of one of its arrays or both.
 
-    It is the values where a model caches a latent as keys and the rotated part beside it.
+    It is the values where a model caches a latent as keys and the rotated part beside it, and
+    both where an index stores its keys twice.
     """
 
     shift: RopeShift
-    slot: Slot
+    slots: tuple[Slot, ...]
     start: int
 
     def apply(self, array: mx.array, offset: int) -> mx.array:
@@ -31,12 +33,24 @@ class Rotation(NamedTuple):
         return mx.concatenate([fixed, self.shift(0, rotated, offsets)], axis=-1)
 
 
+def rebased(
+    rotation: Rotation | None, keys: mx.array, values: mx.array, offset: int
+) -> tuple[mx.array, mx.array]:
+    """K and V with `offset` added to the positions of those that carry them."""
+    slots = rotation.slots if rotation else ()
+    keys, values = (
+        rotation.apply(array, offset) if rotation and slot in slots else array
+        for slot, array in enumerate((keys, values))
+    )
+    return keys, values
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a model tells positions apart.
 
     Attributes:
-        rotations: for each layer, the rotation of what it caches; None where there is none.
+        rotations: for each leaf, the rotation of what it caches; None where there is none.
         ahead: the model's output depends on differences of positions only, so the offset
             that it is given may exceed the number of tokens before.
         refusal: why tokens cannot be moved, or None if they can.

@@ -100,7 +100,7 @@ def test_only_ministral3_may_not_run_ahead():
 
 def test_a_latent_carries_its_rotation_in_the_values():
     rotations = scheme_of(tiny_deepseek_v3()).rotations
-    assert [(r.slot, r.start, r.shift.dims) for r in rotations if r] == [("values", 0, 8)] * 2
+    assert [(r.slots, r.start, r.shift.dims) for r in rotations if r] == [((1,), 0, 8)] * 2
 
 
 @pytest.mark.parametrize(

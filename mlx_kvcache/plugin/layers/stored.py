@@ -10,6 +10,7 @@ from ...cells.rules import Chunk
 from ...cells.spans import seen_from
 from ..conversation import Conversation
 from ..layout import Leaf
+from ..rotation import rebased
 
 
 def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
@@ -29,8 +30,4 @@ def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
     keys, values = concatenated(cache._store.layers[leaf.index].read(cells))
     lead = conversation.head.lead
     rotation = pool.scheme.rotations[leaf.index] if lead else None
-    if rotation is None:
-        return keys, values
-    if rotation.slot == "keys":
-        return rotation.apply(keys, -lead), values
-    return keys, rotation.apply(values, -lead)
+    return rebased(rotation, keys, values, -lead)
