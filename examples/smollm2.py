@@ -6,6 +6,8 @@ without a model hub. Only the file is used: the wheel's own dependencies are not
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.utils import save_config, save_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -62,6 +65,14 @@ def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
     model.load_weights(list(_dequantised(weights, dtype).items()))
     mx.eval(model.parameters())
     return model, _tokenizer(meta)
+
+
+def export(folder: Path, dtype: mx.Dtype | None = None) -> None:
+    """Write the model as a folder that mlx-lm's commands take for `--model`. `dtype` as of `load`."""
+    model, tokenizer = load(dtype)
+    save_model(folder, model)
+    save_config(asdict(model.args), folder / "config.json")
+    tokenizer.save_pretrained(folder)
 
 
 def _arguments(meta: dict[str, Any]) -> llama.ModelArgs:
@@ -121,3 +132,9 @@ def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special)
     fast.chat_template = meta["tokenizer.chat_template"]
     return TokenizerWrapper(fast, BPEStreamingDetokenizer)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Writes SmolLM2 as a folder for mlx-lm's commands.")
+    parser.add_argument("folder", type=Path, help="where to; made if it is not there")
+    export(parser.parse_args().folder)

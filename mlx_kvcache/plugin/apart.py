@@ -47,9 +47,8 @@ def run_apart(
 
         some = rows.subset(members)
         given = functools.partial(_of_rows, some, members, (first, stop))
-        output = some.run(
-            call, tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
-        )
+        named = {name: given(value) for name, value in kwargs.items()}
+        output = some.run(rows.pool.model, call, tuple(map(given, args)), named)
         for index, row in enumerate(members):
             edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (output.ndim - 2)
             outputs[row] = mx.pad(output[index : index + 1], edges)

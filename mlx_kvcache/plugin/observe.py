@@ -21,8 +21,8 @@ Call = Callable[..., Any]
 class Caller(Protocol):
     """What stands behind the layers of a cache list."""
 
-    def run(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Make the call inside a forward of its tokens."""
+    def run(self, model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Make the model's call inside a forward of its tokens."""
 
 
 class Observable:
@@ -69,7 +69,7 @@ def _observed(cls: type[nn.Module]) -> type[nn.Module]:
         cache = next(filter(is_cache, (*args, *kwargs.values())), None)
         if cache is None:
             return original(self, *args, **kwargs)
-        return cache[0].rows.run(functools.partial(original, self), args, kwargs)
+        return cache[0].rows.run(self, functools.partial(original, self), args, kwargs)
 
     names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), names)

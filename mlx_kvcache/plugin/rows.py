@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import CacheError
 from .apart import groups, run_apart
@@ -81,10 +82,19 @@ class Rows(Caller):
         for conversation in self.conversations:
             conversation.check_open()
 
-    def run(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Make a call of the model inside a forward of its tokens."""
+    def run(self, model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Make a call of the model inside a forward of its tokens.
+
+        Raises:
+            ValueError: the caches are of another model, or of another number of rows.
+        """
         if self.is_called:
             return call(*args, **kwargs)
+        if model is not self.pool.model:
+            raise ValueError(
+                f"the prompt cache is one of another model, a {type(self.pool.model).__module__}, "
+                f"and not of this {type(model).__module__}"
+            )
         with self.pool.lock:
             n = self._length(args, kwargs)
             columns = self.padding.columns(n)

@@ -1,0 +1,144 @@
+"""mlx-lm's own commands, run as users run them, on a model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import load_prompt_cache
+
+from examples import smollm2
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+PLUGIN = [sys.executable, "-m", "mlx_kvcache.plugin"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """SmolLM2 as a model folder, in half precision so that it is small."""
+    path = tmp_path_factory.mktemp("models") / "smollm2"
+    smollm2.export(path, mx.float32)
+    return path
+
+
+def run(*arguments: object, text: str | None = None) -> str:
+    done = subprocess.run(
+        [*PLUGIN, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        input=text,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_generate_with_a_bound(folder):
+    """More tokens than there is room for: mlx-lm ignores the bound on models that make caches of their own."""
+    printed = run(
+        "generate", "--model", folder, "--prompt", "Count to ninety.", "--max-kv-size", 48, "-m", 30
+    )
+    assert "Generation: 30 tokens" in printed
+
+
+def test_chat_keeps_what_was_said(folder):
+    printed = run(
+        "chat", "--model", folder, "--max-tokens", 12,
+        text="My name is Ada.\nWhat is my name?\nq\n",
+    )  # fmt: skip
+    assert "Ada" in printed.split("?")[-1]
+
+
+def test_a_prompt_cache_file_loads_again(folder, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    run("cache_prompt", "--model", folder, "--prompt", "The sky is blue.", "--prompt-cache-file", file)
+    cache = load_prompt_cache(str(file))
+    assert {type(layer).__name__ for layer in cache} == {"KVCache"}
+    assert cache[0].offset == cache[-1].offset > 10
+    said = run("generate", "--prompt-cache-file", file, "--prompt", "Which colour is the sky?", "-m", 12)
+    assert "blue" in said
+
+
+def test_help_names_the_commands():
+    printed = run("--help")
+    for command in ("generate", "chat", "server", "cache_prompt"):
+        assert command in printed
+
+
+@contextmanager
+def served(folder: Path, *arguments: object) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*PLUGIN, "server", "--model", str(folder), "--port", str(port), *map(str, arguments)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def ask(url: str, messages: list[dict[str, str]], **more: object) -> tuple[str, int, int]:
+    """The reply, the length of the prompt, and how much of it was found in a cache."""
+    body = json.dumps({"messages": messages, "max_tokens": 6, "temperature": 0.0} | more).encode()
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(request) as response:
+                answer = json.load(response)
+            break
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline, "the server does not answer"
+    usage = answer["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return answer["choices"][0]["message"]["content"], usage["prompt_tokens"], cached
+
+
+def test_the_server_prefills_only_what_is_new(folder):
+    """Four clients of five turns with one system prompt."""
+    system = {"role": "system", "content": "You are a helpful assistant who answers in very few words."}
+    questions = ["What is two and two?", "And three more?", "And one less?", "Is it odd?", "Thank you."]
+    tokenizer = smollm2.load(mx.float16)[1]
+
+    def common(one: list[int], other: list[int]) -> int:
+        return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+
+    with served(folder) as url:
+        _, _, first = ask(url, [system, {"role": "user", "content": "Good morning."}])
+
+        def talk(client: int) -> list[tuple[int, int]]:
+            messages, counts, before = [system], [], list[int]()
+            for question in questions:
+                messages.append({"role": "user", "content": f"{question} I am client {client}."})
+                prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+                reply, length, cached = ask(url, messages)
+                assert length == len(prompt)
+                counts.append((cached, common(before, prompt)))
+                messages.append({"role": "assistant", "content": reply})
+                before = tokenizer.apply_chat_template(messages)
+            return counts
+
+        with ThreadPoolExecutor(4) as clients:
+            all_counts = list(clients.map(talk, range(4)))
+    assert first == 0
+    shared = len(tokenizer.apply_chat_template([system]))
+    for counts in all_counts:
+        assert counts[0][0] >= shared - 1
+        for cached, said_before in counts[1:]:
+            # The end of a reply was not computed when it was given.
+            assert cached >= said_before - 3
