@@ -27,6 +27,8 @@ def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[
 
     At least one token is always left to compute, without which there is nothing to sample from.
     """
+    if len(tokens) < 2:
+        return None, tokens
     found = self._trie.search(model, tokens[:-1])
     prefixes = {
         tuple(prefix): common

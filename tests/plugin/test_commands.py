@@ -27,7 +27,7 @@ PLUGIN = [sys.executable, "-m", "mlx_kvcache.plugin"]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """SmolLM2 as a model folder, in half precision so that it is small."""
+    """SmolLM2 as a model folder."""
     path = tmp_path_factory.mktemp("models") / "smollm2"
     smollm2.export(path, mx.float32)
     return path
@@ -47,7 +47,7 @@ def run(*arguments: object, text: str | None = None) -> str:
 
 
 def test_generate_with_a_bound(folder):
-    """More tokens than there is room for: mlx-lm ignores the bound on models that make caches of their own."""
+    """More tokens than there is room for, on a model that makes its own caches: mlx-lm ignores the bound."""
     printed = run(
         "generate", "--model", folder, "--prompt", "Count to ninety.", "--max-kv-size", 48, "-m", 30
     )

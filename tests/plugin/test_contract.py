@@ -1,0 +1,86 @@
+"""What a newer mlx-lm could ask for is noticed when a model is attached, not in the middle of a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from mlx_kvcache import NotSupportedError
+from mlx_kvcache.plugin import attach, make_prompt_cache
+from tests.plugin.running import logits_of
+from tests.plugin.tiny import tiny_llama
+
+
+def test_an_attribute_that_is_not_known(monkeypatch):
+    monkeypatch.setattr(mlx_lm_cache.RotatingKVCache, "compress", lambda self: None, raising=False)
+    with pytest.raises(NotSupportedError, match=r"mlx-lm 0\.\d+\.\d+ .* RotatingKVCache has compress"):
+        attach(tiny_llama())
+
+
+def test_a_function_with_other_parameters(monkeypatch):
+    monkeypatch.setattr(mlx_lm_cache.PromptTrie, "search", lambda self, tokens: None)
+    with pytest.raises(NotSupportedError, match=r"PromptTrie.search takes \['self', 'tokens'\]"):
+        attach(tiny_llama())
+
+
+def test_a_function_that_is_gone(monkeypatch):
+    monkeypatch.delattr(mlx_lm_cache.LRUPromptCache, "insert_cache")
+    with pytest.raises(NotSupportedError, match=r"insert_cache takes \[\]"):
+        attach(tiny_llama())
+
+
+class Curious(nn.Module):
+    """A model that asks its cache for something."""
+
+    def __init__(self, ask: Any) -> None:
+        super().__init__()
+        self.ask = ask
+        self.layers = [nn.Linear(4, 4)]
+
+    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+        create_attention_mask(inputs, cache[0])
+        self.ask(cache[0])
+        return inputs
+
+
+def test_a_model_that_asks_for_more_than_there_is():
+    with pytest.raises(NotSupportedError, match=r"test_contract does not run .*entropy"):
+        make_prompt_cache(Curious(lambda layer: layer.entropy))
+
+
+def test_a_model_that_writes_a_layer_twice():
+    def twice(layer):
+        for _ in range(2):
+            layer.update_and_fetch(mx.zeros((1, 1, layer.rows.forward.n, 4)), mx.zeros((1, 1, 2, 4)))
+
+    with pytest.raises(NotSupportedError, match="layer 0 is written twice"):
+        make_prompt_cache(Curious(twice))
+
+
+def test_a_cache_of_a_class_that_is_derived_from_a_known_one():
+    class Special(KVCache):
+        pass
+
+    model = tiny_llama()
+    model.make_cache = lambda: [KVCache(), Special(), KVCache()]
+    with pytest.raises(NotSupportedError, match=r"layer 1 of mlx_lm\.models\.llama caches by Special"):
+        make_prompt_cache(model)
+
+
+def test_a_layer_that_the_model_never_writes():
+    """Its place stays empty, and forwards are complete without it."""
+    model = tiny_llama()
+    model.make_cache = lambda: [KVCache() for _ in range(4)]
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, [1, 2, 3])
+    assert cache.position == 3
+    assert [layer.offset for layer in cache] == [3] * 4
+    for layer in cache[:3]:
+        layer.update_and_fetch(mx.zeros((1, 2, 1, 8)), mx.zeros((1, 2, 1, 8)))
+    assert cache.position == 4
