@@ -9,7 +9,6 @@ import mlx.core as mx
 
 from ..arrays.mask import Mask, array_mask, positions_of
 from ..batch import Batch
-from ..caches.positional import PositionalCache
 from ..caches.recurrent import Arrays, RecurrentCache
 from ..caches.step import Step
 from ..cells.rules import Causal, Chunk, Rule, Window
@@ -48,7 +47,8 @@ class Forward(ABC):
         self.asked: set[int] = set()
         self.advanced: set[int] = set()
         self._plan = pool.begin(self._batch())
-        self._steps = [getattr(cache, "_step", None) for cache in pool.caches]
+        self._kinds = pool.kinds
+        self._steps: list[Step | None] = [getattr(cache, "_step", None) for cache in pool.caches]
         self._states: dict[int, list[mx.array | None]] = {}
 
     @abstractmethod
@@ -80,12 +80,11 @@ class Forward(ABC):
 
     def step(self, leaf: Leaf) -> Step:
         """The step of a leaf's cache. Raises CacheError if another forward has begun since."""
-        kind = self.pool.kinds[leaf.index]
-        cache, step = self.pool.caches[kind], self._steps[kind]
-        assert isinstance(cache, PositionalCache) and isinstance(step, Step)
-        if cache._step is not step:
+        kind = self._kinds[leaf.index]
+        step = self._steps[kind]
+        if self.pool.caches[kind]._step is not step:  # type: ignore[union-attr]
             raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
-        return step
+        return step  # type: ignore[return-value]  # only arrays have none, and they do not ask
 
     @abstractmethod
     def _batch(self) -> Batch | None:

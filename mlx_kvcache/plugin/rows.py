@@ -161,7 +161,11 @@ class Rows(Caller):
         """A leaf has stored its tokens."""
         assert self.forward is not None
         self.forward.written.add(leaf)
-        if not self.is_called and self.forward.written >= self.pool.used:
+        self.finish_if_written(self.forward)
+
+    def finish_if_written(self, forward: Forward) -> None:
+        """A forward that no call ends is over when all leaves have written."""
+        if not self.is_called and len(forward.written) >= len(self.pool.used):
             self.finish()
 
     def finish(self) -> None:

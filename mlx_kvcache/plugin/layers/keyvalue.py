@@ -12,7 +12,7 @@ from ...caches.positional import PositionalCache
 from ...cells.rules import Chunk, Window
 from ...cells.spans import Spans, count
 from ...errors import CacheError, NotSupportedError
-from ..forward import History
+from ..forward import Forward, History
 from .base import Layer
 from .stored import stored
 
@@ -47,19 +47,14 @@ class KeyValueLayer(Layer):
             CacheFullError: there is no room; nothing has changed.
             CacheError: this layer has stored its tokens of this call already.
         """
-        rows, index = self.rows, self.leaf.index
-        if keys.ndim == 4 and keys.shape[0] != len(rows.conversations):
-            raise ValueError(
-                f"keys are {keys.shape}, of {keys.shape[0]} rows; the cache has {len(rows.conversations)}"
-            )
-        n = keys.shape[2] if keys.ndim > 2 else 0
-        if rows.is_called and rows.forward and index in rows.forward.written:
-            raise CacheError(f"layer {self.leaf.name} is written twice in one call")
-        if not rows.is_open(index, n):
-            rows.begin_unasked(n)
-        assert rows.forward is not None
-        history = rows.forward.update(self.leaf, keys, values)
-        rows.wrote(index)
+        rows, leaf = self.rows, self.leaf
+        forward = rows.forward
+        if forward is None or leaf.index in forward.written:
+            forward = self._begun(keys)
+        history = forward.update(leaf, keys, values)
+        forward.written.add(leaf.index)
+        if not rows.is_called:
+            rows.finish_if_written(forward)
         return history
 
     def keys_and_values(self) -> History:
@@ -115,6 +110,16 @@ class KeyValueLayer(Layer):
 
     def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
         raise NotImplementedError
+
+    def _begun(self, keys: mx.array) -> Forward:
+        """The forward that these keys belong to, where that is not plain."""
+        rows = self.rows
+        if rows.is_called and rows.forward and self.leaf.index in rows.forward.written:
+            raise CacheError(f"layer {self.leaf.name} is written twice in one call")
+        if not rows.is_called:
+            rows.begin_unasked(keys.shape[-2])
+        assert rows.forward is not None
+        return rows.forward
 
     @property
     def _cache(self) -> PositionalCache:
