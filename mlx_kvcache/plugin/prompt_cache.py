@@ -143,7 +143,8 @@ def make_prompt_cache(
         TypeError: not an mlx-lm model.
         ValueError: options out of range.
         NotSupportedError: a layer of unknown kind, a model that asks more of its caches than
-            these give, "shift" on a model whose tokens cannot be moved, or kv_bits.
+            these give, "shift" on a model whose tokens cannot be moved, sinks on one with
+            recurrent layers, or kv_bits.
     """
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
@@ -159,10 +160,10 @@ def make_prompt_cache(
         raise NotSupportedError(f"kv_bits={kv_bits}: K and V are stored in the model's own precision")
     layout = layout_of(model)
     shifts = capacity if overflow == "shift" else None
-    if shifts and layout.is_recurrent:
+    if (shifts or sinks) and layout.is_recurrent:
         raise NotSupportedError(
-            f'overflow="shift" on {type(model).__module__}: '
-            "a recurrent state cannot forget tokens that later ones were added to"
+            f'overflow="{overflow}" with sinks={sinks} on {type(model).__module__}: '
+            "a recurrent state cannot forget tokens that later ones were added to, nor keep some of them"
         )
     pool = pool_for(model, layout, [_rewind(rule, rewind, shifts) for rule in layout.rules])
     try_out(pool)
