@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 
-from benchmarks import drift, exactness, forks, generation, host, window
+from benchmarks import batches, drift, exactness, forks, generation, host, window
 from benchmarks.measure import machine
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "host": host.run,
     "generation": generation.run,
     "window": window.run,
+    "batches": batches.run,
 }
 
 

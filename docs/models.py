@@ -36,8 +36,9 @@ block and in uneven ones, decoding past every border, going back, forking, batch
 - **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay as they are and the
   model's offset runs ahead; *re-rotated*: later keys are rotated for each shift, in float32; else why not.
 - **Quantise**: K and V in fewer bits; not there yet.
-- **Batch**: *together*: one call for all rows; *by row*: a call for each, because the model gives other
-  results for a padded batch than for its rows; *alike*: rows of the same length and padding together.
+- **Batch**: *ragged*: one call for all rows, each attending to its own history; *gathered*: one call, for
+  which the histories are copied together; *by row*: a call for each, because the model gives other results
+  for a batch than for its rows; *alike*: rows of the same length and padding in one call.
 
 | Model | Layers | Rewind | Fork | Shift | Quantise | Batch |
 |---|---|---|---|---|---|---|
@@ -104,9 +105,9 @@ def _shift(pool: Pool) -> str:
 
 
 def _batch(pool: Pool) -> str:
-    if not pool.takes_rows:
+    if pool.batching == "apart":
         return "by row"
-    return "alike" if pool.layout.is_recurrent else "together"
+    return f"{pool.batching}, alike" if pool.layout.is_recurrent else pool.batching
 
 
 def _exceptions(refused: dict[str, str]) -> str:

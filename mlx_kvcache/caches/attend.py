@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .joined import attend_joined, shared_runs
 from .keyvalue import Attending
 from .step import Part, Step, take
 
@@ -16,16 +17,28 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
     step.check_put(layer)
-    outputs = [
-        _stretches(step, part, take(given.queries, part.rows), step.history(layer, part), given)
-        for part in step.parts
-    ]
-    if len(outputs) == 1 and step.parts[0].rows is None:
-        return outputs[0]
+    found: dict[int, mx.array] = {}
+    if given.sinks is None:
+        for shared in step.once(shared_runs):
+            outputs = attend_joined(step, layer, shared, given)
+            found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
+    for part in step.parts:
+        if part.sequence not in found:
+            queries, history = take(given.queries, part.rows), step.history(layer, part)
+            found[part.sequence] = _stretches(step, part, queries, history, given)
+    if len(found) == 1 and step.parts[0].rows is None:
+        return found[step.parts[0].sequence]
+    outputs = [found[part.sequence] for part in step.parts]
+    back = step.once(_batch_order)
+    joined = mx.concatenate(outputs, axis=2)
+    return joined if back is None else mx.take(joined, back, axis=2)
+
+
+def _batch_order(step: Step) -> mx.array | None:
+    """Where each of the batch's tokens is, part by part; None where that is their order."""
     order = [index for part in step.parts for index in part.indices]
     back = sorted(range(step.n), key=order.__getitem__)
-    joined = mx.concatenate(outputs, axis=2)
-    return joined if back == list(range(step.n)) else mx.take(joined, mx.array(back), axis=2)
+    return None if back == list(range(step.n)) else mx.array(back)
 
 
 def _stretches(

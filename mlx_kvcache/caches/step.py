@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from ..arrays.mask import Mask, array_mask, positions_of
-from ..arrays.store import DenseStore, Form, Index, cells_of, concatenated
+from ..arrays.store import Cells, DenseStore, Form, Index, cells_of, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.rules import Causal, Chunk, Rule
 from ..errors import CacheError
+
+T = TypeVar("T")
 
 SHORTEST = 64
 """Queries in a stretch at least; fewer are not worth a product of their own."""
@@ -102,9 +104,10 @@ class Step:
         self.parts = [Part(part, n) for part in placed]
         self._rule = rule
         self._config = config
-        self._store = store
+        self.store = store
         self._capacity = capacity
         self._later: frozenset[int] = frozenset()
+        self._found: dict[Any, Any] = {}
         self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
         self._whole_mask: Mask = None
         self._has_mask = False
@@ -114,18 +117,30 @@ class Step:
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
+    def sees_whole(self, part: Part) -> bool:
+        """Whether all of a part's queries see all keys that were there before them."""
+        return not self._later and self._rule.lower(part.end - 1) <= part.ranges[0][0]
+
+    def once(self, find: Callable[[Step], T]) -> T:
+        """What `find` says of this step, found once for all layers."""
+        if find not in self._found:
+            self._found[find] = find(self)
+        found: T = self._found[find]
+        return found
+
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Batch indices of tokens that also see later ones."""
         self._later = frozenset(indices)
+        self._found.clear()
         self._has_mask = False
         self._stretches.clear()
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        buffers = self._store.layers.get(layer)
-        form = buffers.form if buffers else self._store.form_for(keys, values)
+        buffers = self.store.layers.get(layer)
+        form = buffers.form if buffers else self.store.form_for(keys, values)
         keys, values = checked(form, self.n, layer, keys, values)
         if buffers is None:
-            buffers = self._store.open(layer, form)
+            buffers = self.store.open(layer, form)
         for part in self.parts:
             for segment, start, rows in part.stores:
                 pair = buffers.pair(segment, self._capacity[segment])
@@ -142,7 +157,7 @@ class Step:
 
     def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """`put`, and the history of a step's only part, with little else where that is one run."""
-        buffers = self._store.layers.get(layer)
+        buffers = self.store.layers.get(layer)
         if self._plain is None or buffers is None:
             self.put(layer, keys, values)
             return self.history(layer, self.parts[0])
@@ -172,7 +187,11 @@ class Step:
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""
-        pieces = self._store.layers[layer].read(part.cells)
+        return self.rest(layer, part, part.cells)
+
+    def rest(self, layer: int, part: Part, cells: list[Cells]) -> tuple[mx.array, mx.array]:
+        """The same of some of a part's cells, and of its new tokens where they are not stored."""
+        pieces = self.store.layers[layer].read(cells)
         if part.fresh:
             batch = self._batches[layer]
             assert batch is not None

@@ -26,7 +26,7 @@ def groups(rows: Rows, columns: Sequence[Columns]) -> dict[object, list[int]]:
     found: dict[object, list[int]] = {}
     for row, (first, stop) in enumerate(columns):
         if first < stop:
-            own = _form(rows, row) if rows.pool.takes_rows else row
+            own = row if rows.pool.batching == "apart" else _form(rows, row)
             found.setdefault((first, stop, own), []).append(row)
     return found
 

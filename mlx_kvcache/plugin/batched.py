@@ -1,18 +1,22 @@
 """A model's pass over several sequences as the rows of one input.
 
-What mlx-lm's models take is a rectangle: the rows' histories are padded on the left, so that
-the new tokens end them all, and a mask hides the padding. Nothing of that is stored.
+Where the model takes handles, each row attends to its own history. For others the histories are
+gathered into a rectangle: padded on the left, so that the new tokens end them all, with a mask
+that hides the padding. Nothing of that is stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..arrays.mask import Ints, Mask, positions_of
 from ..batch import Batch
+from ..caches.attend import attend
+from ..caches.keyvalue import Attending
 from ..caches.step import Part, Step
 from ..cells.rules import Causal, Rule, visible
 from .conversation import Conversation
@@ -20,6 +24,7 @@ from .forward import Forward, History, narrowed, newest, padded_state, store
 from .layout import Leaf
 from .padding import Columns
 from .pool import Pool
+from .ragged import Ragged, RaggedMask
 
 
 class BatchedForward(Forward):
@@ -34,26 +39,55 @@ class BatchedForward(Forward):
         super().__init__(pool, conversations, columns, n)
         self._is_full = all(span == (0, n) for span in columns)
         self._is_empty = all(first == stop for first, stop in columns)
+        self.is_ragged = pool.batching == "ragged" and not self._is_empty
         self._masks: dict[tuple[Rule, int], Mask] = {}
 
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
         if self._is_empty:
             return keys, values
         step = self.step(leaf)
         step.put(leaf.index, self._tokens(keys), self._tokens(values))
+        if self.is_ragged:
+            handle = Ragged(self, leaf)
+            return handle, handle
         return self._gathered(step, leaf, keys, values)
 
-    def history(self, leaf: Leaf) -> History:
+    def history(self, leaf: Leaf) -> Any:
+        if self.is_ragged:
+            handle = Ragged(self, leaf)
+            return handle, handle
         step = self.step(leaf)
         step.check_put(leaf.index)
+        return self._history(step, leaf)
+
+    def attend(
+        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:
+        """Attention of queries (B, n_heads, n, head_dim) to a leaf's histories, row by row."""
+        step = self.step(leaf)
+        if isinstance(mask, RaggedMask):
+            rule = narrowed(mask.leaf.rule, mask.window_size)
+            mask = None if rule == leaf.rule else self._array_mask(step, rule)
+        if isinstance(mask, mx.array):
+            keys, values = self._history(step, leaf)
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask, sinks=sinks
+            )
+        out = attend(step, leaf.index, Attending(self._tokens(queries), None, None, scale, sinks))
+        return self._columns(out)
+
+    def _history(self, step: Step, leaf: Leaf) -> History:
         keys, values = (self._columns_of(step, leaf, slot) for slot in (0, 1))
         return self._gathered(step, leaf, keys, values)
 
-    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         if self._is_empty:
             return mx.eye(self.n, dtype=mx.bool_)
         step = self.step(leaf)
         rule = narrowed(leaf.rule, window_size)
+        if self.is_ragged:
+            own = rule == leaf.rule and self.n == 1
+            return None if own and not return_array else RaggedMask(leaf, window_size)
         equal = self._is_full and len({part.size for part in step.parts}) == 1
         if equal and not return_array and rule == leaf.rule:
             if self.n == 1:
@@ -84,6 +118,18 @@ class BatchedForward(Forward):
             array[i : i + 1, :, first:stop] for i, (first, stop) in enumerate(self.columns) if first < stop
         ]
         return mx.concatenate(tokens, axis=2)
+
+    def _columns(self, tokens: mx.array) -> mx.array:
+        """(1, heads, tokens, dim) as (B, heads, n, dim), with zeros for the padding."""
+        _, heads, _, dim = tokens.shape
+        if self._is_full:
+            return tokens.reshape(heads, len(self.columns), self.n, dim).swapaxes(0, 1)
+        rows, start = [], 0
+        for first, stop in self.columns:
+            own = tokens[:, :, start : start + stop - first]
+            rows.append(mx.pad(own, [(0, 0), (0, 0), (first, self.n - stop), (0, 0)]))
+            start += stop - first
+        return mx.concatenate(rows)
 
     def _parts(self, step: Step) -> list[Part | None]:
         """For each row its part of the step; None where it is all padding."""

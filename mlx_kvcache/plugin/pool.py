@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
-from typing import Protocol
+from typing import Literal, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +22,11 @@ from ..caches.recurrent import RecurrentCache
 from .layout import Layout
 from .observe import observe, unobserve
 from .probe import scheme_of
+from .ragged import serve
 from .rotation import Scheme
+
+Batching = Literal["ragged", "gathered", "apart"]
+"""Rows attend each to its own history; to one that is gathered for all; or go through alone."""
 
 
 class User(Protocol):
@@ -46,7 +50,7 @@ class Pool:
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
         used: indices of the leaves that the model writes.
-        judge: finds `takes_rows`.
+        judge: finds `batching`.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> None:
@@ -62,12 +66,13 @@ class Pool:
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.lock = threading.RLock()
         self.used = frozenset(range(len(self.leaves)))
-        self.judge: Callable[[Pool], bool] = lambda pool: True
+        self.judge: Callable[[Pool], Batching] = lambda pool: "gathered"
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
         observe(model)
         weakref.finalize(self, unobserve, model)
+        weakref.finalize(self, serve(model))
 
     @property
     def nbytes(self) -> int:
@@ -84,8 +89,8 @@ class Pool:
         return scheme_of(self.model)
 
     @cached_property
-    def takes_rows(self) -> bool:
-        """Whether the model computes the rows of a batch as it computes each alone."""
+    def batching(self) -> Batching:
+        """How the model computes the rows of a batch as it computes each alone."""
         return self.judge(self)
 
     @property

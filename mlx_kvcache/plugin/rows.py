@@ -98,7 +98,7 @@ class Rows(Caller):
         with self.pool.lock:
             n = self._length(args, kwargs)
             columns = self.padding.columns(n)
-            if self.is_batch and (self.pool.layout.is_recurrent or not self.pool.takes_rows):
+            if self.is_batch and (self.pool.layout.is_recurrent or self.pool.batching == "apart"):
                 self.settle()
                 together = groups(self, columns)
                 if list(together.values()) != [list(range(len(columns)))] or any(
@@ -260,7 +260,7 @@ class Rows(Caller):
     def subset(self, members: Sequence[int], is_fork: bool = False) -> Rows:
         """Some rows, or forks of them, without padding to come."""
         chosen = [self.conversations[row] for row in members]
-        is_batch = self.is_batch and (is_fork or self.pool.takes_rows)
+        is_batch = self.is_batch and (is_fork or self.pool.batching != "apart")
         return Rows(self.pool, [c.fork() for c in chosen] if is_fork else chosen, is_batch)
 
     @contextmanager

@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..errors import NotSupportedError
 from .conversation import Conversation
 from .layers import entries_of
-from .pool import Pool
+from .pool import Batching, Pool
 from .rows import Rows
 
 LENGTHS = (5, 2)
@@ -37,7 +37,7 @@ T = TypeVar("T")
 def try_out(pool: Pool) -> None:
     """Find out which leaves the model writes. Raises NotSupportedError if it cannot run on these caches."""
     pool.used = _found("used", pool, _written)
-    pool.judge = functools.partial(_found, "rows", find=_takes_rows)
+    pool.judge = functools.partial(_found, "rows", find=_batching)
 
 
 def _found(question: str, pool: Pool, find: Callable[[Pool], T]) -> T:
@@ -64,13 +64,9 @@ def _written(pool: Pool) -> frozenset[int]:
     return frozenset(written)
 
 
-def _takes_rows(pool: Pool) -> bool:
+def _batching(pool: Pool) -> Batching:
     """Compare two rows of unequal length in one input with each alone."""
-    if type(pool.model).__module__.rpartition(".")[2] in BY_COLUMN:
-        return False
     alone = [_rows(pool, 1) for _ in LENGTHS]
-    together = _rows(pool, len(LENGTHS))
-    together.padding.prepare(None, LENGTHS, None)
     text = mx.arange(1, max(LENGTHS) + 1)[None]
     expected = mx.concatenate(
         [
@@ -78,15 +74,23 @@ def _takes_rows(pool: Pool) -> bool:
             for rows, length in zip(alone, LENGTHS, strict=True)
         ]
     )
-    pool.__dict__["takes_rows"] = True  # what is to be found out, meanwhile
-    try:
-        block = mx.broadcast_to(text, (len(LENGTHS), text.shape[1]))
-        found = _logits(pool, together, block, mx.array(LENGTHS)[:, None])
-    except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
-        return False
-    finally:
-        del pool.__dict__["takes_rows"]
-    return found.shape == expected.shape and _difference(found, expected) <= NOISE
+    block = mx.broadcast_to(text, (len(LENGTHS), text.shape[1]))
+    ways: tuple[Batching, ...] = ("ragged", "gathered")
+    for way in ways:
+        if way == "gathered" and type(pool.model).__module__.rpartition(".")[2] in BY_COLUMN:
+            continue
+        together = _rows(pool, len(LENGTHS))
+        together.padding.prepare(None, LENGTHS, None)
+        pool.__dict__["batching"] = way
+        try:
+            found = _logits(pool, together, block, mx.array(LENGTHS)[:, None])
+            if found.shape == expected.shape and _difference(found, expected) <= NOISE:
+                return way
+        except Exception:  # noqa: BLE001, S112  # whatever it is, this model does not take such rows
+            continue
+        finally:
+            del pool.__dict__["batching"]
+    return "apart"
 
 
 def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:

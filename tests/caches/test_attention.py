@@ -14,7 +14,8 @@ from mlx_kvcache import (
     SlidingWindowCache,
     attention,
 )
-from mlx_kvcache.cells.rules import Rule, visible
+from mlx_kvcache.caches import joined
+from mlx_kvcache.cells.rules import Causal, Rule, visible
 from tests.kinds import SINGLE_KINDS, add_offsets
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
@@ -117,3 +118,48 @@ def test_on_the_current_layer():
     output = attention(q, k, v, cache, scale=1.0)
     assert mx.allclose(output[:, :, 0], v[:, :, 0])
     assert cache.layer(2).get()[0].shape == (1, 2, 2, 8)
+
+
+@pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
+def test_shared_runs_are_joined(kind, monkeypatch):
+    """Forks of forks, at unequal lengths, in blocks and single tokens, mixed with a stranger."""
+    monkeypatch.setattr(joined, "LONG", 1)
+    rng = np.random.default_rng(2)
+    cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
+    cache.init(mx.float32, max_sequences=8, capacity=64, max_batch=64)
+    ends = dict.fromkeys(range(5), 0)
+    times_joined = 0
+
+    def feed(counts: dict[int, int]) -> None:
+        nonlocal times_joined
+        tokens = [(s, ends[s] + i) for s, n in counts.items() for i in range(n)]
+        rng.shuffle(tokens)
+        n = len(tokens)
+        q, k, v = (
+            rng.standard_normal((1, heads, n, dim)).astype(np.float32)
+            for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
+        )
+        batch = Batch([p for _, p in tokens], [s for s, _ in tokens])
+        with cache.forward(batch):
+            got = attention(mx.array(q), mx.array(k), mx.array(v), cache, scale=SCALE)
+        times_joined += len(cache._step.once(joined.shared_runs))
+        expected = fresh.attend(batch, q, k, v, None, ())
+        assert np.abs(np.array(got) - expected).max() <= 1e-5
+        for sequence, count in counts.items():
+            ends[sequence] += count
+
+    def fork(src: int, dst: int, length: int) -> None:
+        cache.copy_prefix(src, dst, length)
+        fresh.tokens[dst] = fresh.tokens[src][:length]
+        ends[dst] = length
+
+    feed({0: 12, 4: 3})
+    for dst, length in ((1, 12), (2, 12)):
+        fork(0, dst, length)
+    for counts in ({0: 1, 1: 1, 2: 1}, {1: 3, 2: 1, 4: 1}, {0: 2, 1: 1, 2: 2, 4: 1}):
+        feed(counts)
+    fork(1, 3, ends[1])
+    for counts in ({1: 1, 3: 1}, {0: 1, 1: 2, 2: 1, 3: 3, 4: 1}, {3: 1}):
+        feed(counts)
+    if isinstance(kind.rule, Causal):
+        assert times_joined >= 6

@@ -1,0 +1,93 @@
+"""Attention of a batch's rows, each on its own keys: no padding, no copies, mostly no masks.
+
+mlx-lm's models pass what `update_and_fetch` and `make_mask` give them on to
+`scaled_dot_product_attention`, and most of them do nothing else with it. Those are given
+handles, which stand for the rows' histories, and the function in their modules is replaced by
+one that attends where it meets a handle. A handle can do nothing else, so that a model which
+needs arrays shows it when it is tried.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base as mlx_lm_base
+
+from .layout import Leaf
+
+if TYPE_CHECKING:
+    from .batched import BatchedForward
+
+_NAME = "scaled_dot_product_attention"
+_original = mlx_lm_base.scaled_dot_product_attention
+_lock = threading.RLock()
+_bound: Counter[str] = Counter()
+"""How many models are served in each of mlx-lm's modules."""
+
+
+class Ragged:
+    """Keys or values of a leaf in a forward of several rows."""
+
+    __slots__ = ("forward", "leaf")
+
+    def __init__(self, forward: BatchedForward, leaf: Leaf) -> None:
+        self.forward = forward
+        self.leaf = leaf
+
+
+class RaggedMask:
+    """Who sees whom, by the rule of a leaf; `window_size` narrows it as in `make_mask`."""
+
+    __slots__ = ("leaf", "window_size")
+
+    def __init__(self, leaf: Leaf, window_size: int | None) -> None:
+        self.leaf = leaf
+        self.window_size = window_size
+
+
+def attend(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any = None,
+    scale: float = 1.0,
+    mask: Any = None,
+    sinks: mx.array | None = None,
+    **more: Any,
+) -> mx.array:
+    """Stands in for `mlx_lm.models.base.scaled_dot_product_attention`."""
+    if isinstance(keys, Ragged):
+        return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
+    result: mx.array = _original(
+        queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more
+    )
+    return result
+
+
+def serve(model: nn.Module) -> Callable[[], None]:
+    """Let the modules of a model attend to handles, until what is returned is called."""
+    names = {type(module).__module__ for module in model.modules()}  # type: ignore[no-untyped-call]
+    with _lock:
+        for name in names:
+            _bound[name] += 1
+        _bind(names, _original, attend)
+    return lambda: _leave(names)
+
+
+def _leave(names: Iterable[str]) -> None:
+    with _lock:
+        _bound.subtract(names)
+        _bind([name for name in names if not _bound[name]], attend, _original)
+
+
+def _bind(names: Iterable[str], old: Any, new: Any) -> None:
+    for name in names:
+        module = sys.modules.get(name)
+        if getattr(module, _NAME, None) is old:
+            setattr(module, _NAME, new)
