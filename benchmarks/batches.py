@@ -27,7 +27,12 @@ PREFIX, OWN = 2048, 64
 
 def run() -> Iterator[str]:
     """A decode step of 8 sequences, unequal ones and ones with a shared prefix, against BatchKVCache."""
-    model = tiny_llama(num_hidden_layers=LAYERS, hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    model = tiny_llama(
+        num_hidden_layers=LAYERS,
+        hidden_size=HEADS * DIM,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+    )
     for name, lengths in LENGTHS.items():
         yield _compared(name, _batch(model, lengths), _their_batch(lengths))
     shared = _shared(model)

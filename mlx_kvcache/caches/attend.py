@@ -22,6 +22,8 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
         for shared in step.once(shared_runs):
             outputs = attend_joined(step, layer, shared, given)
             found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
+        if len(step.parts) - len(found) > 1 and step.once(_is_decoding_on_a_cpu):
+            found |= _decoded(step, layer, [p for p in step.parts if p.sequence not in found], given)
     for part in step.parts:
         if part.sequence not in found:
             queries, history = take(given.queries, part.rows), step.history(layer, part)
@@ -39,6 +41,27 @@ def _batch_order(step: Step) -> mx.array | None:
     order = [index for part in step.parts for index in part.indices]
     back = sorted(range(step.n), key=order.__getitem__)
     return None if back == list(range(step.n)) else mx.array(back)
+
+
+def _is_decoding_on_a_cpu(step: Step) -> bool:
+    """Whether each sequence has one query, and MLX has no kernel of its own for that."""
+    return step.is_decoding and mx.default_device().type == mx.cpu
+
+
+def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> dict[int, mx.array]:
+    """Outputs of single queries, with fewer operations than the composed SDPA of MLX's CPU backend."""
+    _, heads, n, dim = given.queries.shape
+    groups = step.store.layers[layer].form.heads
+    # The query heads of a group are rows of one product.
+    rows = (given.queries * given.scale).swapaxes(1, 2).reshape(n, groups, heads // groups, dim)
+    found = {}
+    for part in parts:
+        row = part.indices[0]
+        keys, values = step.history(layer, part)
+        scores = rows[row : row + 1] @ keys.swapaxes(-1, -2)
+        out = mx.softmax(scores, axis=-1, precise=True) @ values
+        found[part.sequence] = out.reshape(1, heads, 1, -1)
+    return found
 
 
 def _stretches(

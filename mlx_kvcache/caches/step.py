@@ -151,6 +151,11 @@ class Step:
         self._batches[layer] = (keys, values) if self._keeps_batch else None
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether each sequence has one token."""
+        return self.n == len(self.parts)
+
+    @property
     def is_plain(self) -> bool:
         """Whether all of the step is one run of one sequence, in batch order."""
         return self._plain is not None

@@ -31,15 +31,23 @@ class BatchedForward(Forward):
     """Each row's tokens join its sequence; rows may be padded on either side.
 
     Where all is padding, the model is given its own columns back.
+
+    Args:
+        is_ragged: the model is given handles for histories.
     """
 
     def __init__(
-        self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
+        self,
+        pool: Pool,
+        conversations: Sequence[Conversation],
+        columns: Sequence[Columns],
+        n: int,
+        is_ragged: bool,
     ) -> None:
         super().__init__(pool, conversations, columns, n)
         self._is_full = all(span == (0, n) for span in columns)
         self._is_empty = all(first == stop for first, stop in columns)
-        self.is_ragged = pool.batching == "ragged" and not self._is_empty
+        self.is_ragged = is_ragged and not self._is_empty
         self._masks: dict[tuple[Rule, int], Mask] = {}
 
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:

@@ -120,10 +120,11 @@ class Rows(Caller):
         """Start a forward of n columns, after making room for its tokens."""
         self.settle()
         columns = self.padding.columns(n)
+        is_ragged = self.is_batch and self.pool.batching == "ragged"
         for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
             conversation.make_room(stop - first, early=is_called)
         if self.is_batch:
-            self.forward = BatchedForward(self.pool, self.conversations, columns, n)
+            self.forward = BatchedForward(self.pool, self.conversations, columns, n, is_ragged)
         else:
             self.forward = SingleForward(self.conversation, n)
         self._offsets = None
