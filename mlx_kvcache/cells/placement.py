@@ -125,10 +125,13 @@ def compact(table: CellTable) -> Placement:
     return placement
 
 
-def capacity_for(required: int, spare: int, reserve: int = 0) -> int:
-    """The capacity of a segment for `required` cells, with at most `spare` unused ones."""
+def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = False) -> int:
+    """The capacity of a segment for `required` cells, with at most `spare` unused ones.
+
+    A shared one grows in small steps: it is one branch of many that goes on there.
+    """
     wanted = required + reserve
-    step = SMALL_STEP if wanted <= STEP else STEP
+    step = SMALL_STEP if is_shared or wanted <= STEP else STEP
     return required + min(reserve + -wanted % step, spare)
 
 
@@ -226,7 +229,8 @@ def _place_one(
     if tokens.whole and _can_extend(table, placement, sequence, tokens):
         segment, cell = old.spans[-1].segment, old.spans[-1].stop
         if cell + n > table.capacity[segment]:
-            placement.capacity[segment] = capacity_for(cell + n, spare)
+            is_shared = table.owners(segment) != {sequence}
+            placement.capacity[segment] = capacity_for(cell + n, spare, is_shared=is_shared)
     elif n:
         segment = table.new_segment()
         own = tuple(span for span in kept if table.owners(span.segment) == {sequence})
