@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 
-from benchmarks import batches, drift, exactness, forks, generation, host, window
+from benchmarks import batches, drift, exactness, forks, generation, host, many, window
 from benchmarks.measure import machine
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "generation": generation.run,
     "window": window.run,
     "batches": batches.run,
+    "many": many.run,
 }
 
 

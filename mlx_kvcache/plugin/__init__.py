@@ -1,6 +1,15 @@
 """The plug-in for mlx-lm: its models and tools on this package's caches."""
 
 from .attach import attach, detach
+from .many import Generated, Many, generate_many
 from .prompt_cache import PromptCache, make_prompt_cache
 
-__all__ = ["PromptCache", "attach", "detach", "make_prompt_cache"]
+__all__ = [
+    "Generated",
+    "Many",
+    "PromptCache",
+    "attach",
+    "detach",
+    "generate_many",
+    "make_prompt_cache",
+]

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,7 +50,7 @@ class Pool:
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
         used: indices of the leaves that the model writes.
-        judge: finds `batching`.
+        ask: finds out by trying what the model can do; `batching` and `mixes` are asked.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> None:
@@ -66,7 +66,7 @@ class Pool:
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.lock = threading.RLock()
         self.used = frozenset(range(len(self.leaves)))
-        self.judge: Callable[[Pool], Batching] = lambda pool: "gathered"
+        self.ask: Callable[[Pool, str], Any] = lambda pool, question: None
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
@@ -91,7 +91,13 @@ class Pool:
     @cached_property
     def batching(self) -> Batching:
         """How the model computes the rows of a batch as it computes each alone."""
-        return self.judge(self)
+        batching: Batching = self.ask(self, "batching")
+        return batching
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether the model computes tokens of any sequences as rows of one input."""
+        return bool(self.ask(self, "mixes"))
 
     @property
     def buffers(self) -> list[mx.array]:

@@ -13,16 +13,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
 
 from .layout import Leaf
-
-if TYPE_CHECKING:
-    from .batched import BatchedForward
 
 _NAME = "scaled_dot_product_attention"
 _original = mlx_lm_base.scaled_dot_product_attention
@@ -31,12 +28,20 @@ _bound: Counter[str] = Counter()
 """How many models are served in each of mlx-lm's modules."""
 
 
+class Attends(Protocol):
+    """A forward that can attend by itself."""
+
+    def attend(
+        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array: ...
+
+
 class Ragged:
     """Keys or values of a leaf in a forward of several rows."""
 
     __slots__ = ("forward", "leaf")
 
-    def __init__(self, forward: BatchedForward, leaf: Leaf) -> None:
+    def __init__(self, forward: Attends, leaf: Leaf) -> None:
         self.forward = forward
         self.leaf = leaf
 

@@ -15,7 +15,7 @@ from .batched import BatchedForward
 from .conversation import Conversation
 from .forward import Forward, SingleForward
 from .observe import Call, Caller
-from .padding import Padding
+from .padding import Columns, Padding
 from .pool import Pool
 from .told import Told
 
@@ -97,7 +97,7 @@ class Rows(Caller):
             )
         with self.pool.lock:
             n = self._length(args, kwargs)
-            columns = self.padding.columns(n)
+            columns = self._columns_of(n)
             if self.is_batch and (self.pool.layout.is_recurrent or self.pool.batching == "apart"):
                 self.settle()
                 together = groups(self, columns)
@@ -119,14 +119,11 @@ class Rows(Caller):
     def begin(self, n: int, is_called: bool = False) -> None:
         """Start a forward of n columns, after making room for its tokens."""
         self.settle()
-        columns = self.padding.columns(n)
+        columns = self._columns_of(n)
         is_ragged = self.is_batch and self.pool.batching == "ragged"
         for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
             conversation.make_room(stop - first, early=is_called)
-        if self.is_batch:
-            self.forward = BatchedForward(self.pool, self.conversations, columns, n, is_ragged)
-        else:
-            self.forward = SingleForward(self.conversation, n)
+        self.forward = self._forward_of(columns, n, is_ragged)
         self._offsets = None
         self.is_called = is_called
         self.interrupted = False
@@ -272,6 +269,19 @@ class Rows(Caller):
             yield
             self._offsets = None
 
+    def _columns_of(self, n: int) -> list[Columns]:
+        return self.padding.columns(n)
+
+    def _forward_of(self, columns: Sequence[Columns], n: int, is_ragged: bool) -> Forward:
+        if self.is_batch:
+            return BatchedForward(self.pool, self.conversations, columns, n, is_ragged)
+        return SingleForward(self.conversation, n)
+
+    @property
+    def _input_rows(self) -> int:
+        """How many rows the model's input has."""
+        return len(self.conversations)
+
     def _check_joins(self, other: Rows) -> None:
         other.settle()
         if other.pool is not self.pool:
@@ -298,9 +308,7 @@ class Rows(Caller):
         """How many columns the model's input has. Raises ValueError for other rows than there are."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:
-                if value.shape[0] != len(self.conversations):
-                    raise ValueError(
-                        f"{value.shape[0]} rows of input for a cache of {len(self.conversations)}"
-                    )
+                if value.shape[0] != self._input_rows:
+                    raise ValueError(f"{value.shape[0]} rows of input for a cache of {self._input_rows}")
                 return value.shape[1]
         raise ValueError("the model is called without tokens")

@@ -6,11 +6,10 @@ whatever a model asks of a cache that it does not get shows here, and not in the
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,6 +18,7 @@ from .conversation import Conversation
 from .layers import entries_of
 from .pool import Batching, Pool
 from .rows import Rows
+from .tokens import TokenRows
 
 LENGTHS = (5, 2)
 """Tokens of the rows that are tried."""
@@ -31,33 +31,25 @@ _findings: dict[tuple[str, int], Any] = {}
 """What has been found out, by question and id of the model."""
 _lock = threading.RLock()
 
-T = TypeVar("T")
-
 
 def try_out(pool: Pool) -> None:
     """Find out which leaves the model writes. Raises NotSupportedError if it cannot run on these caches."""
-    pool.used = _found("used", pool, _written)
-    pool.judge = functools.partial(_found, "rows", find=_batching)
+    pool.used = _answer(pool, "used")
+    pool.ask = _answer
 
 
-def _found(question: str, pool: Pool, find: Callable[[Pool], T]) -> T:
-    """What is known of the pool's model, found once for each model."""
+def _answer(pool: Pool, question: str) -> Any:
+    """What is known of the pool's model, found once for each model, in a pool of its own."""
     key = question, id(pool.model)
     with _lock:
         if key not in _findings:
-            _findings[key] = find(pool)
+            scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches))
+            _findings[key] = _QUESTIONS[question](scratch)
             weakref.finalize(pool.model, _findings.pop, key, None)
-        finding: T = _findings[key]
-        return finding
-
-
-def _scratch(pool: Pool) -> Pool:
-    """A pool of the same form, so that a trial leaves no trace in the one that is used."""
-    return Pool(pool.model, pool.layout, [1] * len(pool.caches))
+        return _findings[key]
 
 
 def _written(pool: Pool) -> frozenset[int]:
-    pool = _scratch(pool)
     rows = _rows(pool, 1)
     cache, module = entries_of(rows), type(pool.model).__module__
     written: set[int] = set()
@@ -72,7 +64,6 @@ def _written(pool: Pool) -> frozenset[int]:
 
 def _batching(pool: Pool) -> Batching:
     """Compare two rows of unequal length in one input with each alone."""
-    pool = _scratch(pool)
     alone = [_rows(pool, 1) for _ in LENGTHS]
     text = mx.arange(1, max(LENGTHS) + 1)[None]
     expected = mx.concatenate(
@@ -98,6 +89,32 @@ def _batching(pool: Pool) -> Batching:
         finally:
             del pool.__dict__["batching"]
     return "apart"
+
+
+def _mixes(pool: Pool) -> bool:
+    """Compare two prompts as rows of tokens, and then a block of one and a token of the other."""
+    if pool.layout.is_recurrent or pool.batching != "ragged":
+        return False
+    texts = [list(range(1, length + 3)) for length in LENGTHS]
+    expected = mx.concatenate(
+        [pool.model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1] for text in texts]
+    ).astype(mx.float32)
+    conversations = [Conversation(pool, None, "error", 0) for _ in LENGTHS]
+    steps = [
+        [text[:length] for text, length in zip(texts, LENGTHS, strict=True)],
+        [text[-2:] for text in texts],
+    ]
+    try:
+        for parts in (starts, [text[-2:] for text in texts]):
+            cache = entries_of(TokenRows(pool, conversations, [len(part) for part in parts]))
+            logits = pool.model(mx.array([[token] for part in parts for token in part]), cache=cache)
+    except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
+        return False
+    found = mx.stack([logits[1, -1], logits[3, -1]]).astype(mx.float32)
+    return _difference(found, expected) <= NOISE
+
+
+_QUESTIONS: dict[str, Callable[[Pool], Any]] = {"used": _written, "batching": _batching, "mixes": _mixes}
 
 
 def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:

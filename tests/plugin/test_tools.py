@@ -9,28 +9,16 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
-from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import PromptCache, attach, make_prompt_cache
 from tests.plugin.configurations import build
+from tests.plugin.running import greedy
 from tests.plugin.tiny import tiny_llama
 
 TEXT = [(5 * i + 3 * i * i) % 90 for i in range(120)]
 SPANS = ((0, 17), (20, 26), (30, 71), (40, 43), (50, 60), (60, 61))
 PROMPTS = [TEXT[begin:end] for begin, end in SPANS]
-
-
-def greedy(model, prompt: list[int], n: int) -> list[int]:
-    """By mlx-lm's own caches, token by token, which is exact everywhere."""
-    cache, tokens = make_theirs(model), list[int]()
-    for token in prompt:
-        logits = model(mx.array([[token]]), cache=cache)
-    for _ in range(n):
-        best: int = mx.argmax(logits[0, -1]).tolist()  # type: ignore[assignment]
-        tokens.append(best)
-        logits = model(mx.array([[best]]), cache=cache)
-    return tokens
 
 
 @pytest.mark.parametrize("prompt_length", [3, 20])

@@ -1,0 +1,263 @@
+"""Generating for many sequences at once, which come and go at any step.
+
+Each step is one call of the model: a token of every sequence that is generating, and as many
+tokens of waiting prompts as fit beside them. So a long prompt never holds the others up for
+longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
+
+from ..errors import CacheError, CacheFullError
+from .layers import entries_of
+from .prompt_cache import PromptCache, make_prompt_cache
+from .tokens import TokenRows
+
+Sampler = Callable[[mx.array], mx.array]
+"""Log probabilities (1, vocabulary) -> a token (1,), as mlx-lm's samplers."""
+
+Finish = Literal["stop", "length", "cancelled", "full", "closed"]
+
+
+class Generated(NamedTuple):
+    """A token of a sequence; the last one says why it is the last.
+
+    Attributes:
+        ticket: what `Many.add` gave.
+        token: None where the sequence ends without one.
+        finish: None while it goes on; "full" where its cache has no room, "closed" where it was
+            closed by somebody.
+        error: what was raised, where something was.
+    """
+
+    ticket: int
+    token: int | None
+    finish: Finish | None = None
+    error: CacheError | None = None
+
+
+@dataclass
+class _Sequence:
+    cache: PromptCache
+    waiting: list[int]
+    left: int
+    sampler: Sampler
+    stop: frozenset[int]
+    pending: list[int] = field(default_factory=list)
+
+
+class Many:
+    """A running set of sequences of one model.
+
+    Args:
+        model: an mlx-lm model.
+        tokens_per_step: the most tokens in one call of the model.
+        options: of `make_prompt_cache`, for sequences that bring no cache.
+
+    Raises:
+        ValueError: tokens_per_step below 1.
+        TypeError, NotSupportedError: as `make_prompt_cache`.
+    """
+
+    def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
+        if tokens_per_step < 1:
+            raise ValueError(f"tokens_per_step must be 1 or more, got {tokens_per_step}")
+        self._model = model
+        self._most = tokens_per_step
+        self._options = options
+        self._tickets = count()
+        self._sequences: dict[int, _Sequence] = {}
+        self._ended: list[Generated] = []
+        # Kept, so that what is made later is made in the same pool.
+        self._pool = make_prompt_cache(model, **options).pool
+        self._vocabulary = _vocabulary(model)
+
+    def __len__(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._sequences)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 256,
+        cache: PromptCache | None = None,
+        sampler: Sampler | None = None,
+        stop_tokens: Iterable[int] = (),
+    ) -> int:
+        """Let a sequence join at the next step.
+
+        Args:
+            prompt: its tokens, those in `cache` left out.
+            max_tokens: how many to generate at most.
+            cache: a prompt cache of this model to go on with; None makes one.
+            sampler: None takes the likeliest token.
+            stop_tokens: tokens after which it ends.
+
+        Returns:
+            A ticket, which names it.
+
+        Raises:
+            ValueError: an empty prompt, a token outside the vocabulary, max_tokens below 1, or
+                a cache of another pool.
+            CacheError: the cache is in use here already, or closed.
+        """
+        tokens = list(prompt)
+        if not tokens:
+            raise ValueError("the prompt is empty: at least 1 token is needed")
+        outside = [token for token in tokens if not 0 <= token < self._vocabulary]
+        if outside:
+            raise ValueError(f"token {outside[0]} is outside the vocabulary of {self._vocabulary}")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, got {max_tokens}")
+        if cache is None:
+            cache = make_prompt_cache(self._model, **self._options)
+        if cache.pool is not self._pool:
+            raise ValueError("the cache is of another pool: another model, or made with other options")
+        if any(cache is own.cache for own in self._sequences.values()):
+            raise CacheError("the cache is in use by another sequence; fork it")
+        cache.position  # noqa: B018  # raises where it is closed
+        ticket = next(self._tickets)
+        stop = frozenset(stop_tokens)
+        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler or _likeliest, stop)
+        return ticket
+
+    def cancel(self, ticket: int) -> PromptCache:
+        """End a sequence before its time, and return its cache. Raises ValueError for an unknown one."""
+        if ticket not in self._sequences:
+            raise ValueError(f"no sequence {ticket} is running; there are {sorted(self._sequences)}")
+        sequence = self._sequences.pop(ticket)
+        self._ended.append(Generated(ticket, None, "cancelled"))
+        return sequence.cache
+
+    def step(self) -> list[Generated]:
+        """One call of the model: what it gives, and what has ended since the last one."""
+        results, self._ended = self._ended, []
+        chosen = self._chosen(results)
+        if not chosen:
+            return results
+        ready = {
+            ticket: logits for ticket, logits in self._logits(chosen) if not self._sequences[ticket].waiting
+        }
+        if len(ready) < len(chosen):
+            # Blocks of prompts are not part of anybody's logits yet.
+            mx.eval(list(ready.values()), self._pool.buffers)
+        return results + [self._sampled(ticket, logits) for ticket, logits in ready.items()]
+
+    def _chosen(self, results: list[Generated]) -> dict[int, list[int]]:
+        """The next tokens of each sequence: one of those that generate, then blocks of prompts."""
+        chosen: dict[int, list[int]] = {}
+        room = self._most
+        generating = [t for t, s in self._sequences.items() if s.pending]
+        starting = [t for t, s in self._sequences.items() if s.waiting]
+        for ticket in (*generating, *starting):
+            sequence = self._sequences[ticket]
+            tokens = (sequence.pending or sequence.waiting)[:room]
+            if not tokens:
+                continue
+            try:
+                with sequence.cache._rows.edit():
+                    sequence.cache._conversation.make_room(len(tokens), early=True)
+            except CacheError as error:
+                finish: Finish = "full" if isinstance(error, CacheFullError) else "closed"
+                results.append(Generated(ticket, None, finish, error))
+                del self._sequences[ticket]
+                continue
+            chosen[ticket] = tokens
+            room -= len(tokens)
+        for ticket, tokens in chosen.items():
+            sequence = self._sequences[ticket]
+            if sequence.pending:
+                sequence.pending = []
+            else:
+                sequence.waiting = sequence.waiting[len(tokens) :]
+        return chosen
+
+    def _logits(self, chosen: dict[int, list[int]]) -> Iterator[tuple[int, mx.array]]:
+        """For each sequence the logits (1, vocabulary) after its last token."""
+        if not self._pool.mixes:
+            for ticket, tokens in chosen.items():
+                yield ticket, self._model(mx.array([tokens]), cache=self._sequences[ticket].cache)[:, -1]
+            return
+        conversations = [self._sequences[ticket].cache._conversation for ticket in chosen]
+        counts = [len(tokens) for tokens in chosen.values()]
+        cache = entries_of(TokenRows(self._pool, conversations, counts))
+        rows = mx.array([[token] for tokens in chosen.values() for token in tokens])
+        logits = self._model(rows, cache=cache)
+        last = -1
+        for ticket, tokens in chosen.items():
+            last += len(tokens)
+            yield ticket, logits[last]
+
+    def _sampled(self, ticket: int, logits: mx.array) -> Generated:
+        sequence = self._sequences[ticket]
+        logits = logits.astype(mx.float32)
+        drawn: Any = sequence.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
+        token = int(drawn)
+        sequence.left -= 1
+        finish: Finish | None = None
+        if token in sequence.stop:
+            finish = "stop"
+        elif not sequence.left:
+            finish = "length"
+        if finish:
+            del self._sequences[ticket]
+        else:
+            sequence.pending = [token]
+        return Generated(ticket, token, finish)
+
+
+def generate_many(
+    model: nn.Module,
+    prompts: Iterable[Sequence[int]],
+    max_tokens: int = 256,
+    stop_tokens: Iterable[int] = (),
+    tokens_per_step: int = 128,
+    most_at_once: int = 32,
+    progress: bool = False,
+    **options: Any,
+) -> Iterator[Generated]:
+    """Generate for many prompts, and give each token as it comes.
+
+    Args:
+        prompts: lists of tokens; taken from the iterable as sequences end. A ticket is a
+            prompt's place in it.
+        max_tokens, stop_tokens: as of `Many.add`, for all.
+        tokens_per_step: the most tokens in one call of the model.
+        most_at_once: the most sequences that run at the same time.
+        progress: show how many prompts are done.
+        options: of `make_prompt_cache`.
+
+    Raises:
+        ValueError: as `Many` and `Many.add`.
+    """
+    many = Many(model, tokens_per_step, **options)
+    waiting = iter(prompts)
+    stop = frozenset(stop_tokens)
+    with tqdm(unit="prompt", disable=not progress) as bar:
+        while True:
+            while len(many) < most_at_once and (prompt := next(waiting, None)) is not None:
+                many.add(prompt, max_tokens, stop_tokens=stop)
+            if not len(many):
+                return
+            for generated in many.step():
+                bar.update(generated.finish is not None)
+                yield generated
+
+
+def _likeliest(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many tokens the model knows: the width of its logits, which need not be computed for that."""
+    rows = make_prompt_cache(model)
+    width: int = model(mx.zeros((1, 1), mx.int32), cache=rows).shape[-1]
+    return width

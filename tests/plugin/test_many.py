@@ -1,0 +1,143 @@
+"""Many sequences in one loop: each gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvcache import CacheError
+from mlx_kvcache.plugin import Many, generate_many, make_prompt_cache
+from tests.plugin.configurations import CONFIGURATIONS, build
+from tests.plugin.running import greedy, logits_of
+from tests.plugin.test_architectures import REFUSED
+from tests.plugin.tiny import tiny_llama
+
+TEXT = [(5 * i + 3 * i * i) % 90 for i in range(120)]
+SPANS = ((0, 17), (20, 26), (30, 71), (40, 43), (50, 60), (60, 61))
+PROMPTS = [TEXT[begin:end] for begin, end in SPANS]
+
+
+def collected(results) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    for result in results:
+        if result.token is not None:
+            tokens.setdefault(result.ticket, []).append(result.token)
+    return tokens
+
+
+@pytest.mark.parametrize("per_step", [1, 5, 64])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "qwen3_next", "llama4", "gpt_oss"])
+def test_the_tokens_of_each_alone(name, per_step):
+    """Models that take rows of tokens, and such that do not; blocks of all sizes."""
+    model = build(name)
+    tokens = collected(generate_many(model, PROMPTS, 7, tokens_per_step=per_step, most_at_once=4))
+    assert [tokens[i] for i in range(len(PROMPTS))] == [greedy(model, prompt, 7) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in REFUSED])
+def test_every_architecture(name):
+    model = build(name)
+    tokens = collected(generate_many(model, PROMPTS[:3], 3, tokens_per_step=16))
+    assert [tokens[i] for i in range(3)] == [greedy(model, prompt, 3) for prompt in PROMPTS[:3]]
+
+
+def test_sequences_join_and_leave_at_any_step():
+    model = build("llama:window")
+    many, tokens = Many(model, tokens_per_step=8), dict[int, list[int | None]]()
+    arrivals = {0: 0, 2: 1, 3: 2, 9: 3, 10: 4}
+    tickets = {}
+    for step in range(60):
+        if step in arrivals:
+            row = arrivals[step]
+            tickets[many.add(PROMPTS[row], max_tokens=6 + row)] = row
+        for result in many.step():
+            tokens.setdefault(tickets[result.ticket], []).append(result.token)
+    assert len(many) == 0
+    assert tokens == {row: greedy(model, PROMPTS[row], 6 + row) for row in range(5)}
+
+
+def test_a_conversation_goes_on_in_its_cache():
+    model = tiny_llama()
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, PROMPTS[0])
+    fork = cache.fork()
+    many = Many(model)
+    many.add([3, 4], max_tokens=5, cache=cache)
+    many.add([7], max_tokens=5, cache=fork)
+    tokens = collected(result for _ in range(6) for result in many.step())
+    assert tokens == {0: greedy(model, [*PROMPTS[0], 3, 4], 5), 1: greedy(model, [*PROMPTS[0], 7], 5)}
+    assert (cache.position, fork.position) == (17 + 2 + 4, 17 + 1 + 4)
+
+
+def test_cancelling_and_stopping():
+    model = tiny_llama()
+    alone = greedy(model, PROMPTS[1], 12)
+    many = Many(model)
+    first, second = many.add(PROMPTS[0], max_tokens=50), many.add(PROMPTS[1], 50, stop_tokens=[alone[5]])
+    results = [result for _ in range(3) for result in many.step()]
+    cache = many.cancel(first)
+    assert cache.position == 17 + 2
+    results += [result for _ in range(12) for result in many.step()]
+    assert [r.finish for r in results if r.ticket == first][-1] == "cancelled"
+    assert [r.finish for r in results if r.ticket == second][-1] == "stop"
+    assert len(many) == 0
+    with pytest.raises(ValueError, match="no sequence 0 is running"):
+        many.cancel(first)
+
+
+def test_one_that_is_full_ends_and_the_others_go_on():
+    model = tiny_llama()
+    many = Many(model, capacity=20)
+    many.add(PROMPTS[0], max_tokens=50)
+    many.add(PROMPTS[1], max_tokens=10)
+    results = [result for _ in range(12) for result in many.step()]
+    [full] = [result for result in results if result.finish == "full"]
+    assert full.ticket == 0
+    assert "20" in str(full.error)
+    assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
+
+
+def test_one_that_is_closed_meanwhile_ends_and_the_others_go_on():
+    model = tiny_llama()
+    many, cache = Many(model), make_prompt_cache(model)
+    many.add(PROMPTS[0], max_tokens=50, cache=cache)
+    many.add(PROMPTS[1], max_tokens=10)
+    results = many.step()
+    cache.close()
+    results += [result for _ in range(12) for result in many.step()]
+    [closed] = [result for result in results if result.finish == "closed"]
+    assert closed.ticket == 0
+    assert isinstance(closed.error, CacheError)
+    assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
+
+
+def test_what_cannot_be_added():
+    model, other = tiny_llama(), tiny_llama()
+    many = Many(model)
+    cache = make_prompt_cache(model)
+    many.add([1], cache=cache)
+    closed = make_prompt_cache(model)
+    closed.close()
+    for error, match, call in (
+        (ValueError, "empty", lambda: many.add([])),
+        (ValueError, "token 97 is outside the vocabulary of 97", lambda: many.add([5, 97])),
+        (ValueError, "token -1", lambda: many.add([-1])),
+        (ValueError, "max_tokens must be 1 or more, got 0", lambda: many.add([1], max_tokens=0)),
+        (ValueError, "another pool", lambda: many.add([1], cache=make_prompt_cache(other))),
+        (CacheError, "in use", lambda: many.add([1], cache=cache)),
+        (CacheError, "closed", lambda: many.add([1], cache=closed)),
+        (ValueError, "tokens_per_step must be 1 or more, got 0", lambda: Many(model, tokens_per_step=0)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert len(many) == 1
+
+
+def test_samplers():
+    model = tiny_llama()
+    many = Many(model)
+    many.add(PROMPTS[0], max_tokens=4, sampler=lambda logprobs: mx.argmin(logprobs, axis=-1))
+    many.add(PROMPTS[0], max_tokens=4)
+    tokens = collected(result for _ in range(5) for result in many.step())
+    assert tokens[1] == greedy(model, PROMPTS[0], 4)
+    assert tokens[0][0] != tokens[1][0]
