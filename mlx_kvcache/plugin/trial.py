@@ -44,6 +44,7 @@ def _answer(pool: Pool, question: str) -> Any:
     with _lock:
         if key not in _findings:
             scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches))
+            scratch.ask = _answer
             _findings[key] = _QUESTIONS[question](scratch)
             weakref.finalize(pool.model, _findings.pop, key, None)
         return _findings[key]
@@ -105,7 +106,7 @@ def _mixes(pool: Pool) -> bool:
         [text[-2:] for text in texts],
     ]
     try:
-        for parts in (starts, [text[-2:] for text in texts]):
+        for parts in steps:
             cache = entries_of(TokenRows(pool, conversations, [len(part) for part in parts]))
             logits = pool.model(mx.array([[token] for part in parts for token in part]), cache=cache)
     except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
