@@ -70,10 +70,15 @@ def _attention(cache: Any) -> mx.array:
     """The caches' part of a step, with the same queries and keys in every layer."""
     rows = 1 if isinstance(cache[0].offset, int) else cache[0].offset.shape[0]
     queries, keys = (_arrays(9, heads, 1, rows) for heads in (HEADS, KV_HEADS))
+    rows_here = getattr(cache[0], "rows", None)
+    if rows_here:
+        rows_here.begin(1, is_called=True)
     mask, outputs = cache[0].make_mask(1, return_array=False, window_size=None), []
     for layer in cache:
         history = layer.update_and_fetch(keys, keys)
         outputs.append(attend(queries, history[0], history[1], layer, DIM**-0.5, mask))
+    if rows_here:
+        rows_here.finish()
     mx.eval(outputs)
     return outputs[-1]
 

@@ -26,7 +26,8 @@ def run() -> Iterator[str]:
     for name, make in (("warm-up", _ours), ("here", _ours), ("BatchGenerator", _theirs)):
         seconds, tokens = _throughput(make(model), prompts if name != "warm-up" else prompts[:1])
         if name != "warm-up":
-            yield f"{name}: {seconds:.1f} s, {tokens / seconds:.1f} new tokens/s beside {sum(LENGTHS)} of prompts"
+            rate = tokens / seconds
+            yield f"{name}: {seconds:.1f} s, {rate:.1f} new tokens/s beside {sum(LENGTHS)} of prompts"
     for name, make in (("here", _ours), ("BatchGenerator", _theirs)):
         yield f"longest stall while {LONG} tokens join, {name}: {1e3 * _stall(make(model)):.0f} ms"
 

@@ -265,6 +265,9 @@ def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _
         return True
     if table.owners(last.segment) != {sequence}:
         return True
+    if any(s.segment != last.segment and table.owners(s.segment) == {sequence} for s in tokens.kept):
+        # It has to be copied anyway: then all of its own runs become one.
+        return False
     dead = last.stop - count(span for span in tokens.kept if span.segment == last.segment)
     tight = table.room - table.allocated < tokens.stored
     return dead < (1 if tight else DEAD)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from ..arrays.mask import Mask, array_mask, positions_of
 from ..batch import Batch
+from ..caches.attend import attend
+from ..caches.keyvalue import Attending
 from ..caches.recurrent import Arrays, RecurrentCache
 from ..caches.step import Step
 from ..cells.rules import Causal, Chunk, Rule, Window
@@ -17,6 +20,7 @@ from .conversation import Conversation
 from .layout import Leaf
 from .padding import Columns
 from .pool import Pool
+from .ragged import Ragged, RaggedMask
 
 History = tuple[mx.array, mx.array]
 """Keys and values (B, n_kv_heads, S, head_dim)."""
@@ -98,27 +102,63 @@ class Forward(ABC):
 
 
 class SingleForward(Forward):
-    """One sequence, as the only row of the model's input."""
+    """One sequence, as the only row of the model's input.
 
-    def __init__(self, conversation: Conversation, n: int) -> None:
+    Where its keys lie in several runs, a model that takes handles attends to the runs as they
+    are, instead of to copies of them.
+    """
+
+    def __init__(self, conversation: Conversation, n: int, is_ragged: bool) -> None:
         super().__init__(conversation.pool, (conversation,), ((0, n),), n)
+        self._is_ragged = is_ragged
 
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        return self.step(leaf).exchange(leaf.index, keys, values)
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
+        step = self.step(leaf)
+        if self._is_ragged:
+            step.put(leaf.index, keys, values)
+            return self.history(leaf)
+        return step.exchange(leaf.index, keys, values)
 
-    def history(self, leaf: Leaf) -> History:
+    def history(self, leaf: Leaf) -> Any:
+        if self._is_ragged:
+            handle = Ragged(self, leaf)
+            return handle, handle
+        return self._history(leaf)
+
+    def attend(
+        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:
+        """Attention of queries (1, n_heads, n, head_dim) to a leaf's runs."""
+        if isinstance(mask, RaggedMask):
+            rule = narrowed(mask.leaf.rule, mask.window_size)
+            mask = None if rule == leaf.rule else self._array_mask(leaf, rule)
+        if isinstance(mask, mx.array):
+            keys, values = self._history(leaf)
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask, sinks=sinks
+            )
+        return attend(self.step(leaf), leaf.index, Attending(queries, None, None, scale, sinks))
+
+    def _history(self, leaf: Leaf) -> History:
         step = self.step(leaf)
         step.check_put(leaf.index)
         return step.history(leaf.index, step.parts[0])
 
-    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         step = self.step(leaf)
         part = step.parts[0]
         rule = narrowed(leaf.rule, window_size)
+        if self._is_ragged:
+            is_own = rule == leaf.rule and self.n == 1
+            return None if is_own and not return_array else RaggedMask(leaf, window_size)
         if rule == leaf.rule:
             mask = step.own_mask(part)
             if mask is None or not (return_array and isinstance(mask, str)):
                 return mask
+        return self._array_mask(leaf, rule)
+
+    def _array_mask(self, leaf: Leaf, rule: Rule) -> mx.array:
+        part = self.step(leaf).parts[0]
         queries, keys = positions_of([(part.begin, part.end)]), positions_of(part.ranges)
         return array_mask(rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
 

@@ -138,6 +138,10 @@ class Pool:
         plan.commit()
         return plan
 
+    def is_scattered(self, sequence: int) -> bool:
+        """Whether keys of a sequence lie in several runs."""
+        return any(len(cache._table[sequence].spans) > 1 for _, cache in self.positional())
+
     def end(self, sequence: int) -> int:
         return self.caches[0]._end(sequence)
 

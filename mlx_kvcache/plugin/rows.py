@@ -120,7 +120,8 @@ class Rows(Caller):
         """Start a forward of n columns, after making room for its tokens."""
         self.settle()
         columns = self._columns_of(n)
-        is_ragged = self.is_batch and self.pool.batching == "ragged"
+        # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
+        is_ragged = is_called and self.may_be_ragged
         for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
             conversation.make_room(stop - first, early=is_called)
         self.forward = self._forward_of(columns, n, is_ragged)
@@ -275,12 +276,18 @@ class Rows(Caller):
     def _forward_of(self, columns: Sequence[Columns], n: int, is_ragged: bool) -> Forward:
         if self.is_batch:
             return BatchedForward(self.pool, self.conversations, columns, n, is_ragged)
-        return SingleForward(self.conversation, n)
+        return SingleForward(self.conversation, n, is_ragged)
 
     @property
     def _input_rows(self) -> int:
         """How many rows the model's input has."""
         return len(self.conversations)
+
+    @property
+    def may_be_ragged(self) -> bool:
+        """Whether the model may be given handles, where that saves copies."""
+        is_scattered = self.is_batch or self.pool.is_scattered(self.conversation.sequence)
+        return is_scattered and self.pool.batching == "ragged"
 
     def _check_joins(self, other: Rows) -> None:
         other.settle()

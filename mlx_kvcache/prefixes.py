@@ -1,0 +1,114 @@
+"""A radix tree over tokens: which stored sequences have how much in common with a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+@dataclass
+class _Node(Generic[V]):
+    """The tokens that lead here from the parent, what is stored here, and what goes on from here."""
+
+    edge: tuple[int, ...] = ()
+    value: V | None = None
+    children: dict[int, _Node[V]] = field(default_factory=dict)
+
+
+class PrefixTree(Generic[V]):
+    """Values by sequences of tokens. (Edges of several tokens: Morrison, PATRICIA, JACM 1968.)"""
+
+    def __init__(self) -> None:
+        self._root: _Node[V] = _Node()
+
+    def put(self, tokens: Sequence[int], value: V) -> V | None:
+        """Store a value, and return the one that was stored for the same tokens before."""
+        node, rest = self._root, tuple(tokens)
+        while rest:
+            child = node.children.get(rest[0])
+            if child is None:
+                child = node.children[rest[0]] = _Node(rest)
+            common = _common(child.edge, rest)
+            if common < len(child.edge):
+                child = self._split(node, child, common)
+            node, rest = child, rest[common:]
+        before, node.value = node.value, value
+        return before
+
+    def pop(self, tokens: Sequence[int]) -> V:
+        """Take a value out. Raises KeyError where none is stored for just these tokens."""
+        path, rest = [self._root], tuple(tokens)
+        while rest:
+            child = path[-1].children.get(rest[0])
+            if child is None or rest[: len(child.edge)] != child.edge:
+                raise KeyError(f"nothing is stored for these {len(tokens)} tokens")
+            path.append(child)
+            rest = rest[len(child.edge) :]
+        value, path[-1].value = path[-1].value, None
+        if value is None:
+            raise KeyError(f"nothing is stored for these {len(tokens)} tokens")
+        self._prune(path)
+        return value
+
+    def matches(self, tokens: Sequence[int]) -> Iterator[tuple[int, V]]:
+        """Stored values with the number of first tokens that they share, the longest first.
+
+        A value whose tokens are a prefix of these comes at its own length; those that go on
+        differently, or further, come at the length where they part, if they share anything.
+        """
+        node, rest, depth = self._root, tuple(tokens), 0
+        above: list[tuple[int, V]] = []
+        while True:
+            if node.value is not None:
+                above.append((depth, node.value))
+            child = node.children.get(rest[0]) if rest else None
+            if child is None:
+                # The children part from the tokens here; the node itself has been noted.
+                below = [value for other in node.children.values() for value in _values(other)]
+                break
+            common = _common(child.edge, rest)
+            depth += common
+            if common < len(child.edge):
+                below = list(_values(child))
+                break
+            node, rest = child, rest[common:]
+        if depth:
+            yield from ((depth, value) for value in below)
+        yield from reversed(above)
+
+    def _split(self, parent: _Node[V], child: _Node[V], at: int) -> _Node[V]:
+        """Put a node into an edge, after its first `at` tokens."""
+        middle: _Node[V] = _Node(child.edge[:at])
+        child.edge = child.edge[at:]
+        middle.children[child.edge[0]] = child
+        parent.children[middle.edge[0]] = middle
+        return middle
+
+    def _prune(self, path: list[_Node[V]]) -> None:
+        """Remove nodes that lead nowhere, and join those that lead one way only."""
+        while len(path) > 1 and path[-1].value is None and not path[-1].children:
+            del path[-2].children[path.pop().edge[0]]
+        node = path[-1]
+        if len(path) > 1 and node.value is None and len(node.children) == 1:
+            [only] = node.children.values()
+            only.edge = node.edge + only.edge
+            path[-2].children[only.edge[0]] = only
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _values(node: _Node[V]) -> Iterator[V]:
+    """All that is stored at a node and below."""
+    stack = [node]
+    while stack:
+        found = stack.pop()
+        if found.value is not None:
+            yield found.value
+        stack += found.children.values()

@@ -1,0 +1,44 @@
+"""The tree of prefixes, against a list of all that is stored."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mlx_kvcache.prefixes import PrefixTree
+
+
+def common(one, other) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_a_list(seed):
+    """Short tokens of few kinds, so that all share prefixes, are put, taken out and looked up."""
+    rng = random.Random(seed)
+    tree: PrefixTree[str] = PrefixTree()
+    stored: dict[tuple[int, ...], str] = {}
+    for step in range(300):
+        tokens = tuple(rng.randrange(3) for _ in range(rng.randrange(1, 9)))
+        action = rng.random()
+        if action < 0.4:
+            assert tree.put(tokens, f"{step}") == stored.get(tokens)
+            stored[tokens] = f"{step}"
+        elif action < 0.6 and stored:
+            gone = rng.choice(sorted(stored))
+            assert tree.pop(gone) == stored.pop(gone)
+        elif action < 0.7 and tokens not in stored:
+            with pytest.raises(KeyError, match=f"these {len(tokens)} tokens"):
+                tree.pop(tokens)
+        found = list(tree.matches(tokens))
+        lengths = [length for length, _ in found]
+        assert lengths == sorted(lengths, reverse=True)
+        by_value = {value: own for own, value in stored.items()}
+        assert all(common(by_value[value], tokens) == length for length, value in found)
+        best = max((common(own, tokens) for own in stored), default=0)
+        assert max(lengths, default=0) == best
+        prefixes = {value for own, value in stored.items() if own == tokens[: len(own)]}
+        assert prefixes <= {value for _, value in found}
