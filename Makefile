@@ -40,7 +40,7 @@ bench: $(VENV)/dev  ## every benchmark, paired with mlx-lm's own caches
 	$(RUN) -m benchmarks --all
 
 pictures: $(VENV)/dev  ## draw the pictures in docs/
-	$(BIN)/python docs/draw.py
+	$(BIN)/python -m docs.draw
 
 models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
 	$(RUN) -m docs.models

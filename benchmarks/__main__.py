@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 
-from benchmarks import batches, drift, exactness, forks, generation, host, many, window
+from benchmarks import batches, drift, exactness, forks, generation, host, many, sharing, window
 from benchmarks.measure import machine
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "window": window.run,
     "batches": batches.run,
     "many": many.run,
+    "sharing": sharing.run,
 }
 
 

@@ -21,34 +21,15 @@ LENGTHS = {
     "8 of 64": [64] * 8,
     "one of 2048, seven of 64": [2048] + [64] * 7,
 }
-PREFIX, OWN = 2048, 64
 
 
 def run() -> Iterator[str]:
-    """A decode step of 8 sequences, unequal ones and ones with a shared prefix, against BatchKVCache."""
+    """A decode step of 8 sequences, of equal and of unequal lengths, against BatchKVCache."""
     model, _ = smollm2.load(mx.float32)
     for name, lengths in LENGTHS.items():
         ours, theirs = _batch(model, lengths), _their_batch(lengths)
         yield _compared(f"{name}, SmolLM2", lambda cache: _step(model, cache), ours, theirs)
-        yield _compared(f"{name}, cache and attention only", _attention, ours, theirs)
-    del ours, theirs
-    forks, pool = _forks(model)
-    one = LAYERS * KV_HEADS * DIM * 4 * 2 * (PREFIX + OWN)
-    yield (
-        f"8 on a prefix of {PREFIX}, {OWN} own: K and V {pool.nbytes / 1e6:.1f} MB, "
-        f"{pool.nbytes / one:.2f} of one conversation's"
-    )
-    unshared = [_contiguous(PREFIX + OWN) for _ in range(8)]
-    result = paired(
-        lambda: timed(lambda: _attention(forks)),
-        lambda: timed(lambda: [_attention(cache) for cache in unshared]),
-        ROUNDS,
-        "prefix",
-    )
-    yield (
-        f"  a step: {1e3 * result.ours:.1f} ms, with eight unshared KVCaches {1e3 * result.theirs:.1f} ms, "
-        f"ratio {result}"
-    )
+        yield _compared(f"{name}, cache and attention only", attention, ours, theirs)
 
 
 def _compared(name: str, step: Callable[[Any], mx.array], ours: Any, theirs: Any) -> str:
@@ -66,7 +47,7 @@ def _step(model: Any, cache: Any) -> mx.array:
     return logits
 
 
-def _attention(cache: Any) -> mx.array:
+def attention(cache: Any) -> mx.array:
     """The caches' part of a step, with the same queries and keys in every layer."""
     rows = 1 if isinstance(cache[0].offset, int) else cache[0].offset.shape[0]
     queries, keys = (_arrays(9, heads, 1, rows) for heads in (HEADS, KV_HEADS))
@@ -87,7 +68,7 @@ def _arrays(seed: int, heads: int, n: int, rows: int = 1) -> mx.array:
     return mx.random.normal((rows, heads, n, DIM), key=mx.random.key(seed))
 
 
-def _fill(cache, length: int, seed: int) -> None:
+def fill(cache, length: int, seed: int) -> None:
     keys = _arrays(seed, KV_HEADS, length)
     for layer in cache:
         layer.make_mask(length, return_array=False, window_size=None)
@@ -97,37 +78,25 @@ def _fill(cache, length: int, seed: int) -> None:
     mx.eval([layer.state for layer in cache])
 
 
-def _merged(caches):
+def merged(caches):
     return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(caches[0])]
 
 
 def _batch(model, lengths):
     caches = [make_prompt_cache(model) for _ in lengths]
     for seed, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
-        _fill(cache, length, seed)
-    return _merged(caches)
+        fill(cache, length, seed)
+    return merged(caches)
 
 
 def _their_batch(lengths):
-    caches = [_contiguous(length, seed) for seed, length in enumerate(lengths)]
+    caches = [contiguous(length, seed) for seed, length in enumerate(lengths)]
     merged = [BatchKVCache.merge([cache[i] for cache in caches]) for i in range(LAYERS)]
     mx.eval([layer.state for layer in merged])
     return merged
 
 
-def _contiguous(length: int, seed: int = 0):
+def contiguous(length: int, seed: int = 0):
     cache = [KVCache() for _ in range(LAYERS)]
-    _fill(cache, length, seed)
+    fill(cache, length, seed)
     return cache
-
-
-def _forks(model):
-    origin = make_prompt_cache(model)
-    _fill(origin, PREFIX, 0)
-    forks = [origin.fork() for _ in range(8)]
-    pool = origin.pool
-    origin.close()
-    for fork in forks:
-        _fill(fork, OWN, 0)
-    merged = _merged(forks)
-    return merged, pool

@@ -1,8 +1,9 @@
-"""Draw what each kind keeps and what is visible, from the caches themselves: python docs/draw.py."""
+"""Draw what each kind keeps and what is visible, from the caches themselves."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import matplotlib.pyplot as plt
 import mlx.core as mx
 import numpy as np
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from docs.pool_picture import pool
 from mlx_kvcache import (
     Batch,
     CausalCache,
@@ -91,7 +94,8 @@ PICTURES: dict[str, Callable[[], list[Panel]]] = {
 }
 
 
-def draw(panels: list[Panel], path: Path) -> None:
+def of_panels(make: Callable[[], list[Panel]]) -> Figure:
+    panels = make()
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 5.0), squeeze=False)
     for axis, (title, grid) in zip(axes[0], panels, strict=True):
         axis.imshow(grid, cmap=ListedColormap(COLOURS), vmin=GONE, vmax=VISIBLE, interpolation="none")
@@ -106,8 +110,7 @@ def draw(panels: list[Panel], path: Path) -> None:
     patches = [Patch(color=colour, label=label) for colour, label in zip(COLOURS, labels, strict=True)]
     figure.legend(handles=patches, loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
@@ -117,9 +120,12 @@ def main() -> None:
     chosen = parser.parse_args()
     mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"  # the same picture, the same file
     chosen.out.mkdir(parents=True, exist_ok=True)
-    for name, panels in PICTURES.items():
+    figures = {name: functools.partial(of_panels, panels) for name, panels in PICTURES.items()}
+    for name, make in {**figures, "pool": pool}.items():
         path = chosen.out / f"{name}.{chosen.format}"
-        draw(panels(), path)
+        figure = make()
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
         print(path)
 
 
