@@ -36,6 +36,7 @@ def pool() -> Figure:
     """Above: the segments with their cells. Below: each conversation as the runs that it reads."""
     table = conversations()._table
     segments = table.owned()
+    widest = max([table.capacity[s] for s in segments] + [table[s].end for s in range(len(NAMES))])
     figure, (cells, runs) = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True)
     for row, segment in enumerate(segments):
         cells.add_patch(Rectangle((0, row - 0.35), table.capacity[segment], 0.7, color=UNUSED))
@@ -48,10 +49,12 @@ def pool() -> Figure:
             ]
             if owners:
                 colour = SHARED if len(owners) > 1 else COLOURS[owners[0]]
-                cells.add_patch(Rectangle((cell, row - 0.35), 0.9, 0.7, color=colour))
+                cells.add_patch(Rectangle((cell, row - 0.35), 1, 0.7, color=colour))
     for sequence, colour in enumerate(COLOURS):
         for span in table[sequence].spans:
-            runs.add_patch(Rectangle((span.position, sequence - 0.35), span.length, 0.7, color=colour))
+            corner = span.position, sequence - 0.35
+            runs.add_patch(Rectangle(corner, span.length, 0.7, facecolor=colour, edgecolor="w", linewidth=2))
+            )
             where = f"segment {segments.index(span.segment) + 1}, cells {span.start} to {span.stop - 1}"
             short = where if span.length > 30 else where.replace("segment ", "s").replace(", cells", ":")
             middle = span.position + span.length / 2
@@ -59,7 +62,7 @@ def pool() -> Figure:
     for axis, labels in ((cells, [f"segment {i + 1}" for i in range(len(segments))]), (runs, NAMES)):
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.set_xlim(0, max(table.capacity[s] for s in segments))
+        axis.set_xlim(0, widest)
         axis.spines[["top", "right", "left"]].set_visible(False)
     cells.set_title("what is stored, by cell", fontsize=10, loc="left")
     runs.set_title("what each conversation reads, by position", fontsize=10, loc="left")
