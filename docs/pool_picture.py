@@ -54,7 +54,6 @@ def pool() -> Figure:
         for span in table[sequence].spans:
             corner = span.position, sequence - 0.35
             runs.add_patch(Rectangle(corner, span.length, 0.7, facecolor=colour, edgecolor="w", linewidth=2))
-            )
             where = f"segment {segments.index(span.segment) + 1}, cells {span.start} to {span.stop - 1}"
             short = where if span.length > 30 else where.replace("segment ", "s").replace(", cells", ":")
             middle = span.position + span.length / 2
