@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 
@@ -9,10 +10,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.models import base, llama
 from mlx_lm.models import cache as mlx_lm_cache
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin import PromptCache, attach, detach
+from mlx_kvcache.plugin import PromptCache, attach, detach, ragged
 from tests.plugin.tiny import tiny_llama
 
 ORIGINAL = mlx_lm_cache.make_prompt_cache
@@ -89,3 +91,20 @@ def test_generate_on_the_chat_model(chat_model):
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
     with attach(model):
         assert "Paris" in mlx_lm.generate(model, tokenizer, prompt, max_tokens=10)
+
+
+def test_the_model_and_its_module_are_put_back():
+    """While caches live, the model has a class of its own and its module attends to handles."""
+    model = tiny_llama()
+    with attach(model):
+        cache = sys.modules["mlx_lm.generate"].make_prompt_cache(model)
+        assert type(model) is not llama.Model
+        assert isinstance(model, llama.Model)
+        assert llama.scaled_dot_product_attention is ragged.attend
+        twin = copy.deepcopy(model)
+        assert mx.array_equal(twin(PROMPT[None]), model(PROMPT[None]))
+    assert type(model) is not llama.Model
+    del cache
+    gc.collect()
+    assert type(model) is llama.Model
+    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention

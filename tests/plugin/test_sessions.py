@@ -200,3 +200,29 @@ def test_several_threads_on_one_pool():
         thread.join()
     assert errors == []
     assert pool.counts.hits == 20
+
+
+def test_a_long_life_leaves_few_runs():
+    """Forks of forks, trimmed and refilled: whoever is left alone soon lies in one piece."""
+    rng = random.Random(1)
+    first = make_prompt_cache(MODEL)
+    logits_of(MODEL, first, TEXT[:100])
+    branches, tokens = [first], {id(first): TEXT[:100]}
+    for _ in range(150):
+        origin = rng.choice(branches)
+        branch = origin.fork()
+        keep = max(1, branch.position - rng.randrange(40))
+        branch.rewind_to(keep)
+        more = rng.choices(range(90), k=rng.randrange(1, 50))
+        logits_of(MODEL, branch, more)
+        tokens[id(branch)] = tokens[id(origin)][:keep] + more
+        branches = [*branches[-4:], branch]
+    last = branches[-1]
+    text = tokens[id(last)]
+    del branches, branch, origin, first
+    more = [step % 90 for step in range(260)]
+    logits_of(MODEL, last, more, 1)
+    [(_, positional)] = last.pool.positional()
+    assert len(positional._table[last._conversation.sequence].spans) == 1
+    expected = afresh(MODEL, text + more + [5])
+    assert difference(logits_of(MODEL, last, [5]), expected) <= 2e-4
