@@ -177,7 +177,9 @@ class Step:
             or values.dtype != form.value_dtype
         ):
             keys, values = checked(form, self.n, layer, keys, values)
-        pair = buffers.pair(segment, self._capacity[segment])
+        pair = buffers.pairs.get(segment)
+        if pair is None or pair.capacity < self._capacity[segment]:
+            pair = buffers.pair(segment, self._capacity[segment])
         pair.write(start, keys, values)
         self._batches[layer] = None
         return pair.keys[index], pair.values[index]

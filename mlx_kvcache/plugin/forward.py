@@ -52,6 +52,7 @@ class Forward(ABC):
         self.advanced: set[int] = set()
         self._plan = pool.begin(self._batch())
         self._kinds = pool.kinds
+        self._caches: tuple[Any, ...] = pool.caches
         self._steps: list[Step | None] = [getattr(cache, "_step", None) for cache in pool.caches]
         self._states: dict[int, list[mx.array | None]] = {}
 
@@ -86,9 +87,10 @@ class Forward(ABC):
         """The step of a leaf's cache. Raises CacheError if another forward has begun since."""
         kind = self._kinds[leaf.index]
         step = self._steps[kind]
-        if self.pool.caches[kind]._step is not step:  # type: ignore[union-attr]
+        if self._caches[kind]._step is not step:
             raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
-        return step  # type: ignore[return-value]  # only arrays have none, and they do not ask
+        assert step is not None  # only arrays have none, and they do not ask
+        return step
 
     @abstractmethod
     def _batch(self) -> Batch | None:
