@@ -87,9 +87,9 @@ class Forward(ABC):
         """The step of a leaf's cache. Raises CacheError if another forward has begun since."""
         kind = self._kinds[leaf.index]
         step = self._steps[kind]
-        if self._caches[kind]._step is not step:
+        is_current: bool = self._caches[kind]._step is step
+        if step is None or not is_current:
             raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
-        assert step is not None  # only arrays have none, and they do not ask
         return step
 
     @abstractmethod
