@@ -31,20 +31,27 @@ def groups(rows: Rows, columns: Sequence[Columns]) -> dict[object, list[int]]:
     return found
 
 
+def is_one_input(
+    rows: Rows, together: Mapping[object, list[int]], columns: Sequence[Columns], n: int
+) -> bool:
+    """Whether all rows are alike, without padding, and the model takes them as a batch, be it of one."""
+    all_alike = len(together) == 1 and len(next(iter(together.values()))) == len(columns)
+    return rows.pool.batching != "apart" and all_alike and columns[0] == (0, n)
+
+
 def run_apart(
     rows: Rows,
     together: Mapping[object, list[int]],
     columns: Sequence[Columns],
+    n: int,
     call: Call,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> mx.array:
     """Call the model once for each group; the outputs of padding are zeros."""
     outputs: dict[int, mx.array] = {}
-    n = max(stop for _, stop in columns)
     for members in together.values():
         first, stop = columns[members[0]]
-
         some = rows.subset(members)
         given = functools.partial(_of_rows, some, members, (first, stop))
         named = {name: given(value) for name, value in kwargs.items()}

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CacheError
-from .apart import groups, run_apart
+from .apart import groups, is_one_input, run_apart
 from .batched import BatchedForward
 from .conversation import Conversation
 from .forward import Forward, SingleForward
@@ -101,10 +101,8 @@ class Rows(Caller):
             if self.is_batch and (self.pool.layout.is_recurrent or self.pool.batching == "apart"):
                 self.settle()
                 together = groups(self, columns)
-                if list(together.values()) != [list(range(len(columns)))] or any(
-                    c != (0, n) for c in columns
-                ):
-                    output = run_apart(self, together, columns, call, args, kwargs)
+                if together and not is_one_input(self, together, columns, n):
+                    output = run_apart(self, together, columns, n, call, args, kwargs)
                     self.padding.passed(columns)
                     return output
             self.begin(n, is_called=True)

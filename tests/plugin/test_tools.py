@@ -42,7 +42,9 @@ def test_speculative_decoding_on_a_recurrence_is_refused():
         list(speculative_generate_step(mx.array(TEXT[:5]), model, build("mamba2", seed=1)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "qwen3_next", "mamba", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "deepseek_v3", "qwen3_next", "mamba", "gemma2", "llama4"]
+)
 def test_sequences_join_and_leave_a_batch(name):
     """Each gets the tokens that it gets alone, whoever comes and goes."""
     model = build(name)
@@ -166,3 +168,36 @@ def test_batch_generate_on_the_chat_model(chat_model):
     with attach(model):
         together = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=8)
     assert together.texts == alone
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama4", "gpt_bigcode", "afm7", "minimax_m3_vl"])
+def test_a_batch_of_which_one_row_is_left(name):
+    """Models whose rows go through in calls of their own: the last row too."""
+    model = build(name)
+    with attach(model):
+        generator = BatchGenerator(model)
+        generator.insert(PROMPTS[:2], [12, 3])
+        found: dict[int, list[int]] = {0: [], 1: []}
+        while responses := generator.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+        generator.close()
+    assert found == {0: greedy(model, PROMPTS[0], 12), 1: greedy(model, PROMPTS[1], 3)}
+
+
+def test_a_block_that_is_all_padding():
+    """The longest row leaves in the middle of a padded prompt; the rest of the block has no token."""
+    model = build("mamba2")
+    caches = [make_prompt_cache(model) for _ in range(2)]
+    batch = [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(caches[0])]
+    for layer in batch:
+        layer.prepare(lengths=[6, 3], right_padding=[0, 3])
+    model(mx.array([TEXT[:4], [*TEXT[10:13], 0]]), cache=batch)
+    for layer in batch:
+        layer.filter([1])
+    model(mx.array([[0, 0]]), cache=batch)
+    for layer in batch:
+        layer.finalize()
+    own = [layer.extract(0) for layer in batch]
+    more = [token for token, _ in generate_step(mx.array(TEXT[13:15]), model, prompt_cache=own, max_tokens=5)]
+    assert more == greedy(model, TEXT[10:15], 5)
