@@ -30,7 +30,6 @@ class Shared(NamedTuple):
     """A run of cells that all queries of its members see whole."""
 
     run: Cells
-    size: int
     members: list[Member]
 
 
@@ -49,7 +48,7 @@ def shared_runs(step: Step) -> list[Shared]:
         copied = sum(len(part.ranges) > 1 for part in parts)
         if size > 0 and size * max(copied, len(parts) - 1) >= LONG:
             members = [Member(part, _beyond(part, stop)) for part in parts]
-            found.append(Shared(cells_of(segment, start, stop), size, members))
+            found.append(Shared(cells_of(segment, start, stop), members))
     return found
 
 

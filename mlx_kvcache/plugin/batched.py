@@ -14,26 +14,19 @@ import mlx.core as mx
 import numpy as np
 
 from ..arrays.mask import Ints, Mask, positions_of
-from ..batch import Batch
-from ..caches.attend import attend
-from ..caches.keyvalue import Attending
 from ..caches.step import Part, Step
 from ..cells.rules import Causal, Rule, visible
 from .conversation import Conversation
-from .forward import Forward, History, narrowed, newest, padded_state, store
+from .forward import Forward, History, newest, padded_state, store
 from .layout import Leaf
 from .padding import Columns
 from .pool import Pool
-from .ragged import Ragged, RaggedMask
 
 
 class BatchedForward(Forward):
     """Each row's tokens join its sequence; rows may be padded on either side.
 
     Where all is padding, the model is given its own columns back.
-
-    Args:
-        is_ragged: the model is given handles for histories.
     """
 
     def __init__(
@@ -44,58 +37,28 @@ class BatchedForward(Forward):
         n: int,
         is_ragged: bool,
     ) -> None:
-        super().__init__(pool, conversations, columns, n)
+        super().__init__(pool, conversations, columns, n, is_ragged)
         self._is_full = all(span == (0, n) for span in columns)
         self._is_empty = all(first == stop for first, stop in columns)
-        self.is_ragged = is_ragged and not self._is_empty
         self._masks: dict[tuple[Rule, int], Mask] = {}
 
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        if self._is_empty:
-            return keys, values
-        step = self.step(leaf)
-        step.put(leaf.index, self._tokens(keys), self._tokens(values))
-        if self.is_ragged:
-            handle = Ragged(self, leaf)
-            return handle, handle
-        return self._gathered(step, leaf, keys, values)
-
-    def history(self, leaf: Leaf) -> Any:
-        if self.is_ragged:
-            handle = Ragged(self, leaf)
-            return handle, handle
-        step = self.step(leaf)
-        step.check_put(leaf.index)
-        return self._history(step, leaf)
-
-    def attend(
-        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
-    ) -> mx.array:
-        """Attention of queries (B, n_heads, n, head_dim) to a leaf's histories, row by row."""
-        step = self.step(leaf)
-        if isinstance(mask, RaggedMask):
-            rule = narrowed(mask.leaf.rule, mask.window_size)
-            mask = None if rule == leaf.rule else self._array_mask(step, rule)
-        if isinstance(mask, mx.array):
-            keys, values = self._history(step, leaf)
-            return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=scale, mask=mask, sinks=sinks
-            )
-        out = attend(step, leaf.index, Attending(self._tokens(queries), None, None, scale, sinks))
-        return self._columns(out)
-
-    def _history(self, step: Step, leaf: Leaf) -> History:
-        keys, values = (self._columns_of(step, leaf, slot) for slot in (0, 1))
-        return self._gathered(step, leaf, keys, values)
+        return (keys, values) if self._is_empty else super().update(leaf, keys, values)
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         if self._is_empty:
             return mx.eye(self.n, dtype=mx.bool_)
-        step = self.step(leaf)
-        rule = narrowed(leaf.rule, window_size)
-        if self.is_ragged:
-            own = rule == leaf.rule and self.n == 1
-            return None if own and not return_array else RaggedMask(leaf, window_size)
+        return super().mask(leaf, return_array, window_size)
+
+    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        step.put(leaf.index, self._tokens(keys), self._tokens(values))
+        return self._gathered(step, leaf, keys, values)
+
+    def _arrays(self, step: Step, leaf: Leaf) -> History:
+        keys, values = (self._columns_of(step, leaf, slot) for slot in (0, 1))
+        return self._gathered(step, leaf, keys, values)
+
+    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
         equal = self._is_full and len({part.size for part in step.parts}) == 1
         if equal and not return_array and rule == leaf.rule:
             if self.n == 1:
@@ -107,18 +70,7 @@ class BatchedForward(Forward):
             self._masks[key] = self._array_mask(step, rule)
         return self._masks[key]
 
-    def _batch(self) -> Batch | None:
-        positions: list[int] = []
-        sequences: list[int] = []
-        for conversation, begin, (first, stop) in zip(
-            self.conversations, self.begins, self.columns, strict=True
-        ):
-            positions += range(begin, begin + stop - first)
-            sequences += [conversation.sequence] * (stop - first)
-        return Batch(positions, sequences) if positions else None
-
     def _tokens(self, array: mx.array) -> mx.array:
-        """(B, heads, n, dim) as (1, heads, tokens, dim), row by row, without the padding."""
         if self._is_full:
             rows, heads, n, dim = array.shape
             return array.swapaxes(0, 1).reshape(1, heads, rows * n, dim)
@@ -127,8 +79,7 @@ class BatchedForward(Forward):
         ]
         return mx.concatenate(tokens, axis=2)
 
-    def _columns(self, tokens: mx.array) -> mx.array:
-        """(1, heads, tokens, dim) as (B, heads, n, dim), with zeros for the padding."""
+    def _rows(self, tokens: mx.array) -> mx.array:
         _, heads, _, dim = tokens.shape
         if self._is_full:
             return tokens.reshape(heads, len(self.columns), self.n, dim).swapaxes(0, 1)

@@ -42,11 +42,6 @@ class Conversation:
         self.check_open()
         return self.pool.end(self.sequence)
 
-    @property
-    def offset(self) -> int:
-        """Where the model's RoPE goes on: after removals it runs ahead of the position."""
-        return self.position + self.head.lead
-
     def check_open(self) -> None:
         if not self._release.alive:
             raise CacheError("the prompt cache is closed")

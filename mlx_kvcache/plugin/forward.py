@@ -12,7 +12,7 @@ from ..arrays.mask import Mask, array_mask, positions_of
 from ..batch import Batch
 from ..caches.attend import attend
 from ..caches.keyvalue import Attending
-from ..caches.recurrent import Arrays, RecurrentCache
+from ..caches.recurrent import Arrays
 from ..caches.step import Step
 from ..cells.rules import Causal, Chunk, Rule, Window
 from ..errors import CacheError
@@ -31,6 +31,7 @@ class Forward(ABC):
 
     Args:
         columns: for each sequence, which of the n columns of the model's input are its tokens.
+        is_ragged: the model is given handles for histories.
 
     Attributes:
         begins: positions of the first of them.
@@ -40,9 +41,15 @@ class Forward(ABC):
     """
 
     def __init__(
-        self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
+        self,
+        pool: Pool,
+        conversations: Sequence[Conversation],
+        columns: Sequence[Columns],
+        n: int,
+        is_ragged: bool,
     ) -> None:
         self.pool = pool
+        self.is_ragged = is_ragged
         self.conversations = conversations
         self.columns = columns
         self.n = n
@@ -56,17 +63,44 @@ class Forward(ABC):
         self._steps: list[Step | None] = [getattr(cache, "_step", None) for cache in pool.caches]
         self._states: dict[int, list[mx.array | None]] = {}
 
-    @abstractmethod
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
         """Store a leaf's K and V (B, n_kv_heads, n, head_dim) and return what its tokens see."""
+        step = self.step(leaf)
+        if not self.is_ragged:
+            return self._exchange(step, leaf, keys, values)
+        step.put(leaf.index, self._tokens(keys), self._tokens(values))
+        return self._handles(leaf)
 
-    @abstractmethod
-    def history(self, leaf: Leaf) -> History:
+    def history(self, leaf: Leaf) -> Any:
         """What `update` returned."""
+        step = self.step(leaf)
+        step.check_put(leaf.index)
+        return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
 
-    @abstractmethod
-    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Mask:
+    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         """Who of the n tokens sees which of a leaf's history."""
+        step = self.step(leaf)
+        rule = narrowed(leaf.rule, window_size)
+        if not self.is_ragged:
+            return self._mask(step, leaf, rule, return_array)
+        sees_all = rule == leaf.rule and self.n == 1 and not return_array
+        return None if sees_all else RaggedMask(leaf, window_size)
+
+    def attend(
+        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:
+        """Attention of queries (B, n_heads, n, head_dim) to a leaf's history, for which it gave handles."""
+        step = self.step(leaf)
+        if isinstance(mask, RaggedMask):
+            rule = narrowed(mask.leaf.rule, mask.window_size)
+            mask = None if rule == leaf.rule else self._array_mask(step, rule)
+        if isinstance(mask, mx.array):
+            keys, values = self._arrays(step, leaf)
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask, sinks=sinks
+            )
+        given = Attending(self._tokens(queries), None, None, scale, sinks)
+        return self._rows(attend(step, leaf.index, given))
 
     def state(self, leaf: Leaf) -> list[mx.array | None]:
         """A recurrence's arrays, (B, ...) each: before these tokens, until it is changed in place."""
@@ -92,9 +126,44 @@ class Forward(ABC):
             raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
         return step
 
-    @abstractmethod
+    def _handles(self, leaf: Leaf) -> tuple[Ragged, Ragged]:
+        handle = Ragged(self, leaf)
+        return handle, handle
+
     def _batch(self) -> Batch | None:
         """The tokens; None where there is only padding."""
+        positions: list[int] = []
+        sequences: list[int] = []
+        for conversation, begin, (first, stop) in zip(
+            self.conversations, self.begins, self.columns, strict=True
+        ):
+            positions += range(begin, begin + stop - first)
+            sequences += [conversation.sequence] * (stop - first)
+        return Batch(positions, sequences) if positions else None
+
+    @abstractmethod
+    def _tokens(self, array: mx.array) -> mx.array:
+        """The model's rows (B, heads, n, dim) as those of the batch, (1, heads, tokens, dim)."""
+
+    @abstractmethod
+    def _rows(self, tokens: mx.array) -> mx.array:
+        """The other way round, with zeros for padding."""
+
+    @abstractmethod
+    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        """Store a leaf's K and V, and its history as arrays."""
+
+    @abstractmethod
+    def _arrays(self, step: Step, leaf: Leaf) -> History:
+        """A leaf's history as arrays, after it has been stored."""
+
+    @abstractmethod
+    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
+        """The mask for a history as arrays."""
+
+    @abstractmethod
+    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
+        """The same as an array, by any rule."""
 
     @abstractmethod
     def _read(self, leaf: Leaf) -> list[mx.array | None]: ...
@@ -111,56 +180,29 @@ class SingleForward(Forward):
     """
 
     def __init__(self, conversation: Conversation, n: int, is_ragged: bool) -> None:
-        super().__init__(conversation.pool, (conversation,), ((0, n),), n)
-        self._is_ragged = is_ragged
+        super().__init__(conversation.pool, (conversation,), ((0, n),), n, is_ragged)
 
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        step = self.step(leaf)
-        if self._is_ragged:
-            step.put(leaf.index, keys, values)
-            return self.history(leaf)
+    def _tokens(self, array: mx.array) -> mx.array:
+        return array
+
+    def _rows(self, tokens: mx.array) -> mx.array:
+        return tokens
+
+    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
         return step.exchange(leaf.index, keys, values)
 
-    def history(self, leaf: Leaf) -> Any:
-        if self._is_ragged:
-            handle = Ragged(self, leaf)
-            return handle, handle
-        return self._history(leaf)
-
-    def attend(
-        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
-    ) -> mx.array:
-        """Attention of queries (1, n_heads, n, head_dim) to a leaf's runs."""
-        if isinstance(mask, RaggedMask):
-            rule = narrowed(mask.leaf.rule, mask.window_size)
-            mask = None if rule == leaf.rule else self._array_mask(leaf, rule)
-        if isinstance(mask, mx.array):
-            keys, values = self._history(leaf)
-            return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=scale, mask=mask, sinks=sinks
-            )
-        return attend(self.step(leaf), leaf.index, Attending(queries, None, None, scale, sinks))
-
-    def _history(self, leaf: Leaf) -> History:
-        step = self.step(leaf)
-        step.check_put(leaf.index)
+    def _arrays(self, step: Step, leaf: Leaf) -> History:
         return step.history(leaf.index, step.parts[0])
 
-    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
-        step = self.step(leaf)
-        part = step.parts[0]
-        rule = narrowed(leaf.rule, window_size)
-        if self._is_ragged:
-            is_own = rule == leaf.rule and self.n == 1
-            return None if is_own and not return_array else RaggedMask(leaf, window_size)
+    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
         if rule == leaf.rule:
-            mask = step.own_mask(part)
+            mask = step.own_mask(step.parts[0])
             if mask is None or not (return_array and isinstance(mask, str)):
                 return mask
-        return self._array_mask(leaf, rule)
+        return self._array_mask(step, rule)
 
-    def _array_mask(self, leaf: Leaf, rule: Rule) -> mx.array:
-        part = self.step(leaf).parts[0]
+    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
+        part = step.parts[0]
         queries, keys = positions_of([(part.begin, part.end)]), positions_of(part.ranges)
         return array_mask(rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
 
@@ -186,18 +228,12 @@ def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
 
 def newest(conversation: Conversation, leaf: Leaf) -> Arrays:
     """The arrays of a recurrence after a conversation's last token; () where there are none."""
-    pool = conversation.pool
-    cache = pool.caches[pool.kinds[leaf.index]]
-    assert isinstance(cache, RecurrentCache)
-    return cache.newest(leaf.index, conversation.sequence)
+    return conversation.pool.recurrent(leaf).newest(leaf.index, conversation.sequence)
 
 
 def store(conversation: Conversation, leaf: Leaf, arrays: Arrays) -> None:
     """Make these the arrays of a recurrence after the tokens of the forward."""
-    pool = conversation.pool
-    cache = pool.caches[pool.kinds[leaf.index]]
-    assert isinstance(cache, RecurrentCache)
-    cache._put(leaf.index, arrays, conversation.sequence, None)
+    conversation.pool.recurrent(leaf)._put(leaf.index, arrays, conversation.sequence, None)
 
 
 def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:

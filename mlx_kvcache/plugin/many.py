@@ -76,9 +76,11 @@ class Many:
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: list[Generated] = []
+        first = make_prompt_cache(model, **options)
         # Kept, so that what is made later is made in the same pool.
-        self._pool = make_prompt_cache(model, **options).pool
-        self._vocabulary = _vocabulary(model)
+        self._pool = first.pool
+        # The width of logits, which need not be computed for that.
+        self._vocabulary: int = model(mx.zeros((1, 1), mx.int32), cache=first).shape[-1]
 
     def __len__(self) -> int:
         """Sequences that have not ended."""
@@ -254,10 +256,3 @@ def generate_many(
 
 def _likeliest(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """How many tokens the model knows: the width of its logits, which need not be computed for that."""
-    rows = make_prompt_cache(model)
-    width: int = model(mx.zeros((1, 1), mx.int32), cache=rows).shape[-1]
-    return width

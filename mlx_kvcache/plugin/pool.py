@@ -19,7 +19,7 @@ from ..caches.base import PlanningCache
 from ..caches.plan import JointPlan, Plan
 from ..caches.positional import PositionalCache
 from ..caches.recurrent import RecurrentCache
-from .layout import Layout
+from .layout import Layout, Leaf
 from .observe import observe, unobserve
 from .probe import scheme_of
 from .ragged import serve
@@ -109,6 +109,18 @@ class Pool:
             for pair in buffers.pairs.values()
             for array in (pair.keys, pair.values)
         ]
+
+    def keyed(self, leaf: Leaf) -> PositionalCache:
+        """The cache that a leaf of keys and values belongs to."""
+        cache = self.caches[self.kinds[leaf.index]]
+        assert isinstance(cache, PositionalCache)
+        return cache
+
+    def recurrent(self, leaf: Leaf) -> RecurrentCache:
+        """The cache that a leaf of arrays belongs to."""
+        cache = self.caches[self.kinds[leaf.index]]
+        assert isinstance(cache, RecurrentCache)
+        return cache
 
     def positional(self) -> Iterator[tuple[int, PositionalCache]]:
         """The caches of keys and values, with their indices."""

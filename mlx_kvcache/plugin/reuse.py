@@ -39,11 +39,12 @@ def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[
         )
         if prefix
     }
-    stored = {prefix: self._trie.get(found.model, list(prefix)).prompt_cache for prefix in prefixes}
-    if not any(map(is_ours, stored.values())):
+    all_stored = {prefix: self._trie.get(found.model, list(prefix)).prompt_cache for prefix in prefixes}
+    stored = {prefix: cache for prefix, cache in all_stored.items() if is_ours(cache)}
+    if not stored:
         fetched: tuple[list[Any] | None, list[int]] = original_fetch(self, model, tokens)
         return fetched
-    points = {prefix: resume_point(stored[prefix], common) for prefix, common in prefixes.items()}
+    points = {prefix: resume_point(cache, prefixes[prefix]) for prefix, cache in stored.items()}
     best = max(points, key=points.__getitem__)
     if not points[best]:
         return None, tokens
@@ -92,12 +93,12 @@ def is_ours(cache: Sequence[Any]) -> bool:
 
 
 def resume_point(cache: Sequence[Any], position: int) -> int:
-    """The newest position <= `position` that every cache of a list can go on from."""
+    """The newest position <= `position` that every cache of a list, some of them ours, can go on from."""
     found = {id(entry.rows): entry.rows for entry in cache if isinstance(entry, Observable)}
     all_rows: list[Rows] = list(found.values())  # type: ignore[arg-type]
     point = min(position, *(rows.positions[0] for rows in all_rows))
-    while any(not rows.can_resume(point) for rows in all_rows):
-        point = min(rows.resume_point(point) for rows in all_rows)
+    while (lower := min(rows.resume_point(point) for rows in all_rows)) < point:
+        point = lower
     theirs = (entry for entry in cache if not isinstance(entry, Observable))
     is_end = all(point == rows.positions[0] for rows in all_rows)
     return point if is_end or all(entry.is_trimmable() for entry in theirs) else 0

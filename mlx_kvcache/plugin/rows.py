@@ -119,7 +119,7 @@ class Rows(Caller):
         self.settle()
         columns = self._columns_of(n)
         # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
-        is_ragged = is_called and self.may_be_ragged
+        is_ragged = is_called and self._may_be_ragged
         for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
             conversation.make_room(stop - first, early=is_called)
         self.forward = self._forward_of(columns, n, is_ragged)
@@ -155,13 +155,10 @@ class Rows(Caller):
         self.begin(n)
 
     def wrote(self, leaf: int) -> None:
-        """A leaf has stored its tokens."""
-        assert self.forward is not None
-        self.forward.written.add(leaf)
-        self.finish_if_written(self.forward)
-
-    def finish_if_written(self, forward: Forward) -> None:
-        """A forward that no call ends is over when all leaves have written."""
+        """A leaf has stored its tokens. A forward that no call ends is over when all have."""
+        forward = self.forward
+        assert forward is not None
+        forward.written.add(leaf)
         if not self.is_called and len(forward.written) >= len(self.pool.used):
             self.finish()
 
@@ -282,7 +279,7 @@ class Rows(Caller):
         return len(self.conversations)
 
     @property
-    def may_be_ragged(self) -> bool:
+    def _may_be_ragged(self) -> bool:
         """Whether the model may be given handles, where that saves copies."""
         is_scattered = self.is_batch or self.pool.is_scattered(self.conversation.sequence)
         return is_scattered and self.pool.batching == "ragged"

@@ -11,60 +11,53 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..batch import Batch
-from ..caches.attend import attend
-from ..caches.keyvalue import Attending
+from ..arrays.mask import Mask
+from ..caches.step import Step
+from ..cells.rules import Rule
 from ..errors import NotSupportedError
 from .conversation import Conversation
-from .forward import Forward, narrowed
+from .forward import Forward, History
 from .layout import Leaf
 from .padding import Columns
 from .pool import Pool
-from .ragged import Ragged, RaggedMask
 from .rows import Rows
 
 
 class TokenForward(Forward):
-    """The tokens of all sequences, one after the other, each as a row."""
+    """The tokens of all sequences, one after the other, each as a row. Only handles stand for histories."""
 
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        self.step(leaf).put(leaf.index, keys.swapaxes(0, 2), values.swapaxes(0, 2))
-        return self.history(leaf)
+    def __init__(
+        self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
+    ) -> None:
+        super().__init__(pool, conversations, columns, n, is_ragged=True)
 
-    def history(self, leaf: Leaf) -> Any:
-        handle = Ragged(self, leaf)
-        return handle, handle
+    def _tokens(self, array: mx.array) -> mx.array:
+        return array.swapaxes(0, 2)
 
-    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
-        is_own = narrowed(leaf.rule, window_size) == leaf.rule
-        return None if is_own and not return_array else RaggedMask(leaf, window_size)
+    def _rows(self, tokens: mx.array) -> mx.array:
+        return tokens.swapaxes(0, 2)
 
-    def attend(
-        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
-    ) -> mx.array:
-        """Attention of queries (tokens, n_heads, 1, head_dim), each to its own sequence."""
-        if mask is not None and not (
-            isinstance(mask, RaggedMask) and narrowed(mask.leaf.rule, mask.window_size) == leaf.rule
-        ):
-            raise NotSupportedError(f"layer {leaf.name} wants a mask of another kind than its cache's")
-        given = Attending(queries.swapaxes(0, 2), None, None, scale, sinks)
-        return attend(self.step(leaf), leaf.index, given).swapaxes(0, 2)
+    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
+        raise _no_arrays()
 
-    def _batch(self) -> Batch:
-        positions: list[int] = []
-        sequences: list[int] = []
-        for conversation, begin, (_, count) in zip(
-            self.conversations, self.begins, self.columns, strict=True
-        ):
-            positions += range(begin, begin + count)
-            sequences += [conversation.sequence] * count
-        return Batch(positions, sequences)
+    def _arrays(self, step: Step, leaf: Leaf) -> History:
+        raise _no_arrays()
+
+    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
+        raise _no_arrays()
+
+    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
+        raise _no_arrays()
 
     def _read(self, leaf: Leaf) -> list[mx.array | None]:
-        raise NotSupportedError("recurrences need their tokens in a row")
+        raise _no_arrays()
 
     def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None:
-        raise NotSupportedError("recurrences need their tokens in a row")
+        raise _no_arrays()
+
+
+def _no_arrays() -> NotSupportedError:
+    return NotSupportedError("tokens that are rows of their own have no history or state in one piece")
 
 
 class TokenRows(Rows):

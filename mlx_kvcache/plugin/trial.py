@@ -1,7 +1,8 @@
 """Trying a model on its caches before anybody relies on them.
 
-A graph of a few tokens is built and not evaluated, so that it costs no more than Python's time:
-whatever a model asks of a cache that it does not get shows here, and not in the middle of a text.
+Whatever a model asks of a cache that it does not get shows here, and not in the middle of a text.
+For that a graph of a few tokens is built and not evaluated, so that it costs no more than Python's
+time. How the model takes batches is found by comparing logits, when a batch first needs to know.
 """
 
 from __future__ import annotations

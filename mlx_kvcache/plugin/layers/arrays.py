@@ -7,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ...caches.recurrent import RecurrentCache
 from ...errors import CacheError
 from ..forward import newest, padded_state
 from .base import Layer
@@ -70,8 +69,7 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of this layer's arrays, those of checkpoints included."""
-        cache = self.rows.pool.caches[self.rows.pool.kinds[self.leaf.index]]
-        assert isinstance(cache, RecurrentCache)
+        cache = self.rows.pool.recurrent(self.leaf)
         return sum(
             cache.layer_nbytes(self.leaf.index, conversation.sequence)
             for conversation in self.rows.conversations

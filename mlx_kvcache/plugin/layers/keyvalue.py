@@ -6,13 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...arrays.mask import Mask
 from ...arrays.store import Pair
 from ...caches.positional import PositionalCache
 from ...cells.rules import Chunk, Window
 from ...cells.spans import Spans, count
 from ...errors import CacheError, NotSupportedError
-from ..forward import Forward, History
+from ..forward import Forward
 from .base import Layer
 from .stored import stored
 
@@ -22,11 +21,12 @@ class KeyValueLayer(Layer):
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **more: Any
-    ) -> Mask:
+    ) -> Any:
         """The mask for the next N tokens, as `mlx_lm.models.base.create_attention_mask` asks for it.
 
         Returns:
-            None, "causal", or booleans (N, S); of a batch (B, 1, N, S).
+            None, "causal", or booleans (N, S); of a batch (B, 1, N, S). In a model's call it may be a
+            handle, which only attention understands.
         """
         rows, leaf = self.rows, self.leaf
         forward = rows.forward
@@ -39,8 +39,10 @@ class KeyValueLayer(Layer):
         forward.asked.add(leaf.index)
         return forward.mask(leaf, return_array, window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> History:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Store K and V (B, n_kv_heads, n, head_dim) and return the history, these included.
+
+        In a model's call it may be handles, which only attention understands.
 
         Raises:
             ValueError: arrays of other shapes than before, or of other rows than there are.
@@ -52,12 +54,10 @@ class KeyValueLayer(Layer):
         if forward is None or leaf.index in forward.written:
             forward = self._begun(keys)
         history = forward.update(leaf, keys, values)
-        forward.written.add(leaf.index)
-        if not rows.is_called:
-            rows.finish_if_written(forward)
+        rows.wrote(leaf.index)
         return history
 
-    def keys_and_values(self) -> History:
+    def keys_and_values(self) -> Any:
         """What `update_and_fetch` returned last."""
         forward = self.rows.forward
         if forward is not None and self.leaf.index in forward.written:
@@ -93,8 +93,7 @@ class KeyValueLayer(Layer):
     @property
     def nbytes(self) -> int:
         """Bytes of this layer's held K and V, what is shared counted in full."""
-        cache = self._cache
-        buffers = cache._store.layers.get(self.leaf.index)
+        buffers = self._cache._store.layers.get(self.leaf.index)
         return sum(count(spans) for spans in self._spans()) * buffers.form.cell_bytes if buffers else 0
 
     @property
@@ -123,9 +122,7 @@ class KeyValueLayer(Layer):
 
     @property
     def _cache(self) -> PositionalCache:
-        cache = self.rows.pool.caches[self.rows.pool.kinds[self.leaf.index]]
-        assert isinstance(cache, PositionalCache)
-        return cache
+        return self.rows.pool.keyed(self.leaf)
 
     def _spans(self) -> list[Spans]:
         """Where what each row holds lies."""

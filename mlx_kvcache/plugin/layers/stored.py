@@ -5,7 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ...arrays.store import cells_of, concatenated
-from ...caches.positional import PositionalCache
 from ...cells.rules import Chunk
 from ...cells.spans import seen_from
 from ..conversation import Conversation
@@ -19,8 +18,7 @@ def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
     Keys are returned at the tokens' own positions, whatever the model's offset is.
     """
     pool = conversation.pool
-    cache = pool.caches[pool.kinds[leaf.index]]
-    assert isinstance(cache, PositionalCache)
+    cache = pool.keyed(leaf)
     spans, position = cache._table[conversation.sequence].spans, conversation.position
     if not isinstance(leaf.rule, Chunk):
         # The newest token still sees what the next one pushes out.

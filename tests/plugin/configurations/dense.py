@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from tests.plugin.configurations.common import FULL, SLIDING, VOCABULARY, WINDOW, YARN, Configuration, table
+from tests.plugin.configurations.common import (
+    FULL,
+    LATENT,
+    SLIDING,
+    VOCABULARY,
+    WINDOW,
+    YARN,
+    Configuration,
+    table,
+)
 
 _LLAMA3: Configuration = {
     "rope_type": "llama3",
@@ -77,14 +86,7 @@ FULL_ATTENTION: dict[str, Configuration] = table(
         "starcoder2": {},
         "talkie": {"num_key_value_heads": 4},
         "telechat3": {},
-        "youtu_llm": {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-        },
+        "youtu_llm": LATENT,
         # Configurations with names of their own.
         "gpt2": {"n_ctx": 128, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128},
         "gpt_bigcode": {
