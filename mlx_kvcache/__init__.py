@@ -10,7 +10,7 @@ from .caches.interface import Cache, slide
 from .caches.recurrent import RecurrentCache
 from .caches.sliding import SlidingWindowCache
 from .caches.wrapper import WrapperCache
-from .errors import CacheError, CacheFullError, NotSupportedError
+from .errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "Cache",
     "CacheConfig",
     "CacheError",
+    "CacheFileError",
     "CacheFullError",
     "CausalCache",
     "CausalOptions",

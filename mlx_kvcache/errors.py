@@ -1,5 +1,9 @@
 """What can go wrong. After any of these the cache is usable and unchanged."""
 
+from __future__ import annotations
+
+from os import PathLike
+
 
 class CacheError(Exception):
     """Base of this package's errors; raised itself when calls come in the wrong order."""
@@ -27,3 +31,20 @@ class CacheFullError(CacheError):
 
 class NotSupportedError(CacheError):
     """The cache, as it was built or with what it holds now, cannot do this exactly."""
+
+
+class CacheFileError(CacheError):
+    """A file cannot be written or read, or what is in it cannot be used here.
+
+    Attributes:
+        path: which file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[str | PathLike[str], str]]:
+        return type(self), (self.path, self.reason)

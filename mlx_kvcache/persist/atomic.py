@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_ENDING = ".part"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that takes its place at the end; an exception inside removes it.
+
+    Raises:
+        OSError: as opening, writing and renaming do.
+    """
+    sweep(path.parent, path.name)
+    temporary, file = _locked(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove the temporary files that killed processes left, of one file or of the whole folder.
+
+    A living process holds a lock on its own, which ends with it in any way.
+    """
+    for left in folder.glob(f".*{_ENDING}"):
+        if name and not left.name.startswith(f".{name}."):
+            continue
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _locked(path: Path) -> tuple[Path, BinaryIO]:
+    """A new temporary file for `path`, and a lock on it."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_ENDING}")
+        file = temporary.open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Between opening and locking, somebody may have taken it for one that was left.
+        if os.fstat(file.fileno()).st_nlink:
+            return temporary, file
+        file.close()
+
+
+def _sync(folder: Path) -> None:
+    """Let a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
