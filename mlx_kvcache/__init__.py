@@ -11,6 +11,7 @@ from .caches.recurrent import RecurrentCache
 from .caches.sliding import SlidingWindowCache
 from .caches.wrapper import WrapperCache
 from .errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
+from .quantisation import Quantisation
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "ChunkedAttentionCache",
     "EncoderCache",
     "NotSupportedError",
+    "Quantisation",
     "RecurrentCache",
     "SlidingWindowCache",
     "WrapperCache",

@@ -1,4 +1,7 @@
-"""Every kind of cache that holds K and V by position, alone and wrapped. A new kind is one entry."""
+"""Every kind of cache that holds K and V by position, alone and wrapped, and every way to store them.
+
+A new kind is one entry.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,26 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvcache import CausalCache, ChunkedAttentionCache, SlidingWindowCache, WrapperCache
+from mlx_kvcache import (
+    CausalCache,
+    ChunkedAttentionCache,
+    Quantisation,
+    SlidingWindowCache,
+    WrapperCache,
+)
 from mlx_kvcache.caches.base import PlanningCache
 from mlx_kvcache.caches.positional import Shift
 from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window
+
+STORES: dict[str, Quantisation | None] = {
+    "float": None,
+    "8 bits": Quantisation(8, group_size=32),
+    "4 and 8 bits of all but 5 tokens": Quantisation((4, 8), group_size=32, after=5),
+    "2 bits of the keys of one layer": Quantisation(
+        lambda layer: (2, None) if layer else None, group_size=32
+    ),
+}
+"""How K and V are stored. A new way is one entry."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,23 @@
-"""K/V buffers: for each layer and segment one pair of arrays (1, n_kv_heads, cells, head_dim)."""
+"""K/V buffers: for each layer and segment a pair of lanes, one of keys and one of values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
+
+from ..quantisation import Codec, Quantisation, check_width
+from .lanes import Index, Lane, Plain, as_stored, cell_bytes, joined, zeros
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 """(layer, keys, values) -> keys and values at their new positions, of the same shapes."""
 
-Index = tuple[slice, slice, slice]
-
 Cells = tuple[int, int, Index]
 """Neighbouring cells: their segment, the cell after the last one, and how to index them."""
+
+Lanes = tuple[Lane, Lane]
+"""Keys and values of neighbouring cells."""
 
 _TOKENS = (2,)
 
@@ -24,40 +28,144 @@ def cells_of(segment: int, low: int, high: int) -> Cells:
 
 
 class Form(NamedTuple):
-    """What a layer's arrays look like; the first `put` decides it."""
+    """What a layer's arrays look like; the first `put` decides it.
+
+    The dtypes are those in which keys and values come and go; by the codecs they are stored in
+    segments that are packed.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
     key_dtype: mx.Dtype
     value_dtype: mx.Dtype
+    key_codec: Codec | None = None
+    value_codec: Codec | None = None
 
     @property
-    def cell_bytes(self) -> int:
-        keys, values = self.key_dim * self.key_dtype.size, self.value_dim * self.value_dtype.size
+    def is_packed(self) -> bool:
+        """Whether packed segments differ from others."""
+        return self.key_codec is not None or self.value_codec is not None
+
+    def plain(self) -> Form:
+        """The form of segments that are not packed."""
+        return self._replace(key_codec=None, value_codec=None)
+
+    def cell_bytes(self, is_packed: bool) -> int:
+        form = self if is_packed else self.plain()
+        keys = cell_bytes(form.key_dim, form.key_dtype, form.key_codec)
+        values = cell_bytes(form.value_dim, form.value_dtype, form.value_codec)
         return self.heads * (keys + values)
 
-    def zeros(self, cells: int) -> Pair:
-        return Pair(
-            mx.zeros((1, self.heads, cells, self.key_dim), self.key_dtype),
-            mx.zeros((1, self.heads, cells, self.value_dim), self.value_dtype),
+    def zeros(self, cells: int, is_packed: bool = False) -> Lanes:
+        form = self if is_packed else self.plain()
+        return (
+            zeros(form.heads, cells, form.key_dim, form.key_dtype, form.key_codec),
+            zeros(form.heads, cells, form.value_dim, form.value_dtype, form.value_codec),
         )
+
+    def stored(self, lanes: Lanes, is_packed: bool) -> Lanes:
+        """The lanes as they lie in a segment that is packed, or is not."""
+        form = self if is_packed else self.plain()
+        return (
+            as_stored(lanes[0], form.key_codec, form.key_dtype),
+            as_stored(lanes[1], form.value_codec, form.value_dtype),
+        )
+
+    def decoded(self, lanes: Lanes) -> tuple[mx.array, mx.array]:
+        """The lanes in float."""
+        return lanes[0].decoded(self.key_dtype), lanes[1].decoded(self.value_dtype)
 
 
 class Pair:
-    """Keys and values of one segment in one layer. Copying one copies no array."""
+    """Keys and values of one segment in one layer, in float. Copying one copies no array."""
 
     __slots__ = ("capacity", "keys", "values")
+
+    is_packed = False
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         self.keys = keys
         self.values = values
         self.capacity = keys.shape[2]
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return self.keys, self.values
+
     def write(self, start: mx.array, keys: mx.array, values: mx.array) -> None:
         """Put tokens at the cells from `start` (1,) on. In place when evaluated, if nobody holds a view."""
         self.keys = mx.slice_update(self.keys, keys, start, _TOKENS)
         self.values = mx.slice_update(self.values, values, start, _TOKENS)
+
+    def read(self, index: Index) -> tuple[mx.array, mx.array]:
+        """Views of some cells."""
+        return self.keys[index], self.values[index]
+
+    @property
+    def whole(self) -> Lanes:
+        """All cells as lanes."""
+        return Plain(self.keys), Plain(self.values)
+
+    def lanes(self, index: Index) -> Lanes:
+        """Views of some cells as lanes."""
+        return Plain(self.keys[index]), Plain(self.values[index])
+
+
+class PackedPair:
+    """The same where keys, values or both are in fewer bits."""
+
+    __slots__ = ("_form", "_lanes", "capacity")
+
+    is_packed = True
+
+    def __init__(self, form: Form, lanes: Lanes) -> None:
+        self._form = form
+        self._lanes = lanes
+        self.capacity = lanes[0].arrays[0].shape[2]
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        keys, values = self._lanes
+        return *keys.arrays, *values.arrays
+
+    @property
+    def whole(self) -> Lanes:
+        """All cells."""
+        return self._lanes
+
+    @property
+    def keys(self) -> mx.array:
+        """What the keys' features are packed in."""
+        return self._lanes[0].arrays[0]
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self._lanes = self._lanes[0].renewed(array), self._lanes[1]
+
+    @property
+    def values(self) -> mx.array:
+        """What the values' features are packed in."""
+        return self._lanes[1].arrays[0]
+
+    @values.setter
+    def values(self, array: mx.array) -> None:
+        self._lanes = self._lanes[0], self._lanes[1].renewed(array)
+
+    def write(self, start: mx.array, keys: mx.array, values: mx.array) -> None:
+        """As `Pair.write`."""
+        self._lanes = self._lanes[0].written(start, keys), self._lanes[1].written(start, values)
+
+    def read(self, index: Index) -> tuple[mx.array, mx.array]:
+        """Some cells in float."""
+        return self._form.decoded(self.lanes(index))
+
+    def lanes(self, index: Index) -> Lanes:
+        """Views of some cells."""
+        return self._lanes[0].at(index), self._lanes[1].at(index)
+
+
+AnyPair: TypeAlias = Pair | PackedPair
 
 
 class Buffers:
@@ -67,64 +175,81 @@ class Buffers:
 
     def __init__(self, form: Form) -> None:
         self.form = form
-        self.pairs: dict[int, Pair] = {}
+        self.pairs: dict[int, AnyPair] = {}
 
-    def pair(self, segment: int, capacity: int) -> Pair:
+    def pair(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
         """The pair of a segment, created or grown with zeros to `capacity` cells."""
         pair = self.pairs.get(segment)
         if pair is None or pair.capacity < capacity:
-            pair = self.pairs[segment] = self.sized(segment, capacity)
+            pair = self.pairs[segment] = self.sized(segment, capacity, is_packed)
         return pair
 
     def read(self, cells: Iterable[Cells]) -> list[tuple[mx.array, mx.array]]:
-        """Views of ranges of cells. Those that the layer has not written are zeros."""
-        views = []
-        for segment, high, index in cells:
-            pair = self.pairs.get(segment)
-            if pair is None or pair.capacity < high:
-                pair = self.sized(segment, high)
-            views.append((pair.keys[index], pair.values[index]))
-        return views
+        """Ranges of cells in float, views where they are stored so. Those never written are zeros."""
+        return [self._holding(segment, high).read(index) for segment, high, index in cells]
 
-    def sized(self, segment: int, capacity: int) -> Pair:
+    def lanes(self, cells: Iterable[Cells]) -> list[Lanes]:
+        """Views of ranges of cells as they are stored. Those never written are zeros."""
+        return [self._holding(segment, high).lanes(index) for segment, high, index in cells]
+
+    def sized(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
         """A copy of the pair for a segment, with zeros up to `capacity` cells at least."""
         pair = self.pairs.get(segment)
-        if pair is None:
-            return self.form.zeros(capacity)
-        if pair.capacity >= capacity:
-            return Pair(pair.keys, pair.values)
-        return self.joined([(pair.keys, pair.values)], capacity)
+        return self.joined([pair.whole] if pair else [], capacity, is_packed)
 
-    def joined(self, parts: list[tuple[mx.array, mx.array]], capacity: int) -> Pair:
-        """A new pair of these K and V one after the other, and zeros."""
-        size = sum(keys.shape[2] for keys, _ in parts)
+    def joined(self, parts: list[Lanes], capacity: int, is_packed: bool) -> AnyPair:
+        """A new pair of these K and V one after the other, and zeros up to `capacity` cells at least."""
+        parts = [self.form.stored(lanes, is_packed) for lanes in parts]
+        size = sum(keys.arrays[0].shape[2] for keys, _ in parts)
         if size < capacity:
-            unused = self.form.zeros(capacity - size)
-            parts = [*parts, (unused.keys, unused.values)]
-        return Pair(*concatenated(parts))
+            parts.append(self.form.zeros(capacity - size, is_packed))
+        keys, values = (joined(lanes) for lanes in zip(*parts, strict=True))
+        if is_packed and self.form.is_packed:
+            return PackedPair(self.form, (keys, values))
+        return Pair(*keys.arrays, *values.arrays)
+
+    def _holding(self, segment: int, high: int) -> AnyPair:
+        """The pair of a segment with `high` cells at least."""
+        pair = self.pairs.get(segment)
+        if pair is None or pair.capacity < high:
+            return self.sized(segment, high, pair is not None and pair.is_packed)
+        return pair
 
 
-Staged = dict[int, dict[int, Pair]]
+Staged = dict[int, dict[int, AnyPair]]
 """New pairs by layer and segment, not yet adopted."""
 
 
-class DenseStore:
-    """Buffers in the dtype they are used in.
+class Store:
+    """All buffers, in the dtype they are used in or in fewer bits.
 
     Args:
-        dtype: of what is stored; None keeps that of each layer's first K and V.
+        dtype: in which K and V come and go; None keeps that of each layer's first ones.
+        quantisation: how they lie in packed segments; None if there are no such.
     """
 
-    def __init__(self, dtype: mx.Dtype | None) -> None:
+    def __init__(self, dtype: mx.Dtype | None, quantisation: Quantisation | None = None) -> None:
         self._dtype = dtype
+        self._quantisation = quantisation
         self.layers: dict[int, Buffers] = {}
 
-    def form_for(self, keys: mx.array, values: mx.array) -> Form:
-        """The form of a layer that begins with these. Raises ValueError unless they have four axes."""
+    def form_for(self, layer: int, keys: mx.array, values: mx.array) -> Form:
+        """The form of a layer that begins with these.
+
+        Raises:
+            ValueError: they have not four axes, or heads of a size that is not to be divided into groups.
+        """
         if keys.ndim != 4 or values.ndim != 4:
             raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected four axes")
         dtypes = self._dtype or keys.dtype, self._dtype or values.dtype
-        return Form(keys.shape[1], keys.shape[-1], values.shape[-1], *dtypes)
+        dims = keys.shape[-1], values.shape[-1]
+        codecs = self._quantisation.of(layer) if self._quantisation else (None, None)
+        for name, dim, codec in zip(("keys", "values"), dims, codecs, strict=True):
+            if codec:
+                check_width(f"{name} of layer {layer}", dim, codec.group_size)
+        # Some layers have keys only; nothing can be packed in no bits.
+        used = (codec if dim else None for dim, codec in zip(dims, codecs, strict=True))
+        return Form(keys.shape[1], *dims, *dtypes, *used)
 
     def open(self, layer: int, form: Form) -> Buffers:
         """Begin a layer. Layers of the same form share one object for it."""
@@ -132,19 +257,28 @@ class DenseStore:
         buffers = self.layers[layer] = Buffers(form)
         return buffers
 
-    def stage_move(self, staged: Staged, segment: int, pieces: list[Cells], capacity: int) -> None:
+    def stage_move(
+        self, staged: Staged, segment: int, pieces: list[Cells], capacity: int, is_packed: bool
+    ) -> None:
         """Prepare a new segment that begins with copies of these cells."""
         for layer, buffers in self.layers.items():
-            staged.setdefault(layer, {})[segment] = buffers.joined(buffers.read(pieces), capacity)
+            staged.setdefault(layer, {})[segment] = buffers.joined(buffers.lanes(pieces), capacity, is_packed)
 
     def stage_rebase(
-        self, staged: Staged, source: list[Cells], segment: int, cell: int, capacity: int, rebase: Rebase
+        self,
+        staged: Staged,
+        source: list[Cells],
+        segment: int,
+        cell: int,
+        capacity: int,
+        is_packed: bool,
+        rebase: Rebase,
     ) -> None:
         """Prepare `segment` with the source cells, re-based, from `cell` on."""
         start = mx.array([cell])
         for layer, buffers in self.layers.items():
             keys, values = rebase(layer, *concatenated(buffers.read(source)))
-            pair = buffers.sized(segment, capacity)
+            pair = buffers.sized(segment, capacity, is_packed)
             pair.write(start, keys, values)
             staged.setdefault(layer, {})[segment] = pair
 
@@ -158,15 +292,19 @@ class DenseStore:
                 buffers.pairs.pop(segment, None)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        held = (pair for buffers in self.layers.values() for pair in buffers.pairs.values())
-        return sum(pair.keys.nbytes + pair.values.nbytes for pair in held)
+    def arrays(self) -> list[mx.array]:
+        """All that is stored."""
+        return [
+            array
+            for buffers in self.layers.values()
+            for pair in buffers.pairs.values()
+            for array in pair.arrays
+        ]
 
     @property
-    def cell_bytes(self) -> int:
-        """Bytes of one cell, all layers together."""
-        return sum(buffers.form.cell_bytes for buffers in self.layers.values())
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(array.nbytes for array in self.arrays)
 
 
 def concatenated(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:

@@ -6,13 +6,14 @@ import mlx.core as mx
 
 from .joined import attend_joined, shared_runs
 from .keyvalue import Attending
+from .products import scores_of, weighted_sum
 from .step import Part, Step, take
 
 
 def attend(step: Step, layer: int, given: Attending) -> mx.array:
     """Put, unless keys and values are None, and attend; (1, n_heads, n, value_dim) in batch order."""
     if given.keys is not None and given.values is not None:
-        if step.is_plain:
+        if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
@@ -22,8 +23,9 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
         for shared in step.once(shared_runs):
             outputs = attend_joined(step, layer, shared, given)
             found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
-        if len(step.parts) - len(found) > 1 and step.once(_is_decoding_on_a_cpu):
-            found |= _decoded(step, layer, [p for p in step.parts if p.sequence not in found], given)
+        left = [part for part in step.parts if part.sequence not in found]
+        if single := _decodes(step, layer, left):
+            found |= _decoded(step, layer, single, given)
     for part in step.parts:
         if part.sequence not in found:
             queries, history = take(given.queries, part.rows), step.history(layer, part)
@@ -43,24 +45,33 @@ def _batch_order(step: Step) -> mx.array | None:
     return None if back == list(range(step.n)) else mx.array(back)
 
 
-def _is_decoding_on_a_cpu(step: Step) -> bool:
-    """Whether each sequence has one query, and MLX has no kernel of its own for that."""
-    return step.is_decoding and mx.default_device().type == mx.cpu
+def _is_packed(step: Step, layer: int, part: Part) -> bool:
+    """Whether MLX's own attention would first need what a part sees in float."""
+    return step.store.layers[layer].form.is_packed and step.is_packed(part)
+
+
+def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
+    """Parts with a single query that are faster without MLX's own attention."""
+    if not step.is_decoding:
+        return []
+    if len(left) > 1 and mx.default_device().type == mx.cpu:
+        # It has no kernel of its own there, and composes one of more operations.
+        return left
+    return [part for part in left if _is_packed(step, layer, part)]
 
 
 def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> dict[int, mx.array]:
-    """Outputs of single queries, with fewer operations than the composed SDPA of MLX's CPU backend."""
+    """Outputs of single queries, from lanes as they are stored."""
     _, heads, n, dim = given.queries.shape
     groups = step.store.layers[layer].form.heads
     # The query heads of a group are rows of one product.
     rows = (given.queries * given.scale).swapaxes(1, 2).reshape(n, groups, heads // groups, dim)
     found = {}
     for part in parts:
-        row = part.indices[0]
-        keys, values = step.history(layer, part)
-        scores = rows[row : row + 1] @ keys.swapaxes(-1, -2)
-        out = mx.softmax(scores, axis=-1, precise=True) @ values
-        found[part.sequence] = out.reshape(1, heads, 1, -1)
+        row, pieces = part.indices[0], step.lanes(layer, part, part.cells)
+        scores = scores_of(rows[row : row + 1], pieces)
+        out = weighted_sum(mx.softmax(scores, axis=-1, precise=True), pieces)
+        found[part.sequence] = out.reshape(1, heads, 1, -1).astype(given.queries.dtype)
     return found
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
+from ..quantisation import Quantisation
 from .interface import check_numbers, check_range
 from .plan import Plan
 
@@ -33,7 +34,7 @@ class PlanningCache(ABC):
         self._max_batch = 0
 
     @abstractmethod
-    def _open(self, dtype: mx.Dtype | None, room: int) -> None: ...
+    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None: ...
     @abstractmethod
     def _plan_forward(self, batch: Batch) -> Plan: ...
     @abstractmethod
@@ -76,17 +77,24 @@ class PlanningCache(ABC):
         max_sequences: int = 1,
         capacity: int = 4096,
         max_batch: int = 512,
+        quantisation: Quantisation | None = None,
+        head_dim: int | None = None,
     ) -> None:
         """Make room for `max_sequences * capacity` tokens, shared by all sequences.
 
         Args:
-            dtype: of what is stored; None keeps that of each layer's first K and V.
+            dtype: of keys and values as they are returned, and stored if not in fewer bits; None
+                keeps that of each layer's first ones.
             max_sequences, capacity: their product is the room in cells. Neither bounds
                 the number, the names or the lengths of sequences.
             max_batch: the most tokens in one forward pass.
+            quantisation: to store K and V in fewer bits; encoders' and recurrent kinds' stay as
+                they are.
+            head_dim: features of a head, where they are known; `put` checks them otherwise.
 
         Raises:
-            ValueError: a number below 1, or a dtype that is no float type.
+            ValueError: a number below 1, a dtype that is no float type, or a head_dim that the
+                quantisation's groups do not divide.
             CacheError: a second call.
         """
         self._check_open()
@@ -102,7 +110,9 @@ class PlanningCache(ABC):
         if dtype is not None and not mx.issubdtype(dtype, mx.floating):
             raise ValueError(f"dtype must be a float type, got {dtype}")
         self._max_batch = max_batch
-        self._open(dtype, max_sequences * capacity)
+        if quantisation and head_dim is not None:
+            quantisation.check(head_dim)
+        self._open(dtype, max_sequences * capacity, quantisation)
         self._ready = True
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:

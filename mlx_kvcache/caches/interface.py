@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..arrays.mask import Mask
 from ..batch import Batch, CacheConfig, CausalOptions
+from ..quantisation import Quantisation
 
 History = tuple[mx.array, mx.array, Mask]
 """Keys and values (1, n_kv_heads, S, head_dim), and who of the n tokens sees which of the S."""
@@ -25,7 +26,13 @@ class Cache(Protocol):
 
     def set_config(self, config: CacheConfig) -> None: ...
     def init(
-        self, dtype: mx.Dtype = ..., max_sequences: int = ..., capacity: int = ..., max_batch: int = ...
+        self,
+        dtype: mx.Dtype = ...,
+        max_sequences: int = ...,
+        capacity: int = ...,
+        max_batch: int = ...,
+        quantisation: Quantisation | None = ...,
+        head_dim: int | None = ...,
     ) -> None: ...
     def start_forward(self, batch: Batch, reserve: bool = False) -> None: ...
     def forward(self, batch: Batch) -> AbstractContextManager[Any]: ...

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..arrays.store import Cells, cells_of
+from ..arrays.store import Cells, Lanes, cells_of
 from .keyvalue import Attending
+from .products import scores_of, weighted_sum
 from .step import Part, Step, take
 
 LONG = 256
@@ -54,37 +55,35 @@ def shared_runs(step: Step) -> list[Shared]:
 
 def attend_joined(step: Step, layer: int, shared: Shared, given: Attending) -> list[mx.array]:
     """Each member's output (1, n_heads, its tokens, value_dim)."""
-    store = step.store.layers[layer]
-    [(run_keys, run_values)] = store.read([shared.run])
+    groups = step.store.layers[layer].form.heads
+    run = step.stored(layer, [shared.run])
     queries = [take(given.queries, member.part.rows) * given.scale for member in shared.members]
     together = mx.concatenate(queries, axis=2) if len(queries) > 1 else queries[0]
-    run_out, run_sum = _attend(together, run_keys, run_values, causal=False)
+    run_out, run_sum = _attend(together, run, groups, causal=False)
     outputs, start = [], 0
     for (part, rest), own in zip(shared.members, queries, strict=True):
         stop = start + own.shape[2]
-        keys, values = step.rest(layer, part, rest)
-        own_out, own_sum = _attend(own, keys, values, causal=own.shape[2] > 1)
+        own_out, own_sum = _attend(own, step.lanes(layer, part, rest), groups, causal=own.shape[2] > 1)
         out, total = (
             (run_out[:, :, start:stop], run_sum[:, :, start:stop]) if len(queries) > 1 else (run_out, run_sum)
         )
         weight = mx.sigmoid(total - own_sum).astype(own_out.dtype)
-        outputs.append(own_out + weight * (out - own_out))
+        outputs.append((own_out + weight * (out - own_out)).astype(given.queries.dtype))
         start = stop
     return outputs
 
 
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> tuple[mx.array, mx.array]:
+def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -> tuple[mx.array, mx.array]:
     """Outputs (1, n_heads, n, value_dim), and the logarithms of their sums (1, n_heads, n, 1)."""
     _, heads, n, _ = queries.shape
-    groups = keys.shape[1]
     # The query heads of a group are rows of one product.
-    scores = queries.reshape(1, groups, -1, queries.shape[3]) @ keys.swapaxes(-1, -2)
+    scores = scores_of(queries.reshape(1, groups, -1, queries.shape[3]), pieces)
     if causal:
-        size = keys.shape[2]
+        size = scores.shape[3]
         seen = mx.arange(size) <= mx.arange(size - n, size)[:, None]
         scores = mx.where(mx.tile(seen, (heads // groups, 1)), scores, -mx.inf)
     total = mx.logsumexp(scores.astype(mx.float32), axis=-1, keepdims=True)
-    out = mx.softmax(scores, axis=-1, precise=True) @ values
+    out = weighted_sum(mx.softmax(scores, axis=-1, precise=True), pieces)
     return out.reshape(1, heads, n, -1), total.reshape(1, heads, n, 1)
 
 

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..arrays.store import Cells, DenseStore, Rebase, Staged, cells_of
+from ..arrays.store import Cells, Rebase, Staged, Store, cells_of
 from ..batch import Batch, CausalOptions
 from ..cells.placement import Placement, allocated_after, compact, place
 from ..cells.removal import Removal, drop_tail, remove_range
 from ..cells.rules import Rule
-from ..cells.spans import Sequence, Spans, clip, resumable
+from ..cells.spans import FOREVER, Sequence, Spans, clip, resumable
 from ..cells.table import CellTable
 from ..errors import NotSupportedError
+from ..quantisation import Quantisation
 from .attend import attend
 from .interface import History
 from .keyvalue import Attending, KeyValueCache
@@ -40,7 +41,7 @@ class PositionalCache(KeyValueCache):
         self._rewind = rewind
         self._shift = shift
         self._table = CellTable(0)
-        self._store = DenseStore(None)
+        self._store = Store(None)
         self._step: Step | Reservation | None = None
 
     @property
@@ -52,13 +53,16 @@ class PositionalCache(KeyValueCache):
         self._table.check()
         for layer, buffers in self._store.layers.items():
             assert set(buffers.pairs) <= set(self._table.capacity), layer
+            for segment, pair in buffers.pairs.items():
+                is_packed = segment in self._table.packed and buffers.form.is_packed
+                assert pair.is_packed == is_packed, (layer, segment)
 
-    def _open(self, dtype: mx.Dtype | None, room: int) -> None:
-        self._table = CellTable(room)
-        self._store = DenseStore(dtype)
+    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
+        self._table = CellTable(room, quantisation.after if quantisation else FOREVER)
+        self._store = Store(dtype, quantisation)
 
     def _close(self) -> None:
-        self._open(None, 0)
+        self._open(None, 0, None)
         self._step = None
 
     def _plan_forward(self, batch: Batch) -> StepPlan:
@@ -94,9 +98,9 @@ class PositionalCache(KeyValueCache):
         staged: Staged = {}
         moved = removal.rebased
         if moved:
-            capacity = moved.capacity or self._table.capacity[moved.segment]
+            segment, cell, capacity, is_packed, _ = moved.target
             source = _cells(moved.source)
-            self._store.stage_rebase(staged, source, moved.segment, moved.cell, capacity, rebase)
+            self._store.stage_rebase(staged, source, segment, cell, capacity, is_packed, rebase)
         return EditPlan(self, removal, staged)
 
     def _rebase_by(self, offset: int) -> Rebase:
@@ -153,8 +157,10 @@ class PositionalCache(KeyValueCache):
     def _apply(self, placement: Placement, staged: Staged) -> None:
         for move in placement.moves:
             capacity = placement.capacity[move.segment]
-            self._store.stage_move(staged, move.segment, _cells(move.pieces), capacity)
+            is_packed = move.segment in placement.packed
+            self._store.stage_move(staged, move.segment, _cells(move.pieces), capacity, is_packed)
         self._table.capacity.update(placement.capacity)
+        self._table.packed.update(placement.packed)
         if staged:
             self._store.adopt(staged)
         self._table.assign(placement.changes)
@@ -182,7 +188,7 @@ class StepPlan(Plan):
             self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
         cache._apply(self._placement, {})
         placed, n = self._placement.placed, len(self._batch)
-        self._step = Step(placed, n, cache._rule, cache._config, cache._store, table.capacity)
+        self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
         cache._step = self._step
 
     def undo(self) -> None:
@@ -200,7 +206,7 @@ class ReservePlan(Plan):
 
     def commit(self) -> None:
         cache = self._cache
-        cache._step = Reservation(self._batch, cache._rule, cache._config, cache._store, cache._table.room)
+        cache._step = Reservation(self._batch, cache._rule, cache._config, cache._store, cache._table)
 
     def undo(self) -> None:
         self._cache._step = None
@@ -219,7 +225,8 @@ class EditPlan(Plan):
             return
         placement = Placement(changes=dict(self._removal.changes))
         moved = self._removal.rebased
-        if moved and moved.capacity is not None:
-            placement.capacity[moved.segment] = moved.capacity
+        if moved and moved.target.is_new:
+            placement.capacity[moved.target.segment] = moved.target.capacity
+            placement.packed.update({moved.target.segment} if moved.target.is_packed else ())
         self._cache._step = None
         self._cache._apply(placement, self._staged)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..arrays.mask import Mask
-from ..arrays.store import DenseStore, Pair
+from ..arrays.store import Store
 from ..batch import Batch, CacheConfig
 from ..cells.rules import Causal, Chunk, Rule
+from ..cells.table import CellTable
 from ..errors import CacheError
 from .step import checked
 
@@ -15,12 +16,14 @@ from .step import checked
 class Reservation:
     """Takes the place of a step after `start_forward(reserve=True)`."""
 
-    def __init__(self, batch: Batch, rule: Rule, config: CacheConfig, store: DenseStore, room: int) -> None:
+    def __init__(self, batch: Batch, rule: Rule, config: CacheConfig, store: Store, table: CellTable) -> None:
         self.n = len(batch)
         self._config = config
         self._store = store
-        self._room = room
-        self._pairs: dict[int, Pair] = {}
+        self._room = room = table.room
+        # Short sequences may fill the room in float, if they are to stay so for a while.
+        self._is_packed = not table.pack_after
+        self._pairs: dict[int, tuple[mx.array, mx.array]] = {}
         worst = room
         if not isinstance(rule, Causal):
             before = rule.size - 1 + (0 if isinstance(rule, Chunk) else rule.sinks)
@@ -30,18 +33,18 @@ class Reservation:
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Allocate and evaluate the layer's whole room."""
         buffers = self._store.layers.get(layer)
-        form = buffers.form if buffers else self._store.form_for(keys, values)
+        form = buffers.form if buffers else self._store.form_for(layer, keys, values)
         checked(form, self.n, layer, keys, values)
-        pair = form.zeros(max(self._room, self._size))
-        mx.eval(pair.keys, pair.values)
-        self._pairs[layer] = pair
+        lanes = form.zeros(max(self._room, self._size), self._is_packed)
+        mx.eval([lane.arrays for lane in lanes])
+        index = slice(None), slice(None), slice(self._size)
+        self._pairs[layer] = form.decoded((lanes[0].at(index), lanes[1].at(index)))
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
         if layer not in self._pairs:
             raise CacheError(f"layer {layer} has had no put in this batch")
         size = self._size + -self._size % self._config.padding
-        pair = self._pairs[layer]
-        keys, values = pair.keys[:, :, : self._size], pair.values[:, :, : self._size]
+        keys, values = self._pairs[layer]
         if size > self._size:
             keys, values = (
                 mx.pad(array, [(0, 0), (0, 0), (0, size - self._size), (0, 0)]) for array in (keys, values)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..arrays.lanes import Index, Plain
 from ..arrays.mask import Mask, array_mask, positions_of
-from ..arrays.store import Cells, DenseStore, Form, Index, cells_of, concatenated
+from ..arrays.store import Cells, Form, Lanes, Store, cells_of, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.rules import Causal, Chunk, Rule
+from ..cells.table import CellTable
 from ..errors import CacheError
 
 T = TypeVar("T")
@@ -97,15 +99,16 @@ class Step:
         n: int,
         rule: Rule,
         config: CacheConfig,
-        store: DenseStore,
-        capacity: dict[int, int],
+        store: Store,
+        table: CellTable,
     ) -> None:
         self.n = n
         self.parts = [Part(part, n) for part in placed]
         self._rule = rule
         self._config = config
         self.store = store
-        self._capacity = capacity
+        self._capacity = table.capacity
+        self._packed = table.packed
         self._later: frozenset[int] = frozenset()
         self._found: dict[Any, Any] = {}
         self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
@@ -137,13 +140,13 @@ class Step:
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         buffers = self.store.layers.get(layer)
-        form = buffers.form if buffers else self.store.form_for(keys, values)
+        form = buffers.form if buffers else self.store.form_for(layer, keys, values)
         keys, values = checked(form, self.n, layer, keys, values)
         if buffers is None:
             buffers = self.store.open(layer, form)
         for part in self.parts:
             for segment, start, rows in part.stores:
-                pair = buffers.pair(segment, self._capacity[segment])
+                pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
                 if rows is None:
                     pair.write(start, keys, values)
                 else:
@@ -154,6 +157,10 @@ class Step:
     def is_decoding(self) -> bool:
         """Whether each sequence has one token."""
         return self.n == len(self.parts)
+
+    def is_packed(self, part: Part) -> bool:
+        """Whether any of what a part sees lies in a packed segment."""
+        return any(segment in self._packed for segment, _, _ in part.cells)
 
     @property
     def is_plain(self) -> bool:
@@ -179,10 +186,10 @@ class Step:
             keys, values = checked(form, self.n, layer, keys, values)
         pair = buffers.pairs.get(segment)
         if pair is None or pair.capacity < self._capacity[segment]:
-            pair = buffers.pair(segment, self._capacity[segment])
+            pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
         pair.write(start, keys, values)
         self._batches[layer] = None
-        return pair.keys[index], pair.values[index]
+        return pair.read(index)
 
     def _only_run(self) -> tuple[int, mx.array, Index] | None:
         """Segment, first new cell and index of the history, where all of it is one run of one sequence."""
@@ -194,16 +201,31 @@ class Step:
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""
-        return self.rest(layer, part, part.cells)
-
-    def rest(self, layer: int, part: Part, cells: list[Cells]) -> tuple[mx.array, mx.array]:
-        """The same of some of a part's cells, and of its new tokens where they are not stored."""
-        pieces = self.store.layers[layer].read(cells)
+        pieces = self.store.layers[layer].read(part.cells)
         if part.fresh:
-            batch = self._batches[layer]
-            assert batch is not None
-            pieces.append((take(batch[0], part.rows), take(batch[1], part.rows)))
+            pieces.append(self._fresh(layer, part))
         return concatenated(pieces)
+
+    def _fresh(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
+        """K and V of one part's new tokens, where not all of them are stored."""
+        batch = self._batches[layer]
+        assert batch is not None
+        return take(batch[0], part.rows), take(batch[1], part.rows)
+
+    def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
+        """Some of a part's cells, and its new tokens where they are not stored, piece by piece."""
+        pieces = self.stored(layer, cells)
+        if part.fresh:
+            keys, values = self._fresh(layer, part)
+            pieces.append((Plain(keys), Plain(values)))
+        return pieces
+
+    def stored(self, layer: int, cells: list[Cells]) -> list[Lanes]:
+        """Cells as lanes: as they are stored if few queries look at them, else in float."""
+        buffers = self.store.layers[layer]
+        if self.is_decoding or not buffers.form.is_packed:
+            return buffers.lanes(cells)
+        return [(Plain(keys), Plain(values)) for keys, values in buffers.read(cells)]
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
         self.check_put(layer)
@@ -296,7 +318,7 @@ class Step:
 
 def checked(form: Form, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
     """K and V in the layer's dtypes. Raises ValueError unless they have its form and n tokens."""
-    heads, key_dim, value_dim, key_dtype, value_dtype = form
+    heads, key_dim, value_dim, key_dtype, value_dtype = form[:5]
     if keys.shape != (1, heads, n, key_dim) or values.shape != (1, heads, n, value_dim):
         raise ValueError(
             f"keys and values of layer {layer} are {keys.shape} and {values.shape}, "

@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import mlx.core as mx
 
 from ..batch import Batch
+from ..quantisation import Quantisation
 from .base import PlanningCache
 from .plan import Plan
 
@@ -35,7 +36,7 @@ class StreamCache(PlanningCache, Generic[S]):
     def _begin_step(self, batch: Batch | None, reserve: bool) -> None:
         """A batch begins, or an edit ends the last one (None)."""
 
-    def _open(self, dtype: mx.Dtype | None, room: int) -> None:
+    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
         self._streams = {}
 
     def _close(self) -> None:

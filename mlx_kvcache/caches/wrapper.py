@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError, NotSupportedError
+from ..quantisation import Quantisation
 from .base import PlanningCache
 from .keyvalue import KeyValueCache
 from .plan import JointPlan, Plan
@@ -91,13 +92,13 @@ class WrapperCache(PlanningCache):
         self._check_ready()
         return self.underlying_cache
 
-    def _open(self, dtype: mx.Dtype | None, room: int) -> None:
+    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
         for index, child in enumerate(self._children):
             child._check_open()
             if child._ready:
                 raise CacheError(f"child {index} has been initialised by itself")
         for child in self._children:
-            child.init(dtype, 1, room, self._max_batch)
+            child.init(dtype, 1, room, self._max_batch, quantisation)
 
     def _plan_forward(self, batch: Batch) -> Plan:
         return _ForwardPlan(self, [child._plan_forward(batch) for child in self._children])

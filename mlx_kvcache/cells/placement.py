@@ -61,6 +61,7 @@ class Placement:
     undo: dict[int, Sequence | None] = field(default_factory=dict)
     capacity: dict[int, int] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
+    packed: set[int] = field(default_factory=set)
 
     def in_use(self) -> set[int]:
         """Segments that must live until the step is over, whoever owns them."""
@@ -115,6 +116,8 @@ def compact(table: CellTable) -> Placement:
         if live == table.capacity[segment]:
             continue
         target = table.new_segment()
+        if segment in table.packed:
+            placement.packed.add(target)
         pieces = tuple(Span(segment, low, 0, high - low) for low, high in cells)
         placement.moves.append(Move(target, pieces))
         placement.capacity[target] = live
@@ -210,6 +213,7 @@ def _append(
         or last.stop + n > table.capacity[last.segment]
         or table.live + n > table.room
         or len(table.owners(last.segment)) > 1
+        or (end > table.pack_after and last.segment not in table.packed)
     ):
         return None
     run = (Span(last.segment, last.start, last.position, last.length + n),)
@@ -235,10 +239,12 @@ def _place_one(
         segment = table.new_segment()
         own = tuple(span for span in kept if table.owners(span.segment) == {sequence})
         cell = count(own)
+        if table.packs(own, tokens.end):
+            placement.packed.add(segment)
         if own:
             placement.moves.append(Move(segment, own))
             kept = _replaced(kept, own, laid_out(segment, 0, own))
-            undo = old if evicts else Sequence(old.end, kept)
+            undo = old if evicts or _converts(table, placement, segment, own) else Sequence(old.end, kept)
         readable = kept
         reserve = DEAD if evicts or not tokens.whole else 0
         placement.capacity[segment] = capacity_for(cell + n, spare, reserve)
@@ -258,6 +264,8 @@ def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _
     if not tokens.old.spans:
         return False
     last = tokens.old.spans[-1]
+    if tokens.end > table.pack_after and last.segment not in table.packed:
+        return False
     claimed = any(write.segment == last.segment for placed in placement.placed for write in placed.writes)
     if claimed or last.end != tokens.begin or table.cells(last.segment)[-1][1] != last.stop:
         return False
@@ -271,6 +279,11 @@ def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _
     dead = last.stop - count(span for span in tokens.kept if span.segment == last.segment)
     tight = table.room - table.allocated < tokens.stored
     return dead < (1 if tight else DEAD)
+
+
+def _converts(table: CellTable, placement: Placement, segment: int, own: Spans) -> bool:
+    """Whether moving these spans to a new segment changes how they are stored."""
+    return segment in placement.packed and any(span.segment not in table.packed for span in own)
 
 
 def _replaced(spans: Spans, own: Spans, by: Spans) -> Spans:

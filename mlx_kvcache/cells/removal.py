@@ -11,17 +11,22 @@ from .spans import Sequence, Spans, clip, count, join, laid_out, moved, resumabl
 from .table import CellTable, Changes
 
 
-class Rebased(NamedTuple):
-    """Tokens whose positions change by `offset`: rewritten at neighbouring cells from `cell` on.
+class Target(NamedTuple):
+    """Where tokens are rewritten: in a segment from `cell` on. `is_new` says that it is not there yet."""
 
-    `capacity` is that of the target segment if it is new, else None.
-    """
+    segment: int
+    cell: int
+    capacity: int
+    is_packed: bool
+    is_new: bool
+
+
+class Rebased(NamedTuple):
+    """Tokens whose positions change by `offset`, and where they go."""
 
     source: Spans
     offset: int
-    segment: int
-    cell: int
-    capacity: int | None
+    target: Target
 
 
 class Removal(NamedTuple):
@@ -62,11 +67,11 @@ def remove_range(
     source, staying = (head, tail) if rebase_head else (tail, head)
     if not source or not gap:
         return _checked(table, sequence, Sequence(new_end, head + tail), None)
-    segment, cell, capacity = _target(table, sequence, source, staying, rebase_head)
-    placed = laid_out(segment, cell, source)
+    target = _target(table, sequence, source, staying, rebase_head)
+    placed = laid_out(target.segment, target.cell, source)
     spans = join(placed + tail if rebase_head else head + placed)
     cells_now = source if rebase_head else moved(source, gap)
-    rebased = Rebased(cells_now, gap if rebase_head else -gap, segment, cell, capacity)
+    rebased = Rebased(cells_now, gap if rebase_head else -gap, target)
     return _checked(table, sequence, Sequence(new_end, spans), rebased)
 
 
@@ -77,14 +82,12 @@ def rebase_all(table: CellTable, sequence: int, offset: int) -> Removal:
         CacheFullError: cells are shared, and there is no room for a copy.
     """
     end, source = table[sequence]
-    segment, cell, capacity = _target(table, sequence, source, (), before=False)
-    rebased = Rebased(source, offset, segment, cell, capacity)
-    return _checked(table, sequence, Sequence(end, laid_out(segment, cell, source)), rebased)
+    target = _target(table, sequence, source, (), before=False)
+    placed = laid_out(target.segment, target.cell, source)
+    return _checked(table, sequence, Sequence(end, placed), Rebased(source, offset, target))
 
 
-def _target(
-    table: CellTable, sequence: int, source: Spans, staying: Spans, before: bool
-) -> tuple[int, int, int | None]:
+def _target(table: CellTable, sequence: int, source: Spans, staying: Spans, before: bool) -> Target:
     """Where re-based tokens go: next to those that stay if the cells are free, else elsewhere."""
     size = count(source)
     if before and staying:
@@ -96,10 +99,11 @@ def _target(
     taken = table.cells(segment, but=sequence)
     taken += [(span.start, span.stop) for span in staying if span.segment == segment]
     overlaps = any(low < cell + size and cell < high for low, high in union(taken))
-    if cell >= 0 and cell + size <= table.capacity[segment] and not overlaps:
-        return segment, cell, None
+    capacity = table.capacity[segment]
+    if cell >= 0 and cell + size <= capacity and not overlaps:
+        return Target(segment, cell, capacity, segment in table.packed, is_new=False)
     spare = max(0, table.room - table.allocated - size) // len(table.sequences)
-    return table.new_segment(), 0, capacity_for(size, spare)
+    return Target(table.new_segment(), 0, capacity_for(size, spare), table.packs(source), is_new=True)
 
 
 def _checked(table: CellTable, sequence: int, new: Sequence, rebased: Rebased | None) -> Removal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Set
 
-from .spans import EMPTY, Sequence, Spans, union
+from .spans import EMPTY, FOREVER, Sequence, Spans, union
 
 Changes = Mapping[int, Sequence | None]
 """New state of some sequences; None forgets one."""
@@ -19,12 +19,16 @@ class CellTable:
 
     Args:
         room: how many cells may be live.
+        pack_after: a sequence that is longer than this goes on in segments that are packed.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, pack_after: int = FOREVER) -> None:
         self.room = room
+        self.pack_after = pack_after
         self.sequences: dict[int, Sequence] = {}
         self.capacity: dict[int, int] = {}
+        self.packed: set[int] = set()
+        """Segments that are stored in fewer bits."""
         self.live = 0
         self._owners: dict[int, set[int]] = {}
         self._live: dict[int, int] = {}
@@ -39,6 +43,10 @@ class CellTable:
     def allocated(self) -> int:
         """Cells of all owned segments, the unused ones included."""
         return sum(self.capacity[segment] for segment in self._owners)
+
+    def packs(self, spans: Spans, length: int = 0) -> bool:
+        """Whether a new segment is packed, for these spans of a sequence of that length."""
+        return length > self.pack_after or any(span.segment in self.packed for span in spans)
 
     def new_segment(self) -> int:
         """A name that no segment has had."""
@@ -103,6 +111,7 @@ class CellTable:
         """Forget the segments that nobody owns, `but` some, and return them."""
         swept = [segment for segment in self.orphans if segment not in but]
         self.orphans.difference_update(swept)
+        self.packed.difference_update(swept)
         for segment in swept:
             del self.capacity[segment]
         return swept
@@ -129,6 +138,7 @@ class CellTable:
         assert self.live == sum(counts.values()) <= self.room, (self.live, counts, self.room)
         assert set(self._owners) == set(held) and not set(held) & self.orphans
         assert set(self.capacity) == set(held) | self.orphans
+        assert self.packed <= set(self.capacity)
 
     def _intervals(self, segment: int, changes: Changes) -> Iterator[tuple[int, int]]:
         def of(spans: Spans) -> Iterator[tuple[int, int]]:

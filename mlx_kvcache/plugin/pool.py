@@ -102,13 +102,7 @@ class Pool:
     @property
     def buffers(self) -> list[mx.array]:
         """All arrays of keys and values."""
-        return [
-            array
-            for _, cache in self.positional()
-            for buffers in cache._store.layers.values()
-            for pair in buffers.pairs.values()
-            for array in (pair.keys, pair.values)
-        ]
+        return [array for _, cache in self.positional() for array in cache._store.arrays]
 
     def keyed(self, leaf: Leaf) -> PositionalCache:
         """The cache that a leaf of keys and values belongs to."""

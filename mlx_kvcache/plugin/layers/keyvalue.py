@@ -6,10 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...arrays.store import Pair
+from ...arrays.store import AnyPair
 from ...caches.positional import PositionalCache
 from ...cells.rules import Chunk, Window
-from ...cells.spans import Spans, count
+from ...cells.spans import Spans
 from ...errors import CacheError, NotSupportedError
 from ..forward import Forward
 from .base import Layer
@@ -94,7 +94,11 @@ class KeyValueLayer(Layer):
     def nbytes(self) -> int:
         """Bytes of this layer's held K and V, what is shared counted in full."""
         buffers = self._cache._store.layers.get(self.leaf.index)
-        return sum(count(spans) for spans in self._spans()) * buffers.form.cell_bytes if buffers else 0
+        if buffers is None:
+            return 0
+        packed, cell_bytes = self._cache._table.packed, buffers.form.cell_bytes
+        spans = (span for spans in self._spans() for span in spans)
+        return sum(span.length * cell_bytes(span.segment in packed) for span in spans)
 
     @property
     def state(self) -> Any:
@@ -102,7 +106,7 @@ class KeyValueLayer(Layer):
         if self.rows.is_batch:
             pairs = self._cache._store.layers[self.leaf.index].pairs if not self.empty() else {}
             segments = {span.segment for spans in self._spans() for span in spans}
-            return [array for s in segments if s in pairs for array in (pairs[s].keys, pairs[s].values)]
+            return [array for s in segments if s in pairs for array in pairs[s].arrays]
         if self.empty():
             return self._state(None, None)
         return self._state(*stored(self.rows.conversation, self.leaf))
@@ -129,7 +133,7 @@ class KeyValueLayer(Layer):
         self.rows.check_open()
         return [self._cache._table[conversation.sequence].spans for conversation in self.rows.conversations]
 
-    def _newest_pair(self) -> Pair | None:
+    def _newest_pair(self) -> AnyPair | None:
         """Of the first row: models that assign to it want no more than that it is evaluated."""
         buffers = self._cache._store.layers.get(self.leaf.index)
         spans = next((spans for spans in self._spans() if spans), None)

@@ -1,0 +1,157 @@
+"""A row of cells that holds keys or values: in float, or in fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import mlx.core as mx
+
+from ..quantisation import Codec
+
+Index = tuple[slice, slice, slice]
+
+_TOKENS = (2,)
+_LARGEST = 32752.0
+"""Half of float16's range, so that the distance of two numbers fits it too."""
+
+
+class Plain(NamedTuple):
+    """Cells in float, (1, heads, cells, dim)."""
+
+    array: mx.array
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored."""
+        return (self.array,)
+
+    def written(self, start: mx.array, tokens: mx.array) -> Plain:
+        """The same with tokens at the cells from `start` (1,) on."""
+        return Plain(mx.slice_update(self.array, tokens, start, _TOKENS))
+
+    def at(self, index: Index) -> Plain:
+        """A view of some cells."""
+        return Plain(self.array[index])
+
+    def renewed(self, array: mx.array) -> Plain:
+        """The same with another array for the first that is stored."""
+        return Plain(array)
+
+    def decoded(self, dtype: mx.Dtype) -> mx.array:
+        """The cells in float."""
+        return self.array.astype(dtype)
+
+    def scores(self, rows: mx.array) -> mx.array:
+        """Products of rows (1, heads, m, dim) with each cell: (1, heads, m, cells)."""
+        return rows @ self.array.swapaxes(-1, -2)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        """Sums of the cells by weights (1, heads, m, cells): (1, heads, m, dim)."""
+        return weights @ self.array
+
+
+class Packed(NamedTuple):
+    """Cells in fewer bits: packed words, and a scale and a bias for each group of features."""
+
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
+    codec: Codec
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored."""
+        return self.words, self.scales, self.biases
+
+    @classmethod
+    def of(cls, arrays: Iterable[mx.array], codec: Codec) -> Packed:
+        """Words, scales and biases."""
+        words, scales, biases = arrays
+        return cls(words, scales, biases, codec)
+
+    def written(self, start: mx.array, tokens: mx.array) -> Packed:
+        """As `Plain.written`; the tokens are in float."""
+        new = zip(self.arrays, packed(tokens, self.codec).arrays, strict=True)
+        return Packed.of((mx.slice_update(old, part, start, _TOKENS) for old, part in new), self.codec)
+
+    def at(self, index: Index) -> Packed:
+        """A view of some cells."""
+        return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
+
+    def renewed(self, array: mx.array) -> Packed:
+        """As `Plain.renewed`."""
+        return self._replace(words=array)
+
+    def decoded(self, dtype: mx.Dtype) -> mx.array:
+        """The cells in float."""
+        words, scales, biases, (bits, group_size) = self
+        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits, dtype=dtype)
+
+    def scores(self, rows: mx.array) -> mx.array:
+        """As `Plain.scores`."""
+        return self._product(rows, transpose=True)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        """As `Plain.weighted`."""
+        return self._product(weights, transpose=False)
+
+    def _product(self, rows: mx.array, transpose: bool) -> mx.array:
+        words, scales, biases, (bits, group_size) = self
+        if mx.default_device().type == mx.cpu:
+            # There the product is 20 to 50 times slower on rows of 16 bits.
+            rows = rows.astype(mx.float32)
+        return mx.quantized_matmul(
+            rows, words, scales, biases, transpose=transpose, group_size=group_size, bits=bits
+        )
+
+
+Lane: TypeAlias = Plain | Packed
+
+
+def packed(tokens: mx.array, codec: Codec) -> Packed:
+    """Tokens (1, heads, n, dim) in fewer bits, with scales and biases of 16 bits."""
+    if tokens.dtype == mx.float32:
+        tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
+    words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
+    return Packed(words, scales, biases, codec)
+
+
+def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
+    """A lane in the form of others: by a codec, or where that is None in float."""
+    if codec is None:
+        return Plain(lane.decoded(dtype))
+    if isinstance(lane, Packed) and lane.codec == codec:
+        return lane
+    return packed(lane.decoded(dtype), codec)
+
+
+def joined(lanes: Sequence[Lane]) -> Lane:
+    """Lanes of one form, one after the other."""
+    first = lanes[0]
+    if len(lanes) == 1:
+        return first
+    parts = zip(*(lane.arrays for lane in lanes), strict=True)
+    arrays = [mx.concatenate(list(part), axis=2) for part in parts]
+    return Packed.of(arrays, first.codec) if isinstance(first, Packed) else Plain(*arrays)
+
+
+def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None) -> Lane:
+    """A lane whose cells are all zero."""
+    if codec is None:
+        return Plain(mx.zeros((1, heads, cells, dim), dtype))
+    words = mx.zeros((1, heads, cells, dim * codec.bits // 32), mx.uint32)
+    groups = mx.zeros((1, heads, cells, dim // codec.group_size), scale_dtype(dtype))
+    return Packed(words, groups, groups, codec)
+
+
+def cell_bytes(dim: int, dtype: mx.Dtype, codec: Codec | None) -> int:
+    """Bytes of one head's share of a cell."""
+    if codec is None:
+        return dim * dtype.size
+    return dim * codec.bits // 8 + 2 * mx.float16.size * (dim // codec.group_size)
+
+
+def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Of the scales and biases for arrays of this dtype: always 16 bits."""
+    return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
