@@ -16,10 +16,33 @@ from mlx_kvcache import (
 )
 from mlx_kvcache.caches import joined
 from mlx_kvcache.cells.rules import Causal, Rule, visible
-from tests.kinds import SINGLE_KINDS, add_offsets
+from mlx_kvcache.quantisation import Codec
+from tests.kinds import SINGLE_KINDS, STORES, add_offsets
 
-HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
+HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 64
 SCALE = DIM**-0.5
+LAYER = 1
+
+
+def drawn(rng: np.random.Generator, shape: tuple[int, ...], codec: Codec | None = None) -> np.ndarray:
+    """Random features; for a codec such as it stores exactly: all its levels are powers of two apart."""
+    if codec is None:
+        return rng.standard_normal(shape).astype(np.float32)
+    top = 2**codec.bits - 1
+    levels = rng.integers(0, top + 1, shape)
+    levels[..., :: codec.group_size], levels[..., 1 :: codec.group_size] = 0, top
+    return (levels / 2.0 ** (codec.bits - 1)).astype(np.float32)
+
+
+def drawn_batch(rng: np.random.Generator, store: str, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values of n tokens for the layer that is tried."""
+    quantisation = STORES[store]
+    codecs = quantisation.of(LAYER) if quantisation else (None, None)
+    return (
+        drawn(rng, (1, HEADS, n, DIM)),
+        drawn(rng, (1, KV_HEADS, n, DIM), codecs[0]),
+        drawn(rng, (1, KV_HEADS, n, VALUE_DIM), codecs[1]),
+    )
 
 
 class Fresh:
@@ -50,30 +73,28 @@ class Fresh:
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_equals_a_fresh_softmax(kind, learned):
+def test_equals_a_fresh_softmax(kind, store, learned):
     rng = np.random.default_rng(1)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
-    cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64)
+    cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64, quantisation=STORES[store])
     sinks = rng.standard_normal(HEADS).astype(np.float32) if learned else None
     ends = {0: 0, 3: 0, 7: 0}
     for step in range(12):
         tokens = []
         for sequence in rng.permutation(list(ends))[: rng.integers(1, 4)].tolist():
-            n = int(rng.integers(1, 6))
+            n = int(rng.integers(1, 6)) if step % 4 else 1
             tokens += [(ends[sequence] + i, sequence) for i in range(n)]
             ends[sequence] += n
         if step % 2:
             rng.shuffle(tokens)
         batch = Batch([p for p, _ in tokens], [s for _, s in tokens])
-        q, k, v = (
-            rng.standard_normal((1, heads, len(batch), dim)).astype(np.float32)
-            for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
-        )
+        q, k, v = drawn_batch(rng, store, len(batch))
         later = {int(rng.integers(len(batch)))} if step % 3 == 0 else set()
         with cache.forward(batch):
             cache.set_causal(CausalOptions(later))
-            layer = cache.layer(0)
+            layer = cache.layer(LAYER)
             learned_sinks = None if sinks is None else mx.array(sinks)
             ours = attention(mx.array(q), mx.array(k), mx.array(v), layer, scale=SCALE, sinks=learned_sinks)
         expected = fresh.attend(batch, q, k, v, sinks, later)
@@ -120,13 +141,15 @@ def test_on_the_current_layer():
     assert cache.layer(2).get()[0].shape == (1, 2, 2, 8)
 
 
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_shared_runs_are_joined(kind, monkeypatch):
+def test_shared_runs_are_joined(kind, store, monkeypatch):
     """Forks of forks, at unequal lengths, in blocks and single tokens, mixed with a stranger."""
     monkeypatch.setattr(joined, "LONG", 1)
     rng = np.random.default_rng(2)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
-    cache.init(mx.float32, max_sequences=8, capacity=64, max_batch=64)
+    cache.init(mx.float32, max_sequences=8, capacity=64, max_batch=64, quantisation=STORES[store])
+    cache.set_layer(LAYER)
     ends = dict.fromkeys(range(5), 0)
     times_joined = 0
 
@@ -134,11 +157,7 @@ def test_shared_runs_are_joined(kind, monkeypatch):
         nonlocal times_joined
         tokens = [(s, ends[s] + i) for s, n in counts.items() for i in range(n)]
         rng.shuffle(tokens)
-        n = len(tokens)
-        q, k, v = (
-            rng.standard_normal((1, heads, n, dim)).astype(np.float32)
-            for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
-        )
+        q, k, v = drawn_batch(rng, store, len(tokens))
         batch = Batch([p for _, p in tokens], [s for s, _ in tokens])
         with cache.forward(batch):
             got = attention(mx.array(q), mx.array(k), mx.array(v), cache, scale=SCALE)

@@ -1,0 +1,221 @@
+"""K and V in fewer bits: what they take, when they are packed, and what is refused."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvcache import (
+    Batch,
+    CausalCache,
+    EncoderCache,
+    Quantisation,
+    SlidingWindowCache,
+    WrapperCache,
+    attention,
+    rope_shift,
+)
+from tests.caches.data import coded, column, fed
+from tests.kinds import add_offsets
+
+HEADS, DIM = 3, 64
+
+
+def made(quantisation: Quantisation | None, dtype: mx.Dtype = mx.float16, shift=None) -> CausalCache:
+    cache = CausalCache(shift)
+    cache.init(dtype, capacity=1024, quantisation=quantisation)
+    return cache
+
+
+def noise(n: int, seed: int = 0, dtype: mx.Dtype = mx.float16, dim: int = DIM) -> mx.array:
+    return mx.random.normal((1, HEADS, n, dim), key=mx.random.key(seed)).astype(dtype)
+
+
+def put(cache, kv: mx.array, sequence: int = 0, layer: int = 0) -> None:
+    with cache.forward(Batch.run(sequence, cache.end(sequence), kv.shape[2])):
+        cache.layer(layer).put(kv, kv)
+
+
+def got(cache, layer: int = 0) -> tuple[mx.array, mx.array]:
+    """Keys and values, with those of one more token that are zeros."""
+    with cache.forward(Batch.run(0, cache.end(0), 1)):
+        handle = cache.layer(layer)
+        handle.put(*[mx.zeros((1, HEADS, 1, DIM))] * 2)
+        keys, values, _ = handle.get()
+    cache.remove(0, cache.end(0) - 1)
+    return keys[:, :, :-1], values[:, :, :-1]
+
+
+def distance(a: mx.array, b: mx.array) -> float:
+    """Root of the mean square."""
+    found = mx.sqrt(mx.square(a.astype(mx.float32) - b.astype(mx.float32)).mean()).tolist()
+    assert isinstance(found, float)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(
+    ("bits", "most", "error"),
+    [
+        (8, 0.54, 0.012),
+        ((8, 4), 0.42, 0.12),
+        (6, 0.41, 0.04),
+        (5, 0.35, 0.08),
+        (4, 0.29, 0.15),
+        (3, 0.22, 0.3),
+        (2, 0.16, 0.6),
+    ],
+)
+def test_bytes_and_error(bits, most, error, dtype):
+    """Bytes are beside those of float16, whatever the dtype."""
+    cache = made(Quantisation(bits), dtype)
+    kv = noise(512, dtype=dtype)
+    put(cache, kv)
+    assert cache.nbytes <= most * 2 * HEADS * 512 * DIM * 2
+    for array in got(cache):
+        assert array.dtype == dtype
+        assert distance(array, kv) < error
+
+
+def test_bits_of_each_layer():
+    cache = made(Quantisation(lambda layer: None if layer == 2 else (8, 4)))
+    kv = noise(100)
+    with cache.forward(Batch.run(0, 0, 100)):
+        for layer in range(3):
+            cache.layer(layer).put(kv, kv)
+    errors = [[distance(array, kv) for array in got(cache, layer)] for layer in range(3)]
+    assert errors[2] == [0, 0]
+    assert errors[0] == errors[1]
+    assert 0 < 10 * errors[0][0] < errors[0][1]
+
+
+def test_a_sequence_begins_in_float():
+    cache = made(Quantisation(4, after=200))
+    kv = noise(200)
+    put(cache, kv[:, :, :199])
+    assert distance(got(cache)[0], kv[:, :, :199]) == 0
+    put(cache, kv[:, :, 199:])
+    before = cache.nbytes
+    put(cache, noise(1, seed=1))
+    assert distance(got(cache)[0][:, :, :200], kv) > 0.01
+    put(cache, noise(1, seed=2))
+    assert cache.nbytes < 0.4 * before
+    cache.check()
+
+
+def test_going_back_does_not_unpack():
+    cache = made(Quantisation(8, after=20))
+    put(cache, noise(30))
+    cache.remove(0, 10)
+    for step in range(15):
+        put(cache, noise(1, seed=step))
+        cache.check()
+    assert cache._table.packed == set(cache._table.owned())
+
+
+def test_a_forward_that_throws_leaves_what_was_in_float():
+    cache = made(Quantisation(2, after=20))
+    kv = noise(20)
+    put(cache, kv)
+    with pytest.raises(RuntimeError), cache.forward(Batch.run(0, 20, 1)):
+        cache.layer(0).put(noise(1), noise(1))
+        raise RuntimeError
+    assert cache.end(0) == 20
+    cache.remove(0, 19)
+    assert distance(got(cache)[0], kv[:, :, :19]) == 0
+    cache.check()
+
+
+def test_what_is_shared_stays_in_float_while_it_is():
+    cache = made(Quantisation(4, after=50))
+    kv = noise(50)
+    put(cache, kv)
+    cache.copy_prefix(0, 1, 50)
+    put(cache, noise(5, seed=1))
+    new = got(cache)[0]
+    assert distance(new[:, :, :50], kv) == 0 < distance(new[:, :, 50:], noise(5, seed=1))
+    assert {span.segment in cache._table.packed for span in cache._table[0].spans} == {True, False}
+    assert not any(span.segment in cache._table.packed for span in cache._table[1].spans)
+
+
+@pytest.mark.parametrize("bits", [8, (8, 4), (None, 8)])
+def test_removal_rotates_what_is_packed(bits):
+    shift = rope_shift(DIM)
+    packed, plain = made(Quantisation(bits), mx.float32, shift), made(None, mx.float32, shift)
+    for cache in (packed, plain):
+        put(cache, noise(300, dtype=mx.float32))
+        cache.remove(0, 100, 150)
+    queries = noise(1, seed=9, dtype=mx.float32)
+    outputs = []
+    for cache in (packed, plain):
+        with cache.forward(Batch.run(0, 250, 1)):
+            outputs.append(attention(queries, queries, queries, cache, scale=1.0))
+    limit = 0.01 if bits == 8 else 0.15
+    assert 0 < distance(*outputs) < limit
+    assert distance(got(packed)[0], got(plain)[0]) < 0.02
+
+
+def test_removals_move_positions_exactly():
+    """Through windows, and again and again."""
+    cache = SlidingWindowCache(24, rewind=16, shift=add_offsets)
+    cache.init(mx.float32, capacity=64, quantisation=Quantisation(8, group_size=32))
+    dims = (32, 32)
+    with cache.forward(Batch.run(0, 0, 40)):
+        cache.put(*coded(range(40), dims=dims))
+    for _ in range(5):
+        end = cache.end(0)
+        cache.remove(0, end - 10, end - 8)
+        with cache.forward(Batch.run(0, end - 2, 2)):
+            cache.put(*coded(range(end - 2, end), dims=dims))
+            keys, _, _ = cache.get()
+        assert column(keys) == list(range(end - len(column(keys)), end))
+
+
+def test_numbers_beyond_16_bits_stay_finite():
+    cache = made(Quantisation(8), mx.float32)
+    put(cache, noise(4, dtype=mx.float32) * 1e30)
+    assert mx.isfinite(got(cache)[0]).all().item()
+
+
+def test_other_kinds_keep_their_arrays():
+    cache = WrapperCache(EncoderCache(), CausalCache())
+    cache.init(mx.float32, quantisation=Quantisation(2, group_size=32))
+    with cache.forward(Batch([0], [0])):
+        odd = mx.random.normal((2, 5, 7), key=mx.random.key(0))
+        cache.put(odd, odd)
+        assert cache.get()[0] is odd
+
+
+def test_widths_that_do_not_fit_are_refused_with_the_numbers():
+    cache = CausalCache()
+    with pytest.raises(ValueError, match="80 features, which groups of 64 do not divide; no group size does"):
+        cache.init(quantisation=Quantisation(8), head_dim=80)
+    with pytest.raises(ValueError, match="96 features, which groups of 64 do not divide; groups of 32 do"):
+        cache.init(quantisation=Quantisation(8), head_dim=96)
+    cache.init(quantisation=Quantisation((None, 8)), head_dim=128)
+    with cache.forward(Batch([0], [0])):
+        with pytest.raises(ValueError, match="values of layer 3 have 80 features"):
+            cache.layer(3).put(noise(1, dim=80), noise(1, dim=80))
+        assert cache.nbytes == 0
+        cache.layer(3).put(noise(1, dim=80), noise(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 7}, r"in 7 bits: there are \(8, 6, 5, 4, 3, 2\)"),
+        ({"bits": (8, 1)}, "in 1 bits"),
+        ({"group_size": 16}, r"a group size of 16: there are \(32, 64, 128\)"),
+        ({"after": -1}, "after must be 0 or more, got -1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Quantisation(**options)
+
+
+def test_nothing_is_packed_without_bits():
+    cache = made(Quantisation(None))
+    put(cache, noise(8))
+    assert distance(got(cache)[0], noise(8)) == 0
+    assert fed(made(None), range(3))[0].shape == (1, 1, 3, 2)
