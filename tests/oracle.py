@@ -79,6 +79,15 @@ class Oracle:
         held = {p: cell for p, cell in source.held.items() if p < end}
         self._set(dst, Stream(end, held))
 
+    def restore(self, src: int, dst: int) -> None:
+        """Let `dst` be what `src` is, in cells of its own."""
+        source = self.streams.get(src, Stream())
+        held = {p: Cell(cell.key, cell.value) for p, cell in source.held.items()}
+        others = {id(c) for s, t in self.streams.items() if s != dst for c in t.held.values()}
+        if len(others) + len(held) > self.room:
+            raise CacheFullError(len(held), 0, self.room)
+        self._set(dst, Stream(source.end, held))
+
     def remove(self, sequence: int, begin: int, end: int | None) -> None:
         stream = self.streams.get(sequence, Stream())
         stop = stream.end if end is None else min(end, stream.end)

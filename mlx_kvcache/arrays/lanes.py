@@ -86,7 +86,9 @@ class Packed(NamedTuple):
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """The cells in float."""
         words, scales, biases, (bits, group_size) = self
-        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits, dtype=dtype)
+        # It computes in the scales' dtype, whatever is asked for.
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
     def scores(self, rows: mx.array) -> mx.array:
         """As `Plain.scores`."""
@@ -124,6 +126,12 @@ def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
     if isinstance(lane, Packed) and lane.codec == codec:
         return lane
     return packed(lane.decoded(dtype), codec)
+
+
+def copied(lane: Lane) -> Lane:
+    """The same in arrays of its own, so that it keeps no longer ones alive."""
+    arrays = [array + 0 for array in lane.arrays]
+    return Packed.of(arrays, lane.codec) if isinstance(lane, Packed) else Plain(*arrays)
 
 
 def joined(lanes: Sequence[Lane]) -> Lane:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 
-from ..quantisation import Codec, Quantisation, check_width
+from ..quantisation import Codec, Codecs, Quantisation, check_width
 from .lanes import Index, Lane, Plain, as_stored, cell_bytes, joined, zeros
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -47,6 +47,16 @@ class Form(NamedTuple):
         """Whether packed segments differ from others."""
         return self.key_codec is not None or self.value_codec is not None
 
+    def packed_by(self, codecs: Codecs, name: str) -> Form:
+        """The form by these codecs. Raises ValueError where their groups do not divide a head."""
+        used = []
+        for what, dim, codec in zip(("keys", "values"), (self.key_dim, self.value_dim), codecs, strict=True):
+            if codec:
+                check_width(f"{what} of {name}", dim, codec.group_size)
+            # Some layers have keys only; nothing can be packed in no bits.
+            used.append(codec if dim else None)
+        return self._replace(key_codec=used[0], value_codec=used[1])
+
     def plain(self) -> Form:
         """The form of segments that are not packed."""
         return self._replace(key_codec=None, value_codec=None)
@@ -75,6 +85,17 @@ class Form(NamedTuple):
     def decoded(self, lanes: Lanes) -> tuple[mx.array, mx.array]:
         """The lanes in float."""
         return lanes[0].decoded(self.key_dtype), lanes[1].decoded(self.value_dtype)
+
+    def pair(self, parts: Sequence[Lanes], capacity: int, is_packed: bool) -> AnyPair:
+        """A new pair of these K and V one after the other, and zeros up to `capacity` cells at least."""
+        stored = [self.stored(lanes, is_packed) for lanes in parts]
+        size = sum(keys.arrays[0].shape[2] for keys, _ in stored)
+        if size < capacity:
+            stored.append(self.zeros(capacity - size, is_packed))
+        keys, values = (joined(lanes) for lanes in zip(*stored, strict=True))
+        if is_packed and self.is_packed:
+            return PackedPair(self, (keys, values))
+        return Pair(*keys.arrays, *values.arrays)
 
 
 class Pair:
@@ -195,18 +216,7 @@ class Buffers:
     def sized(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
         """A copy of the pair for a segment, with zeros up to `capacity` cells at least."""
         pair = self.pairs.get(segment)
-        return self.joined([pair.whole] if pair else [], capacity, is_packed)
-
-    def joined(self, parts: list[Lanes], capacity: int, is_packed: bool) -> AnyPair:
-        """A new pair of these K and V one after the other, and zeros up to `capacity` cells at least."""
-        parts = [self.form.stored(lanes, is_packed) for lanes in parts]
-        size = sum(keys.arrays[0].shape[2] for keys, _ in parts)
-        if size < capacity:
-            parts.append(self.form.zeros(capacity - size, is_packed))
-        keys, values = (joined(lanes) for lanes in zip(*parts, strict=True))
-        if is_packed and self.form.is_packed:
-            return PackedPair(self.form, (keys, values))
-        return Pair(*keys.arrays, *values.arrays)
+        return self.form.pair([pair.whole] if pair else [], capacity, is_packed)
 
     def _holding(self, segment: int, high: int) -> AnyPair:
         """The pair of a segment with `high` cells at least."""
@@ -233,6 +243,10 @@ class Store:
         self._quantisation = quantisation
         self.layers: dict[int, Buffers] = {}
 
+    def codecs(self, layer: int) -> Codecs:
+        """How a layer's keys and values lie in packed segments."""
+        return self.layers[layer].form[5:]
+
     def form_for(self, layer: int, keys: mx.array, values: mx.array) -> Form:
         """The form of a layer that begins with these.
 
@@ -241,15 +255,25 @@ class Store:
         """
         if keys.ndim != 4 or values.ndim != 4:
             raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected four axes")
-        dtypes = self._dtype or keys.dtype, self._dtype or values.dtype
-        dims = keys.shape[-1], values.shape[-1]
+        return self._with_codecs(
+            layer, Form(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
+        )
+
+    def accepted(self, layer: int, form: Form) -> Form:
+        """The form in which a layer takes what comes in another. Raises ValueError for other heads."""
+        own = self.layers[layer].form if layer in self.layers else self._with_codecs(layer, form)
+        if own[:3] != form[:3]:
+            raise ValueError(
+                f"layer {layer} has {form.heads} heads of {form.key_dim} and {form.value_dim} features, "
+                f"this cache's has {own.heads} of {own.key_dim} and {own.value_dim}"
+            )
+        return own
+
+    def _with_codecs(self, layer: int, form: Form) -> Form:
+        """The form of a layer that begins with arrays of this one."""
+        dtypes = self._dtype or form.key_dtype, self._dtype or form.value_dtype
         codecs = self._quantisation.of(layer) if self._quantisation else (None, None)
-        for name, dim, codec in zip(("keys", "values"), dims, codecs, strict=True):
-            if codec:
-                check_width(f"{name} of layer {layer}", dim, codec.group_size)
-        # Some layers have keys only; nothing can be packed in no bits.
-        used = (codec if dim else None for dim, codec in zip(dims, codecs, strict=True))
-        return Form(keys.shape[1], *dims, *dtypes, *used)
+        return Form(*form[:3], *dtypes).packed_by(codecs, f"layer {layer}")
 
     def open(self, layer: int, form: Form) -> Buffers:
         """Begin a layer. Layers of the same form share one object for it."""
@@ -262,7 +286,8 @@ class Store:
     ) -> None:
         """Prepare a new segment that begins with copies of these cells."""
         for layer, buffers in self.layers.items():
-            staged.setdefault(layer, {})[segment] = buffers.joined(buffers.lanes(pieces), capacity, is_packed)
+            pair = buffers.form.pair(buffers.lanes(pieces), capacity, is_packed)
+            staged.setdefault(layer, {})[segment] = pair
 
     def stage_rebase(
         self,

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -43,6 +43,14 @@ class PlanningCache(ABC):
     def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan: ...
     @abstractmethod
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan: ...
+    @abstractmethod
+    def _snapshot(self, sequence: int) -> Any:
+        """What is held of a sequence, for `_plan_restore` of a cache of the same kind."""
+
+    @abstractmethod
+    def _plan_restore(self, sequence: int, snapshot: Any) -> Plan:
+        """Plan to make a sequence what a snapshot says."""
+
     @abstractmethod
     def _set_causal(self, options: CausalOptions) -> None: ...
     @abstractmethod

@@ -20,6 +20,7 @@ from .interface import History
 from .keyvalue import Attending, KeyValueCache
 from .plan import Plan
 from .reserve import Reservation
+from .snapshot import RestorePlan, Snapshot, snapshot_of
 from .step import Step
 
 Shift = Callable[[int, mx.array, mx.array], mx.array]
@@ -92,6 +93,12 @@ class PositionalCache(KeyValueCache):
                 "tokens, and this cache was built without a shift hook to re-base their keys"
             )
         return self._plan_edit(removal, self._rebase_by(begin - stop))
+
+    def _snapshot(self, sequence: int) -> Snapshot:
+        return snapshot_of(self, sequence)
+
+    def _plan_restore(self, sequence: int, snapshot: Snapshot) -> Plan:
+        return RestorePlan(self, sequence, snapshot)
 
     def _plan_edit(self, removal: Removal, rebase: Rebase) -> Plan:
         """Prepare the arrays of a removal, as lazy ones."""

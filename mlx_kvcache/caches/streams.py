@@ -47,6 +47,12 @@ class StreamCache(PlanningCache, Generic[S]):
     def _plan_reserve(self, batch: Batch) -> Plan:
         return StreamPlan(self, {}, batch, reserve=True)
 
+    def _snapshot(self, sequence: int) -> S | None:
+        return self._streams.get(sequence)
+
+    def _plan_restore(self, sequence: int, snapshot: S | None) -> Plan:
+        return StreamPlan(self, {sequence: snapshot})
+
     def _end(self, sequence: int) -> int:
         stream = self._streams.get(sequence)
         return stream.end if stream else 0

@@ -112,6 +112,13 @@ class WrapperCache(PlanningCache):
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         return JointPlan([child._plan_copy(src, dst, length) for child in self._children])
 
+    def _snapshot(self, sequence: int) -> list[Any]:
+        return [child._snapshot(sequence) for child in self._children]
+
+    def _plan_restore(self, sequence: int, snapshot: list[Any]) -> Plan:
+        children = zip(self._children, snapshot, strict=True)
+        return JointPlan([child._plan_restore(sequence, part) for child, part in children])
+
     def _set_causal(self, options: CausalOptions) -> None:
         self.underlying_cache.set_causal(options)
 

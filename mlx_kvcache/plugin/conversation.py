@@ -57,6 +57,15 @@ class Conversation:
         other.head = self.head
         return other
 
+    def moved(self, pool: Pool) -> Conversation:
+        """The same in another pool of the model, which stores as it does; this one is closed."""
+        other = Conversation(pool, self.capacity, self.overflow, self.sinks)
+        snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
+        pool.restore(other.sequence, snapshots)
+        other.head = self.head
+        self.close()
+        return other
+
     def check_resume(self, position: int) -> None:
         """Raise NotSupportedError unless the tokens from `position` on can be dropped."""
         if not self.pool.can_resume(self.sequence, position):
@@ -132,7 +141,9 @@ class Conversation:
         for kind, cache in pool.positional():
             removal = remove_range(cache._table, self.sequence, begin, end, cache._rule, rebase_head=True)
             source = removal.rebased.source if removal.rebased else ()
-            rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()))
+            is_packed = any(span.segment in cache._table.packed for span in source)
+            codecs = cache._store.codecs if is_packed else lambda leaf: (None, None)
+            rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()), codecs)
             plans.append(cache._plan_edit(removal, rebase))
             pieces[kind] = rebase.pieces
         return JointPlan(plans), Head(new_lead, pieces)

@@ -8,23 +8,28 @@ copies as they were when first stored, so that a key is rounded twice however of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..arrays.lanes import Lane, Plain, as_stored, copied
 from ..cells.spans import Spans
+from ..quantisation import Codecs
 from .rotation import Rotation, Scheme, Slot
 
 
 class Piece(NamedTuple):
-    """Originals of the tokens [begin, end), at offset `lead`: what carries RoPE, by leaf and slot."""
+    """Originals of the tokens [begin, end), at offset `lead`: what carries RoPE, by leaf and slot.
+
+    They are in as many bits as the leaf stores them in.
+    """
 
     begin: int
     end: int
     lead: int
-    arrays: dict[tuple[int, Slot], mx.array]
+    lanes: dict[tuple[int, Slot], Lane]
 
     def cut(self, begin: int, end: int) -> Piece | None:
         """What of it lies in [begin, end)."""
@@ -33,10 +38,9 @@ class Piece(NamedTuple):
             return None
         if (begin, end) == (self.begin, self.end):
             return self
-        low, high = begin - self.begin, end - self.begin
-        return Piece(
-            begin, end, self.lead, {which: array[:, :, low:high] + 0 for which, array in self.arrays.items()}
-        )
+        index = slice(None), slice(None), slice(begin - self.begin, end - self.begin)
+        lanes = {which: copied(lane.at(index)) for which, lane in self.lanes.items()}
+        return Piece(begin, end, self.lead, lanes)
 
 
 Pieces = tuple[Piece, ...]
@@ -71,11 +75,21 @@ class HeadRebase:
         source: what is rotated, as spans.
         lead, new_lead: of the head now, and then.
         known: the originals that there are.
+        codecs: of a leaf's two arrays, where the source is packed.
     """
 
-    def __init__(self, scheme: Scheme, source: Spans, lead: int, new_lead: int, known: Pieces) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        source: Spans,
+        lead: int,
+        new_lead: int,
+        known: Pieces,
+        codecs: Callable[[int], Codecs],
+    ) -> None:
         self._scheme = scheme
         self._new_lead = new_lead
+        self._codecs = codecs
         self.pieces: Pieces = tuple(_covering(source, lead, known))
 
     def __call__(self, leaf: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -91,10 +105,12 @@ class HeadRebase:
         parts, done = [], 0
         for piece in self.pieces:
             size = piece.end - piece.begin
-            if (leaf, slot) not in piece.arrays:
-                # The sum is a copy: a view would keep the whole buffer alive.
-                piece.arrays[leaf, slot] = stored[:, :, done : done + size] + 0
-            parts.append(rotation.apply(piece.arrays[leaf, slot], self._new_lead - piece.lead))
+            if (leaf, slot) not in piece.lanes:
+                original = Plain(stored[:, :, done : done + size])
+                # A copy, as a view would keep the whole buffer alive.
+                piece.lanes[leaf, slot] = copied(as_stored(original, self._codecs(leaf)[slot], stored.dtype))
+            first = piece.lanes[leaf, slot].decoded(stored.dtype)
+            parts.append(rotation.apply(first, self._new_lead - piece.lead))
             done += size
         return mx.concatenate(parts, axis=2)
 

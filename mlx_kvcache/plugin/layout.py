@@ -29,6 +29,11 @@ class Leaf:
     rule: Rule | None
     slots: int = 0
 
+    @property
+    def layer(self) -> int:
+        """The index of its entry in the model's cache list."""
+        return int(self.name.partition("[")[0])
+
 
 Entry = Leaf | tuple["Entry", ...]
 

@@ -14,11 +14,13 @@ from typing import Any, Literal, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..arrays.store import Form
 from ..batch import Batch
 from ..caches.base import PlanningCache
 from ..caches.plan import JointPlan, Plan
 from ..caches.positional import PositionalCache
 from ..caches.recurrent import RecurrentCache
+from ..quantisation import Codecs, Quantisation
 from .layout import Layout, Leaf
 from .observe import observe, unobserve
 from .probe import scheme_of
@@ -49,23 +51,34 @@ class Pool:
     Attributes:
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
-        used: indices of the leaves that the model writes.
+        quantisation: how keys and values are stored, by leaf; None for the model's own precision.
+        forms: what the model writes, by leaf: the form of keys and values, None for arrays.
+        mirrored: leaves whose values the model replaces by arrays like their keys.
         ask: finds out by trying what the model can do; `batching` and `mixes` are asked.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        rewinds: Sequence[int],
+        quantisation: Quantisation | None = None,
+    ) -> None:
         self.model = model
         self.layout = layout
+        self.rewinds = tuple(rewinds)
+        self.quantisation = quantisation
         self.leaves = layout.leaves
         self.caches = tuple(
             RecurrentCache() if rule is None else PositionalCache(rule, rewind, None)
             for rule, rewind in zip(layout.rules, rewinds, strict=True)
         )
         for cache in self.caches:
-            cache.init(dtype=None, capacity=sys.maxsize, max_batch=sys.maxsize)
+            cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantisation=quantisation)
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.lock = threading.RLock()
-        self.used = frozenset(range(len(self.leaves)))
+        self.forms: dict[int, Form | None] = dict.fromkeys(range(len(self.leaves)))
+        self.mirrored: set[int] = set()
         self.ask: Callable[[Pool, str], Any] = lambda pool, question: None
         self._names = count()
         self._dropped: deque[int] = deque()
@@ -103,6 +116,20 @@ class Pool:
     def buffers(self) -> list[mx.array]:
         """All arrays of keys and values."""
         return [array for _, cache in self.positional() for array in cache._store.arrays]
+
+    def codecs(self, leaf: Leaf) -> Codecs:
+        """In how many bits a leaf's keys and values are stored."""
+        return self.quantisation.of(leaf.index) if self.quantisation else (None, None)
+
+    def sibling(self, quantisation: Quantisation | None) -> Pool:
+        """A pool like this that stores otherwise. Raises ValueError for heads that groups do not divide."""
+        for leaf in self.leaves:
+            form = self.forms.get(leaf.index)
+            if form and quantisation:
+                form.packed_by(quantisation.of(leaf.index), f"layer {leaf.name}")
+        pool = pool_for(self.model, self.layout, self.rewinds, quantisation)
+        pool.forms, pool.mirrored, pool.ask = self.forms, self.mirrored, self.ask
+        return pool
 
     def keyed(self, leaf: Leaf) -> PositionalCache:
         """The cache that a leaf of keys and values belongs to."""
@@ -144,9 +171,10 @@ class Pool:
         plan.commit()
         return plan
 
-    def is_scattered(self, sequence: int) -> bool:
-        """Whether keys of a sequence lie in several runs."""
-        return any(len(cache._table[sequence].spans) > 1 for _, cache in self.positional())
+    def wants_handles(self, sequence: int) -> bool:
+        """Whether attention to a sequence as it is stored saves copies: in several runs, or packed."""
+        spans = (cache._table[sequence].spans for _, cache in self.positional())
+        return self.quantisation is not None or any(len(own) > 1 for own in spans)
 
     def end(self, sequence: int) -> int:
         return self.caches[0]._end(sequence)
@@ -160,6 +188,11 @@ class Pool:
         """Let `dst` share all of `src`."""
         plans = [cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]
         JointPlan(plans).commit()
+
+    def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
+        """Let a sequence be what these say, one for each cache. Raises ValueError for other heads."""
+        pairs = zip(self.caches, snapshots, strict=True)
+        JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs]).commit()
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache._can_resume(sequence, position) for cache in self.caches)
@@ -199,11 +232,13 @@ _pools: weakref.WeakValueDictionary[tuple[object, ...], Pool] = weakref.WeakValu
 _lock = threading.Lock()
 
 
-def pool_for(model: nn.Module, layout: Layout, rewinds: Sequence[int]) -> Pool:
+def pool_for(
+    model: nn.Module, layout: Layout, rewinds: Sequence[int], quantisation: Quantisation | None
+) -> Pool:
     """The model's pool of this form: prompt caches that are made alike can join one batch."""
-    key = (id(model), layout, tuple(rewinds))
+    key = (id(model), layout, tuple(rewinds), quantisation)
     with _lock:
         pool = _pools.get(key)
         if pool is None:
-            pool = _pools[key] = Pool(model, layout, rewinds)
+            pool = _pools[key] = Pool(model, layout, rewinds, quantisation)
         return pool

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..cells.rules import Causal, Rule
 from ..errors import NotSupportedError
+from .bits import KvBits, KvFloat, quantisation_of
 from .conversation import Conversation, Overflow
 from .layers import entries_of
 from .layout import layout_of
@@ -126,7 +127,10 @@ def make_prompt_cache(
     overflow: Overflow = "error",
     rewind: int = 64,
     sinks: int = 0,
-    kv_bits: int | None = None,
+    kv_bits: KvBits = None,
+    kv_group_size: int = 64,
+    kv_float: KvFloat = (),
+    quantise_after: int = 0,
 ) -> PromptCache:
     """A prompt cache for an mlx-lm model, which answers every entry of the model's own in kind.
 
@@ -137,14 +141,19 @@ def make_prompt_cache(
         rewind: how many newest tokens windows and chunks can always drop. Full attention can
             drop any; recurrences go back to their checkpoints (see `PromptCache.resume_point`).
         sinks: how many first tokens "shift" never removes.
-        kv_bits: None, as K and V are stored in the model's own precision.
+        kv_bits: store keys and values in 8, 6, 5, 4, 3 or 2 bits; a pair for keys and values, in
+            which None keeps one in float; or a function of the layer that returns one of these.
+            None stores in the model's own precision.
+        kv_group_size: 32, 64 or 128 features share a scale and a bias; heads must be multiples.
+        kv_float: layers that stay in float all the same: indices, or "last".
+        quantise_after: a cache stays in float until it holds more tokens than this.
 
     Raises:
         TypeError: not an mlx-lm model.
-        ValueError: options out of range.
+        ValueError: options out of range, or heads that groups do not divide.
         NotSupportedError: a layer of unknown kind, a model that asks more of its caches than
             these give, "shift" on a model whose tokens cannot be moved, sinks on one with
-            recurrent layers, or kv_bits.
+            recurrent layers.
     """
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
@@ -156,8 +165,6 @@ def make_prompt_cache(
         raise ValueError(f"rewind must be 0 or more, got {rewind}")
     if not 0 <= sinks < (capacity or sinks + 1):
         raise ValueError(f"sinks must be 0 or more and below the capacity of {capacity}, got {sinks}")
-    if kv_bits is not None:
-        raise NotSupportedError(f"kv_bits={kv_bits}: K and V are stored in the model's own precision")
     layout = layout_of(model)
     shifts = capacity if overflow == "shift" else None
     if (shifts or sinks) and layout.is_recurrent:
@@ -165,8 +172,11 @@ def make_prompt_cache(
             f'overflow="{overflow}" with sinks={sinks} on {type(model).__module__}: '
             "a recurrent state cannot forget tokens that later ones were added to, nor keep some of them"
         )
-    pool = pool_for(model, layout, [_rewind(rule, rewind, shifts) for rule in layout.rules])
+    pool = pool_for(model, layout, [_rewind(rule, rewind, shifts) for rule in layout.rules], None)
     try_out(pool)
+    quantisation = quantisation_of(layout, pool.mirrored, kv_bits, kv_group_size, kv_float, quantise_after)
+    if quantisation:
+        pool = pool.sibling(quantisation)
     if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
     return PromptCache(Rows(pool, [Conversation(pool, capacity, overflow, sinks)], is_batch=False))

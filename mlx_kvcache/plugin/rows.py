@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CacheError
+from ..quantisation import Quantisation
 from .apart import groups, is_one_input, run_apart
 from .batched import BatchedForward
 from .conversation import Conversation
@@ -159,7 +160,7 @@ class Rows(Caller):
         forward = self.forward
         assert forward is not None
         forward.written.add(leaf)
-        if not self.is_called and len(forward.written) >= len(self.pool.used):
+        if not self.is_called and len(forward.written) >= len(self.pool.forms):
             self.finish()
 
     def finish(self) -> None:
@@ -265,6 +266,19 @@ class Rows(Caller):
             yield
             self._offsets = None
 
+    def quantise(self, quantisation: Quantisation) -> None:
+        """Store keys and values in fewer bits from here on, if they are in the model's precision.
+
+        Raises:
+            ValueError: heads that groups do not divide; nothing has changed.
+        """
+        with self.edit():
+            if self.pool.quantisation is None:
+                pool = self.pool.sibling(quantisation)
+                self.conversations = [conversation.moved(pool) for conversation in self.conversations]
+                self.pool = pool
+                pool.take_turn(self)
+
     def _columns_of(self, n: int) -> list[Columns]:
         return self.padding.columns(n)
 
@@ -281,8 +295,8 @@ class Rows(Caller):
     @property
     def _may_be_ragged(self) -> bool:
         """Whether the model may be given handles, where that saves copies."""
-        is_scattered = self.is_batch or self.pool.is_scattered(self.conversation.sequence)
-        return is_scattered and self.pool.batching == "ragged"
+        saves = self.is_batch or self.pool.wants_handles(self.conversation.sequence)
+        return saves and self.pool.batching == "ragged"
 
     def _check_joins(self, other: Rows) -> None:
         other.settle()

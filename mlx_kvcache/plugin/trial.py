@@ -14,9 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..arrays.store import Form
 from ..errors import NotSupportedError
 from .conversation import Conversation
 from .layers import entries_of
+from .layout import Leaf
 from .pool import Batching, Pool
 from .rows import Rows
 from .tokens import TokenRows
@@ -34,8 +36,8 @@ _lock = threading.RLock()
 
 
 def try_out(pool: Pool) -> None:
-    """Find out which leaves the model writes. Raises NotSupportedError if it cannot run on these caches."""
-    pool.used = _answer(pool, "used")
+    """Find out what the model writes. Raises NotSupportedError if it cannot run on these caches."""
+    pool.forms, pool.mirrored = _answer(pool, "forms")
     pool.ask = _answer
 
 
@@ -51,7 +53,7 @@ def _answer(pool: Pool, question: str) -> Any:
         return _findings[key]
 
 
-def _written(pool: Pool) -> frozenset[int]:
+def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
     rows = _rows(pool, 1)
     cache, module = entries_of(rows), type(pool.model).__module__
     written: set[int] = set()
@@ -61,7 +63,14 @@ def _written(pool: Pool) -> frozenset[int]:
         except Exception as error:
             raise NotSupportedError(f"{module} does not run on these caches: {error!r}") from error
         written |= rows.written_last
-    return frozenset(written)
+    leaves = (pool.leaves[index] for index in sorted(written))
+    forms = {leaf.index: _form(pool, leaf) if leaf.rule else None for leaf in leaves}
+    return forms, pool.mirrored
+
+
+def _form(pool: Pool, leaf: Leaf) -> Form:
+    """The form of what a leaf of keys and values stores."""
+    return pool.keyed(leaf)._store.layers[leaf.index].form
 
 
 def _batching(pool: Pool) -> Batching:
@@ -116,7 +125,7 @@ def _mixes(pool: Pool) -> bool:
     return _difference(found, expected) <= NOISE
 
 
-_QUESTIONS: dict[str, Callable[[Pool], Any]] = {"used": _written, "batching": _batching, "mixes": _mixes}
+_QUESTIONS: dict[str, Callable[[Pool], Any]] = {"forms": _written, "batching": _batching, "mixes": _mixes}
 
 
 def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:

@@ -74,8 +74,8 @@ class Machine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 2**32))
     def step(self, seed: int) -> None:
         random = Random(seed)
-        calls = [self.forward, self.remove, self.copy_prefix, self.reserve]
-        random.choices(calls, [12, 6, 3, 1])[0](random)
+        calls = [self.forward, self.remove, self.copy_prefix, self.restore, self.reserve]
+        random.choices(calls, [12, 6, 3, 1, 1])[0](random)
 
     def forward(self, random: Random) -> None:
         chosen = random.sample(range(SEQUENCES), random.choice([1, 1, 1, 2, 3]))
@@ -155,6 +155,15 @@ class Machine(RuleBasedStateMachine):
         self.of_all(lambda oracle: oracle.copy_prefix(src, dst, length))
         self.cache.copy_prefix(src, dst, length)
         assert self.cache.nbytes <= arrays
+
+    def restore(self, random: Random) -> None:
+        src, dst = random.sample(range(SEQUENCES), 2)
+        before = self.bookkeeping()
+        _, error = self.of_all(lambda oracle: oracle.restore(src, dst))
+        _, raised = outcome(lambda: self.cache._plan_restore(dst, self.cache._snapshot(src)).commit())
+        assert raised == error, (src, dst)
+        if error:
+            assert self.bookkeeping() == before
 
     def reserve(self, random: Random) -> None:
         n = random.randint(1, 16)

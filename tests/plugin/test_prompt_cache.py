@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from mlx_kvcache import CacheError, CacheFullError, NotSupportedError
+from mlx_kvcache import CacheError, CacheFullError
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.running import difference, logits_of, plain
 from tests.plugin.tiny import tiny_llama
@@ -265,8 +265,6 @@ def test_options_out_of_range():
     ):
         with pytest.raises(ValueError, match="must be"):
             make_prompt_cache(MODEL, **options)
-    with pytest.raises(NotSupportedError, match="kv_bits=8"):
-        make_prompt_cache(MODEL, kv_bits=8)
     with pytest.raises(TypeError, match="int"):
         make_prompt_cache(3)  # type: ignore[arg-type]
 
@@ -277,8 +275,3 @@ def test_a_batch_of_rows_is_refused(cache):
     assert cache.position == 0
     logits_of(MODEL, cache, TEXT[:5])
     assert_goes_on(cache, TEXT[:5])
-
-
-def test_quantising_in_place_is_refused(cache):
-    with pytest.raises(NotSupportedError, match="4 bits"):
-        cache[0].to_quantized()

@@ -8,12 +8,15 @@ import mlx.core as mx
 
 from ...arrays.store import AnyPair
 from ...caches.positional import PositionalCache
-from ...cells.rules import Chunk, Window
+from ...cells.rules import Causal, Chunk, Window
 from ...cells.spans import Spans
-from ...errors import CacheError, NotSupportedError
+from ...errors import CacheError
+from ...quantisation import Quantisation
 from ..forward import Forward
+from ..layout import Leaf
+from ..rows import Rows
 from .base import Layer
-from .stored import stored
+from .stored import buffers_of, packed, stored
 
 
 class KeyValueLayer(Layer):
@@ -82,13 +85,23 @@ class KeyValueLayer(Layer):
 
     @values.setter
     def values(self, array: mx.array) -> None:
+        self.rows.pool.mirrored.add(self.leaf.index)
         self._replace("values", array)
 
     def is_trimmable(self) -> bool:
         return True
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        raise NotSupportedError(f"K/V cannot be quantised to {bits} bits in place; make the cache so")
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> KeyValueLayer:
+        """Store keys and values of all layers in fewer bits, where they are in the model's precision.
+
+        Returns:
+            What takes this layer's place in the cache list.
+
+        Raises:
+            ValueError: bits that there are not, or heads that groups do not divide.
+        """
+        self.rows.quantise(Quantisation(bits, group_size))
+        return layer_of(self.rows, self.leaf)
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +120,22 @@ class KeyValueLayer(Layer):
             pairs = self._cache._store.layers[self.leaf.index].pairs if not self.empty() else {}
             segments = {span.segment for spans in self._spans() for span in spans}
             return [array for s in segments if s in pairs for array in pairs[s].arrays]
+        if self.is_packed:
+            # One array more or less than any of mlx-lm's classes has, so that none takes it for its own.
+            return [buffers_of(self.rows.conversation, self.leaf)]
+        return self.plain_state
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of what is held is in fewer bits."""
+        buffers = self._cache._store.layers.get(self.leaf.index)
+        spans = (span for spans in self._spans() for span in spans)
+        packed = self._cache._table.packed
+        return buffers is not None and buffers.form.is_packed and any(s.segment in packed for s in spans)
+
+    @property
+    def plain_state(self) -> Any:
+        """What mlx-lm's class would have, in float."""
         if self.empty():
             return self._state(None, None)
         return self._state(*stored(self.rows.conversation, self.leaf))
@@ -156,6 +185,21 @@ class KVCache(KeyValueLayer):
         return keys, values, self.size()
 
 
+class QuantizedKVCache(KVCache):
+    """A layer of full attention that is packed from its first token on, keys and values alike."""
+
+    @property
+    def state(self) -> Any:
+        """As `KeyValueLayer.state`."""
+        codec = self.rows.pool.codecs(self.leaf)[0]
+        if self.rows.is_batch or codec is None:
+            return super().state
+        lanes: Any = (None, None)
+        if not self.empty():
+            lanes = tuple(lane.arrays for lane in packed(self.rows.conversation, self.leaf))
+        return *lanes, self.size(), codec.group_size, codec.bits
+
+
 class RotatingKVCache(KeyValueLayer):
     """A layer with a sliding window. `keep` first tokens stay, and `max_size` in all are seen."""
 
@@ -201,3 +245,20 @@ class ChunkedKVCache(KeyValueLayer):
         position = self.rows.positions[0]
         start = position - (keys.shape[2] if keys is not None else 0)
         return keys, values, position, self.chunk_size, start
+
+
+_CLASSES: dict[type, type[KeyValueLayer]] = {
+    Causal: KVCache,
+    Window: RotatingKVCache,
+    Chunk: ChunkedKVCache,
+}
+
+
+def layer_of(rows: Rows, leaf: Leaf) -> KeyValueLayer:
+    """A layer of the class that mlx-lm would have here."""
+    pool = rows.pool
+    keys, values = pool.codecs(leaf)
+    is_packed = pool.quantisation is not None and not pool.quantisation.after and keys is not None
+    if isinstance(leaf.rule, Causal) and is_packed and keys == values:
+        return QuantizedKVCache(rows, leaf)
+    return _CLASSES[type(leaf.rule)](rows, leaf)

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...cells.rules import Causal, Chunk, Window
 from ..layout import Entry, Leaf
 from ..rows import Rows
 from .arrays import ArraysCache
-from .base import Layer
-from .keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
+from .keyvalue import layer_of
 from .nested import CacheList
-
-_CLASSES: dict[type, type[Layer]] = {
-    Causal: KVCache,
-    Window: RotatingKVCache,
-    Chunk: ChunkedKVCache,
-    type(None): ArraysCache,
-}
 
 
 def entries_of(rows: Rows) -> list[Any]:
@@ -27,5 +18,5 @@ def entries_of(rows: Rows) -> list[Any]:
 
 def _entry(rows: Rows, entry: Entry) -> Any:
     if isinstance(entry, Leaf):
-        return _CLASSES[type(entry.rule)](rows, entry)
+        return layer_of(rows, entry) if entry.rule else ArraysCache(rows, entry)
     return CacheList(*(_entry(rows, child) for child in entry))

@@ -25,6 +25,20 @@ class CacheList(Observable):
     def __getitem__(self, idx: int) -> Any:
         return self.caches[idx]
 
+    @property
+    def offset(self) -> Any:
+        """Where the model's RoPE goes on."""
+        return self.caches[0].offset
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheList:
+        """As `KeyValueLayer.to_quantized`, of those that hold keys and values."""
+        return type(self)(
+            *(
+                cache.to_quantized(group_size, bits) if hasattr(cache, "to_quantized") else cache
+                for cache in self.caches
+            )
+        )
+
     def is_trimmable(self) -> bool:
         return all(cache.is_trimmable() for cache in self.caches)
 

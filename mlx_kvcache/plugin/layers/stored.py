@@ -1,10 +1,11 @@
-"""What a conversation's layer holds, as one pair of arrays in mlx-lm's form."""
+"""What a conversation's layer holds, in mlx-lm's form."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from ...arrays.store import cells_of, concatenated
+from ...arrays.lanes import Plain, joined
+from ...arrays.store import Cells, Lanes, cells_of, concatenated
 from ...cells.rules import Chunk
 from ...cells.spans import seen_from
 from ..conversation import Conversation
@@ -18,14 +19,33 @@ def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
     Keys are returned at the tokens' own positions, whatever the model's offset is.
     """
     pool = conversation.pool
-    cache = pool.keyed(leaf)
+    keys, values = concatenated(pool.keyed(leaf)._store.layers[leaf.index].read(_kept(conversation, leaf)))
+    lead = conversation.head.lead
+    rotation = pool.scheme.rotations[leaf.index] if lead else None
+    return rebased(rotation, keys, values, -lead)
+
+
+def packed(conversation: Conversation, leaf: Leaf) -> Lanes:
+    """The same in the bits that the leaf is packed in."""
+    buffers = conversation.pool.keyed(leaf)._store.layers[leaf.index]
+    if conversation.head.lead:
+        keys, values = stored(conversation, leaf)
+        return buffers.form.stored((Plain(keys), Plain(values)), is_packed=True)
+    pieces = [buffers.form.stored(lanes, True) for lanes in buffers.lanes(_kept(conversation, leaf))]
+    return joined([keys for keys, _ in pieces]), joined([values for _, values in pieces])
+
+
+def buffers_of(conversation: Conversation, leaf: Leaf) -> list[mx.array]:
+    """All that is stored of what `stored` returns, as it is."""
+    pieces = conversation.pool.keyed(leaf)._store.layers[leaf.index].lanes(_kept(conversation, leaf))
+    return [array for piece in pieces for lane in piece for array in lane.arrays]
+
+
+def _kept(conversation: Conversation, leaf: Leaf) -> list[Cells]:
+    cache = conversation.pool.keyed(leaf)
     spans, position = cache._table[conversation.sequence].spans, conversation.position
     if not isinstance(leaf.rule, Chunk):
         # The newest token still sees what the next one pushes out.
         position -= 1
     kept = seen_from(cache._rule, spans, position)
-    cells = [cells_of(span.segment, span.start, span.stop) for span in kept]
-    keys, values = concatenated(cache._store.layers[leaf.index].read(cells))
-    lead = conversation.head.lead
-    rotation = pool.scheme.rotations[leaf.index] if lead else None
-    return rebased(rotation, keys, values, -lead)
+    return [cells_of(span.segment, span.start, span.stop) for span in kept]

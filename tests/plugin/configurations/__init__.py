@@ -10,11 +10,13 @@ from tests.plugin.configurations.tables import (
     DIFFERS_WITHOUT_CACHE,
     UNBUILDABLE,
 )
+from tests.plugin.configurations.wide import STAY_NARROW
 
 __all__ = [
     "CONFIGURATIONS",
     "DIFFERS_IN_BLOCKS",
     "DIFFERS_WITHOUT_CACHE",
+    "STAY_NARROW",
     "UNBUILDABLE",
     "VOCABULARY",
     "WINDOW",

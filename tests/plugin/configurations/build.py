@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from tests.plugin.configurations.tables import CONFIGURATIONS
+from tests.plugin.configurations.wide import widened
 
 
 def module_of(name: str) -> str:
@@ -45,11 +46,12 @@ def _names(file: Path) -> set[str]:
     return names
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """The model of a configuration with random float32 weights."""
+def build(name: str, seed: int = 0, is_wide: bool = False) -> nn.Module:
+    """The model of a configuration, or of it with wider heads, with random float32 weights."""
     module = importlib.import_module(f"mlx_lm.models.{module_of(name)}")
     # Some models write into the dictionaries that they are given.
-    arguments = module.ModelArgs.from_dict(copy.deepcopy(CONFIGURATIONS[name]))
+    configuration = copy.deepcopy(CONFIGURATIONS[name])
+    arguments = module.ModelArgs.from_dict(widened(configuration) if is_wide else configuration)
     model: nn.Module = module.Model(arguments)
     _randomise(model, seed)
     model.eval()

@@ -1,0 +1,107 @@
+"""What a cache holds of one sequence, taken out of it and put into another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..arrays.lanes import joined
+from ..arrays.store import Form, Lanes, Staged, cells_of
+from ..cells.placement import Placement, allocated_after, capacity_for
+from ..cells.spans import Sequence, Span, Spans, count, laid_out
+from ..errors import CacheFullError
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .positional import PositionalCache
+
+
+class Run(NamedTuple):
+    """Neighbouring positions from `begin` on, and each layer's keys and values there."""
+
+    begin: int
+    length: int
+    layers: Mapping[int, Lanes]
+
+
+class Snapshot(NamedTuple):
+    """A sequence of K and V by position: the position after its last token, and what is held.
+
+    Its arrays are views of buffers; while it is there, writing to them copies them.
+    """
+
+    end: int
+    runs: tuple[Run, ...]
+    forms: Mapping[int, Form]
+
+
+def snapshot_of(cache: PositionalCache, sequence: int) -> Snapshot:
+    """What a cache holds of a sequence: nothing of an unknown one."""
+    end, spans = cache._table[sequence]
+    forms = {layer: buffers.form for layer, buffers in cache._store.layers.items()}
+    return Snapshot(end, tuple(_runs(cache, spans)), forms if spans else {})
+
+
+def _runs(cache: PositionalCache, spans: Spans) -> Iterator[Run]:
+    """Each run of positions that are stored in the same way."""
+    for own in _neighbours(spans, cache._table.packed):
+        cells = [cells_of(span.segment, span.start, span.stop) for span in own]
+        layers = {}
+        for layer, buffers in cache._store.layers.items():
+            keys, values = zip(*buffers.lanes(cells), strict=True)
+            layers[layer] = joined(keys), joined(values)
+        yield Run(own[0].position, count(own), layers)
+
+
+def _neighbours(spans: Spans, packed: Set[int]) -> list[list[Span]]:
+    """Spans that go on where the one before ends, and are packed if that is, together."""
+    groups: list[list[Span]] = []
+    for span in spans:
+        last = groups[-1][-1] if groups else None
+        if last and last.end == span.position and (last.segment in packed) == (span.segment in packed):
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+class RestorePlan(Plan):
+    """A snapshot becomes a sequence, in a segment of its own.
+
+    Raises:
+        CacheFullError: there is no room.
+        ValueError: a layer's heads are not those that the cache has.
+    """
+
+    def __init__(self, cache: PositionalCache, sequence: int, snapshot: Snapshot) -> None:
+        table = cache._table
+        self._cache = cache
+        segment = table.new_segment()
+        source = tuple(Span(0, 0, run.begin, run.length) for run in snapshot.runs)
+        new = Sequence(snapshot.end, laid_out(segment, 0, source))
+        size = count(source)
+        changes = {sequence: new if new.end else None}
+        if table.live_after(changes) > table.room:
+            raise CacheFullError(size, table.room - table.live_after({sequence: None}), table.room)
+        self._placement = Placement(changes=dict(changes))
+        self._forms = {layer: cache._store.accepted(layer, form) for layer, form in snapshot.forms.items()}
+        self._staged: Staged = {}
+        if not size:
+            return
+        is_packed = table.packs((), snapshot.end)
+        capacity = capacity_for(size, max(0, table.room - table.allocated - size))
+        self._placement.capacity[segment] = capacity
+        self._placement.packed.update({segment} if is_packed else ())
+        for layer, form in self._forms.items():
+            parts = [run.layers[layer] for run in snapshot.runs]
+            self._staged[layer] = {segment: form.pair(parts, capacity, is_packed)}
+
+    def commit(self) -> None:
+        cache = self._cache
+        for layer, form in self._forms.items():
+            if layer not in cache._store.layers:
+                cache._store.open(layer, form)
+        cache._step = None
+        if allocated_after(cache._table, self._placement) > cache._table.room:
+            cache._compact()
+        cache._apply(self._placement, self._staged)

@@ -1,0 +1,235 @@
+"""Keys and values in fewer bits on every architecture.
+
+What comes out must equal what mlx-lm's own float caches give where each key and value is rounded
+to the same bits before it is stored.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import ArraysCache, CacheList, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache as make_theirs
+
+from mlx_kvcache.plugin import attach, make_prompt_cache
+from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, STAY_NARROW, build
+from tests.plugin.running import difference, greedy, logits_of
+from tests.plugin.tiny import tiny_llama
+
+TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
+GROUP = 32
+NAMES = [name for name in CONFIGURATIONS if name not in {"deepseek_v41", *STAY_NARROW}]
+SOME = ["llama", "llama:window", "gemma3_text", "gpt_oss", "deepseek_v32", "kimi_linear", "llama4"]
+SOME += ["qwen3_next"]
+"""Full, windows, learned sinks, a latent with an index beside it, chunks, and recurrences between."""
+
+
+@lru_cache(maxsize=2)
+def model_of(name: str):
+    return build(name, is_wide=True)
+
+
+def rounded(array: mx.array, bits: int, group: int = GROUP) -> mx.array:
+    if not array.shape[-1]:
+        return array
+    words, *rest = mx.quantize(array.astype(mx.float16), group_size=group, bits=bits)
+    scales, biases = (part.astype(array.dtype) for part in rest)
+    return mx.dequantize(words, scales, biases, group_size=group, bits=bits)
+
+
+def theirs_rounded(model, bits: tuple[int, int] = (8, 8), group: int = GROUP) -> list[Any]:
+    """mlx-lm's own caches, which are given rounded keys and values."""
+
+    def round_in(entry: Any) -> None:
+        if isinstance(entry, CacheList):
+            for child in entry.caches:
+                round_in(child)
+        elif not isinstance(entry, ArraysCache):
+            entry.update_and_fetch = partial(update, entry.update_and_fetch)
+
+    def update(original: Any, keys: mx.array, values: mx.array) -> Any:
+        return original(rounded(keys, bits[0], group), rounded(values, bits[1], group))
+
+    cache = make_theirs(model)
+    for entry in cache:
+        round_in(entry)
+    return cache
+
+
+def assert_equal(ours: mx.array, expected: mx.array) -> None:
+    """Most tokens are; where the last bit of a float tips a feature into the next level, a few are close."""
+    worst = mx.sort(mx.abs(ours - expected).max(axis=-1) / mx.std(expected))
+    assert worst[worst.size // 2] <= 1e-4
+    assert worst[-1] <= 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_rounded_keys_and_values(name):
+    """A block, single tokens, back, and a fork that goes on."""
+    model = model_of(name)
+    cache = make_prompt_cache(model, kv_bits=(8, 6), kv_group_size=GROUP)
+    block = 1 if name in DIFFERS_IN_BLOCKS else 12
+    theirs = theirs_rounded(model, (8, 6))
+    expected = mx.concatenate(
+        [logits_of(model, theirs, TEXT[:12], block), logits_of(model, theirs, TEXT[12:32], 1)]
+    )
+    ours = mx.concatenate([logits_of(model, cache, TEXT[:12]), logits_of(model, cache, TEXT[12:32], 1)])
+    assert_equal(ours, expected)
+    point = cache.resume_point(28)
+    fork = cache.fork()
+    fork.rewind_to(point)
+    assert difference(logits_of(model, fork, TEXT[point:32], 1), ours[point:]) <= 1e-4 * mx.std(ours)
+
+
+@pytest.mark.parametrize("name", sorted(STAY_NARROW))
+def test_heads_that_do_not_fit_are_refused_with_the_numbers(name):
+    with pytest.raises(ValueError, match="have 16 features, which groups of 64 do not divide; no group size"):
+        make_prompt_cache(build(name), kv_bits=8)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_batches(name):
+    """Sequences of unequal length that generate together choose the tokens that each chooses alone."""
+    model = model_of(name)
+    prompts = [TEXT[:17], TEXT[20:26], TEXT[30:41]]
+    options: dict[str, Any] = {"kv_bits": 8, "kv_group_size": GROUP}
+    with attach(model, **options):
+        generator = BatchGenerator(model, max_tokens=8)
+        tickets = generator.insert(prompts)
+        found: dict[int, list[int]] = {ticket: [] for ticket in tickets}
+        while responses := generator.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+    for ticket, prompt in zip(tickets, prompts, strict=True):
+        alone = [
+            token
+            for token, _ in generate_step(
+                mx.array(prompt), model, max_tokens=8, prompt_cache=make_prompt_cache(model, **options)
+            )
+        ]
+        assert found[ticket] == alone
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_bits_of_mlx_lms_commands(name):
+    """Where generation is told to quantise, from a length on, mlx-lm can on full attention only."""
+    model = model_of(name)
+    cache = make_prompt_cache(model)
+    before = None
+    told = {"kv_bits": 8, "kv_group_size": GROUP, "quantized_kv_start": 20}
+    for _ in generate_step(mx.array(TEXT[:16]), model, max_tokens=3, prompt_cache=cache, **told):
+        assert cache.pool.quantisation is None
+        before = cache.nbytes
+    position = cache.position
+    more = generate_step(mx.array(TEXT[16:20]), model, max_tokens=3, prompt_cache=cache, **told)
+    assert len(list(more)) == 3
+    assert cache.pool.quantisation is not None
+    assert cache.position > position + 4
+    assert before is not None and (cache.nbytes < before or cache.pool.layout.is_recurrent)
+    reference = make_prompt_cache(model, kv_bits=8, kv_group_size=GROUP)
+    assert cache.pool is reference.pool
+
+
+def test_each_layer_is_told_how():
+    model = tiny_llama(head_dim=64)
+    ways: list[tuple[dict[str, Any], list[str]]] = [
+        ({"kv_bits": 8}, ["QuantizedKVCache"] * 3),
+        ({"kv_bits": 8, "kv_float": "last"}, ["QuantizedKVCache", "QuantizedKVCache", "KVCache"]),
+        ({"kv_bits": 8, "kv_float": [0, -1]}, ["KVCache", "QuantizedKVCache", "KVCache"]),
+        ({"kv_bits": lambda layer: (8, 4) if layer else None}, ["KVCache"] * 3),
+        ({"kv_bits": 8, "quantise_after": 10}, ["KVCache"] * 3),
+    ]
+    sizes = []
+    for options, names in ways:
+        cache = make_prompt_cache(model, **options)
+        logits_of(model, cache, TEXT[:40])
+        assert [type(layer).__name__ for layer in cache] == names
+        sizes.append([layer.nbytes for layer in cache])
+        mx.eval([layer.state for layer in cache])
+    whole, packed = 40 * 2 * 2 * 64 * 4, 40 * 2 * 2 * (64 + 4)
+    assert sizes[:3] == [[packed] * 3, [packed, packed, whole], [whole, packed, whole]]
+    assert sizes[3][0] == whole and sizes[3][1] < packed
+    assert sizes[4] == [packed] * 3
+
+
+def test_a_cache_begins_in_float():
+    model = tiny_llama(head_dim=64)
+    cache, plain = make_prompt_cache(model, kv_bits=4, quantise_after=20), make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:20]), logits_of(model, plain, TEXT[:20])
+    assert cache.nbytes == plain.nbytes
+    assert difference(logits_of(model, cache.fork(), [1]), logits_of(model, plain.fork(), [1])) > 0
+    fork = cache.fork()
+    fork.rewind(1)
+    plain.rewind(1)
+    assert difference(logits_of(model, fork, TEXT[19:20]), logits_of(model, plain, TEXT[19:20])) <= 1e-5
+
+
+def test_learned_bits_and_pairs_that_are_one_join_one_batch():
+    model = tiny_llama(head_dim=64)
+    pools = {
+        id(make_prompt_cache(model, kv_bits=bits).pool): cache
+        for cache in [make_prompt_cache(model, kv_bits=8)]
+        for bits in (8, (8, 8), lambda layer: 8)
+    }
+    assert len(pools) == 1
+
+
+@pytest.mark.parametrize("bits", [8, (8, 4)])
+def test_removals_do_not_drift(bits):
+    """Keys before the gap are rotated from what was first stored, however often."""
+    model = tiny_llama(head_dim=64)
+    cache = make_prompt_cache(model, kv_bits=bits)
+    often, once = cache, cache.fork()
+    logits_of(model, often, TEXT[:60])
+    logits_of(model, once, TEXT[:60])
+    for _ in range(20):
+        often.remove(8, 10)
+    once.remove(8, 48)
+    assert difference(logits_of(model, often, TEXT[:4]), logits_of(model, once, TEXT[:4])) <= 1e-4
+
+
+def test_text_goes_on_when_the_capacity_overflows():
+    model = tiny_llama(head_dim=64)
+    cache = make_prompt_cache(model, capacity=32, overflow="shift", sinks=4, kv_bits=8)
+    for start in range(0, 200, 8):
+        assert mx.isfinite(logits_of(model, cache, (TEXT * 4)[start : start + 8])).all().item()
+        assert cache.position <= 32
+
+
+def test_what_mlx_lm_saves_it_loads(tmp_path):
+    """One number of bits on full attention is mlx-lm's own form."""
+    model = tiny_llama(head_dim=64)
+    cache = make_prompt_cache(model, kv_bits=8)
+    logits_of(model, cache, TEXT[:30])
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    theirs = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert {type(layer).__name__ for layer in theirs} == {"QuantizedKVCache"}
+    expected = logits_of(model, theirs, TEXT[30:34], 1)
+    assert difference(logits_of(model, cache, TEXT[30:34], 1), expected) <= 1e-2 * mx.std(expected)
+
+
+def test_generation_equals_mlx_lm_where_bits_are_enough():
+    model = tiny_llama(head_dim=64)
+    cache = make_prompt_cache(model, kv_bits=8)
+    prompt = mx.array(TEXT[:20])
+    ours = [token for token, _ in generate_step(prompt, model, max_tokens=12, prompt_cache=cache)]
+    assert ours[:6] == greedy(model, TEXT[:20], 12)[:6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_bits": 7}, "in 7 bits"),
+        ({"kv_bits": lambda layer: 9}, "in 9 bits"),
+        ({"kv_bits": 8, "kv_group_size": 48}, "group size of 48"),
+        ({"kv_bits": 8, "kv_float": [3]}, "names layer 3; there are 3"),
+        ({"kv_bits": 8, "quantise_after": -1}, "after must be 0 or more, got -1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_prompt_cache(tiny_llama(head_dim=64), **options)
