@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-_ENDING = ".part"
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.part", re.DOTALL)
 
 
 @contextmanager
@@ -21,48 +22,64 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: as opening, writing and renaming do.
     """
     sweep(path.parent, path.name)
-    temporary, file = _locked(path)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+    # The folder is opened first: where that is refused, nothing has been replaced yet.
+    with _folder(path.parent) as folder:
+        temporary, file = _locked(path)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        # Lets the rename survive a power cut.
+        os.fsync(folder)
 
 
 def sweep(folder: Path, name: str = "") -> None:
     """Remove the temporary files that killed processes left, of one file or of the whole folder.
 
-    A living process holds a lock on its own, which ends with it in any way.
+    A living process holds a lock on its own, which ends with it in any way. What may not be listed
+    or removed stays.
     """
-    for left in folder.glob(f".*{_ENDING}"):
-        if name and not left.name.startswith(f".{name}."):
-            continue
-        with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+    with suppress(OSError):
+        for left in folder.iterdir():
+            found = _TEMPORARY.fullmatch(left.name)
+            if found and name in {"", found["name"]}:
+                _remove(left)
+
+
+def _remove(left: Path) -> None:
+    """Remove a temporary file if nobody holds its lock."""
+    # Opened for writing, since NFS gives no exclusive lock otherwise.
+    with suppress(OSError), left.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        left.unlink()
 
 
 def _locked(path: Path) -> tuple[Path, BinaryIO]:
     """A new temporary file for `path`, and a lock on it."""
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_ENDING}")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
         file = temporary.open("xb")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
         # Between opening and locking, somebody may have taken it for one that was left.
         if os.fstat(file.fileno()).st_nlink:
             return temporary, file
         file.close()
 
 
-def _sync(folder: Path) -> None:
-    """Let a rename survive a power cut."""
+@contextmanager
+def _folder(folder: Path) -> Iterator[int]:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)
