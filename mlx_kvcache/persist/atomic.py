@@ -59,6 +59,27 @@ def _remove(left: Path) -> None:
         left.unlink()
 
 
+@contextmanager
+def claiming(path: Path) -> Iterator[None]:
+    """Show others that `path` is being made, before there is anything of it and until the end.
+
+    Raises:
+        OSError: as opening does.
+    """
+    temporary, file = _locked(path)
+    with file:
+        try:
+            yield
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a living process is making or writing `path`."""
+    sweep(path.parent, path.name)
+    return any(path.parent.glob(f".{path.name}.*{_ENDING}"))
+
+
 def _locked(path: Path) -> tuple[Path, BinaryIO]:
     """A new temporary file for `path`, and a lock on it."""
     while True:

@@ -1,0 +1,196 @@
+"""Which files a folder holds, for what, and how lately each was used."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sqlite3
+from pathlib import Path
+
+from ..errors import CacheFileError
+from . import atomic
+from .database import Database
+from .keys import Key, unpacked
+
+VERSION = 1
+"""Of the tables."""
+
+# So narrow that a file which a user keeps in the folder is never taken for one of ours.
+_NAME = re.compile(r"[0-9a-f]{32}\.kvcache")
+
+_TABLES = (
+    """CREATE TABLE entries (
+        name TEXT PRIMARY KEY,
+        digest TEXT NOT NULL UNIQUE,
+        namespace TEXT NOT NULL,
+        salt TEXT NOT NULL,
+        nbytes INTEGER NOT NULL DEFAULT 0,
+        used INTEGER NOT NULL DEFAULT 0,
+        is_ready INTEGER NOT NULL DEFAULT 0,
+        tokens BLOB NOT NULL
+    )""",
+    "CREATE INDEX by_use ON entries (used)",
+    # A new number whenever other entries can be found than before. It is random, so that
+    # an index that takes another's place has never the same.
+    "CREATE TABLE state (stamp INTEGER NOT NULL)",
+    "INSERT INTO state VALUES (random())",
+    """CREATE TRIGGER finished AFTER UPDATE OF is_ready ON entries
+        BEGIN UPDATE state SET stamp = random(); END""",
+    """CREATE TRIGGER removed AFTER DELETE ON entries
+        BEGIN UPDATE state SET stamp = random(); END""",
+)
+
+
+def new_name() -> str:
+    """A file's name, never given before: what was found under a name is that or gone."""
+    return f"{secrets.token_hex(16)}.kvcache"
+
+
+class Index:
+    """The entries of a folder, and the removal of their files.
+
+    An entry is begun before its file is written and finished afterwards, and it goes after its
+    file; so no file is ever there without an entry, whatever ends the process. Safe in threads.
+
+    Args:
+        folder: made where it is missing.
+        max_bytes: of all files whose entries are finished.
+
+    Raises:
+        CacheFileError: here and from all methods, where the folder or the index cannot be used.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._database = Database(folder / "index.sqlite", _TABLES, VERSION, self._tidy)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files whose entries are finished, whatever their namespace."""
+        with self._database.reading() as connection:
+            return _total(connection)
+
+    @property
+    def stamp(self) -> int:
+        """The same number while the same entries can be found."""
+        with self._database.reading() as connection:
+            [(stamp,)] = connection.execute("SELECT stamp FROM state")
+            return int(stamp)
+
+    def salts(self, namespace: str) -> dict[str, str]:
+        """The names of a namespace's finished entries, with their salts."""
+        question = "SELECT name, salt FROM entries WHERE namespace = ? AND is_ready"
+        with self._database.reading() as connection:
+            return dict(connection.execute(question, (namespace,)))
+
+    def tokens(self, name: str) -> tuple[int, ...] | None:
+        """An entry's tokens, or None where it is gone."""
+        with self._database.reading() as connection:
+            row = connection.execute("SELECT tokens FROM entries WHERE name = ?", (name,)).fetchone()
+            return unpacked(row[0]) if row else None
+
+    def find(self, key: Key) -> str | None:
+        """The name of the finished entry for just this key."""
+        question = "SELECT name FROM entries WHERE digest = ? AND is_ready"
+        with self._database.reading() as connection:
+            row = connection.execute(question, (key.digest,)).fetchone()
+            return row[0] if row else None
+
+    def begin(self, name: str, key: Key) -> bool:
+        """Enter a file that is going to be written, and that the caller has claimed.
+
+        Returns:
+            False where there is one for the same key, or a living process is writing one.
+        """
+        question = "SELECT name, is_ready FROM entries WHERE digest = ?"
+        with self._database.changing() as connection:
+            for other, is_ready in connection.execute(question, (key.digest,)).fetchall():
+                if is_ready:
+                    _use(connection, other)
+                if is_ready or atomic.is_claimed(self._folder / other):
+                    return False
+                self._remove(connection, other)
+            connection.execute(
+                "INSERT INTO entries (name, digest, namespace, salt, tokens) VALUES (?, ?, ?, ?, ?)",
+                (name, key.digest, *key),
+            )
+            return True
+
+    def finish(self, name: str, nbytes: int) -> int:
+        """Let a file be found that has been written, and remove others that are too much now.
+
+        Returns:
+            How many were removed.
+
+        Raises:
+            CacheFileError: it is too large by itself, or its entry is gone.
+        """
+        if nbytes > self._max_bytes:
+            raise CacheFileError(self._folder / name, "larger than the budget")
+        with self._database.changing() as connection:
+            cursor = connection.execute(
+                "UPDATE entries SET is_ready = 1, nbytes = ? WHERE name = ?", (nbytes, name)
+            )
+            if not cursor.rowcount:
+                raise CacheFileError(self._folder / name, "the index was replaced meanwhile")
+            _use(connection, name)
+            return self._shrink(connection)
+
+    def use(self, name: str) -> None:
+        """Note that a file was used just now, if it is still there."""
+        with self._database.changing() as connection:
+            _use(connection, name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file and its entry, as far as they are there."""
+        with self._database.changing() as connection:
+            self._remove(connection, name)
+
+    def close(self) -> None:
+        """Close all connections. A second close does nothing."""
+        self._database.close()
+
+    def _tidy(self, connection: sqlite3.Connection) -> None:
+        """Remove what ended processes left, entries without files, and files without entries.
+
+        A file is entered before any of it is written, and others cannot enter any during this
+        transaction. So a file without an entry is nobody's, such as after a power cut.
+        """
+        atomic.sweep(self._folder)
+        files = {path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
+        entries = dict(connection.execute("SELECT name, is_ready FROM entries"))
+        for name, is_ready in entries.items():
+            is_whole = name in files if is_ready else atomic.is_claimed(self._folder / name)
+            if not is_whole:
+                self._remove(connection, name)
+        for name in files - entries.keys():
+            (self._folder / name).unlink(missing_ok=True)
+        self._shrink(connection)
+
+    def _shrink(self, connection: sqlite3.Connection) -> int:
+        """Remove the least recently used until the budget holds, and say how many they were."""
+        total, removed = _total(connection), 0
+        oldest = "SELECT name, nbytes FROM entries WHERE is_ready ORDER BY used LIMIT 1"
+        while total > self._max_bytes:
+            [(name, nbytes)] = connection.execute(oldest)
+            self._remove(connection, name)
+            total, removed = total - nbytes, removed + 1
+        return removed
+
+    def _remove(self, connection: sqlite3.Connection, name: str) -> None:
+        """The file first: an entry without a file is found out by its reader, a stray file by nobody."""
+        (self._folder / name).unlink(missing_ok=True)
+        connection.execute("DELETE FROM entries WHERE name = ?", (name,))
+
+
+def _use(connection: sqlite3.Connection, name: str) -> None:
+    """Numbers rather than times, as clocks of several processes may differ or be set back."""
+    connection.execute(
+        "UPDATE entries SET used = (SELECT max(used) + 1 FROM entries) WHERE name = ?", (name,)
+    )
+
+
+def _total(connection: sqlite3.Connection) -> int:
+    [(total,)] = connection.execute("SELECT coalesce(sum(nbytes), 0) FROM entries WHERE is_ready")
+    return int(total)
