@@ -17,6 +17,9 @@ from .streams import StreamCache, StreamPlan
 Arrays = tuple[mx.array | None, ...]
 """One layer's state. MLX arrays never change, so sharing and keeping old ones copies nothing."""
 
+Form = tuple[object, ...]
+"""Of each array the number of axes and the dtype, or None where there has been none."""
+
 State = Mapping[int, Arrays]
 """What all layers hold at one position."""
 
@@ -78,7 +81,7 @@ class RecurrentCache(StreamCache[Stream]):
         self._interval = interval
         self._max_checkpoints = max_checkpoints
         self._max_bytes = max_bytes
-        self._forms: dict[int, tuple[object, ...]] = {}
+        self._forms: dict[int, Form] = {}
         self._begins: dict[int, int] = {}
         self._scratch: dict[int, Arrays] | None = None
 
@@ -199,6 +202,19 @@ class RecurrentCache(StreamCache[Stream]):
             )
         return StreamPlan(self, {sequence: _cut(stream, begin)})
 
+    def _plan_restore(self, sequence: int, snapshot: Stream | None) -> Plan:
+        """As of the base. Raises ValueError where the arrays are not like this cache's."""
+        if snapshot is None:
+            return StreamPlan(self, {sequence: None})
+        for state in snapshot.states.values():
+            for layer, arrays in state.items():
+                self._checked_form(layer, arrays)
+        older = {p: state for p, state in snapshot.states.items() if p < snapshot.end}
+        states = self._thinned(Stream(snapshot.end, older, True))
+        if snapshot.end in snapshot.states:
+            states[snapshot.end] = snapshot.states[snapshot.end]
+        return StreamPlan(self, {sequence: snapshot._replace(states=states)})
+
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         source = self._streams.get(src)
         return StreamPlan(self, {dst: _cut(source, min(length, source.end)) if source else None})
@@ -228,10 +244,7 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
         sequence = self._named(sequence)
-        form = tuple(None if array is None else (array.ndim, array.dtype) for array in arrays)
-        known = self._forms.get(layer, form)
-        if len(form) != len(known) or any(a != b for a, b in zip(form, known, strict=True) if a and b):
-            raise ValueError(f"the state of layer {layer} has (axes, dtype) {form}, before it had {known}")
+        form = self._checked_form(layer, arrays)
         if self._scratch is not None:
             self._scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
             mx.eval([array for array in self._scratch[layer] if array is not None])
@@ -243,9 +256,17 @@ class RecurrentCache(StreamCache[Stream]):
                 f"at={at} is not inside the batch, which takes sequence {sequence} "
                 f"from {self._begins[sequence]} to {end}"
             )
-        self._forms[layer] = tuple(new or old for new, old in zip(form, known, strict=True))
+        self._forms[layer] = form
         state = {**states.get(position, NOTHING), layer: arrays}
         self._streams[sequence] = Stream(end, {**states, position: state}, keeps)
+
+    def _checked_form(self, layer: int, arrays: Arrays) -> Form:
+        """The layer's form, these arrays included. Raises ValueError where they do not fit it."""
+        form = tuple(None if array is None else (array.ndim, array.dtype) for array in arrays)
+        known = self._forms.get(layer, form)
+        if len(form) != len(known) or any(a != b for a, b in zip(form, known, strict=True) if a and b):
+            raise ValueError(f"the state of layer {layer} has (axes, dtype) {form}, before it had {known}")
+        return tuple(new or old for new, old in zip(form, known, strict=True))
 
     def _get(self, layer: int, sequence: int | None) -> Arrays:
         sequence = self._named(sequence)

@@ -1,1 +1,5 @@
 """Caches as files."""
+
+from .files import load, save
+
+__all__ = ["load", "save"]

@@ -45,10 +45,16 @@ def sweep(folder: Path, name: str = "") -> None:
     or removed stays.
     """
     with suppress(OSError):
-        for left in folder.iterdir():
-            found = _TEMPORARY.fullmatch(left.name)
-            if found and name in {"", found["name"]}:
-                _remove(left)
+        for left in _temporary(folder, name):
+            _remove(left)
+
+
+def _temporary(folder: Path, name: str) -> Iterator[Path]:
+    """The temporary files of one file, or of all."""
+    for path in folder.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and name in {"", found["name"]}:
+            yield path
 
 
 def _remove(left: Path) -> None:
@@ -77,7 +83,7 @@ def claiming(path: Path) -> Iterator[None]:
 def is_claimed(path: Path) -> bool:
     """Whether a living process is making or writing `path`."""
     sweep(path.parent, path.name)
-    return any(path.parent.glob(f".{path.name}.*{_ENDING}"))
+    return any(_temporary(path.parent, path.name))
 
 
 def _locked(path: Path) -> tuple[Path, BinaryIO]:

@@ -110,6 +110,20 @@ def read_contents(path: Path) -> Contents:
     return Contents(path, header, entries, size, digest)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of any writer's safetensors file, whose arrays lie where its size allows it.
+
+    Raises:
+        CacheFileError: it cannot be read, or is none.
+    """
+    with _opened(path) as (file, size):
+        head = heads.read(file, size)
+        fields = heads.parse(head)
+        heads.places(fields, {}, len(head), size)
+        metadata = fields.get(heads.METADATA)
+        return metadata if isinstance(metadata, dict) else {}
+
+
 def read_arrays(
     contents: Contents, names: Iterable[str] | None = None, verify: bool = True
 ) -> Iterator[tuple[str, Stored]]:

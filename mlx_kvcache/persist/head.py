@@ -132,17 +132,24 @@ def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, 
     _check_version(metadata.get("version"))
     header = _object(metadata.get("header"), "the header")
     checksums = _object(metadata.get("checksums"), "the list of checksums")
-    arrays = {name: field for name, field in fields.items() if name != METADATA}
-    if unmatched := sorted(arrays.keys() ^ {*checksums, CHECKSUM}):
+    if unmatched := sorted((fields.keys() - {METADATA}) ^ {*checksums, CHECKSUM}):
         raise ValueError(f"arrays without checksums, or checksums without arrays: {short(unmatched)}")
-    entries = [(name, _entry(name, field, begin, checksums.get(name, ""))) for name, field in arrays.items()]
-    entries.sort(key=lambda item: (item[1].begin, item[1].end))
-    _check_places(entries, begin, size)
-    found = dict(entries)
+    found = places(fields, checksums, begin, size)
     own = found.pop(CHECKSUM)
     if (own.dtype, own.shape, own.end) != ("U8", (DIGEST,), size):
         raise ValueError(f"the head's checksum is at bytes {own.begin} to {own.end}, not the last {DIGEST}")
     return header, found
+
+
+def places(
+    fields: Mapping[str, Any], checksums: Mapping[str, Any], begin: int, size: int
+) -> dict[str, Entry]:
+    """All arrays of a parsed head, in the order of the file. Raises ValueError as `decode` does."""
+    arrays = {name: field for name, field in fields.items() if name != METADATA}
+    entries = [(name, _entry(name, field, begin, checksums.get(name, ""))) for name, field in arrays.items()]
+    entries.sort(key=lambda item: (item[1].begin, item[1].end))
+    _check_places(entries, begin, size)
+    return dict(entries)
 
 
 def _check_version(version: object) -> None:
