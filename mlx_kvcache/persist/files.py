@@ -50,7 +50,7 @@ def prepare(
         tokens: the sequence's; as many as it is long.
         model: what tells the model from others, by what is compared.
         options: anything that JSON can hold.
-        extra: more arrays, by names without a full stop.
+        extra: more arrays, by names that begin with a letter.
 
     Raises:
         ValueError: another number of tokens than the sequence is long.

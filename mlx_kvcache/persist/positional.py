@@ -23,17 +23,11 @@ def encode(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: str) -> dict
     """Describe a snapshot, and add its arrays to others under names that begin with `prefix`."""
     runs = []
     for index, run in enumerate(snapshot.runs):
-        packed = False
         for layer, lanes in run.layers.items():
             for slot, lane in zip(_SLOTS, lanes, strict=True):
-                name = f"{prefix}{index}.{layer}.{slot}"
-                if isinstance(lane, Packed):
-                    packed = True
-                    parts = zip(_PARTS, lane.arrays, strict=True)
-                    arrays |= {f"{name}.{part}": array for part, array in parts}
-                else:
-                    arrays[name] = lane.array
-        runs.append({"begin": run.begin, "length": run.length, "packed": packed})
+                encode_lane(lane, arrays, f"{prefix}{index}.{layer}.{slot}")
+        is_packed = any(isinstance(lane, Packed) for lanes in run.layers.values() for lane in lanes)
+        runs.append({"begin": run.begin, "length": run.length, "packed": is_packed})
     layers = {str(layer): _encode_form(form) for layer, form in snapshot.forms.items()}
     return {"end": snapshot.end, "runs": runs, "layers": layers}
 
@@ -75,7 +69,7 @@ def _decode_form(told: Any) -> Form:
     dtypes = [dtype_of(str(name)) for name in listing(layer.get("dtypes"), "the dtypes", 2)]
     if any(dtype not in _FLOATS for dtype in dtypes):
         raise ValueError(f"keys and values of {dtypes[0]} and {dtypes[1]}, expected floats")
-    codecs = [_decode_codec(codec) for codec in listing(layer.get("codecs"), "the codecs", 2)]
+    codecs = [decode_codec(codec) for codec in listing(layer.get("codecs"), "the codecs", 2)]
     return Form(
         integer(layer.get("heads"), "the number of heads", 1),
         # A layer has keys; for want of both nothing would bound the number of its cells.
@@ -88,7 +82,8 @@ def _decode_form(told: Any) -> Form:
     )
 
 
-def _decode_codec(told: Any) -> Codec | None:
+def decode_codec(told: Any) -> Codec | None:
+    """A codec, or None for float. Raises ValueError for one that there is not."""
     if told is None:
         return None
     bits, group_size = listing(told, "a codec", 2)
@@ -100,22 +95,29 @@ def _decode_codec(told: Any) -> Codec | None:
 def _decode_lanes(
     arrays: Mapping[str, mx.array], name: str, form: Form, length: int, is_packed: bool
 ) -> Lanes:
-    keys, values = (form.key_codec, form.value_codec) if is_packed else (None, None)
+    heads, key_dim, value_dim, key_dtype, value_dtype, keys, values = form if is_packed else form.plain()
     return (
-        _decode_lane(arrays, f"{name}.keys", (form.heads, length, form.key_dim), form.key_dtype, keys),
-        _decode_lane(
-            arrays, f"{name}.values", (form.heads, length, form.value_dim), form.value_dtype, values
-        ),
+        decode_lane(arrays, f"{name}.keys", (heads, length, key_dim), key_dtype, keys),
+        decode_lane(arrays, f"{name}.values", (heads, length, value_dim), value_dtype, values),
     )
 
 
-def _decode_lane(
+def encode_lane(lane: Lane, arrays: dict[str, mx.array], name: str) -> None:
+    """Add a lane to others under a name, or names that begin with it."""
+    if isinstance(lane, Packed):
+        arrays |= {f"{name}.{part}": stored for part, stored in zip(_PARTS, lane.arrays, strict=True)}
+    else:
+        arrays[name] = lane.array
+
+
+def decode_lane(
     arrays: Mapping[str, mx.array],
     name: str,
     size: tuple[int, int, int],
     dtype: mx.Dtype,
     codec: Codec | None,
 ) -> Lane:
+    """A lane of (heads, cells, dim). Raises ValueError where its arrays are not of that size."""
     heads, length, dim = size
     if codec is None:
         return Plain(shaped(arrays, name, (1, heads, length, dim), dtype))

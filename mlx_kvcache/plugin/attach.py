@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,10 +15,11 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from . import reuse
 from .contract import check_contract
+from .loading import save_for_mlx_lm
 from .prompt_cache import PromptCache, make_prompt_cache
 
-_NAME = "make_prompt_cache"
 _original = mlx_lm_cache.make_prompt_cache
+_original_save = mlx_lm_cache.save_prompt_cache
 _lock = threading.RLock()
 _attached: dict[int, list[dict[str, Any]]] = {}
 """For each attached model, by id: the options of each attach that has not been detached."""
@@ -103,20 +106,32 @@ def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
     return cache
 
 
+def _save(file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
+    """Stands in for mlx-lm's `save_prompt_cache`, which would write packed windows as if in float."""
+    if reuse.is_ours(cache):
+        path = Path(file_name)
+        # As MLX does it.
+        save_for_mlx_lm(path if path.suffix else path.with_suffix(".safetensors"), cache, metadata)
+    else:
+        _original_save(file_name, cache, metadata)
+
+
 def _patch() -> None:
-    _bind(_original, _dispatch)
+    _bind("make_prompt_cache", _original, _dispatch)
+    _bind("save_prompt_cache", _original_save, _save)
     reuse.LRUPromptCache.fetch_nearest_cache = reuse.fetch_nearest_cache
     reuse.LRUPromptCache.insert_cache = reuse.insert_cache
 
 
 def _restore() -> None:
-    _bind(_dispatch, _original)
+    _bind("make_prompt_cache", _dispatch, _original)
+    _bind("save_prompt_cache", _save, _original_save)
     reuse.LRUPromptCache.fetch_nearest_cache = reuse.original_fetch
     reuse.LRUPromptCache.insert_cache = reuse.original_insert
 
 
-def _bind(old: Any, new: Any) -> None:
-    """Replace `old` wherever a module of mlx-lm has bound the name."""
+def _bind(function: str, old: Any, new: Any) -> None:
+    """Replace `old` wherever a module of mlx-lm has bound the function's name."""
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "mlx_lm" and getattr(module, _NAME, None) is old:
-            setattr(module, _NAME, new)
+        if name.split(".")[0] == "mlx_lm" and getattr(module, function, None) is old:
+            setattr(module, function, new)

@@ -16,6 +16,7 @@ from .layers.nested import CacheList
 
 _FUNCTIONS = {
     "models.cache.make_prompt_cache": ["model", "max_kv_size"],
+    "models.cache.save_prompt_cache": ["file_name", "cache", "metadata"],
     "models.cache.LRUPromptCache.fetch_nearest_cache": ["self", "model", "tokens"],
     "models.cache.LRUPromptCache.insert_cache": ["self", "model", "tokens", "prompt_cache", "cache_type"],
     "models.cache.PromptTrie.search": ["self", "model", "tokens"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -21,18 +21,45 @@ FARTHEST = 1 << 16
 """Beyond this lead, float32 angles lose precision, and all keys are rotated back by it."""
 
 
+class Limits(NamedTuple):
+    """How long a conversation may get, and how far it can go back.
+
+    Attributes:
+        capacity: the most tokens; None for no bound.
+        overflow: what happens when more come.
+        sinks: first tokens that a shift never removes.
+        rewind: newest tokens that windows and chunks can always drop.
+    """
+
+    capacity: int | None = None
+    overflow: Overflow = "error"
+    sinks: int = 0
+    rewind: int = 64
+
+    def check(self) -> None:
+        """Raise ValueError where one of them is out of range."""
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(f"capacity must be 1 or more, got {self.capacity}")
+        if self.overflow not in ("error", "shift"):
+            raise ValueError(f'overflow must be "error" or "shift", got {self.overflow!r}')
+        if self.rewind < 0:
+            raise ValueError(f"rewind must be 0 or more, got {self.rewind}")
+        if not 0 <= self.sinks < (self.capacity or self.sinks + 1):
+            raise ValueError(
+                f"sinks must be 0 or more and below the capacity of {self.capacity}, got {self.sinks}"
+            )
+
+
 class Conversation:
     """A sequence, and what happens when it gets longer than its capacity.
 
     Its methods belong between forwards. After any error everything is as it was.
     """
 
-    def __init__(self, pool: Pool, capacity: int | None, overflow: Overflow, sinks: int) -> None:
+    def __init__(self, pool: Pool, limits: Limits) -> None:
         self.pool = pool
         self.sequence = pool.new_sequence()
-        self.capacity = capacity
-        self.overflow: Overflow = overflow
-        self.sinks = sinks
+        self.limits = limits
         self.head = Head()
         self._release = weakref.finalize(self, pool.drop, self.sequence)
 
@@ -52,14 +79,14 @@ class Conversation:
     def fork(self) -> Conversation:
         """Another conversation with the same tokens. Copies no array."""
         self.check_open()
-        other = Conversation(self.pool, self.capacity, self.overflow, self.sinks)
+        other = Conversation(self.pool, self.limits)
         self.pool.copy(self.sequence, other.sequence)
         other.head = self.head
         return other
 
     def moved(self, pool: Pool) -> Conversation:
         """The same in another pool of the model, which stores as it does; this one is closed."""
-        other = Conversation(pool, self.capacity, self.overflow, self.sinks)
+        other = Conversation(pool, self.limits)
         snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
         pool.restore(other.sequence, snapshots)
         other.head = self.head
@@ -114,18 +141,16 @@ class Conversation:
         Raises:
             CacheFullError: there is none, and none can be made.
         """
-        position = self.position
-        if self.capacity is None or position + n <= self.capacity:
+        position, (capacity, overflow, sinks, _) = self.position, self.limits
+        if capacity is None or position + n <= capacity:
             return
-        free, sinks = self.capacity - position, min(self.sinks, position)
-        if self.overflow == "error":
-            raise CacheFullError(n, free, self.capacity, "remove or rewind tokens first")
-        if n > self.capacity - sinks:
-            raise CacheFullError(n, self.capacity - sinks, self.capacity, "feed smaller blocks")
+        free, sinks = capacity - position, min(sinks, position)
+        if overflow == "error":
+            raise CacheFullError(n, free, capacity, "remove or rewind tokens first")
+        if n > capacity - sinks:
+            raise CacheFullError(n, capacity - sinks, capacity, "feed smaller blocks")
         if not early and not self.pool.scheme.ahead:
-            raise CacheFullError(
-                n, free, self.capacity, "this model can make room only when it is called itself"
-            )
+            raise CacheFullError(n, free, capacity, "this model can make room only when it is called itself")
         drop = max((position - sinks) // 2, n - free)
         if sinks + drop < position:
             self.remove(sinks, sinks + drop)

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
 
 import mlx.nn as nn
 
-from ..cells.rules import Causal, Rule
 from ..errors import NotSupportedError
-from .bits import KvBits, KvFloat, quantisation_of
-from .conversation import Conversation, Overflow
+from .bits import KvBits, KvFloat
+from .conversation import Conversation, Limits, Overflow
+from .files import prepared
 from .layers import entries_of
-from .layout import layout_of
-from .pool import Pool, pool_for
+from .loading import loaded, save_for_mlx_lm
+from .making import Storage, new_conversation
+from .pool import Pool
 from .rows import Rows
-from .trial import try_out
 
 
 class PromptCache(list[Any]):
     """mlx-lm's prompt cache, a list with an object for each entry of the model's own, that can do more.
 
     Positions count tokens. After any error everything is as it was.
+
+    Attributes:
+        tokens: of a loaded cache the tokens that were saved with it, or None.
+        is_verified: False where a file was loaded without comparing its checksums.
     """
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(entries_of(rows))
         self._rows = rows
+        self.tokens: list[int] | None = None
+        self.is_verified = True
 
     @property
     def pool(self) -> Pool:
@@ -41,7 +49,7 @@ class PromptCache(list[Any]):
     @property
     def capacity(self) -> int | None:
         """How many tokens may be in the cache."""
-        return self._conversation.capacity
+        return self._conversation.limits.capacity
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +105,62 @@ class PromptCache(list[Any]):
     def fork(self) -> PromptCache:
         """A cache with the same tokens that goes its own way. Copies no array."""
         return PromptCache(self._rows.fork())
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        tokens: Sequence[int] | None = None,
+        tokenizer: Any = None,
+        format: Literal["mlx_kvcache", "mlx-lm"] = "mlx_kvcache",  # noqa: A002
+    ) -> None:
+        """Save what is held, without slack. The file is there whole or not at all.
+
+        Args:
+            tokens: those in the cache; `load` gives them back.
+            tokenizer: notes which one the tokens are of.
+            format: "mlx-lm" writes what mlx-lm's `load_prompt_cache` reads: without checksums,
+                tokens, checkpoints and what mlx-lm's windows would not hold, and in float where
+                mlx-lm cannot quantise.
+
+        Raises:
+            CacheFileError: it cannot be written; a file that was there still is.
+            ValueError: another number of tokens than are in the cache, or an unknown format.
+        """
+        if format not in ("mlx_kvcache", "mlx-lm"):
+            raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
+        with self._rows.edit():
+            if format == "mlx-lm":
+                save_for_mlx_lm(Path(path), self)
+            else:
+                prepared(self._conversation, tokens, tokenizer).write(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: nn.Module,
+        tokenizer: Any = None,
+        verify: bool = True,
+        **options: Any,
+    ) -> PromptCache:
+        """A cache of this model with what is in a file, of `save` or of mlx-lm's `save_prompt_cache`.
+
+        Args:
+            tokenizer: refuses a file that was saved with another one.
+            verify: compare all checksums. Otherwise arrays are read when they are first needed,
+                damage in them goes unseen, and `is_verified` says so.
+            options: of `make_prompt_cache`, in the place of those that the cache had.
+
+        Raises:
+            CacheFileError: the file cannot be read, is damaged, or is of another model.
+            CacheFullError: it holds more tokens than the capacity.
+            ValueError, NotSupportedError: as `make_prompt_cache`.
+        """
+        conversation, opened = loaded(Path(path), model, tokenizer, verify, options)
+        cache = cls(_alone(conversation))
+        if opened:
+            cache.tokens, cache.is_verified = opened.tokens, opened.is_verified
+        return cache
 
     def close(self) -> None:
         """Give the memory back that no fork shares. Further use is a CacheError."""
@@ -155,38 +219,10 @@ def make_prompt_cache(
             these give, "shift" on a model whose tokens cannot be moved, sinks on one with
             recurrent layers.
     """
-    if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
-        raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be 1 or more, got {capacity}")
-    if overflow not in ("error", "shift"):
-        raise ValueError(f'overflow must be "error" or "shift", got {overflow!r}')
-    if rewind < 0:
-        raise ValueError(f"rewind must be 0 or more, got {rewind}")
-    if not 0 <= sinks < (capacity or sinks + 1):
-        raise ValueError(f"sinks must be 0 or more and below the capacity of {capacity}, got {sinks}")
-    layout = layout_of(model)
-    shifts = capacity if overflow == "shift" else None
-    if (shifts or sinks) and layout.is_recurrent:
-        raise NotSupportedError(
-            f'overflow="{overflow}" with sinks={sinks} on {type(model).__module__}: '
-            "a recurrent state cannot forget tokens that later ones were added to, nor keep some of them"
-        )
-    pool = pool_for(model, layout, [_rewind(rule, rewind, shifts) for rule in layout.rules], None)
-    try_out(pool)
-    quantisation = quantisation_of(layout, pool.mirrored, kv_bits, kv_group_size, kv_float, quantise_after)
-    if quantisation:
-        pool = pool.sibling(quantisation)
-    if shifts and pool.scheme.refusal:
-        raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
-    return PromptCache(Rows(pool, [Conversation(pool, capacity, overflow, sinks)], is_batch=False))
+    limits = Limits(capacity, overflow, sinks, rewind)
+    storage = Storage(kv_bits, kv_group_size, kv_float, quantise_after)
+    return PromptCache(_alone(new_conversation(model, limits, storage)))
 
 
-def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
-    """How many newest tokens a kind of layer can drop, in a cache that shifts within `capacity`, or not."""
-    if rule is None or isinstance(rule, Causal):
-        return 1
-    if capacity is not None and capacity <= 4 * rule.size:
-        # After a shift the window may reach over the gap, so nothing that stays may be forgotten.
-        return capacity
-    return max(1, rewind)
+def _alone(conversation: Conversation) -> Rows:
+    return Rows(conversation.pool, [conversation], is_batch=False)

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..arrays.store import Form
 from ..errors import NotSupportedError
-from .conversation import Conversation
+from .conversation import Conversation, Limits
 from .layers import entries_of
 from .layout import Leaf
 from .pool import Batching, Pool
@@ -110,7 +110,7 @@ def _mixes(pool: Pool) -> bool:
     expected = mx.concatenate(
         [pool.model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1] for text in texts]
     ).astype(mx.float32)
-    conversations = [Conversation(pool, None, "error", 0) for _ in LENGTHS]
+    conversations = [Conversation(pool, Limits()) for _ in LENGTHS]
     steps = [
         [text[:length] for text, length in zip(texts, LENGTHS, strict=True)],
         [text[-2:] for text in texts],
@@ -138,7 +138,7 @@ def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.arra
 
 
 def _rows(pool: Pool, n: int) -> Rows:
-    return Rows(pool, [Conversation(pool, None, "error", 0) for _ in range(n)], is_batch=n > 1)
+    return Rows(pool, [Conversation(pool, Limits()) for _ in range(n)], is_batch=n > 1)
 
 
 def _difference(a: mx.array, b: mx.array) -> float:

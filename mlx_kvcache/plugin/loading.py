@@ -1,0 +1,90 @@
+"""From a file of either format to a conversation, and to mlx-lm's format from a cache list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ..errors import CacheFileError
+from ..persist.atomic import replacing
+from ..persist.container import NotOursError
+from ..persist.files import Opened, open_file
+from .adopt import adopt, storage_of
+from .conversation import Conversation, Limits
+from .files import restore
+from .foreign import read_foreign
+from .layers.keyvalue import QuantizedKVCache
+from .making import Storage, by_layer, new_conversation
+
+
+def loaded(
+    path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any]
+) -> tuple[Conversation, Opened | None]:
+    """What is in a file, made with the file's own options where there are no others. Raises as `load`."""
+    try:
+        opened = open_file(path, verify)
+    except NotOursError:
+        foreign = read_foreign(path)
+        conversation = _made(model, storage_of(foreign) | dict(options))
+        adopt(conversation, foreign)
+        return conversation, None
+    conversation = _made(model, _saved_options(opened) | dict(options))
+    restore(conversation, opened, tokenizer)
+    return conversation, opened
+
+
+def _saved_options(opened: Opened) -> dict[str, Any]:
+    """Options that a file was saved with."""
+    names = (*Limits._fields, "kv_bits", "kv_group_size", "quantise_after")
+    options = {name: opened.options[name] for name in names if name in opened.options}
+    bits = options.get("kv_bits")
+    if isinstance(bits, list):
+        options["kv_bits"] = by_layer(bits)
+    return options
+
+
+def _made(model: nn.Module, options: Mapping[str, Any]) -> Conversation:
+    limits = {name: value for name, value in options.items() if name in Limits._fields}
+    storage = {name: value for name, value in options.items() if name not in Limits._fields}
+    return new_conversation(model, Limits(**limits), Storage(**storage))
+
+
+class _Entry(NamedTuple):
+    """What mlx-lm's `save_prompt_cache` asks of a cache."""
+
+    state: Any
+
+
+def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
+    """Write a cache list, whose entries are ours or mlx-lm's, so that mlx-lm can load it.
+
+    Raises:
+        CacheFileError: it cannot be written.
+    """
+    entries = [_loadable(entry) for entry in cache]
+    try:
+        with replacing(path) as file:
+            # MLX chooses the format by the name, and would add an ending to one that has none.
+            mlx_lm_cache.save_prompt_cache(file, entries, metadata)
+    except OSError as error:
+        raise CacheFileError(path, f"cannot be written: {error.strerror or error}") from error
+
+
+def _loadable(entry: Any) -> Any:
+    """An entry as mlx-lm's class of its name would save it."""
+    name, state = _state(entry)
+    return type(name, (_Entry,), {})(state)
+
+
+def _state(entry: Any) -> tuple[str, Any]:
+    """The class and the state that mlx-lm is to write."""
+    children = getattr(entry, "caches", None)
+    if children is not None:
+        states = [_state(child) for child in children]
+        return "CacheList", [(state, name) for name, state in states]
+    is_mixed = getattr(entry, "is_packed", False) and not isinstance(entry, QuantizedKVCache)
+    return type(entry).__name__, entry.plain_state if is_mixed else entry.state

@@ -1,0 +1,86 @@
+"""From the options of `make_prompt_cache` to an empty conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from ..cells.rules import Causal, Rule
+from ..errors import NotSupportedError
+from ..quantisation import Bits
+from .bits import KvBits, KvFloat, quantisation_of
+from .conversation import Conversation, Limits
+from .layout import layout_of
+from .pool import pool_for
+from .trial import try_out
+
+
+class Storage(NamedTuple):
+    """How keys and values are stored; see `make_prompt_cache`."""
+
+    kv_bits: KvBits = None
+    kv_group_size: int = 64
+    kv_float: KvFloat = ()
+    quantise_after: int = 0
+
+
+def new_conversation(model: nn.Module, limits: Limits, storage: Storage) -> Conversation:
+    """An empty conversation of a model. Raises as `make_prompt_cache`."""
+    if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
+        raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
+    limits.check()
+    layout = layout_of(model)
+    shifts = limits.capacity if limits.overflow == "shift" else None
+    if (shifts or limits.sinks) and layout.is_recurrent:
+        raise NotSupportedError(
+            f'overflow="{limits.overflow}" with sinks={limits.sinks} on {type(model).__module__}: '
+            "a recurrent state cannot forget tokens that later ones were added to, nor keep some of them"
+        )
+    pool = pool_for(model, layout, [_rewind(rule, limits.rewind, shifts) for rule in layout.rules], None)
+    try_out(pool)
+    quantisation = quantisation_of(layout, pool.mirrored, *storage)
+    if quantisation:
+        pool = pool.sibling(quantisation)
+    if shifts and pool.scheme.refusal:
+        raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
+    return Conversation(pool, limits)
+
+
+def options_of(conversation: Conversation) -> dict[str, Any]:
+    """Options of `make_prompt_cache` that make one like this, as JSON can hold them."""
+    pool = conversation.pool
+    options: dict[str, Any] = conversation.limits._asdict()
+    if pool.quantisation is None:
+        return options
+    bits: list[Any] = [None] * len(pool.layout.entries)
+    for leaf in reversed(pool.leaves):
+        if leaf.rule is not None:
+            # The first of an entry comes last: an index behind it follows it.
+            bits[leaf.layer] = [codec and codec.bits for codec in pool.codecs(leaf)]
+    return options | {
+        "kv_bits": bits,
+        "kv_group_size": pool.quantisation.group_size,
+        "quantise_after": pool.quantisation.after,
+    }
+
+
+def by_layer(bits: Sequence[Any]) -> KvBits:
+    """The function of the layer that `options_of` has written down."""
+
+    def of(layer: int) -> Bits:
+        own = bits[layer] if layer < len(bits) else None
+        return tuple(own) if own else None
+
+    return of
+
+
+def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
+    """How many newest tokens a kind of layer can drop, in a cache that shifts within `capacity`, or not."""
+    if rule is None or isinstance(rule, Causal):
+        return 1
+    if capacity is not None and capacity <= 4 * rule.size:
+        # After a shift the window may reach over the gap, so nothing that stays may be forgotten.
+        return capacity
+    return max(1, rewind)
