@@ -101,6 +101,9 @@ class PrefixTree(Generic[V]):
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many first tokens are the same."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

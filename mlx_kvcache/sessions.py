@@ -8,29 +8,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from .errors import CacheError, NotSupportedError
+from .errors import CacheError
+from .persist.tier import DiskTier
 from .prefixes import PrefixTree
+from .session import Branch, Session
+
+__all__ = ["Counts", "Session", "SessionPool"]
 
 CANDIDATES = 32
 """Stored sequences that are asked how far they can go back, at most."""
-
-
-class Branch(Protocol):
-    """A conversation's cache, as `mlx_kvcache.plugin.PromptCache` is one."""
-
-    @property
-    def position(self) -> int: ...
-    @property
-    def capacity(self) -> int | None: ...
-    @property
-    def pool(self) -> Any: ...
-    def resume_point(self, position: int) -> int: ...
-    def rewind_to(self, position: int) -> None: ...
-    def remove(self, begin: int, end: int | None = None) -> None: ...
-    def fork(self) -> Any: ...
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -42,6 +30,10 @@ class Counts:
     reused: int = 0
     """Tokens that did not have to be computed again."""
     evicted: int = 0
+    from_disk: int = 0
+    """Hits that came out of a file."""
+    to_disk: int = 0
+    """Caches that were given to a file."""
     rejected: Counter[str] = field(default_factory=Counter)
 
 
@@ -54,79 +46,6 @@ class _Stored:
     used: int
 
 
-class Session:
-    """A conversation that is under way.
-
-    Attributes:
-        cache: its prompt cache, to give to the model.
-        tokens: what is in the cache, or will be when `rest` has been computed.
-        reused: how many of them were there already.
-        rest: those that are left to compute, at least one.
-    """
-
-    def __init__(
-        self, pool: SessionPool, cache: Any, tokens: Sequence[int], reused: int, salt: Hashable
-    ) -> None:
-        self.cache = cache
-        self.tokens = list(tokens)
-        self.reused = reused
-        self.rest = self.tokens[reused:]
-        self._pool = pool
-        self._salt = salt
-        self._is_open = True
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Note tokens that have been or will be computed behind the others, such as a reply's."""
-        self.tokens += tokens
-
-    def shift(self, keep: int = 0, room: int = 1) -> list[int]:
-        """Make room for more tokens where the cache has a capacity: drop the older half after `keep`.
-
-        Returns:
-            Tokens to compute again: none, or, where the model's tokens cannot be moved, all
-            that stay and that the cache could not keep.
-
-        Raises:
-            ValueError: a negative number, or more room than there can be.
-            CacheError: not all of `tokens` has been computed.
-        """
-        position, capacity = self.cache.position, self.cache.capacity
-        if keep < 0 or room < 0 or (capacity is not None and keep + room > capacity):
-            raise ValueError(
-                f"keep={keep} and room={room} must be 0 or more and fit a capacity of {capacity}"
-            )
-        if position < len(self.tokens):
-            raise CacheError(f"only {position} of {len(self.tokens)} tokens have been computed")
-        if capacity is None or position + room <= capacity:
-            return []
-        begin = min(keep, position)
-        end = begin + max((position - begin) // 2, position + room - capacity)
-        left = self.tokens[:begin] + self.tokens[end:]
-        try:
-            self.cache.remove(begin, end)
-        except NotSupportedError:
-            point = self.cache.resume_point(begin)
-            self.cache.rewind_to(point)
-            self.tokens = left[:point]
-            return left[point:]
-        self.tokens = left
-        return []
-
-    def close(self, is_pinned: bool = False) -> None:
-        """Give the cache back, for others that begin alike. A second close does nothing."""
-        if self._is_open:
-            self._is_open = False
-            self._pool.store(self.tokens[: self.cache.position], self.cache, self._salt, is_pinned)
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 class SessionPool:
     """Prompt caches by their tokens, the least recently used given up first.
 
@@ -137,13 +56,18 @@ class SessionPool:
         max_bytes: the most bytes that the caches' pool may hold, open sessions included; what
             they share counts once. Only stored caches are given up for it.
         max_stored: the most stored caches.
+        disk: where caches go that are given up for a bound, and come back from.
 
     Raises:
         ValueError: a negative bound.
     """
 
     def __init__(
-        self, make: Callable[[], Any], max_bytes: int | None = None, max_stored: int | None = None
+        self,
+        make: Callable[[], Any],
+        max_bytes: int | None = None,
+        max_stored: int | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         for name, bound in (("max_bytes", max_bytes), ("max_stored", max_stored)):
             if bound is not None and bound < 0:
@@ -152,6 +76,7 @@ class SessionPool:
         self._make = make
         self._max_bytes = max_bytes
         self._max_stored = max_stored
+        self._disk = disk
         self._trees: dict[Hashable, PrefixTree[_Stored]] = {}
         self._stored: list[_Stored] = []
         self._clock = 0
@@ -183,6 +108,7 @@ class SessionPool:
             raise ValueError("a session needs at least 1 token")
         with self._lock:
             reused, found = self._nearest(tokens, salt)
+            reused, found = self._from_disk(tokens, salt, reused, found)
             if found is None:
                 self.counts.misses += 1
                 cache = self._make()
@@ -192,6 +118,7 @@ class SessionPool:
                 self._touch(found)
                 cache = found.cache.fork()
                 cache.rewind_to(reused)
+                self._evict()
             self._cells = cache.pool
             return Session(self, cache, tokens, reused, salt)
 
@@ -220,21 +147,39 @@ class SessionPool:
                 is_prefix = common == len(shorter.tokens)
                 if is_prefix and not shorter.is_pinned and cache.resume_point(common) == common:
                     self._remove(shorter)
-            before = tree.put(entry.tokens, entry)
-            if before is not None:
-                entry.is_pinned |= before.is_pinned
-                self._stored.remove(before)
-                before.cache.close()
-            self._stored.append(entry)
-            self._touch(entry)
+            self._put(entry)
             self._evict()
             if entry in self._stored:
                 return True
             self.counts.rejected["larger than the budget"] += 1
             return False
 
+    def flush(self) -> None:
+        """Have all stored caches written, and wait until they are. Does nothing without a disk."""
+        with self._lock:
+            for entry in self._stored:
+                self._to_disk(entry)
+        if self._disk:
+            self._disk.folder.flush()
+
+    def close(self) -> None:
+        """Have all stored caches written where there is a disk, and give them up."""
+        if self._disk and self._disk.folder.is_open:
+            self.flush()
+            self._disk.close()
+        self._disk = None
+        self.clear()
+
+    def __enter__(self) -> SessionPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def clear(self) -> None:
-        """Give up all stored caches, pinned ones too."""
+        """Give up all stored caches, pinned ones too. What is on disk stays there."""
         with self._lock:
             for entry in list(self._stored):
                 self._remove(entry)
@@ -252,12 +197,51 @@ class SessionPool:
                 best = point, entry
         return best
 
+    def _from_disk(
+        self, tokens: Sequence[int], salt: Hashable, reused: int, found: _Stored | None
+    ) -> tuple[int, _Stored | None]:
+        """What a file saves, where that is more than what is stored in memory does."""
+        if self._disk is None:
+            return reused, found
+        try:
+            kept = self._disk.nearest(tokens, salt, reused)
+        except CacheError as error:
+            # Whatever is wrong with the disk, a conversation can go on without it.
+            self.counts.rejected[f"disk: {error}"] += 1
+            return reused, found
+        if kept is None:
+            return reused, found
+        self.counts.from_disk += 1
+        return kept.point, self._put(_Stored(kept.tokens, kept.cache, salt, False, 0))
+
+    def _to_disk(self, entry: _Stored) -> None:
+        """Have a cache written, if it is not yet."""
+        if self._disk is None:
+            return
+        try:
+            self.counts.to_disk += self._disk.put(entry.tokens, entry.salt, entry.cache)
+        except CacheError as error:
+            self.counts.rejected[f"disk: {error}"] += 1
+
+    def _put(self, entry: _Stored) -> _Stored:
+        """Store a cache in the place of what was stored for the same tokens."""
+        tree = self._trees.setdefault(entry.salt, PrefixTree())
+        before = tree.put(entry.tokens, entry)
+        if before is not None:
+            entry.is_pinned |= before.is_pinned
+            self._stored.remove(before)
+            before.cache.close()
+        self._stored.append(entry)
+        self._touch(entry)
+        return entry
+
     def _evict(self) -> None:
         """Give up the least recently used until all bounds hold, or only pinned ones are left."""
         while self._exceeds():
             entry = min((e for e in self._stored if not e.is_pinned), key=lambda e: e.used, default=None)
             if entry is None:
                 return
+            self._to_disk(entry)
             self._remove(entry)
             self.counts.evicted += 1
 

@@ -75,6 +75,10 @@ class PrefixFolder:
         self._stamp: int | None = None
 
     @property
+    def is_open(self) -> bool:
+        return not self._is_closed
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files that can be found, those of other namespaces and processes included.
 
@@ -124,6 +128,26 @@ class PrefixFolder:
             self._pending[key] = nbytes
             self._later(partial(self._write, key, write))
             return True
+
+    def has(self, tokens: Sequence[int], salt: Hashable) -> bool:
+        """Whether there is a file for just these tokens, or will be; that counts as a use.
+
+        Raises:
+            CacheError: it is closed.
+            CacheFileError: the index cannot be read.
+        """
+        text = salt_text(salt)
+        with self._lock:
+            self._check_open()
+            if text is None:
+                return False
+            key = Key(self._namespace, text, packed(tokens))
+            if key in self._pending:
+                return True
+            name = self._index.find(key)
+            if name:
+                self._later(partial(self._use, name))
+            return name is not None
 
     def matches(self, tokens: Sequence[int], salt: Hashable) -> Iterator[tuple[int, Found]]:
         """Files with the number of first tokens that they share, the longest first, as in a `PrefixTree`.

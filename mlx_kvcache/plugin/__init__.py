@@ -2,6 +2,7 @@
 
 from .attach import attach, detach
 from .many import Generated, Many, generate_many
+from .pooled import make_session_pool
 from .prompt_cache import PromptCache, make_prompt_cache
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "detach",
     "generate_many",
     "make_prompt_cache",
+    "make_session_pool",
 ]

@@ -1,0 +1,106 @@
+"""What is in a file, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import container
+from .checks import integer, listing, mapping
+from .files import faults_of
+from .head import short
+
+WIDTH = 64
+"""Characters of a picture."""
+FLOAT, PACKED, GONE = "█", "▒", "·"
+
+
+def shown(path: Path, verify: bool = True) -> Iterator[str]:
+    """Lines that tell what a file holds, with a picture of its runs.
+
+    Args:
+        verify: read the arrays too, and compare their checksums.
+
+    Raises:
+        CacheFileError: the file cannot be read, is damaged, or is none of a cache.
+    """
+    contents = container.read_contents(path)
+    if verify:
+        for _ in container.read_arrays(contents):
+            pass
+    checked = "all checksums are right" if verify else "only the head was verified"
+    yield f"{path}: {contents.size:,} bytes, {len(contents.entries)} arrays, {checked}"
+    with faults_of(path):
+        header = contents.header
+        end = integer(header.get("end"), "the end")
+        given = "given" if header.get("has_tokens") is True else "not given"
+        yield f"tokens    {end:,}, their numbers {given}"
+        yield from _table("model", header.get("model"))
+        yield from _table("options", header.get("options"))
+        for index, cache in enumerate(listing(header.get("caches"), "the caches")):
+            yield ""
+            yield from _cache(mapping(cache, "a cache"), end, f"{index}.", contents.entries)
+
+
+def _table(title: str, told: Any) -> Iterator[str]:
+    for name, value in mapping(told, f"the {title}").items():
+        # What is rotated before a removed range is for the program, not for people.
+        if name != "head" and value is not None:
+            yield f"{title:9} {name}: {short(value)}"
+
+
+def _cache(
+    cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str, container.Entry]
+) -> Iterator[str]:
+    """One cache of the file: its kind, its layers, and what it holds of the tokens."""
+    size = sum(entry.end - entry.begin for name, entry in entries.items() if name.startswith(prefix))
+    sizes = [f"{name} {short(cache[name])}" for name in ("size", "sinks") if cache.get(name)]
+    yield f"{short(cache.get('kind'))} {' '.join(sizes)}: {size:,} bytes".replace("'", "").replace(" :", ":")
+    for index, child in enumerate(cache.get("children") or ()):
+        yield from _cache(mapping(child, "a child"), end, f"{prefix}{index}.", entries)
+    if "runs" in cache:
+        yield from _layers(mapping(cache.get("layers"), "the layers"))
+        yield from _runs(listing(cache["runs"], "the runs"), end)
+    elif "states" in cache:
+        states = [mapping(state, "a state") for state in listing(cache["states"], "the states")]
+        at = [integer(state.get("position"), "the position of a state", 1, end) for state in states]
+        picture = [GONE] * WIDTH
+        for position in at:
+            picture[min(WIDTH - 1, position * WIDTH // max(1, end))] = FLOAT
+        yield f"  {''.join(picture)}  states after {', '.join(map(str, at))} tokens"
+
+
+def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
+    """Layers of the same form on one line."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        form = mapping(layer, "a layer")
+        dims, dtypes, codecs = (listing(form.get(key), key, 2) for key in ("dims", "dtypes", "codecs"))
+        slots = [
+            f"{what} of {short(dim)} features in {_width(dtype, codec)}"
+            for what, dim, dtype, codec in zip(("keys", "values"), dims, dtypes, codecs, strict=True)
+        ]
+        groups.setdefault(f"{short(form.get('heads'))} heads, {', '.join(slots)}", []).append(name)
+    for text, names in groups.items():
+        yield f"  layers {', '.join(names)}: {text}"
+
+
+def _width(dtype: Any, codec: Any) -> str:
+    if codec is None:
+        return str(dtype)
+    bits, group_size = listing(codec, "a codec", 2)
+    return f"{short(bits)} bits by {short(group_size)}, used in {dtype}"
+
+
+def _runs(runs: list[Any], end: int) -> Iterator[str]:
+    picture, told = [GONE] * WIDTH, []
+    for run in runs:
+        own = mapping(run, "a run")
+        begin = integer(own.get("begin"), "the beginning of a run", 0, end)
+        length = integer(own.get("length"), "the length of a run", 1, end - begin)
+        is_packed = own.get("packed") is True
+        for place in range(begin * WIDTH // end, max(1, -(-(begin + length) * WIDTH // end))):
+            picture[place] = PACKED if is_packed else FLOAT
+        told.append(f"[{begin}, {begin + length}) {'packed' if is_packed else 'in float'}")
+    yield f"  {''.join(picture)}  {', '.join(told) or 'nothing is held'}"

@@ -1,0 +1,73 @@
+"""A `SessionPool` for an mlx-lm model, with a folder behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..persist.files import Prepared
+from ..persist.folder import PrefixFolder
+from ..persist.tier import DiskTier
+from ..sessions import SessionPool
+from .files import prepared
+from .fingerprint import fingerprint
+from .making import options_of
+from .prompt_cache import PromptCache, make_prompt_cache
+
+
+def make_session_pool(
+    model: nn.Module,
+    max_bytes: int | None = None,
+    max_stored: int | None = None,
+    folder: str | PathLike[str] | None = None,
+    folder_bytes: int = 10 * 2**30,
+    tokenizer: Any = None,
+    **options: Any,
+) -> SessionPool:
+    """Conversations of a model by their tokens, in memory and, where a folder is given, beyond.
+
+    What has to leave memory goes to the folder, and comes back when a conversation begins alike:
+    also after a restart, and from other processes that use the same folder.
+
+    Args:
+        max_bytes, max_stored: as of `SessionPool`.
+        folder: on a local file system; made where it is missing.
+        folder_bytes: the most bytes of its files.
+        tokenizer: keeps apart what was saved with another one.
+        options: of `make_prompt_cache`.
+
+    Raises:
+        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
+        CacheFileError: the folder cannot be used.
+    """
+
+    def make() -> PromptCache:
+        return make_prompt_cache(model, **options)
+
+    def prepare(cache: PromptCache, tokens: Sequence[int]) -> Prepared:
+        return prepared(cache._conversation, tokens, tokenizer)
+
+    def load(path: Path, verify: bool) -> PromptCache:
+        # Stored as those in memory are, so that they share a pool, whatever the file's own options.
+        storage = {"kv_bits": None, "kv_group_size": 64, "quantise_after": 0}
+        return PromptCache.load(path, model, tokenizer, verify, **(storage | options))
+
+    first = make()
+    tier = None
+    if folder is not None:
+        name = _namespace(first, fingerprint(model, tokenizer))
+        tier = DiskTier(PrefixFolder(Path(folder), folder_bytes, name), prepare, load)
+    return SessionPool(make, max_bytes, max_stored, tier)
+
+
+def _namespace(cache: PromptCache, model: dict[str, str]) -> str:
+    """What caches must have in common to serve each other: the model, and how they are stored."""
+    options = options_of(cache._conversation)
+    storage = {name: options.get(name) for name in ("kv_bits", "kv_group_size", "quantise_after")}
+    return hashlib.sha256(json.dumps([model, storage], sort_keys=True).encode()).hexdigest()

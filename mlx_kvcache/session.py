@@ -1,0 +1,104 @@
+"""A conversation under way, and the cache that it goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from .errors import CacheError, NotSupportedError
+
+
+class Branch(Protocol):
+    """A conversation's cache, as `mlx_kvcache.plugin.PromptCache` is one."""
+
+    @property
+    def position(self) -> int: ...
+    @property
+    def capacity(self) -> int | None: ...
+    @property
+    def pool(self) -> Any: ...
+    def resume_point(self, position: int) -> int: ...
+    def rewind_to(self, position: int) -> None: ...
+    def remove(self, begin: int, end: int | None = None) -> None: ...
+    def fork(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class Keeper(Protocol):
+    """Who takes a session's cache when it is over."""
+
+    def store(
+        self, tokens: Sequence[int], cache: Any, salt: Hashable = None, is_pinned: bool = False
+    ) -> bool: ...
+
+
+class Session:
+    """A conversation that is under way.
+
+    Attributes:
+        cache: its prompt cache, to give to the model.
+        tokens: what is in the cache, or will be when `rest` has been computed.
+        reused: how many of them were there already.
+        rest: those that are left to compute, at least one.
+    """
+
+    def __init__(self, pool: Keeper, cache: Any, tokens: Sequence[int], reused: int, salt: Hashable) -> None:
+        self.cache = cache
+        self.tokens = list(tokens)
+        self.reused = reused
+        self.rest = self.tokens[reused:]
+        self._pool = pool
+        self._salt = salt
+        self._is_open = True
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Note tokens that have been or will be computed behind the others, such as a reply's."""
+        self.tokens += tokens
+
+    def shift(self, keep: int = 0, room: int = 1) -> list[int]:
+        """Make room for more tokens where the cache has a capacity: drop the older half after `keep`.
+
+        Returns:
+            Tokens to compute again: none, or, where the model's tokens cannot be moved, all
+            that stay and that the cache could not keep.
+
+        Raises:
+            ValueError: a negative number, or more room than there can be.
+            CacheError: not all of `tokens` has been computed.
+        """
+        position, capacity = self.cache.position, self.cache.capacity
+        if keep < 0 or room < 0 or (capacity is not None and keep + room > capacity):
+            raise ValueError(
+                f"keep={keep} and room={room} must be 0 or more and fit a capacity of {capacity}"
+            )
+        if position < len(self.tokens):
+            raise CacheError(f"only {position} of {len(self.tokens)} tokens have been computed")
+        if capacity is None or position + room <= capacity:
+            return []
+        begin = min(keep, position)
+        end = begin + max((position - begin) // 2, position + room - capacity)
+        left = self.tokens[:begin] + self.tokens[end:]
+        try:
+            self.cache.remove(begin, end)
+        except NotSupportedError:
+            point = self.cache.resume_point(begin)
+            self.cache.rewind_to(point)
+            self.tokens = left[:point]
+            return left[point:]
+        self.tokens = left
+        return []
+
+    def close(self, is_pinned: bool = False) -> None:
+        """Give the cache back, for others that begin alike. A second close does nothing."""
+        if self._is_open:
+            self._is_open = False
+            self._pool.store(self.tokens[: self.cache.position], self.cache, self._salt, is_pinned)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
