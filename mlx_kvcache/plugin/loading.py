@@ -86,5 +86,8 @@ def _state(entry: Any) -> tuple[str, Any]:
     if children is not None:
         states = [_state(child) for child in children]
         return "CacheList", [(state, name) for name, state in states]
-    is_mixed = getattr(entry, "is_packed", False) and not isinstance(entry, QuantizedKVCache)
-    return type(entry).__name__, entry.plain_state if is_mixed else entry.state
+    if not getattr(entry, "is_packed", False):
+        return type(entry).__name__, entry.state
+    # Many of mlx-lm's models do not take its quantised cache, of one number of bits on full attention.
+    name = "KVCache" if isinstance(entry, QuantizedKVCache) else type(entry).__name__
+    return name, entry.plain_state

@@ -118,9 +118,8 @@ class PromptCache(list[Any]):
         Args:
             tokens: those in the cache; `load` gives them back.
             tokenizer: notes which one the tokens are of.
-            format: "mlx-lm" writes what mlx-lm's `load_prompt_cache` reads: without checksums,
-                tokens, checkpoints and what mlx-lm's windows would not hold, and in float where
-                mlx-lm cannot quantise.
+            format: "mlx-lm" writes what mlx-lm's `load_prompt_cache` reads: in float, without
+                checksums, tokens, checkpoints, and what mlx-lm's windows would not hold.
 
         Raises:
             CacheFileError: it cannot be written; a file that was there still is.

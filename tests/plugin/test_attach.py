@@ -13,7 +13,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as mlx_lm_cache
 
-from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import PromptCache, attach, detach, ragged
 from tests.plugin.tiny import tiny_llama
 
@@ -61,13 +60,13 @@ def test_max_kv_size_is_honoured():
     model = tiny_llama()
     with attach(model):
         made = sys.modules["mlx_lm.generate"].make_prompt_cache(model, 20)
-        assert (made.capacity, made._conversation.overflow, made._conversation.sinks) == (20, "shift", 4)
+        assert (made.capacity, made._conversation.limits.overflow, made._conversation.limits.sinks) == (20, "shift", 4)
         assert len(tokens(model, 60, max_kv_size=20)) == 60
 
 
-def test_kv_bits_is_refused_instead_of_ignored():
+def test_kv_bits_that_do_not_fit_are_refused_instead_of_ignored():
     model = tiny_llama()
-    with attach(model), pytest.raises(NotSupportedError):
+    with attach(model), pytest.raises(ValueError, match="8 features, which groups of 64 do not divide"):
         tokens(model, kv_bits=8, quantized_kv_start=0)
 
 

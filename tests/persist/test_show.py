@@ -1,0 +1,105 @@
+"""What the command says of files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvcache import (
+    Batch,
+    CausalCache,
+    EncoderCache,
+    Quantisation,
+    RecurrentCache,
+    SlidingWindowCache,
+    WrapperCache,
+)
+from mlx_kvcache.persist import save
+from mlx_kvcache.persist.show import FLOAT, GONE, PACKED, WIDTH, shown
+
+from .test_files import lie
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_kvcache.persist", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A window with sinks that has slid, full attention of which the end is packed, and a recurrence."""
+    causal = CausalCache()
+    wrapper = WrapperCache(SlidingWindowCache(16, sinks=8), causal, RecurrentCache(), EncoderCache())
+    wrapper.init(mx.float16, capacity=200, quantisation=Quantisation((8, None), group_size=32, after=32))
+    for sequence, n in ((0, 32), (0, 0), (1, 32)):
+        if not n:
+            wrapper.copy_prefix(0, 1, 32)
+            continue
+        kv = mx.ones((1, 2, n, 32))
+        with wrapper.forward(Batch.run(sequence, wrapper.end(sequence), n)):
+            for layer_type in (0, 1):
+                wrapper.set_layer_type(layer_type)
+                for layer in range(2):
+                    wrapper.layer(layer).put(kv, kv)
+            wrapper.set_layer_type(2)
+            wrapper.layer(0).put(mx.zeros((3,)))
+    save(tmp_path / "a", wrapper, 1, range(64), {"configuration": "1234"})
+    return tmp_path / "a"
+
+
+def test_a_file_and_its_pictures(path):
+    done = run("show", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tokens    64, their numbers given" in done.stdout
+    assert "all checksums are right" in done.stdout
+    assert "model     configuration: '1234'" in done.stdout
+    assert "window size 16 sinks 8" in done.stdout
+    assert FLOAT * 8 + GONE * 40 + PACKED * 16 in done.stdout
+    assert FLOAT * 32 + PACKED * 32 in done.stdout
+    assert "[0, 32) in float, [32, 64) packed" in done.stdout
+    assert "layers 0, 1: 2 heads, keys of 32 features in 8 bits by 32, used in F16, values" in done.stdout
+    assert "states after 32, 64 tokens" in done.stdout
+    assert all(len(line) < 160 for line in done.stdout.splitlines())
+    assert any(GONE * (WIDTH // 2) in line for line in done.stdout.splitlines())
+
+
+def test_damage_is_said_and_makes_the_command_fail(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = run("show", path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{path}: array ") and "is damaged" in done.stderr
+    assert run("show", path, "--quick").returncode == 0
+    assert run("show", path.parent / "missing").returncode == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, arrays: header.update(caches=3),
+        lambda header, arrays: header["caches"][0]["children"][1]["runs"][0].update(length=99),
+        lambda header, arrays: header["caches"][0]["children"][1]["layers"]["0"].update(codecs=[[8], None]),
+        lambda header, arrays: header.pop("model"),
+    ],
+)
+def test_lies_are_said_too(path, change):
+    lie(path, change)
+    done = run("show", path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{path}: ") and "Traceback" not in done.stderr
+
+
+def test_an_empty_file_of_a_cache(tmp_path):
+    cache = CausalCache()
+    cache.init()
+    save(tmp_path / "a", cache, 0)
+    assert "nothing is held" in "\n".join(shown(tmp_path / "a"))
+
+
+def test_help_says_what_the_pictures_mean():
+    assert "show" in run("--help").stdout
+    assert PACKED in run("show", "--help").stdout

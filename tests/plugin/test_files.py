@@ -1,0 +1,327 @@
+"""Prompt caches as files, of this package and of mlx-lm."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache as make_theirs
+
+from mlx_kvcache import CacheError, CacheFileError, CacheFullError
+from mlx_kvcache.plugin import PromptCache, attach, make_prompt_cache
+from mlx_kvcache.plugin.foreign import read_foreign
+from tests.plugin.configurations import DIFFERS_IN_BLOCKS, build
+from tests.plugin.files.make import path_of
+from tests.plugin.running import difference, logits_of
+from tests.plugin.test_quantised import GROUP, model_of
+from tests.plugin.tiny import tiny_llama
+
+TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
+SOME = ["llama", "llama:window", "gemma3_text", "deepseek_v32", "llama4", "qwen3_next", "baichuan_m1"]
+"""Full, windows, a latent with an index beside it, chunks, recurrences, and lists of caches."""
+STORAGE: list[dict[str, Any]] = [{}, {"kv_bits": (8, 4), "kv_group_size": GROUP}]
+
+
+def assert_goes_on(cache, other, model, tokens=tuple(TEXT[40:44])) -> None:
+    """Both compute the same, from where they are and from where they can go back to."""
+    assert cache.position == other.position
+    points = [cache.resume_point(p) for p in range(cache.position + 1)]
+    assert points == [other.resume_point(p) for p in range(cache.position + 1)]
+    for point in {points[-1], points[len(points) * 3 // 4]}:
+        results = []
+        for each in (cache, other):
+            fork = each.fork()
+            fork.rewind_to(point)
+            results.append(logits_of(model, fork, list(tokens)))
+        assert difference(*results) <= 1e-6 * mx.std(results[0])
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed"])
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "lazy"])
+@pytest.mark.parametrize("name", SOME)
+def test_what_is_loaded_goes_on_as_what_was_saved(name, storage, verify, tmp_path):
+    """A branch that has its beginning from another, after going back."""
+    model, path = model_of(name), tmp_path / "chat.safetensors"
+    cache = make_prompt_cache(model, rewind=12, **storage)
+    logits_of(model, cache, TEXT[:17])
+    cache = cache.fork()
+    logits_of(model, cache, TEXT[17:25], 3)
+    cache.rewind_to(cache.resume_point(23))
+    tokens = list(range(cache.position))
+    cache.save(path, tokens=tokens)
+    loaded = PromptCache.load(path, model, verify=verify)
+    assert loaded.tokens == tokens and loaded.is_verified == verify
+    assert loaded.pool is cache.pool
+    assert_goes_on(cache, loaded, model)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_removals_go_on_without_drift(bits, tmp_path):
+    """What was first stored of the tokens before a gap is in the file."""
+    model = tiny_llama(head_dim=64)
+    cache = make_prompt_cache(model, kv_bits=bits)
+    logits_of(model, cache, TEXT[:50])
+    cache.remove(8, 12)
+    cache.save(tmp_path / "a")
+    loaded = PromptCache.load(tmp_path / "a", model)
+    for each in (cache, loaded):
+        for _ in range(5):
+            each.remove(6, 8)
+    assert_goes_on(cache, loaded, model)
+    assert loaded[0].offset == cache[0].offset > loaded.position
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity": 100},
+        {"capacity": 44, "overflow": "shift", "sinks": 2},
+        {"kv_bits": 4, "kv_group_size": 32},
+        {"kv_bits": None},
+        {"quantise_after": 100},
+    ],
+)
+def test_into_other_options(options, tmp_path):
+    model = tiny_llama(head_dim=64)
+    cache = make_prompt_cache(model, kv_bits=(8, 8), capacity=60)
+    logits_of(model, cache, TEXT[:40])
+    cache.save(tmp_path / "a")
+    loaded = PromptCache.load(tmp_path / "a", model, **options)
+    assert loaded.capacity == options.get("capacity", 60)
+    ours, theirs = (logits_of(model, each.fork(), TEXT[40:44]) for each in (cache, loaded))
+    # What comes after loading is stored as the options say.
+    limit = {4: 1.5, None: 0.05}.get(options.get("kv_bits", 8), 0.05 if "quantise_after" in options else 1e-5)
+    assert difference(ours, theirs) <= limit * mx.std(ours)
+    assert loaded.pool is make_prompt_cache(model, **({"kv_bits": 8, "capacity": 60} | options)).pool
+    with pytest.raises(CacheFullError, match="40 cells needed, 39 free of a capacity of 39: so many are in"):
+        PromptCache.load(tmp_path / "a", model, capacity=39)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_files_of_mlx_lms_own_caches(name, tmp_path):
+    """From its caches to ours, after windows have slid, as rings and in blocks."""
+    model, path = model_of(name), str(tmp_path / "theirs.safetensors")
+    for sizes in (1, 13):
+        theirs = make_theirs(model)
+        logits_of(model, theirs, TEXT[:30], 1 if name in DIFFERS_IN_BLOCKS else sizes)
+        save_prompt_cache(path, theirs, {"model": "tiny"})
+        ours = PromptCache.load(path, model)
+        assert ours.position == 30 and ours.tokens is None
+        expected = logits_of(model, theirs, TEXT[30:34], 1)
+        assert difference(logits_of(model, ours, TEXT[30:34], 1), expected) <= 1e-4 * mx.std(expected)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed"])
+@pytest.mark.parametrize("name", SOME)
+def test_files_for_mlx_lm(name, storage, tmp_path):
+    """And the other way round; by mlx-lm's own function too, where a model is attached."""
+    model = model_of(name)
+    cache = make_prompt_cache(model, **storage)
+    logits_of(model, cache, TEXT[:30], 6)
+    cache.save(tmp_path / "a.safetensors", format="mlx-lm")
+    with attach(model):
+        # Looked up as mlx-lm's commands do.
+        mlx_lm_cache.save_prompt_cache(str(tmp_path / "b"), cache, {"model": "tiny"})
+    assert mlx_lm_cache.save_prompt_cache is save_prompt_cache
+    ours = PromptCache.load(tmp_path / "a.safetensors", model)
+    keyed = [(one, other) for one, other in zip(cache, ours, strict=True) if hasattr(one, "plain_state")]
+    for one, other in keyed:
+        assert all(mx.array_equal(a, b) for a, b in zip(one.plain_state[:2], other.state[:2], strict=True))
+    if not storage:
+        assert difference(logits_of(model, cache, [5]), logits_of(model, ours.fork(), [5])) <= 1e-5
+    expected = logits_of(model, ours, TEXT[30:34], 1)
+    for file in ("a", "b"):
+        theirs = load_prompt_cache(str(tmp_path / f"{file}.safetensors"))
+        assert difference(logits_of(model, theirs, TEXT[30:34], 1), expected) <= 1e-3 * mx.std(expected)
+
+
+RANGES: dict[str, list[tuple[tuple[int, int], ...]]] = {
+    "KVCache": [((0, 20),)],
+    "RotatingKVCache": [((12, 8),), ((0, 2), (14, 6)), ((0, 2), (8, 12)), ((0, 20),)],
+    "ChunkedKVCache": [((0, 20),)],
+    "ArraysCache": [()],
+}
+
+
+@pytest.mark.parametrize("version", ["0.31.3", "0.32.2"])
+def test_every_class_of_mlx_lm(version):
+    """Files that these versions wrote, in which tokens are their position."""
+    foreign = read_foreign(path_of(version, "every"))
+    assert (foreign.end, foreign.metadata) == (20, {"model": "none"})
+    found: dict[str, list[Any]] = {}
+    for entry in foreign.entries:
+        found.setdefault(entry.name, []).append(entry.ranges)
+        told = [p for begin, length in entry.ranges for p in range(begin, begin + length)]
+        for lane, sign in zip(entry.lanes or (), (1, -1), strict=False):
+            assert lane.decoded(mx.float32)[0, 0, :, 5].tolist() == [sign * p for p in told]
+    assert {name: list(dict.fromkeys(ranges)) for name, ranges in found.items()} == RANGES
+    assert [array.shape for array in foreign.entries[-1].arrays if array is not None] == [(1, 3), (1, 4, 2)]
+
+
+def three_layers():
+    """A model whose caches are those of the files of three layers."""
+    model = tiny_llama(head_dim=32, num_key_value_heads=1, dtype=mx.float16)
+    model.make_cache = lambda: [
+        mlx_lm_cache.KVCache(),
+        mlx_lm_cache.RotatingKVCache(8, keep=2),
+        mlx_lm_cache.KVCache(),
+    ]
+    return model
+
+
+@pytest.mark.parametrize("version", ["0.31.3", "0.32.2"])
+def test_a_file_of_an_old_version_loads(version):
+    cache = PromptCache.load(path_of(version, "three"), three_layers())
+    assert cache.position == 20
+    assert cache[0].state[0][0, 0, :, 0].tolist() == list(range(20))
+    assert cache[1].state[1][0, 0, :, 0].tolist() == [0, -1, *range(-14, -20, -1)]
+    assert cache.can_resume(20) and not cache.can_resume(15)
+
+
+def test_files_of_mlx_lm_that_do_not_fit(tmp_path):
+    model = tiny_llama(head_dim=32, num_key_value_heads=1)
+    with pytest.raises(CacheFileError, match="layer 1 of the model is a KVCache"):
+        PromptCache.load(path_of("0.32.2", "three"), model)
+    with pytest.raises(CacheFileError, match="it has 10 layers, the model 3"):
+        PromptCache.load(path_of("0.32.2", "every"), model)
+    model = tiny_llama(head_dim=64, num_hidden_layers=1)
+    path = str(tmp_path / "a.safetensors")
+    for shape, message in (((1, 2, 5, 32), r"has .*\(2, 32, 32\), the model's has \(2, 64, 64\)"),
+                           ((2, 2, 5, 64), "of a batch")):  # fmt: skip
+        theirs = mlx_lm_cache.KVCache()
+        theirs.update_and_fetch(mx.zeros(shape), mx.zeros(shape))
+        save_prompt_cache(path, [theirs])
+        with pytest.raises(CacheFileError, match=message):
+            PromptCache.load(path, model)
+    mamba = build("mamba")
+    theirs = make_theirs(mamba)
+    logits_of(mamba, theirs, TEXT[:5])
+    save_prompt_cache(path, theirs)
+    with pytest.raises(CacheFileError, match="says not after how many tokens"):
+        PromptCache.load(path, mamba)
+    mx.save_safetensors(path, {"a": mx.zeros(3)})
+    with pytest.raises(CacheFileError, match="not a prompt cache"):
+        PromptCache.load(path, model)
+
+
+def test_nothing_that_a_file_names_is_called(tmp_path):
+    """mlx-lm would look the class up among all names of its module."""
+    path = str(tmp_path / "a.safetensors")
+    keys = mx.zeros((1, 2, 5, 8))
+    for name in ("tree_map", "make_prompt_cache", "LRUPromptCache", "__builtins__"):
+        mx.save_safetensors(path, {"0.0": keys, "0.1": keys}, {"0.model": "", "1.0": name, "2.0": ""})
+        with pytest.raises(CacheFileError, match="is none of KVCache"):
+            PromptCache.load(path, tiny_llama())
+    mx.save_safetensors(path, {"0.99999999999": keys}, {"0.model": "", "1.0": "KVCache", "2.0": ""})
+    with pytest.raises(CacheFileError, match="no place in a list"):
+        PromptCache.load(path, tiny_llama())
+
+
+def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path):
+    """They have no checksums: what can be told is refused, and nothing else is raised."""
+    rng, path, model = random.Random(2), tmp_path / "a.safetensors", three_layers()
+    original = path_of("0.31.3", "three").read_bytes()
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(original)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(600)] ^= rng.randint(1, 255)
+        path.write_bytes(damaged if rng.random() < 0.8 else damaged[: rng.randrange(len(damaged))])
+        try:
+            PromptCache.load(path, model)
+        except CacheError:
+            refused += 1
+    assert refused > 150
+
+
+class Words:
+    """As much of a tokenizer as tells it from others."""
+
+    chat_template = "{{ messages }}"
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words)}
+
+
+def test_a_file_of_another_model_or_tokenizer_is_refused(tmp_path):
+    model, path = tiny_llama(), tmp_path / "a"
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:9])
+    cache.save(path, tokenizer=Words("a", "b"))
+    before = cache.pool.nbytes
+    assert PromptCache.load(path, model).position == 9
+    assert PromptCache.load(path, tiny_llama(), tokenizer=Words("a", "b")).position == 9
+    other_weights = tiny_llama()
+    other_weights.model.embed_tokens.weight = other_weights.model.embed_tokens.weight * 1.01
+    for other, tokenizer, what in (
+        (tiny_llama(rms_norm_eps=1e-6), None, "configuration"),
+        (tiny_llama(mx.float16), None, "weights"),
+        (other_weights, None, "weights"),
+        (build("llama"), None, "configuration"),
+        (build("qwen2"), None, "architecture"),
+        (model, Words("a", "c"), "tokenizer"),
+    ):
+        with pytest.raises(CacheFileError, match=f"of another model: its {what} is"):
+            PromptCache.load(path, other, tokenizer=tokenizer)
+    assert cache.pool.nbytes == before
+
+
+def test_what_cannot_be_written_or_read(tmp_path):
+    saving: Any
+    model = tiny_llama()
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:9])
+    cache.save(tmp_path / "a", tokens=range(9))
+    before = (tmp_path / "a").read_bytes()
+    with pytest.raises(ValueError, match="8 tokens for a sequence of 9"):
+        cache.save(tmp_path / "a", tokens=range(8))
+    unknown: Any = "pickle"
+    with pytest.raises(ValueError, match="format must be"):
+        cache.save(tmp_path / "a", format=unknown)
+    for saving in ({}, {"format": "mlx-lm"}):
+        with pytest.raises(CacheFileError, match="cannot be written"):
+            cache.save(tmp_path / "missing" / "a", **saving)
+    assert (tmp_path / "a").read_bytes() == before
+    with pytest.raises(CacheFileError, match="cannot be read: No such file"):
+        PromptCache.load(tmp_path / "b", model)
+    cache.close()
+    with pytest.raises(CacheError, match="closed"):
+        cache.save(tmp_path / "a")
+
+
+def test_lies_about_the_tokens_before_a_gap_are_refused(tmp_path):
+    from tests.persist.test_files import lie
+
+    model, path = tiny_llama(), tmp_path / "a"
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:30])
+    cache.remove(4, 8)
+
+    def head(key: str, value: Any):
+        return lambda header, arrays: header["options"]["head"].__setitem__(key, value)
+
+    def piece(key: str, value: Any):
+        return lambda header, arrays: header["options"]["head"]["pieces"][0].__setitem__(key, value)
+
+    for change in (
+        head("lead", -1),
+        head("pieces", {}),
+        piece("span", [0, 9, 0]),
+        piece("kind", 3),
+        piece("lanes", [[0, 2, None]]),
+        piece("lanes", [[9, 0, None]]),
+        lambda header, arrays: header["caches"][0]["layers"].pop("1"),
+    ):
+        cache.save(path)
+        lie(path, change)
+        with pytest.raises(CacheFileError):
+            PromptCache.load(path, model)
+    cache.save(path)
+    assert_goes_on(cache, PromptCache.load(path, model), model)
