@@ -7,7 +7,20 @@ import sys
 
 import mlx.core as mx
 
-from benchmarks import batches, drift, exactness, forks, generation, host, many, sharing, window
+from benchmarks import (
+    batches,
+    bits,
+    drift,
+    exactness,
+    forks,
+    generation,
+    host,
+    many,
+    packed,
+    saving,
+    sharing,
+    window,
+)
 from benchmarks.measure import machine
 
 BENCHMARKS = {
@@ -20,6 +33,9 @@ BENCHMARKS = {
     "batches": batches.run,
     "many": many.run,
     "sharing": sharing.run,
+    "bits": bits.run,
+    "packed": packed.run,
+    "saving": saving.run,
 }
 
 

@@ -60,7 +60,11 @@ def test_max_kv_size_is_honoured():
     model = tiny_llama()
     with attach(model):
         made = sys.modules["mlx_lm.generate"].make_prompt_cache(model, 20)
-        assert (made.capacity, made._conversation.limits.overflow, made._conversation.limits.sinks) == (20, "shift", 4)
+        assert (made.capacity, made._conversation.limits.overflow, made._conversation.limits.sinks) == (
+            20,
+            "shift",
+            4,
+        )
         assert len(tokens(model, 60, max_kv_size=20)) == 60
 
 
