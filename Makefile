@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py
 
-.PHONY: help demo test check fmt soak bench pictures models clean
+.PHONY: help demo test check fmt soak bench pictures formats models clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: $(VENV)/dev  ## every benchmark, paired with mlx-lm's own caches
 
 pictures: $(VENV)/dev  ## draw the pictures in docs/
 	$(BIN)/python -m docs.draw
+
+formats: $(VENV)/dev  ## measure bits against loss, and write them into docs/formats.md
+	$(RUN) -m docs.formats
 
 models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
 	$(RUN) -m docs.models

@@ -27,7 +27,7 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
         "weights": _weights(model),
     }
     if tokenizer is not None:
-        found["tokenizer"] = _digest(_text(_tokenizer(tokenizer)))
+        found["tokenizer"] = _digest(_tokenizer(tokenizer))
     return found
 
 
@@ -41,10 +41,13 @@ def _weights(model: nn.Module) -> str:
     return _digest(_text(outline) + b"".join(np.array(numbers).tobytes() for numbers in first))
 
 
-def _tokenizer(tokenizer: Any) -> Any:
-    """What decides which tokens a text becomes."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return [vocabulary, getattr(tokenizer, "chat_template", None)]
+def _tokenizer(tokenizer: Any) -> bytes:
+    """What tells which text tokens stand for, and how a conversation is written."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    numbers = np.array([vocabulary[word] for word in words], np.int64)
+    template = _text(getattr(tokenizer, "chat_template", None))
+    return "\0".join(words).encode("utf-8", "surrogatepass") + numbers.tobytes() + template
 
 
 def _text(value: Any) -> bytes:

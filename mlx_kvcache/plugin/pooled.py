@@ -37,7 +37,7 @@ def make_session_pool(
 
     Args:
         max_bytes, max_stored: as of `SessionPool`.
-        folder: on a local file system; made where it is missing.
+        folder: on a local file system, "~" for the home; made where it is missing.
         folder_bytes: the most bytes of its files.
         tokenizer: keeps apart what was saved with another one.
         options: of `make_prompt_cache`.
@@ -62,7 +62,7 @@ def make_session_pool(
     tier = None
     if folder is not None:
         name = _namespace(first, fingerprint(model, tokenizer))
-        tier = DiskTier(PrefixFolder(Path(folder), folder_bytes, name), prepare, load)
+        tier = DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, name), prepare, load)
     return SessionPool(make, max_bytes, max_stored, tier)
 
 
