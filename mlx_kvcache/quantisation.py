@@ -46,8 +46,7 @@ class Quantisation:
     after: int = 0
 
     def __post_init__(self) -> None:
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"a group size of {self.group_size}: there are {GROUP_SIZES}")
+        checked_codec(WIDTHS[0], self.group_size)
         if self.after < 0:
             raise ValueError(f"after must be 0 or more, got {self.after}")
         if not callable(self.bits):
@@ -66,11 +65,16 @@ class Quantisation:
         return self._codec(keys), self._codec(values)
 
     def _codec(self, bits: int | None) -> Codec | None:
-        if bits is None:
-            return None
-        if bits not in WIDTHS:
-            raise ValueError(f"keys or values in {bits} bits: there are {WIDTHS}")
-        return Codec(bits, self.group_size)
+        return None if bits is None else checked_codec(bits, self.group_size)
+
+
+def checked_codec(bits: int, group_size: int) -> Codec:
+    """A codec. Raises ValueError for numbers that MLX does not have."""
+    if bits not in WIDTHS:
+        raise ValueError(f"keys or values in {bits} bits: there are {WIDTHS}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"a group size of {group_size}: there are {GROUP_SIZES}")
+    return Codec(bits, group_size)
 
 
 def check_width(what: str, width: int, group_size: int) -> None:

@@ -26,6 +26,11 @@ class Plain(NamedTuple):
         """What is stored."""
         return (self.array,)
 
+    @property
+    def dim(self) -> int:
+        """Features of a head."""
+        return self.array.shape[3]
+
     def written(self, start: mx.array, tokens: mx.array) -> Plain:
         """The same with tokens at the cells from `start` (1,) on."""
         return Plain(mx.slice_update(self.array, tokens, start, _TOKENS))
@@ -63,6 +68,11 @@ class Packed(NamedTuple):
     def arrays(self) -> tuple[mx.array, ...]:
         """What is stored."""
         return self.words, self.scales, self.biases
+
+    @property
+    def dim(self) -> int:
+        """Features of a head."""
+        return self.scales.shape[3] * self.codec.group_size
 
     @classmethod
     def of(cls, arrays: Iterable[mx.array], codec: Codec) -> Packed:
@@ -124,7 +134,8 @@ def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
     if codec is None:
         return Plain(lane.decoded(dtype))
     if isinstance(lane, Packed) and lane.codec == codec:
-        return lane
+        kind = scale_dtype(dtype)
+        return Packed(lane.words, lane.scales.astype(kind), lane.biases.astype(kind), codec)
     return packed(lane.decoded(dtype), codec)
 
 

@@ -6,8 +6,9 @@ import mlx.core as mx
 
 from .joined import attend_joined, shared_runs
 from .keyvalue import Attending
+from .parts import Part, take
 from .products import scores_of, weighted_sum
-from .step import Part, Step, take
+from .step import Step
 
 
 def attend(step: Step, layer: int, given: Attending) -> mx.array:

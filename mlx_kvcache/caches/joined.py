@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..arrays.store import Cells, Lanes, cells_of
+from ..arrays.pairs import Lanes
+from ..arrays.store import Cells, cells_of
 from .keyvalue import Attending
+from .parts import Part, take
 from .products import scores_of, weighted_sum
-from .step import Part, Step, take
+from .step import Step
 
 LONG = 256
 """Keys that are at least saved from being copied or read again, for the joining to be worth it."""

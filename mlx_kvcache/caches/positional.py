@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from ..arrays.store import Cells, Rebase, Staged, Store, cells_of
 from ..batch import Batch, CausalOptions
-from ..cells.placement import Placement, allocated_after, compact, place
+from ..cells.compaction import allocated_after, compact
+from ..cells.placement import Placement, place
 from ..cells.removal import Removal, drop_tail, remove_range
 from ..cells.rules import Rule
 from ..cells.spans import FOREVER, Sequence, Spans, clip, resumable

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from ..arrays.store import Lanes
+from ..arrays.pairs import Lanes
 
 
 def scores_of(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:

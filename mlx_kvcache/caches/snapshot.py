@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..arrays.lanes import joined
-from ..arrays.store import Form, Lanes, Staged, cells_of
-from ..cells.placement import Placement, allocated_after, capacity_for
+from ..arrays.pairs import Form, Lanes
+from ..arrays.store import Staged, cells_of
+from ..cells.compaction import allocated_after
+from ..cells.placement import Placement, capacity_for
 from ..cells.spans import Sequence, Span, Spans, count, laid_out
 from ..errors import CacheFullError
 from .plan import Plan

@@ -11,75 +11,19 @@ import numpy as np
 
 from ..arrays.lanes import Index, Plain
 from ..arrays.mask import Mask, array_mask, positions_of
-from ..arrays.store import Cells, Form, Lanes, Store, cells_of, concatenated
+from ..arrays.pairs import Form, Lanes
+from ..arrays.store import Cells, Store, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.rules import Causal, Chunk, Rule
 from ..cells.table import CellTable
 from ..errors import CacheError
+from .parts import Part, take
 
 T = TypeVar("T")
 
 SHORTEST = 64
 """Queries in a stretch at least; fewer are not worth a product of their own."""
-
-Rows = slice | mx.array | None
-"""Some of a batch's tokens: neighbours, any, or all in order (None)."""
-
-
-def rows_of(indices: Sequence[int], n: int) -> Rows:
-    """How to take these batch indices out of n tokens."""
-    first = indices[0]
-    if n == 1:
-        return None
-    if indices[-1] - first == len(indices) - 1 and all(a < b for a, b in pairwise(indices)):
-        return None if len(indices) == n else slice(first, first + len(indices))
-    return mx.array(tuple(indices))
-
-
-def take(array: mx.array, rows: Rows) -> mx.array:
-    """Rows of (1, heads, n, dim)."""
-    if rows is None:
-        return array
-    if isinstance(rows, slice):
-        return array[:, :, rows]
-    return mx.take(array, rows, axis=2)
-
-
-class Part:
-    """One sequence's share of a step."""
-
-    __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
-
-    def __init__(self, placed: Placed, n: int) -> None:
-        self.sequence = placed.sequence
-        self.begin, self.end = placed.begin, placed.end
-        self.fresh = placed.fresh
-        self.indices = placed.rows
-        self.rows = rows_of(placed.rows, n)
-        self.stores = [
-            (w.segment, mx.array([w.cell]), rows_of(placed.rows[w.first : w.first + w.size], n))
-            for w in placed.writes
-        ]
-        self.cells = [cells_of(span.segment, span.start, span.stop) for span in placed.reads]
-        self.ranges = [(span.position, span.end) for span in placed.reads]
-        if placed.fresh:
-            self.ranges.append((placed.begin, placed.end))
-
-    @property
-    def size(self) -> int:
-        """How many keys there are to see."""
-        return sum(high - low for low, high in self.ranges)
-
-    @property
-    def earlier(self) -> list[tuple[int, int]]:
-        """Positions of the keys that were there before this step."""
-        return [(low, min(high, self.begin)) for low, high in self.ranges if low < self.begin]
-
-    @property
-    def earlier_size(self) -> int:
-        """How many keys were there before this step."""
-        return sum(high - low for low, high in self.earlier)
 
 
 class Stretch(NamedTuple):

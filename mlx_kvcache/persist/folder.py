@@ -118,10 +118,7 @@ class PrefixFolder:
             if nbytes > self._max_bytes:
                 return self._refuse("larger than the budget")
             key = Key(self._namespace, text, blob)
-            if key in self._pending:
-                return self._refuse("already there")
-            if name := self._index.find(key):
-                self._later(partial(self._use, name))
+            if self._is_there(key):
                 return self._refuse("already there")
             if self._pending and sum(self._pending.values()) + nbytes > self._max_pending:
                 return self._refuse("behind")
@@ -141,13 +138,7 @@ class PrefixFolder:
             self._check_open()
             if text is None:
                 return False
-            key = Key(self._namespace, text, packed(tokens))
-            if key in self._pending:
-                return True
-            name = self._index.find(key)
-            if name:
-                self._later(partial(self._use, name))
-            return name is not None
+            return self._is_there(Key(self._namespace, text, packed(tokens)))
 
     def matches(self, tokens: Sequence[int], salt: Hashable) -> Iterator[tuple[int, Found]]:
         """Files with the number of first tokens that they share, the longest first, as in a `PrefixTree`.
@@ -214,6 +205,13 @@ class PrefixFolder:
         if self._process != os.getpid():
             # Threads do not come along, and connections must not.
             raise CacheError(f"{self._folder}: opened before a fork; each process opens its own")
+
+    def _is_there(self, key: Key) -> bool:
+        """Whether there is a file for a key, or will be; that counts as a use."""
+        name = None if key in self._pending else self._index.find(key)
+        if name:
+            self._later(partial(self._use, name))
+        return key in self._pending or name is not None
 
     def _refuse(self, reason: str) -> bool:
         self.counts[reason] += 1

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..arrays.lanes import Lane, Packed, Plain
-from ..arrays.store import Form, Lanes
+from ..arrays.pairs import Form, Lanes
 from ..caches.snapshot import Run, Snapshot
-from ..quantisation import GROUP_SIZES, WIDTHS, Codec
+from ..quantisation import Codec, checked_codec
 from .checks import integer, layer_index, listing, mapping, shaped
 from .tensors import dtype_of, name_of
 
@@ -86,10 +86,7 @@ def decode_codec(told: Any) -> Codec | None:
     """A codec, or None for float. Raises ValueError for one that there is not."""
     if told is None:
         return None
-    bits, group_size = listing(told, "a codec", 2)
-    if bits not in WIDTHS or group_size not in GROUP_SIZES:
-        raise ValueError(f"a codec of {bits} bits in groups of {group_size}")
-    return Codec(bits, group_size)
+    return checked_codec(*listing(told, "a codec", 2))
 
 
 def _decode_lanes(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
+
 from ..arrays.lanes import Packed, Plain
-from ..arrays.store import Form, Lanes
+from ..arrays.pairs import Form, Lanes
 from ..caches import recurrent
 from ..caches.snapshot import Run, Snapshot
 from ..cells.rules import Chunk, Rule, Window
@@ -74,6 +76,8 @@ def _snapshot(pairs: Sequence[tuple[Leaf, Entry]], end: int, pool: Pool) -> Any:
         return recurrent.Stream(end, {end: state}, True) if end else None
     # Layers that the model never writes are empty.
     written = [(leaf, entry) for leaf, entry in pairs if leaf.index in pool.forms]
+    if not written:
+        return Snapshot(end, (), {})
     ranges = {entry.ranges for _, entry in written}
     if len(ranges) != 1:
         raise ValueError(f"layers of one kind hold different tokens: {sorted(ranges)}")
@@ -94,12 +98,9 @@ def _at(lanes: Lanes, index: tuple[slice, slice, slice]) -> Lanes:
 def _form(expected: Form | None, lanes: Lanes) -> Form:
     """The form of lanes; packed ones do not say of which dtype they were."""
     assert expected is not None
-    dims, dtypes = [], []
-    for lane, dtype in zip(lanes, (expected.key_dtype, expected.value_dtype), strict=True):
-        if isinstance(lane, Plain):
-            dims.append(lane.array.shape[3])
-            dtypes.append(lane.array.dtype)
-        else:
-            dims.append(lane.scales.shape[3] * lane.codec.group_size)
-            dtypes.append(dtype)
-    return Form(lanes[0].arrays[0].shape[1], dims[0], dims[1], dtypes[0], dtypes[1])
+    own = zip(lanes, (expected.key_dtype, expected.value_dtype), strict=True)
+    dtypes = [lane.array.dtype if isinstance(lane, Plain) else dtype for lane, dtype in own]
+    if not all(mx.issubdtype(dtype, mx.floating) for dtype in dtypes):
+        raise ValueError(f"keys and values are {dtypes[0]} and {dtypes[1]}, expected floats")
+    keys, values = lanes
+    return Form(keys.arrays[0].shape[1], keys.dim, values.dim, *dtypes)

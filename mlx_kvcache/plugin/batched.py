@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..arrays.mask import Ints, Mask, positions_of
-from ..caches.step import Part, Step
+from ..caches.parts import Part
+from ..caches.step import Step
 from ..cells.rules import Causal, Rule, visible
 from .conversation import Conversation
 from .forward import Forward, History, newest, padded_state, store

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..arrays.lanes import Lane, Packed
-from ..arrays.store import Form
+from ..arrays.pairs import Form
 from ..errors import CacheFullError
 from ..persist.checks import integer, listing, mapping
 from ..persist.files import Opened, Prepared, faults_of, prepare

@@ -14,11 +14,11 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..arrays.lanes import Packed, Plain
-from ..arrays.store import Lanes
+from ..arrays.pairs import Lanes
 from ..errors import CacheFileError
 from ..persist.container import read_metadata
 from ..persist.files import faults_of
-from ..quantisation import Codec
+from ..quantisation import checked_codec
 
 _MOST = 10_000
 """Entries of a list: the names of a file's arrays say how long it is, and may say anything."""
@@ -179,9 +179,12 @@ def _full(keys: Any, values: Any, offset: int) -> Entry:
 def _quantised(keys: Any, values: Any, offset: int, group_size: int, bits: int) -> Entry:
     if keys is None or not offset:
         return Entry("KVCache", 0)
-    codec = Codec(bits, group_size)
-    keys, values = (Packed.of((part[:, :, :offset] for part in parts), codec) for parts in (keys, values))
-    return Entry("KVCache", offset, (keys, values), ((0, offset),))
+    codec = checked_codec(bits, group_size)
+    lanes = tuple(Packed.of((part[:, :, :offset] for part in parts), codec) for parts in (keys, values))
+    for lane in lanes:
+        if lane.words.shape[3] * 32 != lane.dim * bits or lane.biases.shape != lane.scales.shape:
+            raise ValueError(f"{lane.dim} features in {bits} bits are not {lane.words.shape[3]} words")
+    return Entry("KVCache", offset, (lanes[0], lanes[1]), ((0, offset),))
 
 
 def _rotating(keys: Any, values: Any, offset: int, keep: int, max_size: int, index: int) -> Entry:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arrays.store import Form
+from ..arrays.pairs import Form
 from ..batch import Batch
 from ..caches.base import PlanningCache
 from ..caches.plan import JointPlan, Plan

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..arrays.store import Form
+from ..arrays.pairs import Form
 from ..errors import NotSupportedError
 from .conversation import Conversation, Limits
 from .layers import entries_of

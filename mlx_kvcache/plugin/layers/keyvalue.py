@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...arrays.store import AnyPair
+from ...arrays.pairs import AnyPair
 from ...caches.positional import PositionalCache
 from ...cells.rules import Causal, Chunk, Window
 from ...cells.spans import Spans

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ...arrays.lanes import Plain, joined
-from ...arrays.store import Cells, Lanes, cells_of, concatenated
+from ...arrays.pairs import Lanes
+from ...arrays.store import Cells, cells_of, concatenated
 from ...cells.rules import Chunk
 from ...cells.spans import seen_from
 from ..conversation import Conversation
