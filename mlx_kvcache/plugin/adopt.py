@@ -103,4 +103,4 @@ def _form(expected: Form | None, lanes: Lanes) -> Form:
     if not all(mx.issubdtype(dtype, mx.floating) for dtype in dtypes):
         raise ValueError(f"keys and values are {dtypes[0]} and {dtypes[1]}, expected floats")
     keys, values = lanes
-    return Form(keys.arrays[0].shape[1], keys.dim, values.dim, *dtypes)
+    return Form(keys.arrays[0].shape[1], keys.dim, values.dim, dtypes[0], dtypes[1])
