@@ -23,6 +23,13 @@ def main() -> None:
     parser.add_argument("--overflow", choices=("error", "shift"), default="error", help="beyond it")
     parser.add_argument("--rewind", type=int, default=64, help="newest tokens that windows can always drop")
     parser.add_argument("--sinks", type=int, default=0, help="first tokens that a shift never removes")
+    parser.add_argument(
+        "--kv-bits", type=_bits, metavar="N[,M]", help="bits of keys and values, or of keys and of values"
+    )
+    parser.add_argument("--kv-group-size", type=int, default=64, help="features that share a scale")
+    parser.add_argument(
+        "--quantise-after", type=int, default=0, help="tokens up to which a cache stays in float"
+    )
     parser.add_argument("command", choices=COMMANDS, help="mlx-lm's command")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --help lists them")
     options = vars(parser.parse_args())
@@ -32,6 +39,14 @@ def main() -> None:
     attach_all(**options)
     sys.argv = [f"mlx_lm.{command}", *arguments]
     tool.main()
+
+
+def _bits(text: str) -> int | tuple[int, ...]:
+    """One number for keys and values, or one for each."""
+    numbers = tuple(map(int, text.split(",")))
+    if len(numbers) > 2:
+        raise ValueError(f"{len(numbers)} numbers of bits")
+    return numbers if len(numbers) == 2 else numbers[0]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import sys
-import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -27,10 +27,11 @@ def version(number: int) -> dict[str, Stored]:
     return {name: Stored("U8", (n,), rng.integers(0, 256, n, np.uint8)) for name, n in sizes.items()}
 
 
-def rewrite(path: Path, seed: int) -> NoReturn:
-    """Write one version after the other until the end."""
+def rewrite(path: Path, seed: int, ready: int) -> NoReturn:
+    """Write one version after the other until the end, and say through a pipe that it begins."""
     rng = random.Random(seed)
     try:
+        os.write(ready, b"!")
         while True:
             number = rng.randrange(VERSIONS)
             write(path, {"version": number}, version(number))
@@ -38,10 +39,11 @@ def rewrite(path: Path, seed: int) -> NoReturn:
         os._exit(1)
 
 
-def kill_after(seconds: float, child: int) -> None:
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        pass
+def kill_after(seconds: float, child: int, ready: int) -> None:
+    """Kill a writer so long after it has begun."""
+    os.read(ready, 1)
+    # Waits for nothing, so that a busy machine goes on with the writer meanwhile.
+    select.select([], [], [], seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the writer failed by itself"
@@ -65,10 +67,13 @@ def main(path: Path, kills: int, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     seen, whole, left = set[int](), 0, 0
     for _ in range(kills):
+        reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            rewrite(path, rng.randrange(1 << 30))
-        kill_after(rng.uniform(0, 0.02), child)
+            rewrite(path, rng.randrange(1 << 30), writing)
+        kill_after(rng.uniform(0, 0.02), child, reading)
+        os.close(reading)
+        os.close(writing)
         left += any(path.parent.glob(".*"))
         there = path.exists()
         # Reading removes what is left even where the file itself is not there yet.

@@ -54,6 +54,15 @@ def test_generate_with_a_bound(folder):
     assert "Generation: 30 tokens" in printed
 
 
+def test_generate_in_fewer_bits(folder):
+    """By an option of this package's for any command, and by mlx-lm's own from a length on."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    question = ("--model", folder, "--system-prompt", system, "-m", 12)
+    question = (*question, "--prompt", "What is the capital of Italy?")
+    assert "Rome" in run("--kv-bits", "8,6", "generate", *question)
+    assert "Rome" in run("generate", *question, "--kv-bits", 8, "--quantized-kv-start", 20)
+
+
 def test_chat_keeps_what_was_said(folder):
     printed = run(
         "chat", "--model", folder, "--max-tokens", 12,
