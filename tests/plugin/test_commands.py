@@ -56,11 +56,15 @@ def test_generate_with_a_bound(folder):
 
 def test_generate_in_fewer_bits(folder):
     """By an option of this package's for any command, and by mlx-lm's own from a length on."""
-    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    question = ("--model", folder, "--system-prompt", system, "-m", 12)
-    question = (*question, "--prompt", "What is the capital of Italy?")
-    assert "Rome" in run("--kv-bits", "8,6", "generate", *question)
-    assert "Rome" in run("generate", *question, "--kv-bits", 8, "--quantized-kv-start", 20)
+    question = ("--model", folder, "--prompt", "My name is Ada. What is my name?", "-m", 6)
+
+    def said(*arguments: object) -> str:
+        return run(*arguments).splitlines()[1]
+
+    plain = said("generate", *question)
+    assert len(plain) > 10
+    assert said("--kv-bits", "8,6", "generate", *question) == plain
+    assert said("generate", *question, "--kv-bits", 8, "--quantized-kv-start", 20) == plain
 
 
 def test_chat_keeps_what_was_said(folder):
