@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -21,15 +22,26 @@ LARGEST = 12
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--redraw", action="store_true", help="draw the page's table, and measure nothing")
     mx.set_default_device(mx.cpu)
-    rows = list(measured())
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + _table(rows) + END + after, encoding="utf-8")
+    if parser.parse_args().redraw:
+        rows = _read(PAGE.read_text(encoding="utf-8"))
+    else:
+        rows = list(measured())
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        PAGE.write_text(before + BEGIN + _table(rows) + END + after, encoding="utf-8")
     mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"
     _picture(rows).savefig(PICTURE, metadata={"Date": None})
     return 0
+
+
+def _read(page: str) -> list[Measured]:
+    """The rows of a page's table."""
+    table = page.partition(BEGIN)[2].partition(END)[0]
+    found = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|", table, re.MULTILINE)
+    return [Measured(name, float(share), float(loss)) for name, share, loss in found]
 
 
 def _table(rows: list[Measured]) -> str:
@@ -62,12 +74,18 @@ def _picture(rows: list[Measured]) -> Figure:
         )
         text = f"{row.name} ({more:+.0f}%)" if is_off else row.name
         axis.annotate(
-            text, (row.share, min(more, LARGEST)), xytext=(4, 4), textcoords="offset points", fontsize=8
+            text,
+            (row.share, min(more, LARGEST)),
+            xytext=(-5 if alike else 5, -11 if "," in row.name else 3),
+            textcoords="offset points",
+            ha="right" if alike else "left",
+            fontsize=8,
         )
+    axis.set_ylim(-1)
     axis.set_xlabel("bytes of keys and values, of those in float16")
     axis.set_ylabel("more loss than in float, %")
-    axis.set_title("blue: keys and values alike; orange: keys and values", fontsize=9)
-    axis.set_xlim(0.1, 0.7)
+    axis.set_title("blue: as many bits for values as for keys; orange: keys and values", fontsize=9)
+    axis.set_xlim(0.05, 0.65)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
