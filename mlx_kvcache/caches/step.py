@@ -133,7 +133,8 @@ class Step:
             pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
         pair.write(start, keys, values)
         self._batches[layer] = None
-        return pair.read(index)
+        # Every layer of every step comes here, so that a call less shows.
+        return pair.read(index) if pair.is_packed else (pair.keys[index], pair.values[index])
 
     def _only_run(self) -> tuple[int, mx.array, Index] | None:
         """Segment, first new cell and index of the history, where all of it is one run of one sequence."""
