@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import container
-from .checks import integer, listing, mapping
+from .checks import integer, layer_index, listing, mapping
 from .files import faults_of
 from .head import short
 
@@ -83,14 +83,25 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
         ]
         groups.setdefault(f"{short(form.get('heads'))} heads, {', '.join(slots)}", []).append(name)
     for text, names in groups.items():
-        yield f"  layers {', '.join(names)}: {text}"
+        yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers, neighbours as one range."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and groups[-1][-1] + 1 == number:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}" for own in groups)
 
 
 def _width(dtype: Any, codec: Any) -> str:
     if codec is None:
         return str(dtype)
     bits, group_size = listing(codec, "a codec", 2)
-    return f"{short(bits)} bits by {short(group_size)}, used in {dtype}"
+    return f"{short(bits)} bits by {short(group_size)} for {dtype}"
 
 
 def _runs(runs: list[Any], end: int) -> Iterator[str]:

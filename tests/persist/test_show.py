@@ -60,7 +60,7 @@ def test_a_file_and_its_pictures(path):
     assert FLOAT * 8 + GONE * 40 + PACKED * 16 in done.stdout
     assert FLOAT * 32 + PACKED * 32 in done.stdout
     assert "[0, 32) in float, [32, 64) packed" in done.stdout
-    assert "layers 0, 1: 2 heads, keys of 32 features in 8 bits by 32, used in F16, values" in done.stdout
+    assert "layers 0 to 1: 2 heads, keys of 32 features in 8 bits by 32 for F16, values" in done.stdout
     assert "states after 32, 64 tokens" in done.stdout
     assert all(len(line) < 160 for line in done.stdout.splitlines())
     assert any(GONE * (WIDTH // 2) in line for line in done.stdout.splitlines())
