@@ -19,22 +19,25 @@ from .files import restore
 from .foreign import read_foreign
 from .layers.keyvalue import QuantizedKVCache
 from .making import Storage, by_layer, new_conversation
+from .rows import Rows
 
 
 def loaded(
     path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any]
-) -> tuple[Conversation, Opened | None]:
+) -> tuple[Rows, Opened | None]:
     """What is in a file, made with the file's own options where there are no others. Raises as `load`."""
     try:
         opened = open_file(path, verify)
     except NotOursError:
         foreign = read_foreign(path)
-        conversation = _made(model, storage_of(foreign) | dict(options))
-        adopt(conversation, foreign)
-        return conversation, None
-    conversation = _made(model, _saved_options(opened) | dict(options))
-    restore(conversation, opened, tokenizer)
-    return conversation, opened
+        rows = _made(model, storage_of(foreign) | dict(options))
+        with rows.edit():
+            adopt(rows.conversation, foreign)
+        return rows, None
+    rows = _made(model, _saved_options(opened) | dict(options))
+    with rows.edit():
+        restore(rows.conversation, opened, tokenizer)
+    return rows, opened
 
 
 def _saved_options(opened: Opened) -> dict[str, Any]:
@@ -47,10 +50,15 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
     return options
 
 
-def _made(model: nn.Module, options: Mapping[str, Any]) -> Conversation:
+def _made(model: nn.Module, options: Mapping[str, Any]) -> Rows:
     limits = {name: value for name, value in options.items() if name in Limits._fields}
     storage = {name: value for name, value in options.items() if name not in Limits._fields}
-    return new_conversation(model, Limits(**limits), Storage(**storage))
+    return alone(new_conversation(model, Limits(**limits), Storage(**storage)))
+
+
+def alone(conversation: Conversation) -> Rows:
+    """A conversation as the only row of a model's input."""
+    return Rows(conversation.pool, [conversation], is_batch=False)
 
 
 class _Entry(NamedTuple):

@@ -15,7 +15,6 @@ from ..persist.files import Prepared
 from ..persist.folder import PrefixFolder
 from ..persist.tier import DiskTier
 from ..sessions import SessionPool
-from .files import prepared
 from .fingerprint import fingerprint
 from .making import options_of
 from .prompt_cache import PromptCache, make_prompt_cache
@@ -51,7 +50,7 @@ def make_session_pool(
         return make_prompt_cache(model, **options)
 
     def prepare(cache: PromptCache, tokens: Sequence[int]) -> Prepared:
-        return prepared(cache._conversation, tokens, tokenizer)
+        return cache._prepared(tokens, tokenizer)
 
     def load(path: Path, verify: bool) -> PromptCache:
         # Stored as those in memory are, so that they share a pool, whatever the file's own options.

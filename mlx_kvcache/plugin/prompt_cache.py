@@ -10,11 +10,12 @@ from typing import Any, Literal, SupportsIndex
 import mlx.nn as nn
 
 from ..errors import NotSupportedError
+from ..persist.files import Prepared
 from .bits import KvBits, KvFloat
 from .conversation import Conversation, Limits, Overflow
 from .files import prepared
 from .layers import entries_of
-from .loading import loaded, save_for_mlx_lm
+from .loading import alone, loaded, save_for_mlx_lm
 from .making import Storage, new_conversation
 from .pool import Pool
 from .rows import Rows
@@ -127,11 +128,11 @@ class PromptCache(list[Any]):
         """
         if format not in ("mlx_kvcache", "mlx-lm"):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
+        if format == "mlx_kvcache":
+            self._prepared(tokens, tokenizer).write(path)
+            return
         with self._rows.edit():
-            if format == "mlx-lm":
-                save_for_mlx_lm(Path(path), self)
-            else:
-                prepared(self._conversation, tokens, tokenizer).write(path)
+            save_for_mlx_lm(Path(path), self)
 
     @classmethod
     def load(
@@ -155,8 +156,8 @@ class PromptCache(list[Any]):
             CacheFullError: it holds more tokens than the capacity.
             ValueError, NotSupportedError: as `make_prompt_cache`.
         """
-        conversation, opened = loaded(Path(path), model, tokenizer, verify, options)
-        cache = cls(_alone(conversation))
+        rows, opened = loaded(Path(path), model, tokenizer, verify, options)
+        cache = cls(rows)
         if opened:
             cache.tokens, cache.is_verified = opened.tokens, opened.is_verified
         return cache
@@ -174,6 +175,11 @@ class PromptCache(list[Any]):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         raise NotSupportedError("a prompt cache cannot be pickled")
+
+    def _prepared(self, tokens: Sequence[int] | None, tokenizer: Any) -> Prepared:
+        """What `save` writes, in memory that is not MLX's."""
+        with self._rows.edit():
+            return prepared(self._conversation, tokens, tokenizer)
 
     @property
     def _conversation(self) -> Conversation:
@@ -220,8 +226,4 @@ def make_prompt_cache(
     """
     limits = Limits(capacity, overflow, sinks, rewind)
     storage = Storage(kv_bits, kv_group_size, kv_float, quantise_after)
-    return PromptCache(_alone(new_conversation(model, limits, storage)))
-
-
-def _alone(conversation: Conversation) -> Rows:
-    return Rows(conversation.pool, [conversation], is_batch=False)
+    return PromptCache(alone(new_conversation(model, limits, storage)))

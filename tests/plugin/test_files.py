@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import mlx.core as mx
@@ -236,6 +237,33 @@ def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path):
         except CacheError:
             refused += 1
     assert refused > 150
+
+
+def test_saving_and_loading_beside_another_thread(tmp_path):
+    """A fork goes on in the meantime; what is shared is evaluated by one thread at a time."""
+    model, path = tiny_llama(), tmp_path / "a"
+    cache = make_prompt_cache(model)
+    expected = logits_of(model, cache, TEXT[:40])
+    fork, failures = cache.fork(), list[BaseException]()
+
+    def generate() -> None:
+        try:
+            for i in range(60):
+                with fork.pool.lock:
+                    mx.eval(model(mx.array([[i]]), cache=fork))
+        except BaseException as error:  # noqa: BLE001  # it is shown below
+            failures.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    for _ in range(15):
+        cache.save(path, tokens=TEXT[:40])
+        loaded = PromptCache.load(path, model)
+        with fork.pool.lock:
+            loaded.rewind(1)
+            assert difference(logits_of(model, loaded, TEXT[39:40]), expected[-1:]) <= 1e-5
+    thread.join()
+    assert not failures and fork.position == 100
 
 
 class Words:
