@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..errors import CacheFileError
 from ..persist.atomic import replacing
+from ..persist.checks import integer, listing
 from ..persist.container import NotOursError
-from ..persist.files import Opened, open_file
+from ..persist.files import Opened, faults_of, open_file
 from .adopt import adopt, storage_of
 from .conversation import Conversation, Limits
 from .files import restore
@@ -34,19 +36,25 @@ def loaded(
         with rows.edit():
             adopt(rows.conversation, foreign)
         return rows, None
-    rows = _made(model, _saved_options(opened) | dict(options))
+    # Whatever is wrong with options is the file's fault unless they were given.
+    with nullcontext() if options else faults_of(path):
+        rows = _made(model, _saved_options(opened) | dict(options))
     with rows.edit():
         restore(rows.conversation, opened, tokenizer)
     return rows, opened
 
 
 def _saved_options(opened: Opened) -> dict[str, Any]:
-    """Options that a file was saved with."""
-    names = (*Limits._fields, "kv_bits", "kv_group_size", "quantise_after")
-    options = {name: opened.options[name] for name in names if name in opened.options}
-    bits = options.get("kv_bits")
-    if isinstance(bits, list):
-        options["kv_bits"] = by_layer(bits)
+    """Options that a file was saved with. Raises CacheFileError for what cannot be some."""
+    told = opened.options
+    with faults_of(opened.path):
+        options: dict[str, Any] = {"overflow": told.get("overflow")}
+        for name in ("capacity", "sinks", "rewind", "kv_group_size", "quantise_after"):
+            if told.get(name) is not None:
+                options[name] = integer(told[name], name)
+        if told.get("kv_bits") is not None:
+            bits = listing(told["kv_bits"], "kv_bits")
+            options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
     return options
 
 

@@ -324,7 +324,7 @@ def test_what_cannot_be_written_or_read(tmp_path):
         cache.save(tmp_path / "a")
 
 
-def test_lies_about_the_tokens_before_a_gap_are_refused(tmp_path):
+def test_lies_about_options_and_what_is_before_a_gap_are_refused(tmp_path):
     from tests.persist.test_files import lie
 
     model, path = tiny_llama(), tmp_path / "a"
@@ -349,6 +349,20 @@ def test_lies_about_the_tokens_before_a_gap_are_refused(tmp_path):
     ):
         cache.save(path)
         lie(path, change)
+        with pytest.raises(CacheFileError):
+            PromptCache.load(path, model)
+    for name, value in (
+        ("capacity", "x"),
+        ("capacity", -1),
+        ("overflow", "drop"),
+        ("sinks", True),
+        ("kv_bits", 3),
+        ("kv_bits", [[7, 7]] * 3),
+        ("kv_bits", [{}, "x", [None]]),
+        ("kv_bits", [[8, 8]] * 3),
+    ):
+        cache.save(path)
+        lie(path, lambda header, arrays: header["options"].update({name: value}))  # noqa: B023
         with pytest.raises(CacheFileError):
             PromptCache.load(path, model)
     cache.save(path)
