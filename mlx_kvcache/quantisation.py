@@ -61,6 +61,8 @@ class Quantisation:
         check_width("heads", head_dim, self.group_size)
 
     def _codecs(self, bits: Bits) -> Codecs:
+        if isinstance(bits, tuple) and len(bits) != 2:
+            raise ValueError(f"bits of keys and of values are two numbers, got {bits}")
         keys, values = bits if isinstance(bits, tuple) else (bits, bits)
         return self._codec(keys), self._codec(values)
 
@@ -70,10 +72,10 @@ class Quantisation:
 
 def checked_codec(bits: int, group_size: int) -> Codec:
     """A codec. Raises ValueError for numbers that MLX does not have."""
-    if bits not in WIDTHS:
-        raise ValueError(f"keys or values in {bits} bits: there are {WIDTHS}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"a group size of {group_size}: there are {GROUP_SIZES}")
+    if type(bits) is not int or bits not in WIDTHS:
+        raise ValueError(f"keys or values in {bits!r} bits: there are {WIDTHS}")
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise ValueError(f"a group size of {group_size!r}: there are {GROUP_SIZES}")
     return Codec(bits, group_size)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..caches.base import PlanningCache
 from ..errors import CacheFileError
@@ -53,21 +55,24 @@ def prepare(
         extra: more arrays, by names that begin with a letter.
 
     Raises:
-        ValueError: another number of tokens than the sequence is long.
+        ValueError: another number of tokens than the sequence is long, or negative ones.
     """
     end = caches[0]._end(sequence)
     if tokens is not None and len(tokens) != end:
         raise ValueError(f"{len(tokens)} tokens for a sequence of {end}")
+    numbers = None if tokens is None else np.array([index(token) for token in tokens], np.int64)
+    if numbers is not None and (numbers < 0).any():
+        raise ValueError(f"token {numbers.min()} is negative")
     arrays = dict(extra or {})
     encoded = [encode(cache, sequence, arrays, f"{i}.") for i, cache in enumerate(caches)]
-    if tokens is not None:
-        arrays[_TOKENS] = mx.array(list(tokens), mx.int64)
+    if numbers is not None:
+        arrays[_TOKENS] = mx.array(numbers)
     header = {
         "end": end,
         "caches": encoded,
         "model": dict(model or {}),
         "options": dict(options or {}),
-        "has_tokens": tokens is not None,
+        "has_tokens": numbers is not None,
     }
     return Prepared(header, tensors.as_stored(arrays))
 

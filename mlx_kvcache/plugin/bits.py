@@ -62,6 +62,8 @@ def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
     bits = kv_bits(leaf.layer) if callable(kv_bits) else kv_bits
     if not isinstance(bits, (tuple, list)):
         return bits
+    if len(bits) != 2:
+        raise ValueError(f"kv_bits of keys and of values are two numbers, got {bits}")
     keys, values = bits
     if leaf.index in mirrored:
         values = keys
@@ -73,6 +75,8 @@ def _float_layers(layout: Layout, kv_float: KvFloat) -> set[int]:
     keyed = [leaf.layer for leaf in layout.leaves if leaf.rule is not None]
     if kv_float == "last":
         return {keyed[-1]} if keyed else set()
+    if isinstance(kv_float, (str, int)):
+        raise ValueError(f'kv_float must be indices of layers, or "last", got {kv_float!r}')
     count = len(layout.entries)
     chosen = set()
     for layer in kv_float:
