@@ -1,12 +1,27 @@
-"""Real English without a download."""
+"""Real English without a download, and how well a model foretells it."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
 
 def topics(tokenizer: Any, n: int) -> list[int]:
     """The first n tokens of the standard library's help."""
     tokens: list[int] = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values()))
     return tokens[:n]
+
+
+def losses(model: Any, cache: Any, text: list[int], block: int, name: str = "") -> np.ndarray:
+    """The loss in nats of each token of a text but the first, read in blocks."""
+    found = []
+    for start in tqdm(range(0, len(text) - 1, block), desc=name, unit="block", leave=False):
+        read, foretold = text[start : start + block], text[start + 1 : start + block + 1]
+        logits = model(mx.array([read[: len(foretold)]]), cache=cache)[0].astype(mx.float32)
+        chosen = mx.take_along_axis(logits, mx.array(foretold)[:, None], axis=1)[:, 0]
+        found.append(np.array(mx.logsumexp(logits, axis=-1) - chosen))
+    return np.concatenate(found)

@@ -63,12 +63,11 @@ class Batch:
             raise ValueError(f"no run of {n} tokens of sequence {sequence} from position {begin} on")
         batch = object.__new__(cls)
         # What follows holds by construction, so it need not be validated token by token.
-        batch.__dict__.update(
-            positions=tuple(range(begin, begin + n)),
-            sequences=(sequence,) * n,
-            multimodal=(),
-            rows=MappingProxyType({sequence: tuple(range(n))}),
-        )
+        fields = batch.__dict__
+        fields["positions"] = tuple(range(begin, begin + n))
+        fields["sequences"] = (sequence,) * n
+        fields["multimodal"] = ()
+        fields["rows"] = MappingProxyType({sequence: tuple(range(n))})
         return batch
 
     def __len__(self) -> int:

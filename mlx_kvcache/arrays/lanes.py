@@ -10,10 +10,16 @@ import mlx.core as mx
 from ..quantisation import Codec
 
 Index = tuple[slice, slice, slice]
+"""Of neighbouring cells in an array (1, heads, cells, dim)."""
 
-_TOKENS = (2,)
 _LARGEST = 32752.0
 """Half of float16's range, so that the distance of two numbers fits it too."""
+_ALL = slice(None)
+
+
+def index_of(low: int, high: int) -> Index:
+    """The cells [low, high)."""
+    return _ALL, _ALL, slice(low, high)
 
 
 class Plain(NamedTuple):
@@ -31,9 +37,9 @@ class Plain(NamedTuple):
         """Features of a head."""
         return self.array.shape[3]
 
-    def written(self, start: mx.array, tokens: mx.array) -> Plain:
-        """The same with tokens at the cells from `start` (1,) on."""
-        return Plain(mx.slice_update(self.array, tokens, start, _TOKENS))
+    def written(self, index: Index, tokens: mx.array) -> Plain:
+        """The same with tokens at these cells."""
+        return Plain(_written(self.array, index, tokens))
 
     def at(self, index: Index) -> Plain:
         """A view of some cells."""
@@ -80,10 +86,10 @@ class Packed(NamedTuple):
         words, scales, biases = arrays
         return cls(words, scales, biases, codec)
 
-    def written(self, start: mx.array, tokens: mx.array) -> Packed:
+    def written(self, index: Index, tokens: mx.array) -> Packed:
         """As `Plain.written`; the tokens are in float."""
         new = zip(self.arrays, packed(tokens, self.codec).arrays, strict=True)
-        return Packed.of((mx.slice_update(old, part, start, _TOKENS) for old, part in new), self.codec)
+        return Packed.of((_written(old, index, part) for old, part in new), self.codec)
 
     def at(self, index: Index) -> Packed:
         """A view of some cells."""
@@ -119,6 +125,17 @@ class Packed(NamedTuple):
 
 
 Lane: TypeAlias = Plain | Packed
+
+
+def alias(array: mx.array) -> mx.array:
+    """Another object for the same array: assigning to one's elements leaves the other as it was."""
+    return array.astype(array.dtype)
+
+
+def _written(array: mx.array, index: Index, tokens: mx.array) -> mx.array:
+    new = alias(array)
+    new[index] = tokens
+    return new
 
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:

@@ -8,12 +8,10 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..quantisation import Codec, Codecs, check_width
-from .lanes import Index, Lane, Plain, as_stored, cell_bytes, joined, zeros
+from .lanes import Index, Lane, Plain, alias, as_stored, cell_bytes, joined, zeros
 
 Lanes = tuple[Lane, Lane]
 """Keys and values of neighbouring cells."""
-
-_TOKENS = (2,)
 
 
 class Form(NamedTuple):
@@ -88,25 +86,29 @@ class Form(NamedTuple):
 
 
 class Pair:
-    """Keys and values of one segment in one layer, in float. Copying one copies no array."""
+    """Keys and values of one segment in one layer, in float.
+
+    Its arrays are its own: to assign to their elements costs less than `mx.slice_update`, to build
+    and to evaluate, but everybody who holds the same object would see it.
+    """
 
     __slots__ = ("capacity", "keys", "values")
 
     is_packed = False
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
-        self.keys = keys
-        self.values = values
+        self.keys = alias(keys)
+        self.values = alias(values)
         self.capacity = keys.shape[2]
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         return self.keys, self.values
 
-    def write(self, start: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Put tokens at the cells from `start` (1,) on. In place when evaluated, if nobody holds a view."""
-        self.keys = mx.slice_update(self.keys, keys, start, _TOKENS)
-        self.values = mx.slice_update(self.values, values, start, _TOKENS)
+    def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
+        """Put tokens at some cells. In place when evaluated, if nobody holds a view."""
+        self.keys[index] = keys
+        self.values[index] = values
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Views of some cells."""
@@ -162,9 +164,9 @@ class PackedPair:
     def values(self, array: mx.array) -> None:
         self._lanes = self._lanes[0], self._lanes[1].renewed(array)
 
-    def write(self, start: mx.array, keys: mx.array, values: mx.array) -> None:
+    def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
         """As `Pair.write`."""
-        self._lanes = self._lanes[0].written(start, keys), self._lanes[1].written(start, values)
+        self._lanes = self._lanes[0].written(index, keys), self._lanes[1].written(index, values)
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Some cells in float."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import mlx.core as mx
 
 from ..quantisation import Codecs, Quantisation
-from .lanes import Index
+from .lanes import Index, index_of
 from .pairs import AnyPair, Form, Lanes
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -19,17 +19,19 @@ Cells = tuple[int, int, Index]
 
 def cells_of(segment: int, low: int, high: int) -> Cells:
     """The cells [low, high) of a segment."""
-    return segment, high, (slice(None), slice(None), slice(low, high))
+    return segment, high, index_of(low, high)
 
 
 class Buffers:
     """One layer's pairs, by segment."""
 
-    __slots__ = ("form", "pairs")
+    __slots__ = ("form", "pairs", "written")
 
     def __init__(self, form: Form) -> None:
         self.form = form
         self.pairs: dict[int, AnyPair] = {}
+        self.written = 0
+        """Which step wrote last."""
 
     def pair(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
         """The pair of a segment, created or grown with zeros to `capacity` cells."""
@@ -133,11 +135,10 @@ class Store:
         rebase: Rebase,
     ) -> None:
         """Prepare `segment` with the source cells, re-based, from `cell` on."""
-        start = mx.array([cell])
         for layer, buffers in self.layers.items():
             keys, values = rebase(layer, *concatenated(buffers.read(source)))
             pair = buffers.sized(segment, capacity, is_packed)
-            pair.write(start, keys, values)
+            pair.write(index_of(cell, cell + keys.shape[2]), keys, values)
             staged.setdefault(layer, {})[segment] = pair
 
     def adopt(self, staged: Staged) -> None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from .joined import attend_joined, shared_runs
 from .keyvalue import Attending
 from .parts import Part, take
-from .products import scores_of, weighted_sum
+from .products import are_faster, attend_all, attend_single
 from .step import Step
 
 
@@ -16,6 +16,8 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     if given.keys is not None and given.values is not None:
         if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
+            if step.is_decoding and given.sinks is None and are_faster():
+                return attend_single(given.queries, *history, given.scale)
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
     step.check_put(layer)
@@ -26,7 +28,11 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
             found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
         left = [part for part in step.parts if part.sequence not in found]
         if single := _decodes(step, layer, left):
-            found |= _decoded(step, layer, single, given)
+            outputs = _decoded(step, layer, single, given)
+            if len(single) == step.n:
+                return _in_batch_order(step, outputs, given)
+            shape = 1, given.queries.shape[1], 1, -1
+            found |= {p.sequence: out.reshape(shape) for p, out in zip(single, outputs, strict=True)}
     for part in step.parts:
         if part.sequence not in found:
             queries, history = take(given.queries, part.rows), step.history(layer, part)
@@ -55,25 +61,28 @@ def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
     """Parts with a single query that are faster without MLX's own attention."""
     if not step.is_decoding:
         return []
-    if len(left) > 1 and mx.default_device().type == mx.cpu:
-        # It has no kernel of its own there, and composes one of more operations.
+    if are_faster():
         return left
     return [part for part in left if _is_packed(step, layer, part)]
 
 
-def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> dict[int, mx.array]:
-    """Outputs of single queries, from lanes as they are stored."""
+def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:
+    """Outputs (1, n_kv_heads, m, value_dim) of single queries, from lanes as they are stored."""
     _, heads, n, dim = given.queries.shape
     groups = step.store.layers[layer].form.heads
     # The query heads of a group are rows of one product.
     rows = (given.queries * given.scale).swapaxes(1, 2).reshape(n, groups, heads // groups, dim)
-    found = {}
-    for part in parts:
-        row, pieces = part.indices[0], step.lanes(layer, part, part.cells)
-        scores = scores_of(rows[row : row + 1], pieces)
-        out = weighted_sum(mx.softmax(scores, axis=-1, precise=True), pieces)
-        found[part.sequence] = out.reshape(1, heads, 1, -1).astype(given.queries.dtype)
-    return found
+    each, dtype = mx.split(rows, n), given.queries.dtype
+    return [
+        attend_all(each[part.indices[0]], step.lanes(layer, part, part.cells)).astype(dtype) for part in parts
+    ]
+
+
+def _in_batch_order(step: Step, outputs: list[mx.array], given: Attending) -> mx.array:
+    """Outputs of single queries, one for each part, as (1, n_heads, n, value_dim)."""
+    by_index = dict(zip((part.indices[0] for part in step.parts), outputs, strict=True))
+    joined = mx.concatenate([by_index[index] for index in range(step.n)])
+    return joined.reshape(1, step.n, given.queries.shape[1], -1).swapaxes(1, 2)
 
 
 def _stretches(

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
+from ..arrays.lanes import index_of
 from ..arrays.store import cells_of
 from ..cells.placement import Placed
 
@@ -45,7 +46,7 @@ class Part:
         self.indices = placed.rows
         self.rows = rows_of(placed.rows, n)
         self.stores = [
-            (w.segment, mx.array([w.cell]), rows_of(placed.rows[w.first : w.first + w.size], n))
+            (w.segment, index_of(w.cell, w.cell + w.size), rows_of(placed.rows[w.first : w.first + w.size], n))
             for w in placed.writes
         ]
         self.cells = [cells_of(span.segment, span.start, span.stop) for span in placed.reads]

@@ -1,4 +1,4 @@
-"""Scores and weighted sums over lanes that lie in several pieces, without copying them together."""
+"""Attention as products: over lanes that lie in several pieces without copying them together, and on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
+from ..arrays.lanes import Plain
 from ..arrays.pairs import Lanes
 
 
@@ -24,3 +25,22 @@ def weighted_sum(weights: mx.array, pieces: Sequence[Lanes]) -> mx.array:
     shares = mx.split(weights, borders[:-1], axis=-1)
     first, *rest = (values.weighted(share) for share, (_, values) in zip(shares, pieces, strict=True))
     return sum(rest, start=first)
+
+
+def are_faster() -> bool:
+    """Whether products beat MLX's own attention to all keys: on a CPU it repeats keys for each query head."""
+    return mx.default_device().type == mx.cpu
+
+
+def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
+    """Attention of scaled queries (1, n_kv_heads, m, head_dim) to all keys: (1, n_kv_heads, m, value_dim)."""
+    return weighted_sum(mx.softmax(scores_of(rows, pieces), axis=-1, precise=True), pieces)
+
+
+def attend_single(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Attention of one token's queries (1, n_heads, 1, head_dim) to all keys (1, n_kv_heads, S, head_dim)."""
+    _, heads, _, dim = queries.shape
+    groups = keys.shape[1]
+    # The query heads of a group are rows of one product.
+    rows = (queries * scale).reshape(1, groups, heads // groups, dim)
+    return attend_all(rows, [(Plain(keys), Plain(values))]).reshape(1, heads, 1, -1).astype(queries.dtype)

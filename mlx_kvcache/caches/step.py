@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -21,6 +21,8 @@ from ..errors import CacheError
 from .parts import Part, take
 
 T = TypeVar("T")
+
+_names = count(1)
 
 SHORTEST = 64
 """Queries in a stretch at least; fewer are not worth a product of their own."""
@@ -55,11 +57,13 @@ class Step:
         self._packed = table.packed
         self._later: frozenset[int] = frozenset()
         self._found: dict[Any, Any] = {}
-        self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
+        self._name = next(_names)
+        self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._whole_mask: Mask = None
         self._has_mask = False
         self._stretches: dict[int, list[Stretch]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
+        self._is_joint = n > 1 and self.is_decoding
         self._plain = self._only_run()
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
@@ -88,14 +92,18 @@ class Step:
         keys, values = checked(form, self.n, layer, keys, values)
         if buffers is None:
             buffers = self.store.open(layer, form)
+        # One operation that divides them all costs less than one for each sequence.
+        each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if self._is_joint else None
         for part in self.parts:
-            for segment, start, rows in part.stores:
+            for segment, index, rows in part.stores:
                 pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
-                if rows is None:
-                    pair.write(start, keys, values)
+                if each:
+                    pair.write(index, *(arrays[part.indices[0]] for arrays in each))
                 else:
-                    pair.write(start, take(keys, rows), take(values, rows))
-        self._batches[layer] = (keys, values) if self._keeps_batch else None
+                    pair.write(index, take(keys, rows), take(values, rows))
+        buffers.written = self._name
+        if self._keeps_batch:
+            self._batches[layer] = keys, values
 
     @property
     def is_decoding(self) -> bool:
@@ -117,7 +125,7 @@ class Step:
         if self._plain is None or buffers is None:
             self.put(layer, keys, values)
             return self.history(layer, self.parts[0])
-        segment, start, index = self._plain
+        segment, new, seen = self._plain
         form = buffers.form
         if form is not self._form:
             self._form = form
@@ -131,18 +139,22 @@ class Step:
         pair = buffers.pairs.get(segment)
         if pair is None or pair.capacity < self._capacity[segment]:
             pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
-        pair.write(start, keys, values)
-        self._batches[layer] = None
+        buffers.written = self._name
         # Every layer of every step comes here, so that a call less shows.
-        return pair.read(index) if pair.is_packed else (pair.keys[index], pair.values[index])
+        if pair.is_packed:
+            pair.write(new, keys, values)
+            return pair.read(seen)
+        stored_keys, stored_values = pair.keys, pair.values
+        stored_keys[new], stored_values[new] = keys, values
+        return stored_keys[seen], stored_values[seen]
 
-    def _only_run(self) -> tuple[int, mx.array, Index] | None:
-        """Segment, first new cell and index of the history, where all of it is one run of one sequence."""
+    def _only_run(self) -> tuple[int, Index, Index] | None:
+        """Segment, new cells and seen ones, where the step is one run of one sequence."""
         part = self.parts[0]
         if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
             return None
-        [(target, start, rows)], [(segment, _, index)] = part.stores, part.cells
-        return (segment, start, index) if rows is None and target == segment else None
+        [(target, new, rows)], [(segment, _, seen)] = part.stores, part.cells
+        return (segment, new, seen) if rows is None and target == segment else None
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""
@@ -154,7 +166,6 @@ class Step:
     def _fresh(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V of one part's new tokens, where not all of them are stored."""
         batch = self._batches[layer]
-        assert batch is not None
         return take(batch[0], part.rows), take(batch[1], part.rows)
 
     def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
@@ -181,7 +192,8 @@ class Step:
         return keys, values, self._mask(padding)
 
     def check_put(self, layer: int) -> None:
-        if layer not in self._batches:
+        buffers = self.store.layers.get(layer)
+        if buffers is None or buffers.written != self._name:
             raise CacheError(f"layer {layer} has had no put in this batch")
 
     def stretches(self, part: Part) -> list[Stretch]:

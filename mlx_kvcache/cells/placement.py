@@ -52,7 +52,7 @@ class Placed(NamedTuple):
     fresh: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class Placement:
     """A planned step: what to assign, what to assign to undo it, and what to do with arrays."""
 
@@ -167,24 +167,26 @@ def _append(
     Decoding takes this way at every step but one in STEP, so it is kept short.
     """
     old, n = table[sequence], len(rows)
-    if len(old.spans) != 1:
+    begin, spans = old
+    if len(spans) != 1:
         return None
-    last, end = old.spans[0], old.end + n
+    segment, start, position, length = spans[0]
+    stop, end = start + length, begin + n
     low = rule.lower(max(0, end - rewind))
     if (
-        last.end != old.end
-        or last.position > max(0, rule.lower(old.end))
-        or low > old.end
-        or (rule.sinks and low > last.position)
-        or last.stop + n > table.capacity[last.segment]
+        position + length != begin
+        or position > max(0, rule.lower(begin))
+        or low > begin
+        or (rule.sinks and low > position)
+        or stop + n > table.capacity[segment]
         or table.live + n > table.room
-        or len(table.owners(last.segment)) > 1
-        or (end > table.pack_after and last.segment not in table.packed)
+        or len(table.owners(segment)) > 1
+        or (end > table.pack_after and segment not in table.packed)
     ):
         return None
-    run = (Span(last.segment, last.start, last.position, last.length + n),)
-    write = Write(0, n, last.segment, last.stop)
-    placed = Placed(sequence, rows, old.end, end, (write,), seen_from(rule, run, old.end), False)
+    run = (Span(segment, start, position, length + n),)
+    write = Write(0, n, segment, stop)
+    placed = Placed(sequence, rows, begin, end, (write,), seen_from(rule, run, begin), False)
     return Placement([placed], {sequence: Sequence(end, clip(run, low))}, {sequence: old})
 
 

@@ -54,8 +54,10 @@ def count(spans: Iterable[Span]) -> int:
 
 def clip(spans: Spans, begin: int, end: int = FOREVER) -> Spans:
     """The part at positions [begin, end)."""
-    if len(spans) == 1 and begin <= spans[0].position and spans[0].end <= end:
-        return spans
+    if len(spans) == 1:
+        _, _, position, length = spans[0]
+        if begin <= position and position + length <= end:
+            return spans
     kept = []
     for span in spans:
         low, high = max(begin, span.position), min(end, span.end)

@@ -35,7 +35,7 @@ class Forward(ABC):
 
     Attributes:
         begins: positions of the first of them.
-        written: indices of the leaves that have stored theirs.
+        written: for each leaf, by index, whether it has stored its own.
         asked: indices of the leaves that have been asked for a mask.
         advanced: indices of the recurrences that have said that they read their columns.
     """
@@ -54,7 +54,8 @@ class Forward(ABC):
         self.columns = columns
         self.n = n
         self.begins = [conversation.position for conversation in conversations]
-        self.written: set[int] = set()
+        # A set would grow, layer by layer, at every step.
+        self.written = bytearray(len(pool.leaves))
         self.asked: set[int] = set()
         self.advanced: set[int] = set()
         self._plan = pool.begin(self._batch())
@@ -181,6 +182,11 @@ class SingleForward(Forward):
 
     def __init__(self, conversation: Conversation, n: int, is_ragged: bool) -> None:
         super().__init__(conversation.pool, (conversation,), ((0, n),), n, is_ragged)
+
+    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
+        if self.is_ragged:
+            return super().update(leaf, keys, values)
+        return self.step(leaf).exchange(leaf.index, keys, values)
 
     def _tokens(self, array: mx.array) -> mx.array:
         return array

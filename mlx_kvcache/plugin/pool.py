@@ -159,10 +159,11 @@ class Pool:
     def take_turn(self, user: User) -> None:
         """Let `user` change the caches, after undoing what another left unfinished."""
         last = self._user and self._user()
-        if last and last is not user and last.unfinished:
-            last.settle()
-            last.interrupted = True
-        self._user = weakref.ref(user)
+        if last is not user:
+            if last and last.unfinished:
+                last.settle()
+                last.interrupted = True
+            self._user = weakref.ref(user)
         self._sweep()
 
     def begin(self, batch: Batch | None) -> Plan:

@@ -50,7 +50,7 @@ class Rows(Caller):
         self.is_called = False
         self._offsets: tuple[Any, Any] | None = None
         self._forwards = 0
-        self.written_last: frozenset[int] = frozenset()
+        self.written_last = bytearray()
 
     @property
     def unfinished(self) -> bool:
@@ -77,7 +77,7 @@ class Rows(Caller):
         if self._offsets is None:
             self._offsets = self._find_offsets()
         forward = self.forward
-        return self._offsets[forward is not None and leaf in forward.written]
+        return self._offsets[forward is not None and forward.written[leaf]]
 
     def check_open(self) -> None:
         for conversation in self.conversations:
@@ -134,7 +134,7 @@ class Rows(Caller):
         forward = self.forward
         if forward is None:
             return False
-        return self.is_called or (forward.n == n and leaf not in forward.written)
+        return self.is_called or (forward.n == n and not forward.written[leaf])
 
     def begin_unasked(self, n: int) -> None:
         """Start a forward because a layer writes, though none has asked for a mask.
@@ -155,12 +155,11 @@ class Rows(Caller):
             )
         self.begin(n)
 
-    def wrote(self, leaf: int) -> None:
+    def wrote(self) -> None:
         """A leaf has stored its tokens. A forward that no call ends is over when all have."""
         forward = self.forward
         assert forward is not None
-        forward.written.add(leaf)
-        if not self.is_called and len(forward.written) >= len(self.pool.forms):
+        if not self.is_called and forward.written.count(True) >= len(self.pool.forms):
             self.finish()
 
     def finish(self) -> None:
@@ -168,7 +167,7 @@ class Rows(Caller):
         forward = self.forward
         assert forward is not None
         forward.finish()
-        self.written_last = frozenset(forward.written)
+        self.written_last = forward.written
         self.forward, self.is_called, self._offsets = None, False, None
         self.padding.passed(forward.columns)
         self._forwards += 1

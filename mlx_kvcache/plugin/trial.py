@@ -62,7 +62,7 @@ def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
             pool.model(mx.zeros((1, n), mx.int32), cache=cache)
         except Exception as error:
             raise NotSupportedError(f"{module} does not run on these caches: {error!r}") from error
-        written |= rows.written_last
+        written |= {index for index, is_written in enumerate(rows.written_last) if is_written}
     leaves = (pool.leaves[index] for index in sorted(written))
     forms = {leaf.index: _form(pool, leaf) if leaf.rule else None for leaf in leaves}
     return forms, pool.mirrored

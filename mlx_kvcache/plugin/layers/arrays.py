@@ -32,11 +32,13 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
 
     def __setitem__(self, idx: int, value: mx.array | None) -> None:
         """Change an array. Raises CacheError outside a call of the model."""
-        if self.rows.forward is None:
+        forward = self.rows.forward
+        if forward is None:
             raise CacheError(f"layer {self.leaf.name} can change only while the model is called")
-        self.rows.forward.state(self.leaf)[idx] = value
+        forward.state(self.leaf)[idx] = value
         if self.rows.is_called or idx in (self.leaf.slots - 1, -1):
-            self.rows.wrote(self.leaf.index)
+            forward.written[self.leaf.index] = True
+            self.rows.wrote()
 
     @property
     def left_padding(self) -> mx.array | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...arrays.lanes import alias
 from ...arrays.pairs import AnyPair
 from ...caches.positional import PositionalCache
 from ...cells.rules import Causal, Chunk, Window
@@ -54,16 +55,17 @@ class KeyValueLayer(Layer):
         """
         rows, leaf = self.rows, self.leaf
         forward = rows.forward
-        if forward is None or leaf.index in forward.written:
+        if forward is None or forward.written[leaf.index]:
             forward = self._begun(keys)
         history = forward.update(leaf, keys, values)
-        rows.wrote(leaf.index)
+        forward.written[leaf.index] = True
+        rows.wrote()
         return history
 
     def keys_and_values(self) -> Any:
         """What `update_and_fetch` returned last."""
         forward = self.rows.forward
-        if forward is not None and self.leaf.index in forward.written:
+        if forward is not None and forward.written[self.leaf.index]:
             return forward.history(self.leaf)
         return stored(self.rows.conversation, self.leaf)
 
@@ -71,7 +73,7 @@ class KeyValueLayer(Layer):
     def keys(self) -> mx.array | None:
         """The buffer that the newest keys are in; assigning one of the same shape replaces it."""
         pair = self._newest_pair()
-        return pair.keys if pair else None
+        return alias(pair.keys) if pair else None
 
     @keys.setter
     def keys(self, array: mx.array) -> None:
@@ -81,7 +83,7 @@ class KeyValueLayer(Layer):
     def values(self) -> mx.array | None:
         """The same of values."""
         pair = self._newest_pair()
-        return pair.values if pair else None
+        return alias(pair.values) if pair else None
 
     @values.setter
     def values(self, array: mx.array) -> None:
@@ -119,7 +121,7 @@ class KeyValueLayer(Layer):
         if self.rows.is_batch:
             pairs = self._cache._store.layers[self.leaf.index].pairs if not self.empty() else {}
             segments = {span.segment for spans in self._spans() for span in spans}
-            return [array for s in segments if s in pairs for array in pairs[s].arrays]
+            return [alias(array) for s in segments if s in pairs for array in pairs[s].arrays]
         if self.is_packed:
             # One array more or less than any of mlx-lm's classes has, so that none takes it for its own.
             return [buffers_of(self.rows.conversation, self.leaf)]
@@ -146,7 +148,7 @@ class KeyValueLayer(Layer):
     def _begun(self, keys: mx.array) -> Forward:
         """The forward that these keys belong to, where that is not plain."""
         rows = self.rows
-        if rows.is_called and rows.forward and self.leaf.index in rows.forward.written:
+        if rows.is_called and rows.forward and rows.forward.written[self.leaf.index]:
             raise CacheError(f"layer {self.leaf.name} is written twice in one call")
         if not rows.is_called:
             rows.begin_unasked(keys.shape[-2])
@@ -175,7 +177,7 @@ class KeyValueLayer(Layer):
             raise ValueError(
                 f"{slot} of layer {self.leaf.name} are {shape}, they cannot become {array.shape}"
             )
-        setattr(pair, slot, array)
+        setattr(pair, slot, alias(array))
 
 
 class KVCache(KeyValueLayer):

@@ -1,0 +1,66 @@
+"""What is measured on: the device, the model, and how thoroughly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models import llama
+
+from examples import smollm2
+
+LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64
+"""SmolLM2's shape."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of a run.
+
+    Args:
+        model: "tiny", "smollm2" or the path of a folder with a model, for work that asks for one; None
+            leaves the choice to the work.
+        is_quick: fewer and smaller runs.
+    """
+
+    model: str | None = None
+    is_quick: bool = False
+
+    def load(self, usual: str) -> tuple[Any, Any]:
+        """The chosen model, or else the usual one, and its tokenizer."""
+        name = self.model or usual
+        if name == "tiny":
+            return two_layers(), None
+        if name == "smollm2":
+            return smollm2.load(mx.float32)
+        if not Path(name).is_dir():
+            raise ValueError(f"no model {name}: expected tiny, smollm2 or a folder")
+        return mlx_lm.load(name)[:2]
+
+    def of(self, usual: Any, quick: Any) -> Any:
+        """A number, or numbers, by how thorough the run is."""
+        return quick if self.is_quick else usual
+
+
+def two_layers() -> Any:
+    """Two layers of SmolLM2's shape, with a small vocabulary and random weights."""
+    mx.random.seed(0)
+    shape = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=HEADS * DIM,
+        num_hidden_layers=2,
+        intermediate_size=1536,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
+        rms_norm_eps=1e-5,
+        vocab_size=512,
+        rope_theta=100000.0,
+        rope_traditional=True,
+    )
+    model = llama.Model(shape)
+    mx.eval(model.parameters())
+    return model
