@@ -11,10 +11,10 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py
 
-.PHONY: help demo test check fmt soak bench pictures formats models clean
+.PHONY: help demo test check fmt soak bench bench-endless bench-check figures pictures models clean
 
 help:           ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo  ## talk with SmolLM2; without a terminal, play a short scripted conversation
 	@if [ -t 0 ] && [ -t 1 ]; then $(RUN) -m examples.chat; \
@@ -36,14 +36,20 @@ fmt: $(VENV)/dev  ## format the code
 soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for each kind
 	MACHINE_SEEDS=200 MACHINE_STEPS=2000 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 
-bench: $(VENV)/dev  ## every benchmark, paired with mlx-lm's own caches
-	$(RUN) -m benchmarks --all
+bench: $(VENV)/dev  ## every benchmark but the endless text, into benchmarks/results
+	$(RUN) -m benchmarks --all --json benchmarks/results
+
+bench-endless: $(VENV)/dev  ## the loss on 16,384 tokens of text, with room for 1,024
+	$(RUN) -m benchmarks endless --json benchmarks/results
+
+bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
+	$(RUN) -m benchmarks --all --quick --check
+
+figures: $(VENV)/dev  ## write docs/benchmarks.md and all figures from benchmarks/results
+	$(BIN)/python -m docs.benchmarks
 
 pictures: $(VENV)/dev  ## draw the pictures in docs/
 	$(BIN)/python -m docs.draw
-
-formats: $(VENV)/dev  ## measure bits against loss, and write them into docs/formats.md
-	$(RUN) -m docs.formats
 
 models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
 	$(RUN) -m docs.models

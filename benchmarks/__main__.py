@@ -4,63 +4,112 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from benchmarks import (
     batches,
     bits,
+    chunks,
+    decode,
     drift,
+    edits,
+    endless,
     exactness,
     forks,
     generation,
+    growth,
     host,
     many,
+    masks,
     packed,
+    prefill,
+    results,
     saving,
-    sharing,
+    sessions,
     window,
 )
-from benchmarks.measure import machine
+from benchmarks.bounds import BOUNDS
+from benchmarks.machine import described, machine
+from benchmarks.rows import Curve, Row
+from benchmarks.setting import Setting
 
-BENCHMARKS = {
+Benchmark = Callable[[Setting], Iterator[Any]]
+
+BENCHMARKS: dict[str, Benchmark] = {
     "exactness": exactness.run,
     "drift": drift.run,
-    "forks": forks.run,
     "host": host.run,
+    "growth": growth.run,
+    "prefill": prefill.run,
+    "decode": decode.run,
     "generation": generation.run,
     "window": window.run,
+    "chunks": chunks.run,
+    "masks": masks.run,
+    "edits": edits.run,
+    "forks": forks.run,
     "batches": batches.run,
     "many": many.run,
-    "sharing": sharing.run,
-    "bits": bits.run,
+    "sessions": sessions.run,
     "packed": packed.run,
+    "bits": bits.run,
     "saving": saving.run,
 }
+APART: dict[str, Benchmark] = {"endless": endless.run}
+"""What takes too long to be among `--all`."""
 
 
 def main() -> int:
+    known = BENCHMARKS | APART
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--all", action="store_true", help="run every benchmark")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
+    parser.add_argument("--all", action="store_true", help=f"every benchmark but {', '.join(APART)}")
     parser.add_argument("--list", action="store_true", help="say what each benchmark measures")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller runs, for a first look")
+    parser.add_argument("--check", action="store_true", help="fail where a ratio misses its bound")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--model", help="tiny, smollm2 or a folder, where a benchmark runs a whole model")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="a file for results, or a folder of such")
     chosen = parser.parse_args()
     if chosen.list:
-        for name, run in BENCHMARKS.items():
+        for name, run in known.items():
             print(f"{name:12} {(run.__doc__ or '').splitlines()[0]}")
         return 0
     names = list(BENCHMARKS) if chosen.all else chosen.names
-    unknown = [name for name in names if name not in BENCHMARKS]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        parser.error(f"no benchmark {', '.join(unknown) or 'named'}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"no benchmark {', '.join(unknown) or 'named'}; there are {', '.join(known)}")
+    if chosen.device == "gpu" and not mx.is_available(mx.gpu):
+        parser.error("there is no GPU that this MLX can use")
     mx.set_default_device(mx.gpu if chosen.device == "gpu" else mx.cpu)
-    print(machine())
+    print(described(machine()), flush=True)
+    setting, missed = Setting(chosen.model, chosen.quick), 0
     for name in names:
-        print(f"\n{name}")
-        for line in BENCHMARKS[name]():
-            print(f"  {line}", flush=True)
-    return 0
+        print(f"\n{name}", flush=True)
+        start, found = time.perf_counter(), []
+        for row in known[name](setting):
+            found.append(row)
+            verdict = _verdict(row, chosen.quick)
+            missed += verdict.startswith("  MISSED")
+            print(f"  {row}{verdict}", flush=True)
+        if chosen.json:
+            path = results.path_of(chosen.json)
+            results.write(path, name, found, time.perf_counter() - start, chosen.quick)
+    return int(chosen.check and missed > 0)
+
+
+def _verdict(row: Row | Curve, is_quick: bool) -> str:
+    bound = BOUNDS.get(row.key) if isinstance(row, Row) else None
+    if bound is None or (is_quick and bound.quick is None):
+        return ""
+    assert isinstance(row, Row)
+    limit = bound.quick if is_quick else bound.limit
+    return "" if bound.is_met(row, is_quick) else f"  MISSED {limit:.3g}"
 
 
 if __name__ == "__main__":

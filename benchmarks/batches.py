@@ -1,4 +1,4 @@
-"""Decoding several sequences at once with SmolLM2."""
+"""Several sequences at once."""
 
 from __future__ import annotations
 
@@ -6,38 +6,56 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, RotatingKVCache
 
-from benchmarks.measure import paired, timed
-from examples import smollm2
+from benchmarks.measure import check_equal, speed, timed
+from benchmarks.rows import Row
+from benchmarks.setting import Setting
+from benchmarks.shape import arrays, attention, contiguous, evaluate, fill
 from mlx_kvcache.plugin import make_prompt_cache
-from mlx_kvcache.plugin.ragged import attend
-from tests.plugin.running import difference
 
-LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64
-ROUNDS = 20
 LENGTHS = {
-    "8 of 512": [512] * 8,
     "8 of 64": [64] * 8,
-    "one of 2048, seven of 64": [2048] + [64] * 7,
+    "8 of 512": [512] * 8,
+    "one of 2,048 and seven of 64": [2048] + [64] * 7,
 }
+WINDOW = 512
 
 
-def run() -> Iterator[str]:
+def run(setting: Setting) -> Iterator[Row]:
     """A decode step of 8 sequences, of equal and of unequal lengths, against BatchKVCache."""
-    model, _ = smollm2.load(mx.float32)
-    for name, lengths in LENGTHS.items():
-        ours, theirs = _batch(model, lengths), _their_batch(lengths)
-        yield _compared(f"{name}, SmolLM2", lambda cache: _step(model, cache), ours, theirs)
-        yield _compared(f"{name}, cache and attention only", attention, ours, theirs)
+    model, _ = setting.load("smollm2")
+    layers, rounds = len(model.layers), setting.of(20, 5)
+    for index, (name, lengths) in enumerate(LENGTHS.items()):
+        ours = _ours(model, lengths)
+        theirs = merged([contiguous(n, seed, layers) for seed, n in enumerate(lengths)], BatchKVCache)
+        key = ("short", "equal", "ragged")[index]
+        yield _beside(f"batches.{key}", f"{name}, the model", lambda c: _step(model, c), ours, theirs, rounds)
+        given = arrays(1, 9, len(lengths))
+        alone = f"{name}, cache and attention"
+        yield _beside(f"batches.{key}.attention", alone, lambda c: attention(c, *given), ours, theirs, rounds)  # noqa: B023
+    yield _windows(model, rounds)
 
 
-def _compared(name: str, step: Callable[[Any], mx.array], ours: Any, theirs: Any) -> str:
-    assert difference(step(ours), step(theirs)) <= 1e-3
-    result = paired(lambda: timed(lambda: step(ours)), lambda: timed(lambda: step(theirs)), ROUNDS, name)
-    return (
-        f"{name}: {1e3 * result.ours:.1f} ms, BatchKVCache {1e3 * result.theirs:.1f} ms, "
-        f"speed {1 / result.ratio:.2f} of theirs (time {result})"
+def _windows(model: Any, rounds: int) -> Row:
+    """Rows in windows that have slid."""
+    layers, lengths = len(model.layers), [1024] + [96] * 7
+    model.make_cache = lambda: [RotatingKVCache(WINDOW) for _ in range(layers)]
+    try:
+        ours = _ours(model, lengths)
+        theirs = [fill(model.make_cache(), n, seed) for seed, n in enumerate(lengths)]
+    finally:
+        del model.make_cache
+    batch, given = merged(theirs, BatchRotatingKVCache), arrays(1, 9, len(lengths))
+    name = f"one of 1,024 and seven of 96 in windows of {WINDOW}, cache and attention"
+    return _beside("batches.windows", name, lambda c: attention(c, *given), ours, batch, rounds)
+
+
+def _beside(key: str, work: str, step: Callable[[Any], mx.array], ours: Any, theirs: Any, rounds: int) -> Row:
+    check_equal(step(ours), step(theirs))
+    peer = type(theirs[0]).__name__
+    return speed(
+        key, work, "ms", lambda: timed(lambda: step(ours)), peer, lambda: timed(lambda: step(theirs)), rounds
     )
 
 
@@ -47,56 +65,13 @@ def _step(model: Any, cache: Any) -> mx.array:
     return logits
 
 
-def attention(cache: Any) -> mx.array:
-    """The caches' part of a step, with the same queries and keys in every layer."""
-    rows = 1 if isinstance(cache[0].offset, int) else cache[0].offset.shape[0]
-    queries, keys = (_arrays(9, heads, 1, rows) for heads in (HEADS, KV_HEADS))
-    rows_here = getattr(cache[0], "rows", None)
-    if rows_here:
-        rows_here.begin(1, is_called=True)
-    mask, outputs = cache[0].make_mask(1, return_array=False, window_size=None), []
-    for layer in cache:
-        history = layer.update_and_fetch(keys, keys)
-        outputs.append(attend(queries, history[0], history[1], layer, DIM**-0.5, mask))
-    if rows_here:
-        rows_here.finish()
-    mx.eval(outputs)
-    return outputs[-1]
-
-
-def _arrays(seed: int, heads: int, n: int, rows: int = 1) -> mx.array:
-    return mx.random.normal((rows, heads, n, DIM), key=mx.random.key(seed))
-
-
-def fill(cache, length: int, seed: int) -> None:
-    keys = _arrays(seed, KV_HEADS, length)
-    for layer in cache:
-        layer.make_mask(length, return_array=False, window_size=None)
-        break
-    for layer in cache:
-        layer.update_and_fetch(keys, keys)
-    mx.eval([layer.state for layer in cache])
-
-
-def merged(caches):
+def _ours(model: Any, lengths: list[int]) -> list[Any]:
+    caches = [fill(make_prompt_cache(model), length, seed) for seed, length in enumerate(lengths)]
     return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(caches[0])]
 
 
-def _batch(model, lengths):
-    caches = [make_prompt_cache(model) for _ in lengths]
-    for seed, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
-        fill(cache, length, seed)
-    return merged(caches)
-
-
-def _their_batch(lengths):
-    caches = [contiguous(length, seed) for seed, length in enumerate(lengths)]
-    merged = [BatchKVCache.merge([cache[i] for cache in caches]) for i in range(LAYERS)]
-    mx.eval([layer.state for layer in merged])
-    return merged
-
-
-def contiguous(length: int, seed: int = 0):
-    cache = [KVCache() for _ in range(LAYERS)]
-    fill(cache, length, seed)
-    return cache
+def merged(caches: list[Any], kind: Any) -> list[Any]:
+    """mlx-lm's caches as a batch."""
+    batch = [kind.merge([cache[i] for cache in caches]) for i in range(len(caches[0]))]
+    evaluate(batch)
+    return batch

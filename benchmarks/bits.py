@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import mlx.core as mx
 from tqdm import tqdm
 
-from benchmarks.text import topics
-from examples import smollm2
+from benchmarks.rows import Row, less
+from benchmarks.setting import Setting
+from benchmarks.text import losses, topics
 from mlx_kvcache.plugin import make_prompt_cache
 
 TOKENS, BLOCK = 2048, 256
 
 WAYS: dict[str, dict[str, Any]] = {
-    "float32": {},
     "8": {"kv_bits": 8},
     "8, last layer in float": {"kv_bits": 8, "kv_float": "last"},
     "6": {"kv_bits": 6},
@@ -34,39 +33,17 @@ WAYS: dict[str, dict[str, Any]] = {
 """Bits of keys and values alike, or of keys and of values."""
 
 
-class Measured(NamedTuple):
-    """Bytes of K and V beside those of float16, and the mean loss in nats a token."""
-
-    name: str
-    share: float
-    loss: float
-
-
-def measured() -> Iterator[Measured]:
-    """Each way, the first of them in float."""
-    model, tokenizer = smollm2.load(mx.float32)
-    text = topics(tokenizer, TOKENS + 1)
-    for name, options in tqdm(WAYS.items(), unit="way"):
-        cache = make_prompt_cache(model, **options)
-        loss = _loss(model, cache, text)
-        halves = TOKENS * sum(2 * 2 * layer.self_attn.n_kv_heads * 64 for layer in model.layers)
-        yield Measured(name, cache.nbytes / halves, loss)
-
-
-def _loss(model: Any, cache: Any, text: list[int]) -> float:
-    total = 0.0
-    for start in range(0, TOKENS, BLOCK):
-        logits = model(mx.array([text[start : start + BLOCK]]), cache=cache)[0].astype(mx.float32)
-        chosen = mx.array(text[start + 1 : start + BLOCK + 1])[:, None]
-        losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, chosen, axis=1)[:, 0]
-        part: Any = losses.sum().item()
-        total += part
-    return total / TOKENS
-
-
-def run() -> Iterator[str]:
+def run(setting: Setting) -> Iterator[Row]:
     """Bytes and loss of SmolLM2 on 2,048 tokens of real text, for keys and values in fewer bits."""
-    whole = None
-    for name, share, loss in measured():
-        whole = whole or loss
-        yield f"{name:24} {share:.3f} of float16's bytes, loss {loss:.4f} ({100 * (loss / whole - 1):+.2f}%)"
+    model, tokenizer = setting.load("smollm2")
+    text = topics(tokenizer, setting.of(TOKENS, 512) + 1)
+    whole = losses(model, make_prompt_cache(model), text, BLOCK).mean()
+    ways = setting.of(WAYS, {name: WAYS[name] for name in ("8", "8 and 4")})
+    for name, options in tqdm(ways.items(), unit="way", leave=False):
+        cache = make_prompt_cache(model, **options)
+        loss = losses(model, cache, text, BLOCK).mean()
+        halves = (len(text) - 1) * sum(2 * 2 * layer.self_attn.n_kv_heads * 64 for layer in model.layers)
+        yield less(
+            f"bits.bytes.{name}", f"K and V in {name} bits", "MB", cache.nbytes / 1e6, "float16", halves / 1e6
+        )
+        yield less(f"bits.loss.{name}", f"loss in {name} bits", "nats", loss, "float32", whole)

@@ -6,21 +6,23 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from benchmarks.measure import difference
+from benchmarks.rows import Row
+from benchmarks.setting import Setting
 from mlx_kvcache.plugin import make_prompt_cache
 from mlx_kvcache.plugin.probe import scheme_of
-from tests.plugin.running import difference
 from tests.plugin.tiny import tiny_llama
 
 REMOVALS, WIDTH, SINKS = 500, 4, 8
 
 
-def run() -> Iterator[str]:
-    """Largest key error after 500 removals of 4 tokens, 16-bit keys, in units of one rounding."""
+def run(setting: Setting) -> Iterator[Row]:
+    """Largest error of 16-bit keys after 500 removals of 4 tokens, against rotating what is stored."""
     for dtype in (mx.bfloat16, mx.float16):
         yield from _errors(dtype)
 
 
-def _errors(dtype: mx.Dtype) -> Iterator[str]:
+def _errors(dtype: mx.Dtype) -> Iterator[Row]:
     model = tiny_llama(dtype, num_hidden_layers=1, max_position_embeddings=4096)
     rotation = scheme_of(model).rotations[0]
     assert rotation is not None
@@ -57,7 +59,8 @@ def _errors(dtype: mx.Dtype) -> Iterator[str]:
         rounding = max(rounding, difference(exact.astype(dtype), exact))
         there = rotation.apply(wide, position - stored_at)
         again = max(again, difference(repeated[:, :, position : position + 1], there))
-    yield (
-        f"{str(dtype).split('.')[-1]}: ours {ours:.4f}, one rounding {rounding:.4f}; "
-        f"re-rotating what is stored each time: {again:.4f}"
-    )
+    name = str(dtype).split(".")[-1]
+    work = f"largest error of {name} keys after {REMOVALS} removals of {WIDTH} tokens"
+    peers = {"again": ("rotating what is stored", again), "rounding": ("one rounding", rounding)}
+    for key, (peer, error) in peers.items():
+        yield Row(f"drift.{name}.{key}", work, "", ours, peer, error, "less", ours / error)

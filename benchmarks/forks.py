@@ -1,44 +1,64 @@
-"""What forks hold."""
+"""Branches of one conversation."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache
 
-from examples import smollm2
+from benchmarks.measure import peak_of, speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import Setting
+from benchmarks.shape import arrays, contiguous, evaluate, fill
 from mlx_kvcache.plugin import make_prompt_cache
+from tests.plugin.tiny import tiny_llama
 
-TOKENS, FORKS = 1000, 8
-
-
-def run() -> Iterator[str]:
-    """Bytes of K and V held by a 1,000-token conversation of SmolLM2's shape and its 8 forks."""
-    model, _ = smollm2.load(mx.float32)
-    ours, theirs = make_prompt_cache(model), [KVCache() for _ in model.layers]
-    block = mx.zeros((1, 3, TOKENS, 64))
-    token = mx.ones((1, 3, 1, 64))
-    for cache in (ours, theirs):
-        _write(cache, block)
-    one = ours.pool.nbytes
-    forks = [ours.fork() for _ in range(FORKS)]
-    yield f"alone {one / 1e6:.1f} MB; with {FORKS} forks {ours.pool.nbytes / 1e6:.1f} MB"
-    for fork in forks:
-        _write(fork, token)
-    yield f"after one token in each fork {ours.pool.nbytes / 1e6:.1f} MB"
-    copies = [copy.deepcopy(theirs) for _ in range(FORKS)]
-    for cache in copies:
-        _write(cache, token)
-    held = {
-        id(a): a.nbytes for _, a in tree_flatten([[c.keys, c.values] for p in [theirs, *copies] for c in p])
-    }
-    yield f"mlx-lm's KVCache, copied {FORKS} times and one token in each: {sum(held.values()) / 1e6:.1f} MB"
+LAYERS = 8
 
 
-def _write(cache, kv: mx.array) -> None:
-    for layer in cache:
-        layer.update_and_fetch(kv, kv)
-    mx.eval([layer.state for layer in cache])
+def run(setting: Setting) -> Iterator[Row]:
+    """Forks of a 4,096-token prompt, 1 to 64, and one token in each layer of each, against deepcopy."""
+    prompt = setting.of(4096, 1024)
+    ours = fill(make_prompt_cache(tiny_llama(num_hidden_layers=LAYERS)), prompt)
+    theirs = contiguous(prompt, layers=LAYERS)
+    for branches in setting.of((1, 4, 16, 64), (1, 16)):
+        work = f"{branches} fork{'s' * (branches > 1)} of {prompt:,} tokens, and a token in each"
+        yield speed(
+            f"forks.{branches}",
+            work,
+            "ms",
+            lambda: timed(lambda: _forked(ours, branches)),  # noqa: B023
+            "deepcopy of KVCache",
+            lambda: timed(lambda: _copied(theirs, branches)),  # noqa: B023
+            setting.of(6, 3),
+        )
+        yield less(
+            f"forks.{branches}.bytes",
+            f"bytes that {branches} fork{'s' * (branches > 1)} add",
+            "MB",
+            peak_of(lambda: _forked(ours, branches)) / 1e6,  # noqa: B023
+            "deepcopy of KVCache",
+            peak_of(lambda: _copied(theirs, branches)) / 1e6,  # noqa: B023
+        )
+
+
+def _forked(cache: Any, branches: int) -> None:
+    _write([cache.fork() for _ in range(branches)])
+
+
+def _copied(cache: Any, branches: int) -> None:
+    _write([copy.deepcopy(cache) for _ in range(branches)])
+
+
+def _write(branches: list[Any]) -> None:
+    _, keys, values = arrays(1)
+    for branch in branches:
+        branch[0].make_mask(1, return_array=False, window_size=None)
+        for layer in branch:
+            layer.update_and_fetch(keys, values)
+        if hasattr(branch, "pool"):
+            mx.eval(branch.pool.buffers)
+        else:
+            evaluate(branch)

@@ -1,42 +1,56 @@
-"""Prompts that arrive over time, beside mlx-lm's BatchGenerator."""
+"""Prompts that arrive over time: steps that read one prompt and decode others."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-from examples import smollm2
+from benchmarks.measure import once
+from benchmarks.rows import Row
+from benchmarks.setting import Setting
 from mlx_kvcache.plugin import Many
 
 LENGTHS = (32, 64, 128, 256, 512, 48, 96, 192, 384, 40, 80, 160, 320, 56, 112, 224)
 """Tokens of the 16 prompts."""
-EVERY, GENERATED = 4, 24
-"""Steps between arrivals, and tokens for each."""
+EVERY = 4
+"""Steps between arrivals."""
 LONG, RUNNING = 512, 4
 """A prompt that joins, and how many sequences it must not hold up."""
 
 
-def run() -> Iterator[str]:
+def run(setting: Setting) -> Iterator[Row]:
     """16 prompts of 32 to 512 tokens that arrive over time, and the stall when one of 512 joins."""
-    model, _ = smollm2.load(mx.float32)
-    prompts = [[(7 * i + 13 * j) % 4000 + 100 for j in range(n)] for i, n in enumerate(LENGTHS)]
-    for name, make in (("warm-up", _ours), ("here", _ours), ("BatchGenerator", _theirs)):
-        seconds, tokens = _throughput(make(model), prompts if name != "warm-up" else prompts[:1])
-        if name != "warm-up":
-            rate = tokens / seconds
-            yield f"{name}: {seconds:.1f} s, {rate:.1f} new tokens/s beside {sum(LENGTHS)} of prompts"
-    for name, make in (("here", _ours), ("BatchGenerator", _theirs)):
-        yield f"longest stall while {LONG} tokens join, {name}: {1e3 * _stall(make(model)):.0f} ms"
+    model, _ = setting.load(setting.of("smollm2", "tiny"))
+    lengths, new = setting.of(LENGTHS, LENGTHS[:8]), setting.of(24, 12)
+    prompts = [[(7 * i + 13 * j) % 400 + 100 for j in range(n)] for i, n in enumerate(lengths)]
+    for make in (_ours, _theirs):
+        _throughput(make(model), prompts[:1], new)
+    yield once(
+        "many.throughput",
+        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} that arrive in turn, {new} tokens each",
+        "s",
+        _throughput(_ours(model), prompts, new),
+        "BatchGenerator",
+        _throughput(_theirs(model), prompts, new),
+    )
+    yield once(
+        "many.stall",
+        f"longest stall of {RUNNING} sequences while {LONG} tokens join",
+        "ms",
+        _stall(_ours(model)),
+        "BatchGenerator",
+        _stall(_theirs(model)),
+    )
 
 
 Loop = tuple[Callable[[list[int], int], object], Callable[[], int]]
 """Adding a prompt, and a step that returns how many tokens it gave."""
 
 
-def _ours(model) -> Loop:
+def _ours(model: Any) -> Loop:
     many = Many(model)
     return (
         lambda prompt, n: many.add(prompt, n),
@@ -44,21 +58,21 @@ def _ours(model) -> Loop:
     )
 
 
-def _theirs(model) -> Loop:
+def _theirs(model: Any) -> Loop:
     generator = BatchGenerator(model)
     return lambda prompt, n: generator.insert([prompt], [n]), lambda: len(generator.next()[1])
 
 
-def _throughput(loop: Loop, prompts: list[list[int]]) -> tuple[float, int]:
+def _throughput(loop: Loop, prompts: list[list[int]], new: int) -> float:
     add, step = loop
     waiting, tokens, steps = list(prompts), 0, 0
     start = time.perf_counter()
-    while waiting or tokens < GENERATED * len(prompts):
+    while waiting or tokens < new * len(prompts):
         if waiting and steps % EVERY == 0:
-            add(waiting.pop(0), GENERATED)
+            add(waiting.pop(0), new)
         tokens += step()
         steps += 1
-    return time.perf_counter() - start, tokens
+    return time.perf_counter() - start
 
 
 def _stall(loop: Loop) -> float:

@@ -1,58 +1,73 @@
-"""Speed and peak memory of keys and values in fewer bits."""
+"""Speed and memory of keys and values in fewer bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache
 
-from benchmarks.measure import paired, timed
-from benchmarks.text import topics
-from examples import smollm2
+from benchmarks.measure import check_equal, peak_of, speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import Setting
 from mlx_kvcache.plugin import make_prompt_cache
 
-PREFILL, BLOCK, ROUNDS = 1024, 256, 12
+BLOCK = 256
 
 
-def run() -> Iterator[str]:
-    """Peak bytes of a prefill in 8 bits beside float; a decode step beside mlx-lm's QuantizedKVCache."""
-    model, tokenizer = smollm2.load(mx.float32)
-    text = topics(tokenizer, PREFILL)
-    peaks = {bits: _peak(model, text, bits) for bits in (None, 8)}
-    yield (
-        f"prefill of {PREFILL} by {BLOCK}: peak {peaks[8] / 1e6:.1f} MB above the model in 8 bits, "
-        f"{peaks[None] / 1e6:.1f} MB in float, {peaks[8] / peaks[None]:.3f}"
+def run(setting: Setting) -> Iterator[Row]:
+    """A token in 8 and in 4 bits against QuantizedKVCache and against float; peak bytes of a prefill."""
+    model, _ = setting.load(setting.of("smollm2", "tiny"))
+    prefill, rounds = setting.of(1024, 512), setting.of(16, 5)
+    text = mx.random.randint(0, 500, (1, prefill), key=mx.random.key(0))
+    yield less(
+        "packed.peak",
+        f"peak above the model of prefilling {prefill:,} by {BLOCK} in 8 bits",
+        "MB",
+        _peak(model, text, 8) / 1e6,
+        "float here",
+        _peak(model, text, None) / 1e6,
     )
-    ours = {bits: _filled(model, make_prompt_cache(model, kv_bits=bits), text) for bits in (None, 8, 4)}
+    token = mx.array([[5]])
+    plain = _read(model, make_prompt_cache(model), text)
     for bits in (8, 4):
-        theirs = _filled(model, [QuantizedKVCache(64, bits) for _ in model.layers], text)
-
-        def step(cache) -> float:
-            return timed(lambda: mx.eval(model(mx.array([[5]]), cache=cache)))
-
-        beside = paired(lambda: step(ours[bits]), lambda: step(theirs), ROUNDS, f"{bits} bits")  # noqa: B023
-        yield (
-            f"a token after {PREFILL} in {bits} bits: {1e3 * beside.ours:.1f} ms, QuantizedKVCache "
-            f"{1e3 * beside.theirs:.1f} ms, time {beside} of theirs"
+        ours = _read(model, make_prompt_cache(model, kv_bits=bits), text)
+        theirs = _read(model, [QuantizedKVCache(64, bits) for _ in model.layers], text)
+        # They round to scales of other precision.
+        check_equal(model(token, cache=ours), model(token, cache=theirs), 0.02 if bits == 8 else 0.5)
+        for key, peer, cache in (
+            (f"packed.{bits}", "QuantizedKVCache", theirs),
+            (f"packed.{bits}.float", "float here", plain),
+        ):
+            yield speed(
+                key,
+                f"a token after {prefill:,} in {bits} bits",
+                "ms",
+                lambda: timed(lambda: mx.eval(model(token, cache=ours))),  # noqa: B023
+                peer,
+                lambda: timed(lambda: mx.eval(model(token, cache=cache))),  # noqa: B023
+                rounds,
+            )
+        yield less(
+            f"packed.{bits}.bytes",
+            f"K and V of {prefill:,} tokens in {bits} bits",
+            "MB",
+            ours.nbytes / 1e6,
+            "QuantizedKVCache",
+            sum(layer.nbytes for layer in theirs) / 1e6,
         )
-        plain = paired(lambda: step(ours[bits]), lambda: step(ours[None]), ROUNDS, f"{bits} and float")  # noqa: B023
-        yield f"  beside float here: time {plain}"
 
 
-def _peak(model, text, bits) -> int:
-    """Bytes above what was there, through mlx-lm's own loop."""
+def _peak(model: Any, text: mx.array, bits: int | None) -> int:
+    """Through mlx-lm's own loop."""
     cache = make_prompt_cache(model, kv_bits=bits)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    for _ in generate_step(mx.array(text), model, max_tokens=1, prompt_cache=cache, prefill_step_size=BLOCK):
-        pass
-    return mx.get_peak_memory() - before
+    steps = generate_step(text[0], model, max_tokens=1, prompt_cache=cache, prefill_step_size=BLOCK)
+    return peak_of(lambda: list(steps))
 
 
-def _filled(model, cache, text):
-    for start in range(0, len(text), BLOCK):
-        mx.eval(model(mx.array([text[start : start + BLOCK]]), cache=cache))
+def _read(model: Any, cache: Any, text: mx.array) -> Any:
+    for start in range(0, text.shape[1], BLOCK):
+        mx.eval(model(text[:, start : start + BLOCK], cache=cache))
     return cache

@@ -1,4 +1,4 @@
-"""Conversations that are there tomorrow: saving and loading beside prefilling again."""
+"""Conversations that are there tomorrow."""
 
 from __future__ import annotations
 
@@ -6,56 +6,99 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
-from benchmarks.measure import timed
-from benchmarks.text import topics
-from examples import smollm2
+from benchmarks.measure import check_equal, once, speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import Setting
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
-from tests.plugin.running import difference
 
-TOKENS, BLOCK, ROUNDS = 4000, 256, 5
+BLOCK, ROUNDS = 256, 5
 
 
-def run() -> Iterator[str]:
-    """Save, load and one token of a 4,000-token conversation of SmolLM2, beside prefilling it."""
-    model, tokenizer = smollm2.load(mx.float32)
-    text = topics(tokenizer, TOKENS + 1)
+def run(setting: Setting) -> Iterator[Row]:
+    """Saving and loading a conversation of 4,000 tokens, against prefilling it and mlx-lm's own files."""
+    model, _ = setting.load(setting.of("smollm2", "tiny"))
+    length = setting.of(4000, 1000)
+    text = [(7 * i + i * i) % 400 + 100 for i in range(length)]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "chat.safetensors"
         for bits in (None, 8):
-            yield _compared(model, tokenizer, text, path, bits)
+            yield from _prefilled(model, text, Path(folder) / "ours.safetensors", bits)
+        yield from _beside(model, text, Path(folder))
 
 
-def _compared(model, tokenizer, text, path, bits) -> str:
-    token = mx.array([text[TOKENS:]])
-    cache = make_prompt_cache(model, kv_bits=bits)
-    prefill = timed(lambda: _read(model, cache, text[:TOKENS]))
-    save = median(timed(lambda: cache.save(path, text[:TOKENS], tokenizer)) for _ in range(ROUNDS))
+def _prefilled(model: Any, text: list[int], path: Path, bits: int | None) -> Iterator[Row]:
+    cache, token = make_prompt_cache(model, kv_bits=bits), mx.array([[5]])
+    prefill = timed(lambda: _read(model, cache, text))
+    save = median(timed(lambda: cache.save(path, text)) for _ in range(ROUNDS))
     expected = model(token, cache=cache)
     mx.eval(expected)
-    loads: dict[bool, list[float]] = {True: [], False: []}
-    for verify in [True, False] * ROUNDS:
-        found: list[mx.array] = []
-        loads[verify].append(timed(lambda: found.append(_loaded(model, tokenizer, path, token, verify))))  # noqa: B023
-        assert difference(found[0], expected) == 0, "other logits"
-    verified, lazy = median(loads[True]), median(loads[False])
-    return (
-        f"{bits or 32} bits: prefill {prefill:.1f} s; saved in {save:.2f} s "
-        f"({path.stat().st_size / 1e6:.1f} MB), loaded and the next token in {verified:.2f} s "
-        f"({lazy:.2f} s without verifying), equal logits; "
-        f"prefill takes {prefill / (save + verified):.0f} times as long as both"
+    found: list[mx.array] = []
+    load = median(
+        timed(lambda: found.append(_next(model, PromptCache.load(path, model), token))) for _ in range(ROUNDS)
+    )
+    check_equal(found[-1], expected, 0)
+    name = f"{bits or 32} bits"
+    yield once(
+        f"saving.{bits or 32}",
+        f"saving {len(text):,} tokens in {name}, loading them with checksums compared, and a token",
+        "s",
+        save + load,
+        "prefill",
+        prefill,
+    )
+    yield Row(f"saving.{bits or 32}.bytes", f"the file in {name}", "MB", path.stat().st_size / 1e6)
+
+
+def _beside(model: Any, text: list[int], folder: Path) -> Iterator[Row]:
+    ours, theirs, token = make_prompt_cache(model), [KVCache() for _ in model.layers], mx.array([[5]])
+    for cache in (ours, theirs):
+        _read(model, cache, text)
+    mine, peer = folder / "mine.safetensors", str(folder / "peer.safetensors")
+    yield speed(
+        "saving.save",
+        f"saving {len(text):,} tokens, with checksums here and without there",
+        "ms",
+        lambda: timed(lambda: ours.save(mine, text)),
+        "save_prompt_cache",
+        lambda: timed(lambda: save_prompt_cache(peer, theirs)),
+        ROUNDS,
+    )
+    check_equal(
+        _next(model, PromptCache.load(mine, model), token), _next(model, load_prompt_cache(peer), token)
+    )
+    for key, work, verify in (
+        ("saving.load", "loading them and a token, checksums compared", True),
+        ("saving.load.lazy", "the same without comparing", False),
+    ):
+        yield speed(
+            key,
+            work,
+            "ms",
+            lambda: timed(lambda: _next(model, PromptCache.load(mine, model, verify=verify), token)),  # noqa: B023
+            "load_prompt_cache",
+            lambda: timed(lambda: _next(model, load_prompt_cache(peer), token)),
+            ROUNDS,
+        )
+    yield less(
+        "saving.bytes",
+        "size of the file",
+        "MB",
+        mine.stat().st_size / 1e6,
+        "save_prompt_cache",
+        Path(peer).stat().st_size / 1e6,
     )
 
 
-def _read(model, cache, text) -> None:
+def _read(model: Any, cache: Any, text: list[int]) -> None:
     for start in range(0, len(text), BLOCK):
         mx.eval(model(mx.array([text[start : start + BLOCK]]), cache=cache))
 
 
-def _loaded(model, tokenizer, path, token, verify) -> mx.array:
-    cache = PromptCache.load(path, model, tokenizer, verify=verify)
+def _next(model: Any, cache: Any, token: mx.array) -> mx.array:
     logits: mx.array = model(token, cache=cache)
     mx.eval(logits)
     return logits

@@ -1,8 +1,7 @@
-"""A window of 512 against mlx-lm's RotatingKVCache(512), SmolLM2's shape, attention included."""
+"""Windows and chunks, attention included."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,109 +9,118 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import RotatingKVCache
 
-from benchmarks.measure import paired
-from mlx_kvcache import Batch, SlidingWindowCache, attention
+from benchmarks.measure import check_equal, once, speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import LAYERS, Setting
+from benchmarks.shape import SCALE, arrays, attention
+from mlx_kvcache import Batch, SlidingWindowCache
+from mlx_kvcache import attention as attend
+from mlx_kvcache.plugin import make_prompt_cache
+from tests.plugin.tiny import tiny_llama
 
-LAYERS, WINDOW, PREFILL, BLOCK, STEPS, REWIND = 30, 512, 4096, 512, 64, 64
-SCALE = 64**-0.5
+WINDOW, BLOCK, REWIND, STEPS = 512, 512, 64, 32
 SDPA = mx.fast.scaled_dot_product_attention
 
 
-def ours() -> SlidingWindowCache:
+def run(setting: Setting) -> Iterator[Row]:
+    """A window of 512: decoding, prefill, storage and rewinding, against RotatingKVCache."""
+    prefill = setting.of(4096, 1536)
+    blocks = [arrays(BLOCK, start) for start in range(0, prefill, BLOCK)]
+    ours, theirs = _ours(), _theirs()
+    check_equal(_fill(ours, blocks), _fill(theirs, blocks))
+    token = arrays(1, 99)
+    check_equal(_step(ours, *token), _step(theirs, *token))
+    yield less(
+        "window.bytes",
+        f"K and V after prefill of {prefill:,}",
+        "MB",
+        ours.nbytes / 1e6,
+        "RotatingKVCache",
+        sum(layer.nbytes for layer in theirs) / 1e6,
+    )
+    rounds = setting.of(20, 6)
+    yield _decoding("window.decode", f"a token in a window of {WINDOW}", ours, theirs, token, rounds)
+    plugged = _plugged()
+    for block in blocks:
+        attention(plugged, *block)
+    yield _decoding("window.plugin", "the same through the plug-in", plugged, theirs, token, rounds)
+    prefilling = speed(
+        "window.prefill",
+        f"prefill of {prefill:,} by {BLOCK} in a window of {WINDOW}",
+        "ms",
+        lambda: timed(lambda: _fill(_ours(), blocks)),
+        "RotatingKVCache",
+        lambda: timed(lambda: _fill(_theirs(), blocks)),
+        setting.of(5, 2),
+    )
+    yield prefilling
+    assert prefilling.theirs is not None
+    yield _rewinding(blocks, prefilling.theirs / 1e3)
+
+
+def _decoding(key: str, work: str, ours: Any, theirs: Any, token: Any, rounds: int) -> Row:
+    def decode(cache: Any) -> float:
+        return timed(lambda: [_step(cache, *token) for _ in range(STEPS)])
+
+    return speed(
+        key, work, "ms", lambda: decode(ours), "RotatingKVCache", lambda: decode(theirs), rounds, STEPS
+    )
+
+
+def _rewinding(blocks: list[Any], prefill_seconds: float) -> Row:
+    """RotatingKVCache cannot go back once it has slid; it prefills again."""
+    cache, prefill = _ours(), BLOCK * len(blocks)
+    _fill(cache, blocks)
+    token, found = arrays(1, 7), []
+
+    def rewind() -> None:
+        cache.remove(0, prefill - REWIND)
+        found.append(_step(cache, *token))
+
+    seconds = timed(rewind)
+    seen = WINDOW - 1
+    keys, values = (
+        mx.concatenate([block[slot] for block in blocks], axis=2)[:, :, : prefill - REWIND][:, :, -seen:]
+        for slot in (1, 2)
+    )
+    q, k, v = token
+    mask = create_causal_mask(1, seen)
+    keys, values = mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
+    check_equal(found[0], SDPA(q, keys, values, scale=SCALE, mask=mask))
+    return once(
+        "window.rewind",
+        f"rewinding {REWIND} after the window has slid, and a token",
+        "ms",
+        seconds,
+        f"prefill of {prefill:,} again",
+        prefill_seconds,
+    )
+
+
+def _ours() -> SlidingWindowCache:
     cache = SlidingWindowCache(WINDOW, rewind=REWIND)
     cache.init(mx.float32, capacity=1 << 20, max_batch=BLOCK)
     return cache
 
 
-def theirs() -> list[RotatingKVCache]:
+def _theirs() -> list[RotatingKVCache]:
     return [RotatingKVCache(WINDOW) for _ in range(LAYERS)]
 
 
-def inputs(n: int, seed: int = 0) -> tuple[mx.array, mx.array, mx.array]:
-    keys = mx.random.split(mx.random.key(seed), 3)
-    made = [mx.random.normal((1, h, n, 64), key=k) for h, k in zip((9, 3, 3), keys, strict=True)]
-    mx.eval(made)
-    return made[0], made[1], made[2]
+def _plugged() -> Any:
+    model = tiny_llama(num_hidden_layers=LAYERS)
+    model.make_cache = _theirs
+    return make_prompt_cache(model, rewind=REWIND)
 
 
-def our_step(cache: SlidingWindowCache, q, k, v) -> mx.array:
-    outputs = []
+def _fill(cache: Any, blocks: list[Any]) -> mx.array:
+    return [_step(cache, *block) for block in blocks][-1]
+
+
+def _step(cache: Any, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    if not isinstance(cache, SlidingWindowCache):
+        return attention(cache, q, k, v)
     with cache.forward(Batch.run(0, cache.end(0), q.shape[2])):
-        for i in range(LAYERS):
-            outputs.append(attention(q, k, v, cache.layer(i), scale=SCALE))  # noqa: PERF401
+        outputs = [attend(q, k, v, cache.layer(i), scale=SCALE) for i in range(LAYERS)]
     mx.eval(outputs)
     return outputs[-1]
-
-
-def their_step(caches: list[RotatingKVCache], q, k, v) -> mx.array:
-    outputs, n = [], q.shape[2]
-    mask = caches[0].make_mask(n, window_size=WINDOW)
-    for cache in caches:
-        keys, values = cache.update_and_fetch(k, v)
-        outputs.append(SDPA(q, keys, values, scale=SCALE, mask=mask))
-    mx.eval(outputs)
-    return outputs[-1]
-
-
-def fill(step, cache) -> Any:
-    for start in range(0, PREFILL, BLOCK):
-        step(cache, *inputs(BLOCK, start))
-    return cache
-
-
-def run() -> Iterator[str]:
-    """A window of 512: decoding, prefill, storage and rewinding, against RotatingKVCache."""
-    mine, peer = fill(our_step, ours()), fill(their_step, theirs())
-    stored = mine._table.allocated, peer[0].keys.shape[2]
-    token = inputs(1, 99)
-    worst = mx.abs(our_step(mine, *token) - their_step(peer, *token)).max().item()
-    yield f"largest difference of one token after {PREFILL}: {worst:.1e}"
-    yield f"cells in a layer after it: {stored[0]}, at most {WINDOW + REWIND + 512}; theirs {stored[1]}"
-
-    def decode(step, cache) -> float:
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            step(cache, *token)
-        return (time.perf_counter() - start) / STEPS
-
-    result = paired(lambda: decode(our_step, mine), lambda: decode(their_step, peer), 20, "decoding")
-    yield f"decoding: {result.ours * 1e3:.2f} ms a token, theirs {result.theirs * 1e3:.2f} ms, ratio {result}"
-
-    def prefill(step, make) -> float:
-        cache = make()
-        blocks = [inputs(BLOCK, start) for start in range(0, PREFILL, BLOCK)]
-        start = time.perf_counter()
-        for block in blocks:
-            step(cache, *block)
-        return time.perf_counter() - start
-
-    result = paired(lambda: prefill(our_step, ours), lambda: prefill(their_step, theirs), 5, "prefill")
-    yield f"prefill of {PREFILL} by {BLOCK}: {result.ours:.2f} s, theirs {result.theirs:.2f} s, {result}"
-    yield _rewinding(result.theirs)
-
-
-def _rewinding(prefill_seconds: float) -> str:
-    cache = ours()
-    blocks = [inputs(BLOCK, start) for start in range(0, PREFILL, BLOCK)]
-    for block in blocks:
-        our_step(cache, *block)
-    token = inputs(1, 7)
-    start = time.perf_counter()
-    cache.remove(0, PREFILL - REWIND)
-    rewound = our_step(cache, *token)
-    seconds = time.perf_counter() - start
-    # Fresh: the token among the keys and values that it sees.
-    seen = WINDOW - 1
-    keys = mx.concatenate([k for _, k, _ in blocks], axis=2)[:, :, : PREFILL - REWIND][:, :, -seen:]
-    values = mx.concatenate([v for _, _, v in blocks], axis=2)[:, :, : PREFILL - REWIND][:, :, -seen:]
-    q, k, v = token
-    mask = create_causal_mask(1, seen)
-    fresh = SDPA(
-        q, mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2), scale=SCALE, mask=mask
-    )
-    worst = mx.abs(rewound - fresh).max().item()
-    return (
-        f"rewinding {REWIND} after the window slid, and one token: {seconds * 1e3:.2f} ms, "
-        f"off by {worst:.0e}; RotatingKVCache cannot, and prefills again: "
-        f"{prefill_seconds / seconds:.0f} times as long"
-    )

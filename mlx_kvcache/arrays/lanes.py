@@ -45,6 +45,10 @@ class Plain(NamedTuple):
         """A view of some cells."""
         return Plain(self.array[index])
 
+    def grown(self, cells: int) -> Plain:
+        """The same with zeros up to so many cells, computed at once."""
+        return Plain(grown(self.array, cells))
+
     def renewed(self, array: mx.array) -> Plain:
         """The same with another array for the first that is stored."""
         return Plain(array)
@@ -95,6 +99,10 @@ class Packed(NamedTuple):
         """A view of some cells."""
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
+    def grown(self, cells: int) -> Packed:
+        """As `Plain.grown`."""
+        return Packed.of((grown(array, cells) for array in self.arrays), self.codec)
+
     def renewed(self, array: mx.array) -> Packed:
         """As `Plain.renewed`."""
         return self._replace(words=array)
@@ -130,6 +138,16 @@ Lane: TypeAlias = Plain | Packed
 def alias(array: mx.array) -> mx.array:
     """Another object for the same array: assigning to one's elements leaves the other as it was."""
     return array.astype(array.dtype)
+
+
+def grown(array: mx.array, cells: int) -> mx.array:
+    """An array (1, heads, n, dim) with zeros up to so many cells, computed at once."""
+    _, heads, size, dim = array.shape
+    if size >= cells:
+        return array
+    new = mx.concatenate([array, mx.zeros((1, heads, cells - size, dim), array.dtype)], axis=2)
+    mx.eval(new)
+    return new
 
 
 def _written(array: mx.array, index: Index, tokens: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..quantisation import Codec, Codecs, check_width
-from .lanes import Index, Lane, Plain, alias, as_stored, cell_bytes, joined, zeros
+from .lanes import Index, Lane, Plain, alias, as_stored, cell_bytes, grown, joined, zeros
 
 Lanes = tuple[Lane, Lane]
 """Keys and values of neighbouring cells."""
@@ -110,6 +110,12 @@ class Pair:
         self.keys[index] = keys
         self.values[index] = values
 
+    def grow(self, cells: int) -> None:
+        """Have zeros up to so many cells. Keys are there twice for a moment, and then values."""
+        self.keys = grown(self.keys, cells)
+        self.values = grown(self.values, cells)
+        self.capacity = cells
+
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Views of some cells."""
         return self.keys[index], self.values[index]
@@ -167,6 +173,12 @@ class PackedPair:
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
         """As `Pair.write`."""
         self._lanes = self._lanes[0].written(index, keys), self._lanes[1].written(index, values)
+
+    def grow(self, cells: int) -> None:
+        """As `Pair.grow`."""
+        self._lanes = self._lanes[0].grown(cells), self._lanes[1]
+        self._lanes = self._lanes[0], self._lanes[1].grown(cells)
+        self.capacity = cells
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Some cells in float."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import mlx.core as mx
 
@@ -144,6 +144,18 @@ class Store:
     def adopt(self, staged: Staged) -> None:
         for layer, pairs in staged.items():
             self.layers[layer].pairs.update(pairs)
+
+    def grow(self, capacity: Mapping[int, int]) -> None:
+        """Lengthen what there is of these segments, array by array, each computed at once.
+
+        MLX would have many new arrays under way before it lets go of the old ones: with 30 layers a
+        third of all, with fewer all.
+        """
+        for buffers in self.layers.values():
+            for segment, cells in capacity.items():
+                pair = buffers.pairs.get(segment)
+                if pair and pair.capacity < cells:
+                    pair.grow(cells)
 
     def drop(self, segments: Iterable[int]) -> None:
         for segment in segments:

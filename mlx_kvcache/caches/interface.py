@@ -20,8 +20,8 @@ class Cache(Protocol):
     """What a model needs of a cache, and what an application does with one.
 
     A forward pass is `start_forward`, then for each layer `put` and `get`. Nothing evaluates
-    an array, except `put` after `start_forward(reserve=True)`. After any error the cache is
-    as it was before the call.
+    an array, except `put` after `start_forward(reserve=True)`, and `start_forward` where buffers
+    get longer. After any error the cache is as it was before the call.
     """
 
     def set_config(self, config: CacheConfig) -> None: ...

@@ -46,7 +46,11 @@ class Part:
         self.indices = placed.rows
         self.rows = rows_of(placed.rows, n)
         self.stores = [
-            (w.segment, index_of(w.cell, w.cell + w.size), rows_of(placed.rows[w.first : w.first + w.size], n))
+            (
+                w.segment,
+                index_of(w.cell, w.cell + w.size),
+                rows_of(placed.rows[w.first : w.first + w.size], n),
+            )
             for w in placed.writes
         ]
         self.cells = [cells_of(span.segment, span.start, span.stop) for span in placed.reads]

@@ -69,7 +69,11 @@ class PositionalCache(KeyValueCache):
 
     def _plan_forward(self, batch: Batch) -> StepPlan:
         batch.check_continues(self._end)
-        return StepPlan(self, batch, place(self._table, batch.rows, self._rule, self._rewind))
+        placement = place(self._table, batch.rows, self._rule, self._rewind)
+        if placement.capacity and allocated_after(self._table, placement) <= self._table.room:
+            # Longer arrays can be seen by nobody yet, so that here no memory is no harm.
+            self._store.grow(placement.capacity)
+        return StepPlan(self, batch, placement)
 
     def _plan_reserve(self, batch: Batch) -> Plan:
         return ReservePlan(self, batch)

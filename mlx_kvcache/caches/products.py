@@ -1,4 +1,4 @@
-"""Attention as products: over lanes that lie in several pieces without copying them together, and on a CPU."""
+"""Attention as products: over lanes in several pieces, without copying them together, and on a CPU."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""What each ratio must reach, in one place: whole runs, and quick ones as a guard."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.rows import Row
+
+
+class Bound(NamedTuple):
+    """A bound on a row.
+
+    Attributes:
+        limit: of the ratio, or with `of_value` of the row's own figure.
+        quick: the same for a quick run, wide enough for a busy machine; None leaves it out.
+        reason: why it is not met, where that is known.
+    """
+
+    limit: float
+    quick: float | None = None
+    of_value: bool = False
+    reason: str = ""
+
+    def is_met(self, row: Row, is_quick: bool = False) -> bool:
+        limit = self.quick if is_quick and self.quick is not None else self.limit
+        figure = self.figure(row)
+        return figure >= limit if row.kind == "speed" else figure <= limit
+
+    def figure(self, row: Row) -> float:
+        """What the bound is on."""
+        if self.of_value:
+            return row.ours
+        assert row.ratio is not None
+        return row.ratio
+
+
+BOUNDS = {
+    "decode.model.256": Bound(1.0, 0.85),
+    "decode.model.1024": Bound(1.0),
+    "decode.model.2048": Bound(1.0, 0.85),
+    "decode.model.4096": Bound(1.0),
+    "decode.model.16384": Bound(1.0),
+    "decode.model.256.bare": Bound(0.97, 0.85),
+    "decode.model.1024.bare": Bound(0.97),
+    "decode.model.2048.bare": Bound(0.97, 0.85),
+    "decode.model.4096.bare": Bound(0.97),
+    "decode.model.16384.bare": Bound(0.97),
+    "decode.attention.256": Bound(1.0, 0.85),
+    "decode.attention.1024": Bound(1.0),
+    "decode.attention.2048": Bound(1.0, 0.85),
+    "decode.attention.4096": Bound(1.0),
+    "decode.attention.16384": Bound(1.0),
+    "decode.attention.256.bare": Bound(0.97, 0.85),
+    "decode.attention.1024.bare": Bound(0.97),
+    "decode.attention.2048.bare": Bound(0.97, 0.85),
+    "decode.attention.4096.bare": Bound(0.97),
+    "decode.attention.16384.bare": Bound(0.97),
+    "prefill.1024": Bound(1.0, 0.85),
+    "prefill.4096": Bound(1.0),
+    "growth.512": Bound(1.13, 1.13, of_value=True),
+    "growth.64": Bound(1.13, of_value=True),
+    "growth.1": Bound(1.13, of_value=True),
+    "window.decode": Bound(1.0, 0.85),
+    "window.plugin": Bound(1.0, 0.85),
+    "window.rewind": Bound(100, 20),
+    "edits.remove": Bound(50, 10),
+    "forks.16": Bound(15, 3),
+    "forks.16.bytes": Bound(1 / 50, 1 / 10),
+    "batches.ragged": Bound(2.5, 1.5),
+    "host.evaluated.256": Bound(1 / 0.8),
+    "host.evaluated.4096": Bound(1 / 0.8),
+    "host.evaluated.16384": Bound(1 / 0.8),
+    "host.evaluated.1024": Bound(1 / 0.8, 0.8),
+    "endless.below.shift": Bound(1.03),
+    "endless.after.shift": Bound(1.03),
+}
+"""By the key of the row. A speed is to be at least so many times the peer's, anything else at most."""

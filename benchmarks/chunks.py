@@ -1,0 +1,83 @@
+"""Attention within chunks, as in Llama 4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+from mlx_lm.models.cache import ChunkedKVCache
+
+from benchmarks.measure import check_equal, speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import LAYERS, Setting
+from benchmarks.shape import SCALE, arrays, evaluate
+from mlx_kvcache import Batch, ChunkedAttentionCache, attention
+
+CHUNK, BLOCK, STEPS = 512, 256, 32
+PREFILL = 4 * CHUNK
+SDPA = mx.fast.scaled_dot_product_attention
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Chunks of 512: decoding and storage, against ChunkedKVCache."""
+    ours, theirs = _ours(), [ChunkedKVCache(CHUNK) for _ in range(LAYERS)]
+    for start in range(0, PREFILL, BLOCK):
+        block = arrays(BLOCK, start)
+        _step(ours, *block)
+        _store(theirs, *block)
+    # The middle of a chunk is where there is something to see.
+    token = arrays(1, 99)
+    for _ in range(CHUNK // 2):
+        check_equal(_step(ours, *token), _their_step(theirs, *token))
+    yield less(
+        "chunks.bytes",
+        f"K and V after {PREFILL + CHUNK // 2:,} in chunks of {CHUNK}",
+        "MB",
+        ours.nbytes / 1e6,
+        "ChunkedKVCache",
+        sum(layer.nbytes for layer in theirs) / 1e6,
+    )
+    yield speed(
+        "chunks.decode",
+        f"a token in chunks of {CHUNK}",
+        "ms",
+        lambda: timed(lambda: [_step(ours, *token) for _ in range(STEPS // 8)]),
+        "ChunkedKVCache",
+        lambda: timed(lambda: [_their_step(theirs, *token) for _ in range(STEPS // 8)]),
+        setting.of(20, 6),
+        STEPS // 8,
+    )
+
+
+def _ours() -> ChunkedAttentionCache:
+    cache = ChunkedAttentionCache(CHUNK)
+    cache.init(mx.float32, capacity=1 << 20, max_batch=BLOCK)
+    return cache
+
+
+def _step(cache: ChunkedAttentionCache, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    with cache.forward(Batch.run(0, cache.end(0), q.shape[2])):
+        outputs = [attention(q, k, v, cache.layer(i), scale=SCALE) for i in range(LAYERS)]
+    mx.eval(outputs)
+    return outputs[-1]
+
+
+def _store(cache: list[ChunkedKVCache], q: mx.array, k: mx.array, v: mx.array) -> None:
+    for layer in cache:
+        layer.maybe_trim_front()
+        layer.update_and_fetch(k, v)
+    evaluate(cache)
+
+
+def _their_step(cache: list[ChunkedKVCache], q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """As mlx-lm's llama4 does, whose mask hides the chunks behind."""
+    outputs = []
+    for layer in cache:
+        layer.maybe_trim_front()
+        start, end = layer.start_position, layer.offset + 1
+        keys, values = layer.update_and_fetch(k, v)
+        positions = mx.arange(start, end)
+        mask = (positions // CHUNK == (end - 1) // CHUNK)[None]
+        outputs.append(SDPA(q, keys, values, scale=SCALE, mask=mask))
+    mx.eval(outputs)
+    return outputs[-1]

@@ -1,0 +1,53 @@
+"""One token more, after contexts of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from benchmarks.measure import check_equal, speed, timed
+from benchmarks.rows import Row
+from benchmarks.setting import Setting
+from benchmarks.shape import arrays, attention, contiguous, fill, prepared
+from mlx_kvcache.plugin import make_prompt_cache
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """A token after 256 to 16,384: a model, and its cache and attention alone."""
+    model, _ = setting.load("smollm2")
+    layers = len(model.layers)
+    token, given = mx.array([[5]]), arrays(1, 7)
+    for context in setting.of((256, 1024, 4096, 16384), (256, 2048)):
+        ours, theirs = fill(make_prompt_cache(model), context), contiguous(context, layers=layers)
+        peers = {"KVCache": theirs, "prepared K/V": prepared(context + 1, layers)}
+        check_equal(model(token, cache=ours), model(token, cache=theirs))
+        for what, step in (
+            ("model", lambda cache: model(token, cache=cache)),
+            ("attention", lambda cache: attention(cache, *given)),
+        ):
+            for peer, cache in peers.items():
+                yield _beside(what, context, step, ours, peer, cache, setting.of(16, 6))
+
+
+def _beside(
+    what: str,
+    context: int,
+    step: Callable[[Any], mx.array],
+    ours: Any,
+    peer: str,
+    theirs: Any,
+    rounds: int,
+) -> Row:
+    key = f"decode.{what}.{context}" + ("" if peer == "KVCache" else ".bare")
+    work = f"a token after {context:,}, " + ("the model" if what == "model" else "cache and attention")
+    return speed(
+        key,
+        work,
+        "ms",
+        lambda: timed(lambda: mx.eval(step(ours))),
+        peer,
+        lambda: timed(lambda: mx.eval(step(theirs))),
+        rounds,
+    )

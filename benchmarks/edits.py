@@ -1,0 +1,86 @@
+"""Going back, and taking text out of the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, trim_prompt_cache
+
+from benchmarks.measure import check_equal, once, speed, timed
+from benchmarks.rows import Row
+from benchmarks.setting import Setting
+from benchmarks.shape import contiguous, fill
+from mlx_kvcache.plugin import make_prompt_cache
+
+BLOCK, BACK = 512, 64
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Rewinding 64 tokens, and removing the middle of 4,096 against prefilling what is left."""
+    model, _ = setting.load(setting.of("smollm2", "tiny"))
+    context, layers = setting.of(4096, 2048), len(model.layers)
+    ours, theirs = fill(make_prompt_cache(model), context), contiguous(context, layers=layers)
+    token = mx.array([[5]])
+
+    def rewind(cache: Any, back: Any) -> float:
+        mx.eval(model(mx.array([[5] * BACK]), cache=cache))
+
+        def work() -> None:
+            back(cache)
+            mx.eval(model(token, cache=cache))
+
+        return timed(work)
+
+    yield speed(
+        "edits.rewind",
+        f"rewinding {BACK} of {context:,} and a token",
+        "ms",
+        lambda: rewind(ours, lambda cache: cache.rewind(BACK)),
+        "KVCache",
+        lambda: rewind(theirs, lambda cache: trim_prompt_cache(cache, BACK)),
+        setting.of(10, 4),
+    )
+    yield _removal(model, context, setting.of(5, 3))
+
+
+def _removal(model: Any, context: int, rounds: int) -> Row:
+    """mlx-lm's caches cannot remove from the middle: they prefill what comes after it again."""
+    text = mx.random.randint(0, 500, (1, context), key=mx.random.key(0))
+    cache = make_prompt_cache(model)
+    begin, end = context // 4, 3 * context // 4
+    for start in range(0, context, BLOCK):
+        mx.eval(model(text[:, start : start + BLOCK], cache=cache))
+    token, seconds = mx.array([[5]]), []
+    found: list[mx.array] = []
+    # The first removal asks once how the model turns keys; a chat does that once, too.
+    for _ in range(rounds + 1):
+        branch = cache.fork()
+        seconds.append(timed(lambda: _removed(model, branch, begin, end, token, found)))  # noqa: B023
+    for again in found:
+        check_equal(again, found[0], 1e-5)
+    rest = mx.concatenate([text[:, begin:begin], text[:, end:]], axis=1)
+    theirs: list[KVCache] = [KVCache() for _ in model.layers]
+    mx.eval(model(text[:, :begin], cache=theirs))
+
+    def prefill() -> None:
+        for start in range(0, rest.shape[1], BLOCK):
+            mx.eval(model(rest[:, start : start + BLOCK], cache=theirs))
+        mx.eval(model(token, cache=theirs))
+
+    return once(
+        "edits.remove",
+        f"removing {begin:,} to {end:,} of {context:,}, and a token",
+        "ms",
+        median(seconds[1:]),
+        "prefill of what comes after",
+        timed(prefill),
+    )
+
+
+def _removed(model: Any, cache: Any, begin: int, end: int, token: mx.array, found: list[mx.array]) -> None:
+    cache.remove(begin, end)
+    found.append(model(token, cache=cache))
+    mx.eval(found[-1])

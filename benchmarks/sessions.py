@@ -1,0 +1,149 @@
+"""Conversations that begin alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
+
+from benchmarks.measure import check_equal, once, speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import Setting
+from benchmarks.shape import arrays, attention, contiguous, fill
+from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.sessions import SessionPool
+from tests.plugin.tiny import tiny_llama
+
+OWN, BRANCHES = 64, 8
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """8 conversations on one prefix, hits against LRUPromptCache, and a pool that was used for long."""
+    model, _ = setting.load(setting.of("smollm2", "tiny"))
+    prefix, rounds = setting.of(2048, 1024), setting.of(12, 4)
+    yield _first_tokens(model, prefix)
+    yield _hit(model, prefix, rounds)
+    yield from _shared(model, prefix, rounds)
+    yield _long_life(setting.of(1000, 200))
+
+
+def _first_tokens(model: Any, prefix: int) -> Row:
+    sessions = SessionPool(lambda: make_prompt_cache(model))
+    text = [(7 * i + i * i) % 400 + 100 for i in range(prefix)]
+
+    def first_token(branch: int) -> None:
+        with sessions.open([*text, 5 + branch]) as session:
+            mx.eval(model(mx.array([session.rest]), cache=session.cache)[:, -1])
+
+    prefill, *others = [timed(lambda: first_token(branch)) for branch in range(BRANCHES)]  # noqa: B023
+    return once(
+        "sessions.first",
+        f"first token of the 2nd to 8th on a prefix of {prefix:,}, the slowest",
+        "ms",
+        max(others),
+        "the 1st",
+        prefill,
+    )
+
+
+def _hit(model: Any, length: int, rounds: int) -> Row:
+    """A request that goes on from the middle of a stored conversation."""
+    layers, stored, theirs = (
+        len(model.layers),
+        SessionPool(lambda: make_prompt_cache(model)),
+        LRUPromptCache(),
+    )
+    texts = [[(7 * i + i * i + seed) % 400 + 100 for i in range(length)] for seed in range(4)]
+    for seed, text in enumerate(texts):
+        stored.store(text, fill(make_prompt_cache(model), length, seed))
+        theirs.insert_cache("model", text, contiguous(length, seed, layers))
+    request = [*texts[1][: length - 100], 5]
+
+    def ours() -> mx.array:
+        session = stored.open(request)
+        logits: mx.array = model(mx.array([session.rest]), cache=session.cache)
+        mx.eval(logits)
+        session.cache.close()
+        return logits
+
+    def peer() -> mx.array:
+        cache, rest = theirs.fetch_nearest_cache("model", request)
+        logits: mx.array = model(mx.array([rest]), cache=cache)
+        mx.eval(logits)
+        return logits
+
+    check_equal(ours(), peer())
+    return speed(
+        "sessions.hit",
+        f"a request that begins as one of 4 stored conversations of {length:,}, and its first token",
+        "ms",
+        lambda: timed(ours),
+        "LRUPromptCache",
+        lambda: timed(peer),
+        rounds,
+    )
+
+
+def _shared(model: Any, prefix: int, rounds: int) -> Iterator[Row]:
+    layers = len(model.layers)
+    origin = fill(make_prompt_cache(model), prefix)
+    forks = [fill(origin.fork(), OWN) for _ in range(BRANCHES)]
+    origin.close()
+    batch, pool = (
+        [layer.merge([fork[i] for fork in forks]) for i, layer in enumerate(forks[0])],
+        forks[0].pool,
+    )
+    unshared = [contiguous(prefix + OWN, layers=layers) for _ in range(BRANCHES)]
+    yield less(
+        "sessions.bytes",
+        f"K and V of {BRANCHES} on a prefix of {prefix:,} with {OWN} of their own",
+        "MB",
+        pool.nbytes / 1e6,
+        f"{BRANCHES} KVCaches",
+        sum(layer.nbytes for cache in unshared for layer in cache) / 1e6,
+    )
+    together, alone = arrays(1, 9, BRANCHES), arrays(1, 9)
+    yield speed(
+        "sessions.step",
+        "a step of their caches and attention",
+        "ms",
+        lambda: timed(lambda: attention(batch, *together)),
+        f"{BRANCHES} KVCaches",
+        lambda: timed(lambda: [attention(cache, *alone) for cache in unshared]),
+        rounds,
+    )
+
+
+def _long_life(changes: int) -> Row:
+    """The same conversation in a pool that was forked, trimmed and refilled, and in a new one."""
+    model, rng = tiny_llama(num_hidden_layers=8), random.Random(0)
+    old = make_prompt_cache(model)
+    _feed(model, old, 600)
+    branches = [old]
+    for _ in range(changes):
+        branch = rng.choice(branches).fork()
+        branch.rewind(rng.randrange(min(100, branch.position)))
+        _feed(model, branch, rng.randrange(1, 120))
+        branches = [*branches[-5:], branch]
+    old, branches = branches[-1], []
+    new = make_prompt_cache(tiny_llama(num_hidden_layers=8))
+    _feed(new.pool.model, new, old.position)
+    for cache in (old, new):
+        for _ in range(300):
+            _feed(cache.pool.model, cache, 1)
+    return speed(
+        "sessions.age",
+        f"a step after {changes:,} forks, trims and refills",
+        "ms",
+        lambda: timed(lambda: _feed(model, old, 1)),
+        "a new pool",
+        lambda: timed(lambda: _feed(new.pool.model, new, 1)),
+        60,
+    )
+
+
+def _feed(model: Any, cache: Any, n: int) -> None:
+    mx.eval(model(mx.zeros((1, n), mx.int32), cache=cache))

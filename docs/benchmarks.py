@@ -1,0 +1,178 @@
+"""Writes docs/benchmarks.md, the figures in README.md and docs/formats.md, and draws their pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.bounds import BOUNDS
+from benchmarks.machine import described
+from benchmarks.results import FOLDER, curves_of, rows_of
+from benchmarks.rows import Row
+from docs import plots
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PICTURES = DOCS / "pictures"
+PAGE = DOCS / "benchmarks.md"
+BEGIN, END = "<!-- figures: made by `make figures` -->\n", "<!-- end of figures -->\n"
+
+INTRODUCTION = """# Benchmarks
+
+Made by `make figures` from [`benchmarks/results`](../benchmarks/results), which `make bench` and
+`make bench-endless` write. Each benchmark does the same work here and in a peer, in one process and in turn,
+after a warm-up, and stops if the two compute different things. Times are medians; the ratio is the median
+of the ratios of neighbouring runs, with its quartiles. "Peak" is the most memory of MLX's arrays during
+one run, above what was there before, here and in the peer.
+
+`python -m benchmarks --list` names them, `python -m benchmarks decode --quick` runs one, `make bench-check`
+compares a quick run's ratios with bounds. What a ratio must reach stands in
+[`benchmarks/bounds.py`](../benchmarks/bounds.py); 🔴 marks what misses it.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, fail where something is out of date"
+    )
+    is_check = parser.parse_args().check
+    stale = [path for path, content in written() if not path.exists() or path.read_bytes() != content]
+    for path, content in [] if is_check else written():
+        path.write_bytes(content)
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is out of date' if is_check else 'is new'}")
+    return int(is_check and bool(stale))
+
+
+def written() -> Iterator[tuple[Path, bytes]]:
+    """Each file, and what is to be in it."""
+    told = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    yield PAGE, "\n".join([INTRODUCTION, *(_machine(name, found) for name, found in told.items())]).encode()
+    first = next(iter(told.values()))
+    rows = rows_of(first)
+    yield ROOT / "README.md", _placed(ROOT / "README.md", _summary(first, rows))
+    yield DOCS / "formats.md", _placed(DOCS / "formats.md", _bits(first, rows))
+    yield PICTURES / "bits.svg", _svg(plots.bits(rows))
+    for name, found in told.items():
+        own = rows_of(found)
+        yield PICTURES / f"{name}.svg", _svg(plots.chief(own))
+        if any(key.startswith("decode.") for key in own):
+            yield PICTURES / f"{name}-decode.svg", _svg(plots.decoding(own))
+        for curve in curves_of(found):
+            yield PICTURES / f"{name}-{curve.key}.svg", _svg(plots.curve(curve))
+
+
+def _machine(name: str, told: Mapping[str, Any]) -> str:
+    """All that was measured on one machine."""
+    rows = rows_of(told)
+    lines = [f"## {_where(told)}", "", f"![times as fast as the peers](pictures/{name}.svg)", ""]
+    lines += ["### What must be reached", "", *_bounded(rows), ""]
+    for benchmark, entry in told.items():
+        quick = " A quick run." if entry["quick"] else ""
+        lines += [f"### {benchmark}", "", f"{entry['date']}, {entry['seconds']} s.{quick}", ""]
+        if benchmark == "decode":
+            lines += [f"![milliseconds a token by context](pictures/{name}-decode.svg)", ""]
+        lines += [f"![{c['title']}](pictures/{name}-{c['key']}.svg)\n" for c in entry["curves"]]
+        lines += ["| work | here | peer | | ratio | quartiles | peak, MB |", "|---|---|---|---|---|---|---|"]
+        lines += [_line(rows[row["key"]]) for row in entry["rows"]] + [""]
+    return "\n".join(lines)
+
+
+def _where(told: Mapping[str, Any]) -> str:
+    return described(next(iter(told.values()))["machine"])
+
+
+def _line(row: Row) -> str:
+    theirs = "" if row.theirs is None else _figure(row.theirs, row.unit)
+    spread = "" if row.spread is None else f"{row.spread[0]:.2f} to {row.spread[1]:.2f}"
+    peak = "" if row.peak is None else " and ".join(f"{part / 1e6:.1f}" for part in row.peak)
+    ours = _figure(row.ours, row.unit)
+    return f"| {row.work} | {ours} | {row.peer} | {theirs} | {_ratio(row)} | {spread} | {peak} |"
+
+
+def _figure(value: float, unit: str) -> str:
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text + (f" {unit}" if unit in ("s", "ms", "us", "MB", "nats") else "")
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return ""
+    word = "as fast" if row.kind == "speed" else "as much"
+    text = f"{row.ratio:,.0f}" if row.ratio >= 100 else f"{row.ratio:.3g}"
+    bound = BOUNDS.get(row.key)
+    return f"{text} {word}" + (" 🔴" if bound and not bound.is_met(row) else "")
+
+
+def _bounded(rows: Mapping[str, Row]) -> list[str]:
+    """The table of bounds, and why some are not met."""
+    lines = ["| work | peer | reached | bound |", "|---|---|---|---|"]
+    reasons = []
+    for key, bound in BOUNDS.items():
+        if key not in rows:
+            continue
+        row, is_met = rows[key], bound.is_met(rows[key])
+        limit = f"{'at least' if row.kind == 'speed' else 'at most'} {bound.limit:.3g}"
+        reached = f"{bound.figure(row):,.3g}" if bound.figure(row) < 1000 else f"{bound.figure(row):,.0f}"
+        what = row.unit if bound.of_value else ("times as fast" if row.kind == "speed" else "times as much")
+        lines.append(
+            f"| {row.work} | {row.peer} | {reached if is_met else f'🔴 **{reached}**'} | {limit} {what} |"
+        )
+        if not is_met and bound.reason:
+            reasons += ["", f"{row.work}: {bound.reason}"]
+    return lines + list(dict.fromkeys(reasons))
+
+
+def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
+    """What README shows."""
+    name = min(FOLDER.glob("*.json")).stem
+    lines = [
+        f"![times as fast as the peers](docs/pictures/{name}.svg)",
+        "",
+        f"{_where(told)}; peers run in the same process, in turn. 🔴 marks what misses its bound.",
+        "",
+        *_bounded(rows),
+        "",
+        "[All figures](docs/benchmarks.md), with their spread and memory.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
+    lines = [
+        "SmolLM2-135M-Instruct on the first 2,048 tokens of `pydoc_data.topics`, in blocks of 256; "
+        f"{_where(told)}.",
+        "",
+        "| bits of keys and values | bytes, of float16's | loss | more than in float |",
+        "|---|---|---|---|",
+    ]
+    for name, share, more in plots.losses(rows):
+        lines.append(f"| {name} | {share:.3f} | {rows[f'bits.loss.{name}'].ours:.4f} | {more:+.2f}% |")
+    return "\n".join(lines) + "\n"
+
+
+def _placed(path: Path, block: str) -> bytes:
+    """A page with another block between its marks."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no place for figures")
+    return (before + BEGIN + block + END + after).encode()
+
+
+def _svg(figure: Figure) -> bytes:
+    data = BytesIO()
+    figure.savefig(data, format="svg", metadata={"Date": None})
+    return data.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The pictures of what has been measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from benchmarks.rows import Curve, Row
+
+CHIEF = {
+    "window.rewind": "rewind in a window that has slid",
+    "edits.remove": "remove half of 4,096 tokens",
+    "forks.16": "fork a prompt 16 times",
+    "forks.16.bytes": "bytes of these forks",
+    "saving.32": "save, load and go on",
+    "sessions.first": "2nd conversation on a prefix",
+    "sessions.hit": "hit in a store of conversations",
+    "sessions.bytes": "bytes of 8 on one prefix",
+    "batches.ragged": "decode a ragged batch",
+    "many.stall": "stall while a prompt joins",
+    "growth.512": "peak while growing to 8,192",
+    "window.decode": "decode in a window",
+    "decode.model.4096": "decode after 4,096",
+    "prefill.4096": "prefill 4,096",
+    "host.evaluated.4096": "update alone, evaluated",
+}
+"""What the first picture shows."""
+LARGEST_LOSS = 12
+"""Per cent of loss that the picture shows; more is named at its edge."""
+
+mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"
+
+
+def gain(row: Row) -> float:
+    """How many times better than the peer."""
+    assert row.ratio is not None
+    return row.ratio if row.kind == "speed" else 1 / row.ratio
+
+
+def chief(rows: Mapping[str, Row]) -> Figure:
+    """How many times faster or smaller, on a logarithmic scale."""
+    shown = [(label, rows[key]) for key, label in CHIEF.items() if key in rows]
+    figure = Figure(figsize=(8, 0.36 * len(shown) + 1))
+    axis = figure.subplots()
+    for y, (_, row) in enumerate(reversed(shown)):
+        value = gain(row)
+        axis.barh(y, value - 1, left=1, color="#1f5fa8" if value >= 1 else "#c0392b", height=0.6)
+        axis.annotate(
+            f" {value:,.0f}" if value >= 10 else f" {value:.2f}",
+            (max(value, 1), y),
+            va="center",
+            fontsize=8,
+        )
+        axis.annotate(f"{row.peer} ", (min(value, 1), y), va="center", ha="right", fontsize=7, color="0.45")
+    axis.set_yticks(range(len(shown)), [label for label, _ in reversed(shown)], fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlim(0.05, 3 * max(gain(row) for _, row in shown))
+    axis.axvline(1, color="0.4", linewidth=1)
+    axis.set_xlabel("times as fast, or as small, as the peer named in grey (logarithmic)", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def decoding(rows: Mapping[str, Row]) -> Figure:
+    """Milliseconds of a token by context: a whole model, and cache and attention alone."""
+    figure = Figure(figsize=(8, 3.4))
+    for axis, what, title in zip(
+        figure.subplots(1, 2), ("model", "attention"), ("the model", "cache and attention"), strict=True
+    ):
+        found = [
+            (int(key.split(".")[2]), row)
+            for key, row in rows.items()
+            if key.startswith(f"decode.{what}.") and not key.endswith("bare")
+        ]
+        bare = [
+            (int(key.split(".")[2]), row)
+            for key, row in rows.items()
+            if key.startswith(f"decode.{what}.") and key.endswith("bare")
+        ]
+        for points, label, style in (
+            ([(x, row.ours) for x, row in found], "here", "o-"),
+            ([(x, row.theirs) for x, row in found], "KVCache", "s--"),
+            ([(x, row.theirs) for x, row in bare], "prepared K/V, no cache", "^:"),
+        ):
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of context")
+        axis.set_title(title, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("milliseconds a token")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def curve(told: Curve) -> Figure:
+    """Lines over the same x."""
+    figure = Figure(figsize=(8, 3.8))
+    axis = figure.subplots()
+    for index, (name, values) in enumerate(told.lines.items()):
+        axis.plot(told.x, values, label=name, linewidth=2 if index == 0 else 1.2)
+    axis.set_xlabel(told.x_label)
+    axis.set_ylabel(told.y_label)
+    axis.set_title(told.title, fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def bits(rows: Mapping[str, Row]) -> Figure:
+    """Bytes against loss, for each way to store fewer bits."""
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
+    axis.axhline(0, color="0.7", linewidth=1)
+    for name, share, more in losses(rows):
+        is_off, alike = more > LARGEST_LOSS, " and " not in name
+        height = min(more, LARGEST_LOSS)
+        axis.scatter(share, height, color="C0" if alike else "C1", marker="^" if is_off else "o")
+        axis.annotate(
+            f"{name} ({more:+.0f}%)" if is_off else name,
+            (share, height),
+            xytext=(-5 if alike else 5, -11 if "," in name else 3),
+            textcoords="offset points",
+            ha="right" if alike else "left",
+            fontsize=8,
+        )
+    axis.set_ylim(-1)
+    axis.set_xlim(0.05, 0.65)
+    axis.set_xlabel("bytes of keys and values, of those in float16")
+    axis.set_ylabel("more loss than in float, %")
+    axis.set_title("blue: as many bits for values as for keys; orange: keys and values", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def losses(rows: Mapping[str, Row]) -> list[tuple[str, float, float]]:
+    """Each way to store fewer bits: its share of float16's bytes, and per cent of loss more than float's."""
+    found = []
+    for key, row in rows.items():
+        if key.startswith("bits.loss."):
+            name = key.removeprefix("bits.loss.")
+            share = rows[f"bits.bytes.{name}"].ratio
+            assert share is not None and row.ratio is not None
+            found.append((name, share, 100 * (row.ratio - 1)))
+    return found
