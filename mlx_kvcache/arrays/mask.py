@@ -21,17 +21,18 @@ def positions_of(ranges: list[tuple[int, int]]) -> Ints:
 
 def array_mask(
     rule: Rule,
-    queries: tuple[Ints, Ints],
-    keys: tuple[Ints, Ints],
-    later: NDArray[np.bool_] | None,
-    padding: int,
-    dtype: mx.Dtype | None,
+    queries: Ints,
+    keys: Ints,
+    owners: tuple[Ints, Ints] | None = None,
+    later: NDArray[np.bool_] | None = None,
+    padding: int = 0,
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """Which keys each query sees.
 
     Args:
-        queries: positions and sequences of the n queries.
-        keys: positions and sequences of the S keys; a sequence of -1 is seen by nobody.
+        queries, keys: positions of the n queries and the S keys.
+        owners: their sequences; None where all are of one.
         later: (n,) queries that also see later tokens, or None.
         padding: cells to hide at the end.
         dtype: None for booleans, else the type of additive masks.
@@ -39,10 +40,12 @@ def array_mask(
     Returns:
         (n, S + padding), True or 0 = visible, False or -inf = hidden.
     """
-    q_positions, q_sequences = (mx.array(part)[:, None] for part in queries)
-    k_positions, k_sequences = (mx.array(np.pad(part, (0, padding), constant_values=-1)) for part in keys)
-    upper = mx.array(later)[:, None] if later is not None else mx.array(False)
-    seen: mx.array = visible(rule, q_positions, k_positions, upper) & (q_sequences == k_sequences)
+    upper = False if later is None else mx.array(later)[:, None]
+    seen: mx.array = visible(rule, mx.array(queries)[:, None], mx.array(keys), upper)
+    if owners:
+        seen = seen & (mx.array(owners[0])[:, None] == mx.array(owners[1]))
+    if padding:
+        seen = mx.pad(seen, [(0, 0), (0, padding)])
     if dtype is None:
         return seen
     return mx.where(seen, mx.array(0, dtype), mx.array(-mx.inf, dtype))

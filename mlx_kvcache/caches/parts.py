@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import mlx.core as mx
 
@@ -17,12 +16,12 @@ Rows = slice | mx.array | None
 
 def rows_of(indices: Sequence[int], n: int) -> Rows:
     """How to take these batch indices out of n tokens."""
-    first = indices[0]
     if n == 1:
         return None
-    if indices[-1] - first == len(indices) - 1 and all(a < b for a, b in pairwise(indices)):
+    indices, first = tuple(indices), indices[0]
+    if indices == tuple(range(first, first + len(indices))):
         return None if len(indices) == n else slice(first, first + len(indices))
-    return mx.array(tuple(indices))
+    return mx.array(indices)
 
 
 def take(array: mx.array, rows: Rows) -> mx.array:
@@ -41,10 +40,14 @@ class Part:
 
     def __init__(self, placed: Placed, n: int) -> None:
         self.sequence = placed.sequence
-        self.begin, self.end = placed.begin, placed.end
-        self.fresh = placed.fresh
         self.indices = placed.rows
         self.rows = rows_of(placed.rows, n)
+        self.move(placed, n)
+
+    def move(self, placed: Placed, n: int) -> None:
+        """Be the share of the same batch indices of the same sequence, at other positions and cells."""
+        self.begin, self.end = placed.begin, placed.end
+        self.fresh = placed.fresh
         self.stores = [
             (
                 w.segment,

@@ -17,6 +17,10 @@ class Plan(ABC):
         """Put the bookkeeping back as it was before `commit`; only plans of steps can."""
         raise NotImplementedError
 
+    def again(self) -> bool:
+        """Commit as many tokens more, where that is as simple as before; else False, and nothing."""
+        return False
+
 
 class JointPlan(Plan):
     """Several plans as one."""
@@ -31,3 +35,11 @@ class JointPlan(Plan):
     def undo(self) -> None:
         for plan in reversed(self._plans):
             plan.undo()
+
+    def again(self) -> bool:
+        for index, plan in enumerate(self._plans):
+            if not plan.again():
+                for done in reversed(self._plans[:index]):
+                    done.undo()
+                return False
+        return bool(self._plans)

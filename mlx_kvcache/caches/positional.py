@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..arrays.store import Cells, Rebase, Staged, Store, cells_of
 from ..batch import Batch, CausalOptions
 from ..cells.compaction import allocated_after, compact
-from ..cells.placement import Placement, place
+from ..cells.placement import Placement, append, place
 from ..cells.removal import Removal, drop_tail, remove_range
 from ..cells.rules import Rule
 from ..cells.spans import FOREVER, Sequence, Spans, clip, resumable
@@ -207,6 +207,20 @@ class StepPlan(Plan):
         if self._cache._step is self._step:
             self._cache._table.assign(self._placement.undo)
             self._cache._step = None
+
+    def again(self) -> bool:
+        cache, step = self._cache, self._step
+        # Whatever changes the cache takes its step away.
+        if step is None or cache._step is not step or not step.is_plain:
+            return False
+        part = step.parts[0]
+        placement = append(cache._table, part.sequence, part.indices, cache._rule, cache._rewind)
+        if placement is None:
+            return False
+        cache._table.assign(placement.changes)
+        self._placement = placement
+        step.move(placement.placed[0])
+        return True
 
 
 class ReservePlan(Plan):

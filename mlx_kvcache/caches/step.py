@@ -68,6 +68,16 @@ class Step:
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
+    def move(self, placed: Placed) -> None:
+        """Be the step of as many tokens more, where the only part goes on behind itself."""
+        self.parts[0].move(placed, self.n)
+        self._name = next(_names)
+        self._later = frozenset()
+        self._found.clear()
+        self._has_mask = False
+        self._stretches.clear()
+        self._plain = self._only_run()
+
     def sees_whole(self, part: Part) -> bool:
         """Whether all of a part's queries see all keys that were there before them."""
         return not self._later and self._rule.lower(part.end - 1) <= part.ranges[0][0]
@@ -230,12 +240,12 @@ class Step:
         mask: Mask = None if end - begin == 1 else "causal"
         if self._rule.lower(end - 1) > low:
             queries, keys = positions_of([(begin, end)]), positions_of([(low, end)])
-            mask = array_mask(self._rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
+            mask = array_mask(self._rule, queries, keys)
         return Stretch(slice(begin - part.begin, end - part.begin), slice(low - first, end - first), mask)
 
     def own_mask(self, part: Part) -> Mask:
         """Who of one part's queries, by rising position, sees which of its history."""
-        if self._later.intersection(part.indices):
+        if self._later and self._later.intersection(part.indices):
             return self._array_mask([part], part.indices, 0)
         if part.end - part.begin == 1:
             return None
@@ -261,16 +271,17 @@ class Step:
         self, parts: list[Part], indices: Sequence[int], padding: int, dtype: mx.Dtype | None = None
     ) -> mx.array:
         positions = np.zeros(self.n, np.int32)
-        sequences = np.zeros(self.n, np.int64)
-        for part in parts:
+        owners = np.zeros(self.n, np.int32)
+        for number, part in enumerate(parts):
             positions[list(part.indices)] = np.arange(part.begin, part.end)
-            sequences[list(part.indices)] = part.sequence
+            owners[list(part.indices)] = number
         chosen = list(indices)
         later = np.isin(chosen, list(self._later)) if self._later else None
         keys = positions_of([pair for part in parts for pair in part.ranges])
-        owners = np.repeat([part.sequence for part in parts], [part.size for part in parts])
-        queries = (positions[chosen], sequences[chosen])
-        return array_mask(self._rule, queries, (keys, owners), later, padding, dtype)
+        both = None
+        if len(parts) > 1:
+            both = owners[chosen], np.repeat(np.arange(len(parts), dtype=np.int32), [p.size for p in parts])
+        return array_mask(self._rule, positions[chosen], keys, both, later, padding, dtype)
 
 
 def checked(form: Form, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -81,7 +81,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
     """
     if len(rows) == 1:
         [(sequence, own)] = rows.items()
-        appended = _append(table, sequence, own, rule, rewind)
+        appended = append(table, sequence, own, rule, rewind)
         if appended is not None:
             return appended
     spread = {s: _Tokens.next_of(table, s, len(own), rule, rewind) for s, own in rows.items()}
@@ -159,10 +159,10 @@ def _check_room(table: CellTable, spread: Mapping[int, _Tokens]) -> None:
         raise CacheFullError(needed, table.room - live, table.room)
 
 
-def _append(
+def append(
     table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
 ) -> Placement | None:
-    """The plan where it is the simplest: one run of cells, all its own, with room behind it.
+    """The plan where it is the simplest, else None: one run of cells, all its own, with room behind it.
 
     Decoding takes this way at every step but one in STEP, so it is kept short.
     """

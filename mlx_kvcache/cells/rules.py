@@ -51,4 +51,9 @@ def visible(rule: Rule, q: Any, k: Any, later: Any = False) -> Any:
     `later` lifts the upper bound (k <= q) where it is true. The lower bound may be
     negative. Arguments broadcast; the result has their kind.
     """
-    return ((k <= q) | later) & ((k >= rule.lower(q)) | (k < rule.sinks))
+    # Masks are large: what is true of all positions is not compared.
+    below = k <= q if later is False else (k <= q) | later
+    if isinstance(rule, Causal):
+        return below
+    recent = k >= rule.lower(q)
+    return below & (recent | (k < rule.sinks) if rule.sinks else recent)

@@ -183,6 +183,15 @@ class SingleForward(Forward):
     def __init__(self, conversation: Conversation, n: int, is_ragged: bool) -> None:
         super().__init__(conversation.pool, (conversation,), ((0, n),), n, is_ragged)
 
+    def again(self) -> bool:
+        """Take in as many tokens more, if nothing has happened since these; else False, and nothing."""
+        if self.is_ragged or not self._plan.again():
+            return False
+        self.begins = [self.begins[0] + self.n]
+        self.written = bytearray(len(self.pool.leaves))
+        self.asked.clear()
+        return True
+
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
         if self.is_ragged:
             return super().update(leaf, keys, values)
@@ -210,7 +219,7 @@ class SingleForward(Forward):
     def _array_mask(self, step: Step, rule: Rule) -> mx.array:
         part = step.parts[0]
         queries, keys = positions_of([(part.begin, part.end)]), positions_of(part.ranges)
-        return array_mask(rule, (queries, queries * 0), (keys, keys * 0), None, 0, None)
+        return array_mask(rule, queries, keys)
 
     def _batch(self) -> Batch:
         return Batch.run(self.conversations[0].sequence, self.begins[0], self.n)

@@ -16,6 +16,11 @@ class Padding:
         self.lengths: list[int] | None = None
         self._right: list[int] | None = None
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether any padding is to come."""
+        return any(self.left) or self.lengths is not None or self._right is not None
+
     def prepare(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
     ) -> None:
@@ -58,6 +63,8 @@ class Padding:
 
     def passed(self, columns: Sequence[Columns]) -> None:
         """These columns have been computed."""
+        if not self.is_announced:
+            return
         self.left = [left - first for left, (first, _) in zip(self.left, columns, strict=True)]
         tokens = [stop - first for first, stop in columns]
         if self.lengths is not None:

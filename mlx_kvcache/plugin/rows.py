@@ -43,6 +43,7 @@ class Rows(Caller):
         self.is_batch = is_batch
         self.padding = Padding(len(self.conversations))
         self.forward: Forward | None = None
+        self._last: SingleForward | None = None
         self.interrupted = False
         names = [leaf.name for leaf in pool.leaves]
         self.edits = Told(names, strict=True)
@@ -117,6 +118,9 @@ class Rows(Caller):
 
     def begin(self, n: int, is_called: bool = False) -> None:
         """Start a forward of n columns, after making room for its tokens."""
+        if self._goes_on(n):
+            self.is_called, self._offsets = is_called, None
+            return
         self.settle()
         columns = self._columns_of(n)
         # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
@@ -128,6 +132,19 @@ class Rows(Caller):
         self.is_called = is_called
         self.interrupted = False
         self.edits.forget()
+
+    def _goes_on(self, n: int) -> bool:
+        """Start a forward like the last one, which costs little, if nothing has happened since."""
+        last, self._last = self._last, None
+        if last is None or last.n != n or last.pool is not self.pool or self.padding.is_announced:
+            return False
+        self.check_open()
+        self.pool.take_turn(self)
+        capacity = self.conversations[0].limits.capacity
+        if (capacity is not None and last.begins[0] + 2 * n > capacity) or not last.again():
+            return False
+        self.forward = last
+        return True
 
     def is_open(self, leaf: int, n: int) -> bool:
         """Whether a forward of n columns waits for this leaf."""
@@ -169,6 +186,7 @@ class Rows(Caller):
         forward.finish()
         self.written_last = forward.written
         self.forward, self.is_called, self._offsets = None, False, None
+        self._last = forward if isinstance(forward, SingleForward) else None
         self.padding.passed(forward.columns)
         self._forwards += 1
         if self._forwards % EVALUATE == 0:
