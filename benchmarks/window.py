@@ -51,7 +51,7 @@ def run(setting: Setting) -> Iterator[Row]:
         lambda: timed(lambda: _fill(_ours(), blocks)),
         "RotatingKVCache",
         lambda: timed(lambda: _fill(_theirs(), blocks)),
-        setting.of(5, 2),
+        setting.of(3, 2),
     )
     yield prefilling
     assert prefilling.theirs is not None

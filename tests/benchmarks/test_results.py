@@ -1,0 +1,109 @@
+"""Results as files, and the bounds on them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from benchmarks.bounds import BOUNDS, Bound
+from benchmarks.measure import check_equal, peak_of, speed
+from benchmarks.results import curves_of, rows_of, write
+from benchmarks.rows import Curve, Row, less
+from benchmarks.setting import Setting
+from docs.benchmarks import written
+
+FOUND = [
+    Row("a.speed", "some work", "ms", 1.5, "a peer", 3.0, "speed", 2.0, (1.9, 2.125), 7, (1000, 2000)),
+    less("a.bytes", "some bytes", "MB", 10.0, "a peer", 40.0),
+    Row("a.value", "a value", "", 0.25),
+    Curve("a", "some lines", "x", "y", [1.0, 2.0], {"here": [0.5, 0.25]}),
+]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    path = tmp_path / "machine.json"
+    write(path, "one", FOUND, 12.3, is_quick=False)
+    write(path, "two", [Row("b", "else", "s", 1.0)], 1, is_quick=True)
+    told = json.loads(path.read_text())
+    assert list(told) == ["one", "two"] and told["one"]["machine"]["mlx"]
+    assert [*rows_of(told).values(), *curves_of(told)] == [*FOUND[:3], Row("b", "else", "s", 1.0), FOUND[3]]
+    write(path, "one", FOUND[:1], 1, is_quick=False)
+    assert list(rows_of(json.loads(path.read_text()))) == ["a.speed", "b"]
+
+
+def test_a_bound_is_on_the_better_side():
+    fast, small, value = FOUND[:3]
+    assert Bound(2.0).is_met(fast) and not Bound(2.01).is_met(fast)
+    assert Bound(0.25).is_met(small) and not Bound(0.24).is_met(small)
+    assert Bound(0.25, of_value=True).is_met(value) and not Bound(0.2, of_value=True).is_met(value)
+    assert Bound(3.0, quick=2.0).is_met(fast, is_quick=True)
+
+
+def test_both_sides_take_turns():
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> float:
+        order.append(name)
+        return seconds
+
+    row = speed("k", "w", "ms", lambda: work("ours", 0.5), "p", lambda: work("theirs", 1.0), 4, per=10)
+    assert (row.ours, row.theirs, row.ratio, row.runs) == (50.0, 100.0, 2.0, 4)
+    assert order[2:] == ["theirs", "ours", "ours", "theirs"] * 2
+
+
+def test_different_results_are_no_comparison():
+    check_equal(mx.array([1000.0, 1.0]), mx.array([1000.5, 1.0]))
+    for other in ([1002.0, 1.0], [float("nan"), 1.0]):
+        with pytest.raises(RuntimeError, match="differ"):
+            check_equal(mx.array(other), mx.array([1000.0, 1.0]))
+
+
+def test_the_peak_is_that_of_the_work():
+    kept = mx.zeros((1 << 20,))
+    mx.eval(kept)
+    assert peak_of(lambda: mx.eval(mx.zeros((1 << 20,)) + 1)) >= 4 << 20
+    assert peak_of(lambda: None) == 0
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(ValueError, match="no model nowhere"):
+        Setting("nowhere").load("tiny")
+
+
+def test_pages_and_pictures_say_what_the_results_say():
+    """After `make bench` comes `make figures`."""
+    stale = [path.name for path, content in written() if path.read_bytes() != content]
+    assert not stale
+
+
+def test_bounds_are_on_rows_that_there_are():
+    found: dict[str, Row] = {}
+    for name in json_files():
+        found |= rows_of(json.loads(name.read_text(encoding="utf-8")))
+    quick = {"decode.model.2048", "decode.attention.2048", "prefill.1024", "host.evaluated.1024"}
+    absent = {key for key in BOUNDS if key not in found and key.removesuffix(".bare") not in quick}
+    assert not absent
+
+
+def json_files():
+    from benchmarks.results import FOLDER
+
+    return FOLDER.glob("*.json")
+
+
+def test_the_command(tmp_path):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True, timeout=120
+        )
+
+    out = tmp_path / "out.json"
+    done = run("generation", "drift", "--quick", "--model", "tiny", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    assert {"generation", "drift.float16.again"} <= set(rows_of(json.loads(out.read_text())))
+    assert "no benchmark speed" in run("speed").stderr
+    assert all(name in run("--list").stdout for name in ("decode", "endless"))
