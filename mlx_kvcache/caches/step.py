@@ -19,6 +19,7 @@ from ..cells.rules import Causal, Chunk, Rule
 from ..cells.table import CellTable
 from ..errors import CacheError
 from .parts import Part, take
+from .products import STRETCH, are_faster
 
 T = TypeVar("T")
 
@@ -222,7 +223,7 @@ class Step:
         if gaps or self._rule.sinks or self._later.intersection(part.indices):
             return whole
         if isinstance(self._rule, Causal):
-            return whole
+            return [*range(part.begin, part.end, STRETCH), part.end] if are_faster() else whole
         if isinstance(self._rule, Chunk):
             size = self._rule.size
             inner = range(part.begin - part.begin % size + size, part.end, size)

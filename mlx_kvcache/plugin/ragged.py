@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
 
-from ..caches.products import are_faster, attend_single
+from ..caches.products import STRETCH, are_faster, attend_causal, attend_single
 from .layout import Leaf
 from .observe import Observable
 
@@ -71,9 +71,11 @@ def attend(
     """Stands in for `mlx_lm.models.base.scaled_dot_product_attention`."""
     if isinstance(keys, Ragged):
         return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
-    is_single = queries.shape[0] == queries.shape[2] == 1 and mask is None and sinks is None
-    if is_single and isinstance(cache, Observable) and are_faster():
-        return attend_single(queries, keys, values, scale)
+    if sinks is None and isinstance(cache, Observable) and are_faster():
+        if mask is None and queries.shape[0] == queries.shape[2] == 1:
+            return attend_single(queries, keys, values, scale)
+        if isinstance(mask, str) and queries.shape[2] > STRETCH:
+            return attend_causal(queries, keys, values, scale)
     result: mx.array = _original(
         queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more
     )

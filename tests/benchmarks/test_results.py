@@ -11,36 +11,35 @@ import pytest
 
 from benchmarks.bounds import BOUNDS, Bound
 from benchmarks.measure import check_equal, peak_of, speed
-from benchmarks.results import curves_of, rows_of, write
+from benchmarks.results import FOLDER, curves_of, rows_of, write
 from benchmarks.rows import Curve, Row, less
 from benchmarks.setting import Setting
 from docs.benchmarks import written
 
-FOUND = [
-    Row("a.speed", "some work", "ms", 1.5, "a peer", 3.0, "speed", 2.0, (1.9, 2.125), 7, (1000, 2000)),
-    less("a.bytes", "some bytes", "MB", 10.0, "a peer", 40.0),
-    Row("a.value", "a value", "", 0.25),
-    Curve("a", "some lines", "x", "y", [1.0, 2.0], {"here": [0.5, 0.25]}),
-]
+FAST = Row("a.speed", "some work", "ms", 1.5, "a peer", 3.0, "speed", 2.0, (1.9, 2.125), 7, (1000, 2000))
+SMALL = less("a.bytes", "some bytes", "MB", 10.0, "a peer", 40.0)
+VALUE = Row("a.value", "a value", "", 0.25)
+LINES = Curve("a", "some lines", "x", "y", [1.0, 2.0], {"here": [0.5, 0.25]})
 
 
 def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "machine.json"
-    write(path, "one", FOUND, 12.3, is_quick=False)
-    write(path, "two", [Row("b", "else", "s", 1.0)], 1, is_quick=True)
+    other = Row("b", "else", "s", 1.0)
+    write(path, "one", [FAST, SMALL, VALUE, LINES], 12.3, is_quick=False)
+    write(path, "two", [other], 1, is_quick=True)
     told = json.loads(path.read_text())
     assert list(told) == ["one", "two"] and told["one"]["machine"]["mlx"]
-    assert [*rows_of(told).values(), *curves_of(told)] == [*FOUND[:3], Row("b", "else", "s", 1.0), FOUND[3]]
-    write(path, "one", FOUND[:1], 1, is_quick=False)
+    assert list(rows_of(told).values()) == [FAST, SMALL, VALUE, other]
+    assert curves_of(told) == [LINES]
+    write(path, "one", [FAST], 1, is_quick=False)
     assert list(rows_of(json.loads(path.read_text()))) == ["a.speed", "b"]
 
 
 def test_a_bound_is_on_the_better_side():
-    fast, small, value = FOUND[:3]
-    assert Bound(2.0).is_met(fast) and not Bound(2.01).is_met(fast)
-    assert Bound(0.25).is_met(small) and not Bound(0.24).is_met(small)
-    assert Bound(0.25, of_value=True).is_met(value) and not Bound(0.2, of_value=True).is_met(value)
-    assert Bound(3.0, quick=2.0).is_met(fast, is_quick=True)
+    assert Bound(2.0).is_met(FAST) and not Bound(2.01).is_met(FAST)
+    assert Bound(0.25).is_met(SMALL) and not Bound(0.24).is_met(SMALL)
+    assert Bound(0.25, of_value=True).is_met(VALUE) and not Bound(0.2, of_value=True).is_met(VALUE)
+    assert Bound(3.0, quick=2.0).is_met(FAST, is_quick=True)
 
 
 def test_both_sides_take_turns():
@@ -82,17 +81,11 @@ def test_pages_and_pictures_say_what_the_results_say():
 
 def test_bounds_are_on_rows_that_there_are():
     found: dict[str, Row] = {}
-    for name in json_files():
-        found |= rows_of(json.loads(name.read_text(encoding="utf-8")))
+    for path in FOLDER.glob("*.json"):
+        found |= rows_of(json.loads(path.read_text(encoding="utf-8")))
     quick = {"decode.model.2048", "decode.attention.2048", "prefill.1024", "host.evaluated.1024"}
     absent = {key for key in BOUNDS if key not in found and key.removesuffix(".bare") not in quick}
     assert not absent
-
-
-def json_files():
-    from benchmarks.results import FOLDER
-
-    return FOLDER.glob("*.json")
 
 
 def test_the_command(tmp_path):

@@ -72,10 +72,17 @@ class Fresh:
         return result
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def way(request, monkeypatch):
+    """By products as on a CPU, or by MLX's own attention where that has a kernel."""
+    for module in ("attend", "step"):
+        monkeypatch.setattr(f"mlx_kvcache.caches.{module}.are_faster", lambda: request.param == "CPU")
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_equals_a_fresh_softmax(kind, store, learned):
+def test_equals_a_fresh_softmax(kind, store, learned, way):
     rng = np.random.default_rng(1)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
     cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64, quantisation=STORES[store])
@@ -114,7 +121,7 @@ def test_equals_a_fresh_softmax(kind, store, learned):
     ],
     ids=["window", "wide", "sinks", "chunk", "long", "short", "causal"],
 )
-def test_long_blocks_equal_one_masked_product(make):
+def test_long_blocks_equal_one_masked_product(make, way):
     """Blocks are cut into stretches; the whole history and its mask say what must come out."""
     cache = make()
     cache.init(mx.float32, max_batch=400)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_kvcache import Batch, CausalCache, Quantisation
-from mlx_kvcache.arrays import pairs
+from mlx_kvcache.arrays import lanes
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.tiny import tiny_llama
 
@@ -56,9 +56,9 @@ def test_no_memory_to_grow_changes_nothing(monkeypatch, quantisation, refused):
             raise MemoryError(f"no room for {cells} cells")
         return original(array, cells)
 
-    original = pairs.grown
-    monkeypatch.setattr(pairs, "grown", limited)
-    monkeypatch.setattr("mlx_kvcache.arrays.lanes.grown", limited)
+    original = lanes.grown
+    for module in ("lanes", "pairs"):
+        monkeypatch.setattr(f"mlx_kvcache.arrays.{module}.grown", limited)
     with pytest.raises(MemoryError, match="no room for"):
         feed(cache, 100)
     cache.check()

@@ -1,0 +1,32 @@
+"""Attention of a model's calls on a CPU, beside MLX's own."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvcache.plugin import make_prompt_cache, ragged
+from tests.plugin.running import difference, logits_of
+from tests.plugin.tiny import tiny_llama
+
+MODEL = tiny_llama(num_attention_heads=8, num_key_value_heads=2, hidden_size=64)
+TEXT = [(5 * i + i * i) % 97 for i in range(400)]
+
+
+@pytest.mark.parametrize("block", [1, 129, 400])
+def test_both_ways_give_the_same(block, monkeypatch):
+    ours = logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)
+    monkeypatch.setattr(ragged, "are_faster", lambda: False)
+    assert difference(ours, logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)) <= 2e-5
+
+
+def test_whoever_has_other_caches_gets_mlx_s_own(monkeypatch):
+    """The function in the model's module serves them, too."""
+    cache = make_prompt_cache(MODEL)
+    calls: list[object] = []
+    monkeypatch.setattr(ragged, "_original", lambda *args, cache, **more: calls.append(cache))
+    arrays = mx.ones((1, 8, 1, 8)), mx.ones((1, 2, 3, 8)), mx.ones((1, 2, 3, 8))
+    ragged.attend(*arrays, cache="another's", scale=1.0, mask=None)
+    assert calls == ["another's"]
+    found = ragged.attend(*arrays, cache=cache[0], scale=1.0, mask=None)
+    assert found.shape == (1, 8, 1, 8) and len(calls) == 1
