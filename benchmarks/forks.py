@@ -61,4 +61,4 @@ def _write(branches: list[Any]) -> None:
         branch[0].make_mask(1, return_array=False, window_size=None)
         for layer in branch:
             layer.update_and_fetch(keys, values)
-        evaluate(branch)
+    evaluate([layer for branch in branches for layer in branch])

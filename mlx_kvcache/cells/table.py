@@ -152,11 +152,11 @@ class CellTable:
                 yield from of(new.spans)
 
     def _touched(self, changes: Changes) -> set[int]:
+        """Segments whose live cells may change: of many forks, not those that all go on sharing."""
         return {
             span.segment
             for sequence, new in changes.items()
-            for spans in (self[sequence].spans, new.spans if new else ())
-            for span in spans
+            for span in set(self[sequence].spans).symmetric_difference(new.spans if new else ())
         }
 
     def _recount(self, segment: int) -> None:
