@@ -32,7 +32,7 @@ def run(setting: Setting) -> Iterator[Row]:
             lambda: _seconds(model, _ours(model), text),  # noqa: B023
             "KVCache",
             lambda: _seconds(model, _theirs(model), text),  # noqa: B023
-            setting.of({128: 12, 512: 12, 2048: 8, 4096: 6}.get(length, 2), 4),
+            setting.of({128: 12, 512: 12, 2048: 8, 4096: 5}.get(length, 2), 4),
         )
 
 
