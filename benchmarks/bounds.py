@@ -42,10 +42,14 @@ FAR = (
     "this text repeats what was said more than 1,024 tokens ago, which full attention finds and no cache of "
     "that size can hold: an exact window of 1,024 misses the bound, too."
 )
+NOISE = (
+    "the model takes nine tenths of this step, and its time varies by more than the cache's share from run "
+    "to run; cache and attention alone are faster than the peer's."
+)
 SMALL = "an update of 256 tokens' cache is not small beside attention to them."
 
 BOUNDS = {
-    "decode.model.256": Bound(1.0, 0.85),
+    "decode.model.256": Bound(1.0, 0.85, reason=NOISE),
     "decode.model.1024": Bound(1.0),
     "decode.model.2048": Bound(1.0, 0.85),
     "decode.model.4096": Bound(1.0),

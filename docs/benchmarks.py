@@ -115,7 +115,7 @@ def _ratio(row: Row) -> str:
 def _bounded(rows: Mapping[str, Row]) -> list[str]:
     """The table of bounds, and why some are not met."""
     lines = ["| work | peer | reached | bound |", "|---|---|---|---|"]
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for key, bound in BOUNDS.items():
         if key not in rows:
             continue
@@ -127,8 +127,10 @@ def _bounded(rows: Mapping[str, Row]) -> list[str]:
             f"| {row.work} | {row.peer} | {reached if is_met else f'🔴 **{reached}**'} | {limit} {what} |"
         )
         if not is_met and bound.reason:
-            reasons += ["", f"{row.work}: {bound.reason}"]
-    return lines + list(dict.fromkeys(reasons))
+            reasons.setdefault(bound.reason, []).append(row.work)
+    for reason, works in reasons.items():
+        lines += ["", f"🔴 {'; '.join(works)}: {reason}"]
+    return lines
 
 
 def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
