@@ -11,7 +11,7 @@ from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, RotatingKVCa
 from benchmarks.measure import check_equal, speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.shape import arrays, attention, contiguous, evaluate, fill
+from benchmarks.shape import Shape, arrays, attention, contiguous, evaluate, fill, shape_of
 from mlx_kvcache.plugin import make_prompt_cache
 
 LENGTHS = {
@@ -25,28 +25,28 @@ WINDOW = 512
 def run(setting: Setting) -> Iterator[Row]:
     """A decode step of 8 sequences, of equal and of unequal lengths, against BatchKVCache."""
     model, _ = setting.load("smollm2")
-    layers, rounds = len(model.layers), setting.of(20, 5)
+    shape, rounds = shape_of(model), setting.of(20, 5)
     for index, (name, lengths) in enumerate(LENGTHS.items()):
-        ours = _ours(model, lengths)
-        theirs = merged([contiguous(n, seed, layers) for seed, n in enumerate(lengths)], BatchKVCache)
+        ours = _ours(model, lengths, shape)
+        theirs = merged([contiguous(n, seed, shape) for seed, n in enumerate(lengths)], BatchKVCache)
         key = ("short", "equal", "ragged")[index]
         yield _beside(f"batches.{key}", f"{name}, the model", lambda c: _step(model, c), ours, theirs, rounds)
-        given = arrays(1, 9, len(lengths))
+        given = arrays(1, 9, len(lengths), shape)
         alone = f"{name}, cache and attention"
         yield _beside(f"batches.{key}.attention", alone, lambda c: attention(c, *given), ours, theirs, rounds)  # noqa: B023
-    yield _windows(model, rounds)
+    yield _windows(model, shape, rounds)
 
 
-def _windows(model: Any, rounds: int) -> Row:
+def _windows(model: Any, shape: Shape, rounds: int) -> Row:
     """Rows in windows that have slid."""
-    layers, lengths = len(model.layers), [1024] + [96] * 7
-    model.make_cache = lambda: [RotatingKVCache(WINDOW) for _ in range(layers)]
+    lengths = [1024] + [96] * 7
+    model.make_cache = lambda: [RotatingKVCache(WINDOW) for _ in range(shape.layers)]
     try:
-        ours = _ours(model, lengths)
-        theirs = [fill(model.make_cache(), n, seed) for seed, n in enumerate(lengths)]
+        ours = _ours(model, lengths, shape)
+        theirs = [fill(model.make_cache(), n, seed, shape=shape) for seed, n in enumerate(lengths)]
     finally:
         del model.make_cache
-    batch, given = merged(theirs, BatchRotatingKVCache), arrays(1, 9, len(lengths))
+    batch, given = merged(theirs, BatchRotatingKVCache), arrays(1, 9, len(lengths), shape)
     name = f"one of 1,024 and seven of 96 in windows of {WINDOW}, cache and attention"
     return _beside("batches.windows", name, lambda c: attention(c, *given), ours, batch, rounds)
 
@@ -65,8 +65,8 @@ def _step(model: Any, cache: Any) -> mx.array:
     return logits
 
 
-def _ours(model: Any, lengths: list[int]) -> list[Any]:
-    caches = [fill(make_prompt_cache(model), length, seed) for seed, length in enumerate(lengths)]
+def _ours(model: Any, lengths: list[int], shape: Shape) -> list[Any]:
+    caches = [fill(make_prompt_cache(model), n, seed, shape=shape) for seed, n in enumerate(lengths)]
     return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(caches[0])]
 
 

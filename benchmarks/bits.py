@@ -36,9 +36,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def run(setting: Setting) -> Iterator[Row]:
     """Bytes and loss of SmolLM2 on 2,048 tokens of real text, for keys and values in fewer bits."""
     model, tokenizer = setting.load("smollm2")
-    text = topics(tokenizer, setting.of(TOKENS, 512) + 1)
+    text = topics(tokenizer, setting.of(TOKENS, BLOCK) + 1)
     whole = losses(model, make_prompt_cache(model), text, BLOCK).mean()
-    ways = setting.of(WAYS, {name: WAYS[name] for name in ("8", "8 and 4")})
+    ways = setting.of(WAYS, {"8 and 4": WAYS["8 and 4"]})
     for name, options in tqdm(ways.items(), unit="way", leave=False):
         cache = make_prompt_cache(model, **options)
         loss = losses(model, cache, text, BLOCK).mean()

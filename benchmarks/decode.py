@@ -11,7 +11,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 from benchmarks.measure import check_equal, speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.shape import arrays, attention, contiguous, fill, prepared
+from benchmarks.shape import arrays, attention, contiguous, fill, prepared, shape_of
 from mlx_kvcache.plugin import make_prompt_cache
 
 DRIFT = 16
@@ -21,11 +21,12 @@ DRIFT = 16
 def run(setting: Setting) -> Iterator[Row]:
     """A token after 256 to 16,384: a model, and its cache and attention alone."""
     model, _ = setting.load("smollm2")
-    layers = len(model.layers)
-    token, given = mx.array([[5]]), arrays(1, 7)
+    shape = shape_of(model)
+    token, given = mx.array([[5]]), arrays(1, 7, shape=shape)
     for context in setting.of((256, 1024, 4096, 16384), (256, 2048)):
-        ours, theirs = fill(make_prompt_cache(model), context), contiguous(context, layers=layers)
-        peers = {"KVCache": theirs, "prepared K/V": prepared(context + 1, layers)}
+        ours = fill(make_prompt_cache(model), context, shape=shape)
+        theirs = contiguous(context, shape=shape)
+        peers = {"KVCache": theirs, "prepared K/V": prepared(context + 1, shape)}
         check_equal(model(token, cache=ours), model(token, cache=theirs))
         for what, step in (
             ("model", lambda cache: model(token, cache=cache)),

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, trim_prompt_cache
 from benchmarks.measure import check_equal, once, speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.shape import contiguous, fill
+from benchmarks.shape import contiguous, fill, shape_of
 from mlx_kvcache.plugin import make_prompt_cache
 
 BLOCK, BACK = 512, 64
@@ -21,8 +21,8 @@ BLOCK, BACK = 512, 64
 def run(setting: Setting) -> Iterator[Row]:
     """Rewinding 64 tokens, and removing the middle of 4,096 against prefilling what is left."""
     model, _ = setting.load(setting.of("smollm2", "tiny"))
-    context, layers = setting.of(4096, 2048), len(model.layers)
-    ours, theirs = fill(make_prompt_cache(model), context), contiguous(context, layers=layers)
+    context, shape = setting.of(4096, 2048), shape_of(model)
+    ours, theirs = fill(make_prompt_cache(model), context, shape=shape), contiguous(context, shape=shape)
     token = mx.array([[5]])
 
     def rewind(cache: Any, back: Any) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.measure import peak_of, speed, timed
 from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
-from benchmarks.shape import arrays, contiguous, evaluate, fill
+from benchmarks.shape import SMOLLM2, arrays, contiguous, evaluate, fill
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.tiny import tiny_llama
 
@@ -20,7 +20,7 @@ def run(setting: Setting) -> Iterator[Row]:
     """Forks of a 4,096-token prompt, 1 to 64, and one token in each layer of each, against deepcopy."""
     prompt = setting.of(4096, 1024)
     ours = fill(make_prompt_cache(tiny_llama(num_hidden_layers=LAYERS)), prompt)
-    theirs = contiguous(prompt, layers=LAYERS)
+    theirs = contiguous(prompt, shape=SMOLLM2._replace(layers=LAYERS))
     for branches in setting.of((1, 4, 16, 64), (1, 16)):
         work = f"{branches} fork{'s' * (branches > 1)} of {prompt:,} tokens, and a token in each"
         yield speed(

@@ -40,6 +40,6 @@ def run(setting: Setting) -> Iterator[Row]:
         lambda: generate(ours)[1],
         "mlx-lm's caches",
         lambda: generate(theirs)[1],
-        setting.of(12, 3),
+        setting.of(12, 2),
         TOKENS,
     )

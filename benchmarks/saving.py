@@ -14,7 +14,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from benchmarks.measure import check_equal, once, speed, timed
 from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
-from benchmarks.shape import contiguous, fill
+from benchmarks.shape import contiguous, fill, shape_of
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 
 BLOCK, ROUNDS = 256, 5
@@ -56,7 +56,8 @@ def _prefilled(model: Any, text: list[int], path: Path) -> Iterator[Row]:
 
 
 def _beside(model: Any, text: list[int], folder: Path) -> Iterator[Row]:
-    ours, theirs = fill(make_prompt_cache(model), len(text)), contiguous(len(text), layers=len(model.layers))
+    shape = shape_of(model)
+    ours, theirs = fill(make_prompt_cache(model), len(text), shape=shape), contiguous(len(text), shape=shape)
     token = mx.array([[5]])
     mine, peer = folder / "mine.safetensors", str(folder / "peer.safetensors")
     yield speed(

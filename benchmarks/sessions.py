@@ -12,7 +12,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from benchmarks.measure import check_equal, once, speed, timed
 from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
-from benchmarks.shape import arrays, attention, contiguous, fill
+from benchmarks.shape import arrays, attention, contiguous, fill, shape_of
 from mlx_kvcache.plugin import make_prompt_cache
 from mlx_kvcache.sessions import SessionPool
 from tests.plugin.tiny import tiny_llama
@@ -51,15 +51,12 @@ def _first_tokens(model: Any, prefix: int) -> Row:
 
 def _hit(model: Any, length: int, rounds: int) -> Row:
     """A request that goes on from the middle of a stored conversation."""
-    layers, stored, theirs = (
-        len(model.layers),
-        SessionPool(lambda: make_prompt_cache(model)),
-        LRUPromptCache(),
-    )
+    shape = shape_of(model)
+    stored, theirs = SessionPool(lambda: make_prompt_cache(model)), LRUPromptCache()
     texts = [[(7 * i + i * i + seed) % 400 + 100 for i in range(length)] for seed in range(4)]
     for seed, text in enumerate(texts):
-        stored.store(text, fill(make_prompt_cache(model), length, seed))
-        theirs.insert_cache("model", text, contiguous(length, seed, layers))
+        stored.store(text, fill(make_prompt_cache(model), length, seed, shape=shape))
+        theirs.insert_cache("model", text, contiguous(length, seed, shape))
     request = [*texts[1][: length - 100], 5]
 
     def ours() -> mx.array:
@@ -88,15 +85,15 @@ def _hit(model: Any, length: int, rounds: int) -> Row:
 
 
 def _shared(model: Any, prefix: int, rounds: int) -> Iterator[Row]:
-    layers = len(model.layers)
-    origin = fill(make_prompt_cache(model), prefix)
-    forks = [fill(origin.fork(), OWN) for _ in range(BRANCHES)]
+    shape = shape_of(model)
+    origin = fill(make_prompt_cache(model), prefix, shape=shape)
+    forks = [fill(origin.fork(), OWN, shape=shape) for _ in range(BRANCHES)]
     origin.close()
     batch, pool = (
         [layer.merge([fork[i] for fork in forks]) for i, layer in enumerate(forks[0])],
         forks[0].pool,
     )
-    unshared = [contiguous(prefix + OWN, layers=layers) for _ in range(BRANCHES)]
+    unshared = [contiguous(prefix + OWN, shape=shape) for _ in range(BRANCHES)]
     yield less(
         "sessions.bytes",
         f"K and V of {BRANCHES} on a prefix of {prefix:,} with {OWN} of their own",
@@ -105,7 +102,7 @@ def _shared(model: Any, prefix: int, rounds: int) -> Iterator[Row]:
         f"{BRANCHES} KVCaches",
         sum(layer.nbytes for cache in unshared for layer in cache) / 1e6,
     )
-    together, alone = arrays(1, 9, BRANCHES), arrays(1, 9)
+    together, alone = arrays(1, 9, BRANCHES, shape), arrays(1, 9, shape=shape)
     yield speed(
         "sessions.step",
         "a step of their caches and attention",

@@ -1,10 +1,11 @@
-"""Caches and arrays of SmolLM2's shape: attention without the rest of a model."""
+"""Caches and arrays of a model's shape, SmolLM2's unless told: attention without the rest of a model."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from benchmarks.setting import DIM, HEADS, KV_HEADS, LAYERS
@@ -13,18 +14,48 @@ from mlx_kvcache.plugin.ragged import attend
 SCALE = DIM**-0.5
 
 
-def arrays(n: int, seed: int = 0, rows: int = 1) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries (rows, 9, n, 64), and keys and values with 3 heads."""
+class Shape(NamedTuple):
+    """What a model's attention is given."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: mx.Dtype
+
+
+SMOLLM2 = Shape(LAYERS, HEADS, KV_HEADS, DIM, mx.float32)
+
+
+def shape_of(model: Any) -> Shape:
+    """The shape of a model all of whose layers are alike. Raises ValueError for one that does not say."""
+    args = model.args
+    try:
+        heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+        dim = getattr(args, "head_dim", None) or args.hidden_size // heads
+    except AttributeError as error:
+        raise ValueError(f"{type(model).__module__} does not tell its heads: {error}") from error
+    norms = (array for name, array in tree_flatten(model.parameters()) if "norm" in name)
+    return Shape(len(model.layers), heads, kv_heads, dim, next(norms).dtype)
+
+
+def arrays(
+    n: int, seed: int = 0, rows: int = 1, shape: Shape = SMOLLM2
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries (rows, n_heads, n, head_dim), and keys and values with n_kv_heads."""
     each = mx.random.split(mx.random.key(seed), 3)
-    heads = (HEADS, KV_HEADS, KV_HEADS)
-    made = [mx.random.normal((rows, h, n, DIM), key=key) for h, key in zip(heads, each, strict=True)]
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    made = [
+        mx.random.normal((rows, h, n, shape.dim), key=key).astype(shape.dtype)
+        for h, key in zip(heads, each, strict=True)
+    ]
     mx.eval(made)
     return made[0], made[1], made[2]
 
 
-def fill(cache: Any, length: int, seed: int = 0, step: int | None = None) -> Any:
+def fill(cache: Any, length: int, seed: int = 0, step: int | None = None, shape: Shape = SMOLLM2) -> Any:
     """Write random keys and values into every layer, without attention."""
-    _, keys, values = arrays(length, seed)
+    _, keys, values = arrays(length, seed, shape=shape)
     for start in range(0, length, step or length):
         stop = min(length, start + (step or length))
         cache[0].make_mask(stop - start, return_array=False, window_size=None)
@@ -39,9 +70,9 @@ def evaluate(cache: Any) -> None:
     mx.eval([array for layer in cache for array in (layer.keys, layer.values)])
 
 
-def contiguous(length: int, seed: int = 0, layers: int = LAYERS) -> list[KVCache]:
+def contiguous(length: int, seed: int = 0, shape: Shape = SMOLLM2) -> list[KVCache]:
     """mlx-lm's own cache, filled."""
-    filled: list[KVCache] = fill([KVCache() for _ in range(layers)], length, seed)
+    filled: list[KVCache] = fill([KVCache() for _ in range(shape.layers)], length, seed, shape=shape)
     return filled
 
 
@@ -54,7 +85,7 @@ def attention(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -
     mask = cache[0].make_mask(n, return_array=False, window_size=getattr(cache[0], "max_size", None))
     for layer in cache:
         history = layer.update_and_fetch(keys, values)
-        outputs.append(attend(queries, history[0], history[1], layer, SCALE, mask))
+        outputs.append(attend(queries, history[0], history[1], layer, queries.shape[3] ** -0.5, mask))
     if rows:
         rows.finish()
     mx.eval(outputs)
@@ -77,10 +108,10 @@ class Prepared:
         return history[0], history[1]
 
 
-def prepared(length: int, layers: int = LAYERS) -> list[Prepared]:
+def prepared(length: int, shape: Shape = SMOLLM2) -> list[Prepared]:
     """A history of `length` tokens for each layer, each in arrays of its own."""
     cache = []
-    for seed in range(layers):
-        _, keys, values = arrays(length, seed)
+    for seed in range(shape.layers):
+        _, keys, values = arrays(length, seed, shape=shape)
         cache.append(Prepared(keys, values))
     return cache

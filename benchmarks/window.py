@@ -24,7 +24,7 @@ SDPA = mx.fast.scaled_dot_product_attention
 
 def run(setting: Setting) -> Iterator[Row]:
     """A window of 512: decoding, prefill, storage and rewinding, against RotatingKVCache."""
-    prefill = setting.of(4096, 1536)
+    prefill = setting.of(4096, 1024)
     blocks = [arrays(BLOCK, start) for start in range(0, prefill, BLOCK)]
     ours, theirs = _ours(), _theirs()
     check_equal(_fill(ours, blocks), _fill(theirs, blocks))
@@ -51,7 +51,7 @@ def run(setting: Setting) -> Iterator[Row]:
         lambda: timed(lambda: _fill(_ours(), blocks)),
         "RotatingKVCache",
         lambda: timed(lambda: _fill(_theirs(), blocks)),
-        setting.of(3, 2),
+        setting.of(2, 1),
     )
     yield prefilling
     assert prefilling.theirs is not None

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
+from mlx_lm.utils import save_config, save_model
 
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.bounds import BOUNDS, Bound
 from benchmarks.measure import check_equal, peak_of, speed
 from benchmarks.results import FOLDER, curves_of, rows_of, write
 from benchmarks.rows import Curve, Row, less
 from benchmarks.setting import Setting
 from docs.benchmarks import written
+from examples import smollm2
+from tests.plugin.tiny import tiny_llama
 
 FAST = Row("a.speed", "some work", "ms", 1.5, "a peer", 3.0, "speed", 2.0, (1.9, 2.125), 7, (1000, 2000))
 SMALL = less("a.bytes", "some bytes", "MB", 10.0, "a peer", 40.0)
@@ -87,6 +92,17 @@ def test_bounds_are_on_rows_that_there_are():
     quick = {"decode.model.2048", "decode.attention.2048", "prefill.1024", "host.evaluated.1024"}
     absent = {key for key in BOUNDS if key not in found and key.removesuffix(".bare") not in quick}
     assert not absent
+
+
+def test_a_model_of_another_shape(tmp_path):
+    """A folder with a model of 16 bits and other heads, as a hub would give."""
+    model = tiny_llama(mx.float16, hidden_size=256, vocab_size=512)
+    save_model(tmp_path, model)
+    save_config(asdict(model.args), tmp_path / "config.json")
+    smollm2.load()[1].save_pretrained(tmp_path)
+    setting = Setting(str(tmp_path), is_quick=True)
+    rows = [row for name in ("decode", "edits", "saving") for row in BENCHMARKS[name](setting)]
+    assert len(rows) > 12 and all(row.ours > 0 for row in rows)
 
 
 def test_the_command(tmp_path):
