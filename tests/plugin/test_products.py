@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
+from mlx_kvcache.caches.products import attend_single
 from mlx_kvcache.plugin import make_prompt_cache, ragged
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
@@ -23,10 +27,15 @@ def test_both_ways_give_the_same(block, monkeypatch):
 def test_whoever_has_other_caches_gets_mlx_s_own(monkeypatch):
     """The function in the model's module serves them, too."""
     cache = make_prompt_cache(MODEL)
-    calls: list[object] = []
-    monkeypatch.setattr(ragged, "_original", lambda *args, cache, **more: calls.append(cache))
+    calls: list[int] = []
+
+    def counted(queries: mx.array, *rest: Any) -> Any:
+        calls.append(queries.shape[1])
+        return attend_single(queries, *rest)
+
+    monkeypatch.setattr(ragged, "attend_single", counted)
     arrays = mx.ones((1, 8, 1, 8)), mx.ones((1, 2, 3, 8)), mx.ones((1, 2, 3, 8))
-    ragged.attend(*arrays, cache="another's", scale=1.0, mask=None)
-    assert calls == ["another's"]
-    found = ragged.attend(*arrays, cache=cache[0], scale=1.0, mask=None)
-    assert found.shape == (1, 8, 1, 8) and len(calls) == 1
+    theirs = ragged.attend(*arrays, cache=KVCache(), scale=1.0, mask=None)
+    assert not calls
+    ours = ragged.attend(*arrays, cache=cache[0], scale=1.0, mask=None)
+    assert calls == [8] and mx.allclose(ours, theirs)
