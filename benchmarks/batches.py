@@ -25,7 +25,7 @@ WINDOW = 512
 def run(setting: Setting) -> Iterator[Row]:
     """A decode step of 8 sequences, of equal and of unequal lengths, against BatchKVCache."""
     model, _ = setting.load("smollm2")
-    shape, rounds = shape_of(model), setting.of(20, 5)
+    shape, rounds = shape_of(model), setting.of(20, 4)
     for index, (name, lengths) in enumerate(LENGTHS.items()):
         ours = _ours(model, lengths, shape)
         theirs = merged([contiguous(n, seed, shape) for seed, n in enumerate(lengths)], BatchKVCache)

@@ -78,7 +78,7 @@ BOUNDS = {
     "window.plugin": Bound(1.0, 0.85),
     "window.rewind": Bound(100, 20),
     "edits.remove": Bound(50, 10),
-    "forks.16": Bound(15, 3),
+    "forks.16": Bound(15, 1.5),
     "forks.16.bytes": Bound(1 / 50, 1 / 10),
     "batches.ragged": Bound(2.5, 1.5),
     "host.evaluated.256": Bound(1 / 0.8, reason=OPERATIONS),

@@ -25,7 +25,7 @@ def run(setting: Setting) -> Iterator[Row]:
     prompt, more = text[:READ], text[READ:]
     theirs, expected = _peer(model, prompt)
     following = logits_of(model, theirs, more, 1)
-    for block in (READ, 50, 16):
+    for block in setting.of((READ, 50, 16), (50,)):
         ours = make_prompt_cache(model)
         prefill = difference(logits_of(model, ours, prompt, block), expected)
         decoding = difference(logits_of(model, ours, more, 1), following)
@@ -42,7 +42,7 @@ def run(setting: Setting) -> Iterator[Row]:
     yield _row("fork", "after fork, in the branch", difference(logits_of(model, branch, other, 1), branched))
     origin = difference(logits_of(model, ours, more[:16], 1), following[:16])
     yield _row("origin", "and in the origin", origin)
-    for begin, end in ((4, 64), (60, 61), (0, 32)):
+    for begin, end in setting.of(((4, 64), (60, 61), (0, 32)), ((4, 64),)):
         ours.rewind_to(0)
         logits_of(model, ours, prompt)
         ours.remove(begin, end)
