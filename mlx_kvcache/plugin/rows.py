@@ -118,9 +118,14 @@ class Rows(Caller):
 
     def begin(self, n: int, is_called: bool = False) -> None:
         """Start a forward of n columns, after making room for its tokens."""
-        if self._goes_on(n):
-            self.is_called, self._offsets = is_called, None
-            return
+        if not self._goes_on(n):
+            self._start(n, is_called)
+        self._offsets = None
+        self.is_called = is_called
+        self.interrupted = False
+        self.edits.forget()
+
+    def _start(self, n: int, is_called: bool) -> None:
         self.settle()
         columns = self._columns_of(n)
         # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
@@ -128,10 +133,6 @@ class Rows(Caller):
         for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
             conversation.make_room(stop - first, early=is_called)
         self.forward = self._forward_of(columns, n, is_ragged)
-        self._offsets = None
-        self.is_called = is_called
-        self.interrupted = False
-        self.edits.forget()
 
     def _goes_on(self, n: int) -> bool:
         """Start a forward like the last one, which costs little, if nothing has happened since."""

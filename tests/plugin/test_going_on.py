@@ -121,6 +121,17 @@ def test_a_shift_in_the_middle(went_on):
     assert cache.position <= 16 and sum(went_on) > 20
 
 
+def test_layers_may_be_told_again_after_a_step(went_on):
+    """A trim of nothing changes nothing, so that the next step goes on; it must be forgotten all the same."""
+    cache = make_prompt_cache(MODEL)
+    logits_of(MODEL, cache, [1, 2, 3], 1)
+    assert cache[0].trim(0) == 0
+    logits_of(MODEL, cache, [4])
+    assert went_on[-1]
+    assert [layer.trim(2) for layer in reversed(cache)] == [2] * len(cache)
+    assert cache.position == 2
+
+
 def test_layers_driven_by_hand(went_on):
     """The same, where a forward begins with a mask and is over when every layer has written."""
     cache = make_prompt_cache(MODEL)
