@@ -104,12 +104,10 @@ def main() -> int:
 
 
 def _verdict(row: Row | Curve, is_quick: bool) -> str:
-    bound = BOUNDS.get(row.key) if isinstance(row, Row) else None
-    if bound is None or (is_quick and bound.quick is None):
+    bound = BOUNDS.get(row.key)
+    if bound is None or isinstance(row, Curve) or bound.is_met(row, is_quick):
         return ""
-    assert isinstance(row, Row)
-    limit = bound.quick if is_quick else bound.limit
-    return "" if bound.is_met(row, is_quick) else f"  MISSED {limit:.3g}"
+    return f"  MISSED {bound.limit_of(is_quick):.3g}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.rows import Row, less
+from benchmarks.rows import Row, held, less
 from benchmarks.setting import Setting
 from benchmarks.text import losses, topics
 from mlx_kvcache.plugin import make_prompt_cache
@@ -43,7 +43,5 @@ def run(setting: Setting) -> Iterator[Row]:
         cache = make_prompt_cache(model, **options)
         loss = losses(model, cache, text, BLOCK).mean()
         halves = (len(text) - 1) * sum(2 * 2 * layer.self_attn.n_kv_heads * 64 for layer in model.layers)
-        yield less(
-            f"bits.bytes.{name}", f"K and V in {name} bits", "MB", cache.nbytes / 1e6, "float16", halves / 1e6
-        )
+        yield held(f"bits.bytes.{name}", f"K and V in {name} bits", cache.nbytes, "float16", halves)
         yield less(f"bits.loss.{name}", f"loss in {name} bits", "nats", loss, "float32", whole)

@@ -21,10 +21,13 @@ class Bound(NamedTuple):
     of_value: bool = False
     reason: str = ""
 
+    def limit_of(self, is_quick: bool) -> float | None:
+        """The limit that holds; None where a quick run has none."""
+        return self.quick if is_quick else self.limit
+
     def is_met(self, row: Row, is_quick: bool = False) -> bool:
-        limit = self.quick if is_quick and self.quick is not None else self.limit
-        figure = self.figure(row)
-        return figure >= limit if row.kind == "speed" else figure <= limit
+        limit, figure = self.limit_of(is_quick), self.figure(row)
+        return limit is None or (figure >= limit if row.kind == "speed" else figure <= limit)
 
     def figure(self, row: Row) -> float:
         """What the bound is on."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from benchmarks.measure import difference
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from mlx_kvcache.plugin import make_prompt_cache
 from mlx_kvcache.plugin.probe import scheme_of
+from tests.plugin.running import difference
 from tests.plugin.tiny import tiny_llama
 
 REMOVALS, WIDTH, SINKS = 500, 4, 8

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, trim_prompt_cache
 from benchmarks.measure import check_equal, once, speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.shape import contiguous, fill, shape_of
+from benchmarks.shape import contiguous, fill, read, shape_of
 from mlx_kvcache.plugin import make_prompt_cache
 
 BLOCK, BACK = 512, 64
@@ -51,8 +51,7 @@ def _removal(model: Any, context: int, rounds: int) -> Row:
     text = mx.random.randint(0, 500, (1, context), key=mx.random.key(0))
     cache = make_prompt_cache(model)
     begin, end = context // 4, 3 * context // 4
-    for start in range(0, context, BLOCK):
-        mx.eval(model(text[:, start : start + BLOCK], cache=cache))
+    read(model, cache, text, BLOCK)
     token, seconds = mx.array([[5]]), []
     found: list[mx.array] = []
     # The first removal asks once how the model turns keys; a chat does that once, too.
@@ -61,13 +60,11 @@ def _removal(model: Any, context: int, rounds: int) -> Row:
         seconds.append(timed(lambda: _removed(model, branch, begin, end, token, found)))  # noqa: B023
     for again in found:
         check_equal(again, found[0], 1e-5)
-    rest = mx.concatenate([text[:, begin:begin], text[:, end:]], axis=1)
     theirs: list[KVCache] = [KVCache() for _ in model.layers]
     mx.eval(model(text[:, :begin], cache=theirs))
 
     def prefill() -> None:
-        for start in range(0, rest.shape[1], BLOCK):
-            mx.eval(model(rest[:, start : start + BLOCK], cache=theirs))
+        read(model, theirs, text[:, end:], BLOCK)
         mx.eval(model(token, cache=theirs))
 
     return once(

@@ -7,13 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from benchmarks.measure import difference
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.text import topics
 from examples import smollm2
 from mlx_kvcache.plugin import make_prompt_cache
-from tests.plugin.running import logits_of, plain, without
+from tests.plugin.running import difference, logits_of, plain, without
 
 READ, MORE = 128, 32
 

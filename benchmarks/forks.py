@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.measure import peak_of, speed, timed
-from benchmarks.rows import Row, less
+from benchmarks.rows import Row, held
 from benchmarks.setting import Setting
 from benchmarks.shape import SMOLLM2, arrays, contiguous, evaluate, fill
 from mlx_kvcache.plugin import make_prompt_cache
@@ -32,13 +32,12 @@ def run(setting: Setting) -> Iterator[Row]:
             lambda: timed(lambda: _copied(theirs, branches)),  # noqa: B023
             setting.of(6, 3),
         )
-        yield less(
+        yield held(
             f"forks.{branches}.bytes",
             f"bytes that {branches} fork{'s' * (branches > 1)} add",
-            "MB",
-            peak_of(lambda: _forked(ours, branches)) / 1e6,  # noqa: B023
+            peak_of(lambda: _forked(ours, branches)),  # noqa: B023
             "deepcopy of KVCache",
-            peak_of(lambda: _copied(theirs, branches)) / 1e6,  # noqa: B023
+            peak_of(lambda: _copied(theirs, branches)),  # noqa: B023
         )
 
 

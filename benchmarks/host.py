@@ -34,7 +34,6 @@ def run(setting: Setting) -> Iterator[Row]:
                 lambda: _step(ours, token, evaluated),  # noqa: B023
                 "KVCache",
                 lambda: _step(theirs, token, evaluated),  # noqa: B023
-                # So many steps stay below the next growth of either.
                 rounds,
                 LAYERS,
             )

@@ -10,6 +10,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from benchmarks.rows import Row
+from tests.plugin.running import difference
 
 Work = Callable[[], float]
 """Does something once and returns the seconds that count."""
@@ -72,12 +73,6 @@ def peak_of(work: Callable[[], object]) -> int:
     mx.reset_peak_memory()
     work()
     return max(0, mx.get_peak_memory() - before)
-
-
-def difference(a: mx.array, b: mx.array) -> float:
-    """The largest."""
-    found: float = mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()  # type: ignore[assignment]
-    return found
 
 
 def check_equal(a: mx.array, b: mx.array, within: float = 1e-3) -> None:

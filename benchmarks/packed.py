@@ -10,8 +10,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache
 
 from benchmarks.measure import check_equal, peak_of, speed, timed
-from benchmarks.rows import Row, less
+from benchmarks.rows import Row, held
 from benchmarks.setting import Setting
+from benchmarks.shape import read
 from mlx_kvcache.plugin import make_prompt_cache
 
 BLOCK = 256
@@ -22,19 +23,18 @@ def run(setting: Setting) -> Iterator[Row]:
     model, _ = setting.load(setting.of("smollm2", "tiny"))
     prefill, rounds = setting.of(1024, 512), setting.of(16, 5)
     text = mx.random.randint(0, 500, (1, prefill), key=mx.random.key(0))
-    yield less(
+    yield held(
         "packed.peak",
         f"peak above the model of prefilling {prefill:,} by {BLOCK} in 8 bits",
-        "MB",
-        _peak(model, text, 8) / 1e6,
+        _peak(model, text, 8),
         "float here",
-        _peak(model, text, None) / 1e6,
+        _peak(model, text, None),
     )
     token = mx.array([[5]])
-    plain = _read(model, make_prompt_cache(model), text)
+    plain = _filled(model, make_prompt_cache(model), text)
     for bits in (8, 4):
-        ours = _read(model, make_prompt_cache(model, kv_bits=bits), text)
-        theirs = _read(model, [QuantizedKVCache(64, bits) for _ in model.layers], text)
+        ours = _filled(model, make_prompt_cache(model, kv_bits=bits), text)
+        theirs = _filled(model, [QuantizedKVCache(64, bits) for _ in model.layers], text)
         # They round to scales of other precision.
         check_equal(model(token, cache=ours), model(token, cache=theirs), 0.02 if bits == 8 else 0.5)
         for key, peer, cache in (
@@ -50,13 +50,12 @@ def run(setting: Setting) -> Iterator[Row]:
                 lambda: timed(lambda: mx.eval(model(token, cache=cache))),  # noqa: B023
                 rounds,
             )
-        yield less(
+        yield held(
             f"packed.{bits}.bytes",
             f"K and V of {prefill:,} tokens in {bits} bits",
-            "MB",
-            ours.nbytes / 1e6,
+            ours.nbytes,
             "QuantizedKVCache",
-            sum(layer.nbytes for layer in theirs) / 1e6,
+            sum(layer.nbytes for layer in theirs),
         )
 
 
@@ -67,7 +66,6 @@ def _peak(model: Any, text: mx.array, bits: int | None) -> int:
     return peak_of(lambda: list(steps))
 
 
-def _read(model: Any, cache: Any, text: mx.array) -> Any:
-    for start in range(0, text.shape[1], BLOCK):
-        mx.eval(model(text[:, start : start + BLOCK], cache=cache))
+def _filled(model: Any, cache: Any, text: mx.array) -> Any:
+    read(model, cache, text, BLOCK)
     return cache

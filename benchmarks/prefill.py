@@ -11,6 +11,7 @@ from mlx_lm.models.cache import KVCache
 from benchmarks.measure import check_equal, speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
+from benchmarks.shape import read
 from mlx_kvcache.plugin import make_prompt_cache
 
 BLOCK = 512
@@ -24,7 +25,10 @@ def run(setting: Setting) -> Iterator[Row]:
         lengths += (16384, 32768)
     for length in setting.of(lengths, (128, 1024)):
         text = mx.random.randint(0, 500, (1, length), key=mx.random.key(length))
-        check_equal(_read(model, _ours(model), text), _read(model, _theirs(model), text))
+        check_equal(
+            read(model, _ours(model), text, BLOCK),
+            read(model, _theirs(model), text, BLOCK),
+        )
         yield speed(
             f"prefill.{length}",
             f"prefill of {length:,} by {BLOCK}",
@@ -45,11 +49,4 @@ def _theirs(model: Any) -> Any:
 
 
 def _seconds(model: Any, cache: Any, text: mx.array) -> float:
-    return timed(lambda: _read(model, cache, text))
-
-
-def _read(model: Any, cache: Any, text: mx.array) -> mx.array:
-    for start in range(0, text.shape[1], BLOCK):
-        logits: mx.array = model(text[:, start : start + BLOCK], cache=cache)
-        mx.eval(logits)
-    return logits
+    return timed(lambda: read(model, cache, text, BLOCK))

@@ -64,6 +64,11 @@ class Curve:
         return f"{self.title}: {'; '.join(ends)}"
 
 
+def held(key: str, work: str, ours: int, peer: str, theirs: int) -> Row:
+    """A row of bytes."""
+    return less(key, work, "MB", ours / 1e6, peer, theirs / 1e6)
+
+
 def less(key: str, work: str, unit: str, ours: float, peer: str, theirs: float) -> Row:
     """A row of something that is counted, of which less is better."""
     return Row(key, work, unit, ours, peer, theirs, "less", ours / theirs)

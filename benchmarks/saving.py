@@ -12,9 +12,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from benchmarks.measure import check_equal, once, speed, timed
-from benchmarks.rows import Row, less
+from benchmarks.rows import Row, held
 from benchmarks.setting import Setting
-from benchmarks.shape import contiguous, fill, shape_of
+from benchmarks.shape import contiguous, fill, read, shape_of
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 
 BLOCK, ROUNDS = 256, 5
@@ -32,7 +32,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 def _prefilled(model: Any, text: list[int], path: Path) -> Iterator[Row]:
     cache, token = make_prompt_cache(model), mx.array([[5]])
-    prefill = timed(lambda: _read(model, cache, text))
+    prefill = timed(lambda: read(model, cache, mx.array([text]), BLOCK))
     for bits in (32, 8):
         if bits == 8:
             cache[0].to_quantized(64, 8)
@@ -85,19 +85,13 @@ def _beside(model: Any, text: list[int], folder: Path) -> Iterator[Row]:
             lambda: timed(lambda: _next(model, load_prompt_cache(peer), token)),
             ROUNDS,
         )
-    yield less(
+    yield held(
         "saving.bytes",
         "size of the file",
-        "MB",
-        mine.stat().st_size / 1e6,
+        mine.stat().st_size,
         "save_prompt_cache",
-        Path(peer).stat().st_size / 1e6,
+        Path(peer).stat().st_size,
     )
-
-
-def _read(model: Any, cache: Any, text: list[int]) -> None:
-    for start in range(0, len(text), BLOCK):
-        mx.eval(model(mx.array([text[start : start + BLOCK]]), cache=cache))
 
 
 def _next(model: Any, cache: Any, token: mx.array) -> mx.array:

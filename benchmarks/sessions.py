@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
 from benchmarks.measure import check_equal, once, speed, timed
-from benchmarks.rows import Row, less
+from benchmarks.rows import Row, held
 from benchmarks.setting import Setting
 from benchmarks.shape import arrays, attention, contiguous, fill, shape_of
 from mlx_kvcache.plugin import make_prompt_cache
@@ -94,13 +94,12 @@ def _shared(model: Any, prefix: int, rounds: int) -> Iterator[Row]:
         forks[0].pool,
     )
     unshared = [contiguous(prefix + OWN, shape=shape) for _ in range(BRANCHES)]
-    yield less(
+    yield held(
         "sessions.bytes",
         f"K and V of {BRANCHES} on a prefix of {prefix:,} with {OWN} of their own",
-        "MB",
-        pool.nbytes / 1e6,
+        pool.nbytes,
         f"{BRANCHES} KVCaches",
-        sum(layer.nbytes for cache in unshared for layer in cache) / 1e6,
+        sum(layer.nbytes for cache in unshared for layer in cache),
     )
     together, alone = arrays(1, 9, BRANCHES, shape), arrays(1, 9, shape=shape)
     yield speed(

@@ -65,6 +65,14 @@ def fill(cache: Any, length: int, seed: int = 0, step: int | None = None, shape:
     return cache
 
 
+def read(model: Any, cache: Any, text: mx.array, block: int) -> mx.array:
+    """Give a model a text (1, n) in blocks; the logits of the last one."""
+    for start in range(0, text.shape[1], block):
+        logits: mx.array = model(text[:, start : start + block], cache=cache)
+        mx.eval(logits)
+    return logits
+
+
 def evaluate(cache: Any) -> None:
     """Compute all that has been written."""
     mx.eval([array for layer in cache for array in (layer.keys, layer.values)])

@@ -44,10 +44,10 @@ def main() -> int:
         "--check", action="store_true", help="write nothing, fail where something is out of date"
     )
     is_check = parser.parse_args().check
-    stale = [path for path, content in written() if not path.exists() or path.read_bytes() != content]
-    for path, content in [] if is_check else written():
-        path.write_bytes(content)
-    for path in stale:
+    stale = {path: text for path, text in written() if not path.exists() or path.read_bytes() != text}
+    for path, content in stale.items():
+        if not is_check:
+            path.write_bytes(content)
         print(f"{path.relative_to(ROOT)} {'is out of date' if is_check else 'is new'}")
     return int(is_check and bool(stale))
 
@@ -82,7 +82,7 @@ def _machine(name: str, told: Mapping[str, Any]) -> str:
             lines += [f"![milliseconds a token by context](pictures/{name}-decode.svg)", ""]
         lines += [f"![{c['title']}](pictures/{name}-{c['key']}.svg)\n" for c in entry["curves"]]
         lines += ["| work | here | peer | | ratio | quartiles | peak, MB |", "|---|---|---|---|---|---|---|"]
-        lines += [_line(rows[row["key"]]) for row in entry["rows"]] + [""]
+        lines += [_joined(_cells(rows[row["key"]])) for row in entry["rows"]] + [""]
     return "\n".join(lines)
 
 
@@ -90,12 +90,16 @@ def _where(told: Mapping[str, Any]) -> str:
     return described(next(iter(told.values()))["machine"])
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     theirs = "" if row.theirs is None else _figure(row.theirs, row.unit)
     spread = "" if row.spread is None else f"{row.spread[0]:.2f} to {row.spread[1]:.2f}"
     peak = "" if row.peak is None else " and ".join(f"{part / 1e6:.1f}" for part in row.peak)
     ours = _figure(row.ours, row.unit)
-    return f"| {row.work} | {ours} | {row.peer} | {theirs} | {_ratio(row)} | {spread} | {peak} |"
+    return [row.work, ours, row.peer, theirs, _ratio(row), spread, peak]
+
+
+def _joined(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _figure(value: float, unit: str) -> str:
@@ -143,7 +147,7 @@ def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
         "",
         "| work | here | peer | | ratio |",
         "|---|---|---|---|---|",
-        *("|".join(_line(rows[key]).split("|")[:6]) + "|" for key in plots.CHIEF if key in rows),
+        *(_joined(_cells(rows[key])[:5]) for key in plots.CHIEF if key in rows),
         "",
         "🔴 marks what misses its bound. [All figures](docs/benchmarks.md): what must be reached, why some "
         "is not, and spread and memory of each.",
