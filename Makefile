@@ -11,12 +11,12 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py
 
-.PHONY: help demo test check fmt soak bench bench-endless bench-check figures pictures models clean
+.PHONY: help demo test check fmt soak soak-chat bench bench-endless bench-check figures pictures screenshots models clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/demo  ## talk with SmolLM2; without a terminal, play a short scripted conversation
+demo: $(VENV)/demo  ## chat with SmolLM2 and see its cache; without a terminal, play a short script
 	@if [ -t 0 ] && [ -t 1 ]; then $(RUN) -m examples.chat; \
 	else $(RUN) -m examples.chat --script examples/chat/demo.txt --capacity 192 --max-tokens 48; fi
 
@@ -36,6 +36,9 @@ fmt: $(VENV)/dev  ## format the code
 soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for each kind
 	MACHINE_SEEDS=200 MACHINE_STEPS=2000 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 
+soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
+	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
+
 bench: $(VENV)/bench  ## every benchmark but the endless text, into benchmarks/results
 	$(RUN) -m benchmarks --all --json benchmarks/results
 
@@ -50,6 +53,9 @@ figures: $(VENV)/dev  ## write docs/benchmarks.md and all figures from benchmark
 
 pictures: $(VENV)/dev  ## draw the pictures in docs/
 	$(BIN)/python -m docs.draw
+
+screenshots: $(VENV)/dev  ## take the pictures of the chat in docs/, in a conversation with SmolLM2
+	$(RUN) -m docs.screenshots
 
 models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
 	$(RUN) -m docs.models

@@ -50,11 +50,12 @@ def find() -> Path:
     return found[0]
 
 
-def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
+def load(dtype: mx.Dtype | None = None, lazy: bool = False) -> tuple[llama.Model, TokenizerWrapper]:
     """Model and tokenizer.
 
     Args:
         dtype: of the weights, dequantised; None takes float32 on a CPU, float16 elsewhere.
+        lazy: leave the weights to be computed when they are first needed.
     """
     if dtype is None:
         dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
@@ -63,7 +64,8 @@ def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
     weights, meta = mx.load(str(find()), return_metadata=True)  # type: ignore[assignment]
     model = llama.Model(_arguments(meta))
     model.load_weights(list(_dequantised(weights, dtype).items()))
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     return model, _tokenizer(meta)
 
 

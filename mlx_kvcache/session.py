@@ -41,6 +41,7 @@ class Session:
         tokens: what is in the cache, or will be when `rest` has been computed.
         reused: how many of them were there already.
         rest: those that are left to compute, at least one.
+        salt: under which the cache is stored at the end.
     """
 
     def __init__(self, pool: Keeper, cache: Any, tokens: Sequence[int], reused: int, salt: Hashable) -> None:
@@ -49,12 +50,30 @@ class Session:
         self.reused = reused
         self.rest = self.tokens[reused:]
         self._pool = pool
-        self._salt = salt
+        self.salt = salt
         self._is_open = True
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Note tokens that have been or will be computed behind the others, such as a reply's."""
         self.tokens += tokens
+
+    def remove(self, begin: int, end: int, salt: Hashable) -> None:
+        """Take out [begin, end) of what has been computed; later tokens move down.
+
+        Args:
+            salt: keeps the cache apart from here on: tokens after the gap were computed with
+                knowledge of what is gone, which another conversation of these tokens has not.
+
+        Raises:
+            ValueError: not 0 <= begin <= end <= the cache's position.
+            NotSupportedError: the cache cannot; nothing has changed.
+        """
+        if not 0 <= begin <= end <= self.cache.position:
+            raise ValueError(f"cannot remove [{begin}, {end}) of {self.cache.position} tokens")
+        self.cache.remove(begin, end)
+        del self.tokens[begin:end]
+        self.reused -= max(0, min(end, self.reused) - begin)
+        self.salt = salt
 
     def shift(self, keep: int = 0, room: int = 1) -> list[int]:
         """Make room for more tokens where the cache has a capacity: drop the older half after `keep`.
@@ -93,7 +112,7 @@ class Session:
         """Give the cache back, for others that begin alike. A second close does nothing."""
         if self._is_open:
             self._is_open = False
-            self._pool.store(self.tokens[: self.cache.position], self.cache, self._salt, is_pinned)
+            self._pool.store(self.tokens[: self.cache.position], self.cache, self.salt, is_pinned)
 
     def __enter__(self) -> Session:
         return self

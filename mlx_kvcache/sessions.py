@@ -88,6 +88,11 @@ class SessionPool:
         return len(self._stored)
 
     @property
+    def cells(self) -> Any:
+        """The pool of cells that the caches share; None before there is a cache."""
+        return self._cells
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the caches' pool, open sessions included."""
         return self._cells.nbytes if self._cells is not None else 0

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from .terminal import Terminal
+from .settings import Settings
 
 SYSTEM = "You are a helpful AI assistant."
 
@@ -18,36 +16,29 @@ SYSTEM = "You are a helpful AI assistant."
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.chat",
-        description="A chat that keeps one prompt cache and reads no token twice. Type /help in it.",
+        description="A chat that shows its cache and reads no token twice. In a terminal it is an "
+        "application; otherwise, or with --plain, it reads lines.",
     )
     parser.add_argument(
         "--model", help="path or hub name of an mlx-lm model (default: SmolLM2-135M-Instruct)"
     )
-    parser.add_argument("--system", default=SYSTEM, help="system prompt (default: %(default)r)")
-    parser.add_argument(
-        "--capacity",
-        type=int,
-        help="the most tokens in the cache; the oldest turns make room (default: no bound)",
-    )
-    parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--script", type=Path, help="read messages and commands from this file, one per line")
-    chosen = parser.parse_args()
-    if chosen.capacity is not None and chosen.capacity < 64:
-        parser.error(f"--capacity {chosen.capacity} leaves no room to talk; take 64 or more")
-    return chosen
+    parser.add_argument("--system", help=f"system prompt of new conversations (default: {SYSTEM!r})")
+    parser.add_argument("--capacity", type=int, help="the most tokens in a cache; the oldest turns make room")
+    parser.add_argument("--window", type=int, help="how many tokens a token sees (default: all)")
+    parser.add_argument("--bits", type=int, help="of stored keys and values (default: the model's precision)")
+    parser.add_argument("--max-tokens", type=int, help="longest answer")
+    parser.add_argument("--temperature", type=float, help="of sampling; --plain takes 0 if it is not given")
+    parser.add_argument("--data", type=Path, help="folder of saved conversations (default: the user's data)")
+    parser.add_argument("--plain", action="store_true", help="lines in, answers out; nothing is saved")
+    parser.add_argument("--script", type=Path, help="read messages and commands from a file; implies --plain")
+    return parser.parse_args()
 
 
-def load(name: str | None) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
-    if name is None:
-        from examples import smollm2
-
-        return smollm2.load()
-    import mlx_lm
-
-    model, tokenizer = mlx_lm.load(name)[:2]
-    return model, tokenizer
+def settings(chosen: argparse.Namespace, usual: Settings) -> Settings:
+    """The usual settings with what was chosen. Raises ValueError out of bounds."""
+    names = ("capacity", "window", "bits", "max_tokens", "temperature")
+    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    return replace(usual, **given)
 
 
 def lines(script: Path | None) -> Iterator[str]:
@@ -56,7 +47,7 @@ def lines(script: Path | None) -> Iterator[str]:
         while True:
             try:
                 yield input("> ")
-            except EOFError:
+            except (EOFError, KeyboardInterrupt):
                 return
     source = script.read_text().splitlines() if script else (line.rstrip("\n") for line in sys.stdin)
     for line in source:
@@ -64,23 +55,41 @@ def lines(script: Path | None) -> Iterator[str]:
         yield line
 
 
-def main() -> int:
-    chosen = arguments()
+def plain(chosen: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .engine import Engine
+    from .models import DEFAULT, CannotLoad, load
+    from .plain import Plain
+
     console = Console(stderr=True)
     try:
-        with console.status(f"Loading {chosen.model or 'SmolLM2-135M-Instruct'} ..."):
+        with console.status(f"Loading {chosen.model or DEFAULT} ..."):
             model, tokenizer = load(chosen.model)
-    except (FileNotFoundError, ValueError, OSError) as error:
-        console.print(f"[red]Cannot load {chosen.model or 'the model'}:[/red] {error}")
+    except CannotLoad as error:
+        console.print(str(error), style="red", markup=False)
         return 1
-    terminal = Terminal(
-        model, tokenizer, chosen.system, chosen.capacity, chosen.max_tokens, chosen.temperature
-    )
+    usual = Settings(capacity=None, temperature=0.0, max_tokens=256)
+    chat = Plain(Engine(model, tokenizer, settings(chosen, usual)), chosen.system or SYSTEM)
     print("Type a message, or /help for commands.")
     for line in lines(chosen.script):
-        if not terminal.handle(line):
+        if not chat.handle(line):
             break
     return 0
+
+
+def main() -> int:
+    chosen = arguments()
+    try:
+        settings(chosen, Settings())
+        if chosen.plain or chosen.script or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            return plain(chosen)
+        from .ui.app import run
+
+        return run(chosen.data, chosen.model, chosen.system or SYSTEM, lambda usual: settings(chosen, usual))
+    except ValueError as error:
+        print(f"examples.chat: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ class PromptCache(list[Any]):
         return self._rows.pool
 
     @property
+    def sequence(self) -> int:
+        """By which name `holdings` knows this cache; no other of the pool has had it."""
+        return self._conversation.sequence
+
+    @property
     def position(self) -> int:
         """How many tokens are in the cache."""
         return self._rows.positions[0]

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache import CacheError
+from mlx_kvcache import CacheError, NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
 from mlx_kvcache.sessions import SessionPool
 from tests.plugin.configurations import build
@@ -140,6 +140,36 @@ def test_shifting_keeps_the_first_tokens():
     assert session.cache.position == 17
     session.close()
     assert len(pool) == 1
+
+
+def test_what_is_left_after_a_removal_is_kept_apart():
+    pool = pool_of()
+    with pool.open(TEXT[:40]) as session:
+        computed(MODEL, session)
+    with pool.open(TEXT[:50]) as session:
+        session.remove(10, 30, salt="cut")
+        left = TEXT[:10] + TEXT[30:50]
+        assert (session.tokens, session.reused, session.rest) == (left, 20, TEXT[40:50])
+        assert difference(computed(MODEL, session), afresh(MODEL, left)) > 0
+    assert pool.open([*left, 1], salt="cut").reused == 30
+    assert pool.open([*left, 1]).reused == 10
+
+
+def test_a_removal_that_cannot_be_changes_nothing():
+    gpt2 = tiny_gpt2()
+    for model, begin, end, error in (
+        (MODEL, 10, 41, ValueError),
+        (MODEL, 10, 9, ValueError),
+        (MODEL, -1, 9, ValueError),
+        (gpt2, 10, 30, NotSupportedError),
+    ):
+        pool = pool_of(model)
+        with pool.open(TEXT[:40]) as session:
+            computed(model, session)
+            before = session.tokens[:]
+            with pytest.raises(error, match="40"):
+                session.remove(begin, end, salt="cut")
+            assert (session.tokens, session.salt, session.cache.position) == (before, None, 40)
 
 
 def test_where_tokens_cannot_be_moved_they_are_given_back():

@@ -1,0 +1,240 @@
+"""What a user works on: conversations, settings, and the reply under way. No screen, and no MLX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .events import Event, Failed, Said, Seen
+from .library import Library
+from .settings import Settings
+from .tree import Conversation, Message, Replied, cleaned, new_id
+from .worker import Worker
+
+
+class Refused(Exception):
+    """What cannot be done now, and why; nothing has changed."""
+
+
+@dataclass
+class Pending:
+    """A reply under way: to which message, under which name, and what there is of it.
+
+    Attributes:
+        before: the end of the branch before the message was said; `is_new` where it was just now.
+    """
+
+    conversation: Conversation
+    last: Message
+    name: str
+    before: str | None
+    is_new: bool
+    text: str = ""
+
+
+class Desk:
+    """Conversations, one of which is looked at.
+
+    Args:
+        system: the system prompt of new conversations.
+        model: as of `models.load`; None for the one that was used last.
+
+    Attributes:
+        pending: the reply under way, or None.
+        seen: what the caches hold, as far as is known.
+        returned: text that could not be answered, to be tried again.
+    """
+
+    def __init__(
+        self, library: Library, worker: Worker, system: str, settings: Settings, other: dict[str, Any]
+    ) -> None:
+        self.library = library
+        self.worker = worker
+        self.system = system
+        self.settings = settings
+        self.other = other
+        self.conversations = library.load()
+        self.pending: Pending | None = None
+        self.seen: Seen | None = None
+        self.returned = ""
+        opened = {conversation.id: conversation for conversation in self.conversations}
+        self.current = opened.get(other.get("conversation", "")) or self._fresh()
+
+    @property
+    def model(self) -> str | None:
+        """Which model is asked for."""
+        name: str | None = self.other.get("model")
+        return name
+
+    @property
+    def order(self) -> dict[str, int]:
+        """Conversations' places by age, which their colours go by."""
+        by_age = sorted(self.conversations, key=lambda conversation: conversation.created)
+        return {conversation.id: place for place, conversation in enumerate(by_age)}
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the reply under way is on the branch that is looked at."""
+        return (
+            self.pending is not None
+            and self.pending.conversation is self.current
+            and self.current.leaf == self.pending.last.id
+        )
+
+    def load(self, model: str | None) -> None:
+        """Take a model."""
+        self._check_idle()
+        self.other["model"] = model
+        self.worker.load(model, self.settings)
+        self.worker.warm(self.current)
+        self._keep()
+
+    def new(self) -> None:
+        """Begin a conversation."""
+        if self.current.messages:
+            self.current = self._fresh()
+        self._look()
+
+    def open(self, id: str) -> None:  # noqa: A002
+        """Look at another conversation."""
+        self.current = next(each for each in self.conversations if each.id == id)
+        self._look()
+
+    def rename(self, conversation: Conversation, title: str) -> None:
+        title = cleaned(title).strip()
+        if not title:
+            raise Refused("a conversation needs a title")
+        conversation.title = title
+        self.library.save(conversation)
+
+    def delete(self, conversation: Conversation) -> None:
+        """Move a conversation out of sight; its file goes to the folder `deleted`."""
+        if self.pending and self.pending.conversation is conversation:
+            raise Refused("a reply is being written there; stop it first")
+        if conversation in self.conversations:
+            self.conversations.remove(conversation)
+            self.library.delete(conversation)
+        if conversation is self.current:
+            self.current = self.conversations[0] if self.conversations else self._fresh()
+            self._look()
+
+    def find(self, words: str) -> list[Conversation]:
+        """The conversations that have all these words in their titles or messages."""
+        wanted = words.lower().split()
+        return [each for each in self.conversations if all(word in _content(each) for word in wanted)]
+
+    def ask(self, text: str) -> Message:
+        """Say something at the end of the branch."""
+        return self._say(text, self.current.leaf)
+
+    def edit(self, message: Message, text: str) -> Message:
+        """Say something instead of an earlier message, on a branch of its own."""
+        if message.role != "user":
+            raise Refused("only your own messages can be edited; a reply can be made again")
+        return self._say(text, message.parent)
+
+    def regenerate(self, message: Message | None = None) -> None:
+        """Make a reply again, beside the one there is; None takes the branch's last."""
+        self._check_idle()
+        path = self.current.path_to(message.id) if message else self.current.path
+        asked = [each for each in path if each.role == "user"]
+        if not asked:
+            raise Refused("there is nothing to answer yet")
+        before, self.current.leaf = self.current.leaf, asked[-1].id
+        self._answer(asked[-1], before, is_new=False)
+
+    def look_at(self, message: Message) -> None:
+        """Look at the branch of a message."""
+        self.current.look_at(message.id)
+        self.library.save(self.current)
+        self._look()
+
+    def set_system(self, text: str) -> None:
+        """Change what the model is told before the conversation."""
+        self._check_idle()
+        self.current.system = cleaned(text).strip()
+        if self.current.messages:
+            self.library.save(self.current)
+
+    def set(self, settings: Settings) -> None:
+        self._check_idle()
+        self.settings = settings
+        self.worker.configure(settings)
+        self.worker.warm(self.current)
+        self._keep()
+
+    def stop(self) -> bool:
+        """End the reply under way. Returns whether there is one."""
+        self.worker.stop()
+        return self.pending is not None
+
+    def heed(self, event: Event) -> None:
+        """Take in what the model's side tells."""
+        if isinstance(event, Seen):
+            self.seen = event
+        elif isinstance(event, Said) and self.pending:
+            self.pending.text += event.text
+        elif isinstance(event, Replied) and self.pending:
+            pending, self.pending = self.pending, None
+            pending.conversation.take(pending.last, pending.name, event)
+            self.library.save(pending.conversation)
+        elif isinstance(event, Failed) and event.what == "reply" and self.pending:
+            self._take_back()
+
+    def close(self) -> None:
+        """Note where to go on, and have everything kept."""
+        self._keep()
+        self.worker.close()
+
+    def _say(self, text: str, parent: str | None) -> Message:
+        text = cleaned(text).strip()
+        if not text:
+            raise Refused("there is nothing in it")
+        self._check_idle()
+        before = self.current.leaf
+        message = self.current.say(text, parent)
+        if self.current not in self.conversations:
+            self.conversations.insert(0, self.current)
+        self.library.save(self.current)
+        self._answer(message, before, is_new=True)
+        return message
+
+    def _answer(self, last: Message, before: str | None, is_new: bool) -> None:
+        self.pending = Pending(self.current, last, new_id(), before, is_new)
+        self.worker.reply(self.current, last, self.pending.name)
+
+    def _take_back(self) -> None:
+        """A reply could not be given: all is as it was before the message was said."""
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        conversation = pending.conversation
+        if pending.is_new:
+            self.returned = pending.last.text
+            conversation.take_back(pending.last, pending.before)
+        elif conversation.leaf == pending.last.id:
+            conversation.leaf = pending.before
+        if not conversation.messages:
+            conversation.title = ""
+            self.conversations.remove(conversation)
+            self.library.delete(conversation)
+        else:
+            self.library.save(conversation)
+
+    def _check_idle(self) -> None:
+        if self.pending:
+            raise Refused("a reply is being written; stop it first")
+
+    def _fresh(self) -> Conversation:
+        return Conversation(system=self.system)
+
+    def _look(self) -> None:
+        self.worker.warm(self.current)
+
+    def _keep(self) -> None:
+        self.other["conversation"] = self.current.id
+        self.library.save_state(self.settings, dict(self.other))
+
+
+def _content(conversation: Conversation) -> str:
+    texts = [conversation.title, *(message.text for message in conversation.messages.values())]
+    return "\n".join(texts).lower()

@@ -1,0 +1,188 @@
+"""Replies of a model, on caches that are found by what has been said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import stream_generate
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_kvcache import CacheFileError, SessionPool
+from mlx_kvcache.plugin import make_session_pool
+
+from .answer import Answer, Stopped
+from .events import Event
+from .prompt import Prompt, forget, prepare
+from .reading import compose
+from .settings import Settings
+from .tree import Conversation, Cost, Message, Replied
+from .watch import Watch
+
+STEP = 128
+"""Tokens that are read at once: a stop is heeded between them."""
+
+
+@dataclass
+class Engine:
+    """A model, and its caches by the tokens in them. All of it belongs to one thread.
+
+    Args:
+        folder: where caches go that leave memory, and at `close`; None for nowhere.
+        clock: seconds, for what is told about speed.
+
+    Attributes:
+        notice: what is not as asked for.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    folder: Path | None = None
+    clock: Callable[[], float] = time.perf_counter
+    notice: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        _set_window(self.model, self.settings)
+        try:
+            self.pool = self._pool(self.folder)
+        except CacheFileError as error:
+            self.pool = self._pool(None)
+            self.notice = f"Caches are not kept: {error}"
+        self.watch = Watch(self.pool, self.clock)
+
+    def reply(
+        self,
+        conversation: Conversation,
+        last: Message,
+        name: str,
+        emit: Callable[[Event], None] = lambda event: None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Replied:
+        """Answer a message of the user.
+
+        Args:
+            last: the message.
+            name: the reply's.
+            emit: is told what happens, the end excepted.
+            is_stopped: asked at every token whether that is enough.
+
+        Raises:
+            TooLong: the message does not fit; nothing has changed.
+            CacheError: as the caches'; what was said before is as it was.
+        """
+        path = conversation.path_to(last.id)
+        prompt = prepare(self.pool, self.tokenizer, conversation, path, self.settings)
+        start, reused = prompt.start, prompt.session.reused
+        answer = Answer(prompt, emit, is_stopped, self.clock)
+        self.watch.follow(conversation.id, prompt.session, prompt.gap)
+        try:
+            self._generate(answer, name)
+        except Stopped:
+            answer.ended = "stopped"
+        finally:
+            prompt.session.close()
+        cost = self._cost(answer, reused)
+        self.watch.add(cost)
+        self.look(emit)
+        return Replied(answer.text, answer.piece, prompt.read, (start, prompt.start), cost, answer.ended)
+
+    def warm(self, conversation: Conversation, emit: Callable[[Event], None]) -> None:
+        """Have the cache of the branch that is looked at in memory, where there is one anywhere."""
+        path = conversation.path
+        start = path[-1].start if path else 0
+        turns = [message.turn for message in path[start:]]
+        written = turns.pop().piece if turns and turns[-1].role == "assistant" else None
+        context = compose(self.tokenizer, conversation.system, turns) if turns else None
+        if context is None:
+            self.watch.forget()
+        else:
+            tokens = context.tokens + list(written.tokens if written else ())
+            # With a token more, all of these can be reused.
+            with self.pool.open([*tokens, 0], conversation.salt(path)) as session:
+                self.watch.follow(conversation.id, session, len(context.opening.tokens) if start else None)
+        self.look(emit)
+
+    def look(self, emit: Callable[[Event], None]) -> None:
+        """Tell what the caches hold."""
+        emit(self.watch.seen())
+
+    def close(self) -> None:
+        """Have all caches written, where there is a folder, and give them up."""
+        self.pool.close()
+
+    def _pool(self, folder: Path | None) -> SessionPool:
+        chosen = self.settings
+        if folder is not None and chosen.window:
+            folder = folder / f"window-{chosen.window}-{chosen.sinks}"
+        return make_session_pool(
+            self.model,
+            max_bytes=chosen.memory * 10**6,
+            folder=folder,
+            tokenizer=self.tokenizer,
+            capacity=chosen.capacity,
+            kv_bits=chosen.bits,
+        )
+
+    def _generate(self, answer: Answer, name: str) -> None:
+        prompt, settings = answer.prompt, self.settings
+        parts = stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt.session.rest,
+            max_tokens=settings.max_tokens,
+            prompt_cache=prompt.session.cache,
+            sampler=make_sampler(settings.temperature, settings.top_p),
+            prefill_step_size=STEP,
+            prompt_progress_callback=answer.progress,
+        )
+        with closing(parts):
+            for part in parts:
+                prompt.session.extend([part.token])
+                answer.add(part, self.tokenizer)
+                if self.watch.is_due():
+                    self.look(answer.emit)
+                if part.finish_reason is None and not self._make_room(prompt, name):
+                    answer.ended = "capacity"
+                    return
+
+    def _make_room(self, prompt: Prompt, name: str) -> bool:
+        """Whether there is room for a token, the oldest turn forgotten where there was none."""
+        capacity = self.settings.capacity
+        if capacity is None or prompt.session.cache.position < capacity:
+            return True
+        if not forget(prompt, name):
+            return False
+        self.watch.move(prompt.gap)
+        return True
+
+    def _cost(self, answer: Answer, reused: int) -> Cost:
+        until_first = answer.first - answer.begin
+        return Cost(
+            reused=reused,
+            prefilled=answer.read,
+            generated=len(answer.tokens),
+            forgotten=answer.prompt.forgotten,
+            first_token=until_first,
+            seconds=answer.last - answer.first,
+            saved=self.watch.saved(reused, answer.read, until_first),
+        )
+
+
+def _set_window(model: Any, settings: Settings) -> None:
+    """Let full attention be windows: the caches read what a model asks for."""
+    vars(model).pop("make_cache", None)
+    if settings.window is None:
+        return
+    own = getattr(model, "make_cache", lambda: [KVCache() for _ in model.layers])
+    size, sinks = settings.window + settings.sinks, settings.sinks
+
+    def make_cache() -> list[Any]:
+        return [RotatingKVCache(size, keep=sinks) if type(entry) is KVCache else entry for entry in own()]
+
+    model.make_cache = make_cache

@@ -1,0 +1,157 @@
+"""Saved conversations and settings: a folder of JSON files, written by a thread of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_kvcache.persist.atomic import replacing
+
+from .settings import Settings
+from .tree import Conversation
+
+SUFFIX = ".json"
+
+
+def default_folder() -> Path:
+    """Where conversations are kept: MLX_KVCACHE_CHAT, or a folder of the user's data."""
+    if named := os.environ.get("MLX_KVCACHE_CHAT"):
+        return Path(named)
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "mlx_kvcache" / "chat"
+
+
+class Library:
+    """Conversations in a folder, which several chats may use at once.
+
+    Messages are only ever added, and have names of their own, so that what two chats say in
+    one conversation is put together when it is saved.
+
+    Args:
+        folder: made where it is missing; None keeps nothing.
+        complain: is told, from another thread, what could not be saved.
+
+    Attributes:
+        problems: what was wrong with what is in the folder.
+    """
+
+    def __init__(self, folder: Path | None, complain: Callable[[str], None] = lambda text: None) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+        self._complain = complain
+        self._writer = ThreadPoolExecutor(1, "library")
+
+    @property
+    def caches(self) -> Path | None:
+        """Where caches belong."""
+        return self.folder and self.folder / "caches"
+
+    def load(self) -> list[Conversation]:
+        """All conversations, the last changed first. What is damaged is set aside and named in `problems`."""
+        found = []
+        for path in sorted(self._folder("conversations").glob(f"*{SUFFIX}")) if self.folder else ():
+            with self._aside(path):
+                found.append(Conversation.of(json.loads(path.read_text("utf-8"))))
+        return sorted(found, key=lambda conversation: -conversation.changed)
+
+    def load_state(self) -> tuple[Settings, dict[str, Any]]:
+        """The settings, and what else is remembered: model, theme, the conversation that was open."""
+        path = self._folder("state.json") if self.folder else None
+        if path and path.exists():
+            with self._aside(path):
+                saved = json.loads(path.read_text("utf-8"))
+                return Settings.of(saved["settings"]), dict(saved["other"])
+        return Settings(), {}
+
+    def save_state(self, settings: Settings, other: dict[str, Any]) -> None:
+        self._later("state.json", lambda: {"settings": asdict(settings), "other": other})
+
+    def save(self, conversation: Conversation) -> None:
+        """Have a conversation written, and what another chat has added to it kept."""
+        saved = conversation.as_json()
+        self._later(f"conversations/{conversation.id}{SUFFIX}", lambda: saved, _joined)
+
+    def delete(self, conversation: Conversation) -> None:
+        """Move a conversation to the folder `deleted`."""
+        if self.folder:
+            self._writer.submit(self._move, self._file(conversation), "deleted")
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        self._writer.submit(lambda: None).result()
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def _folder(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / name
+
+    def _file(self, conversation: Conversation) -> Path:
+        return self._folder("conversations") / f"{conversation.id}{SUFFIX}"
+
+    @contextlib.contextmanager
+    def _aside(self, path: Path) -> Iterator[None]:
+        """Where a file cannot be used, set it aside and say so."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self.problems.append(f"{path.name} is damaged and was set aside in damaged/: {error}")
+            self._move(path, "damaged")
+        except OSError as error:
+            self.problems.append(f"{path.name} cannot be read: {error}")
+
+    def _move(self, path: Path, where: str) -> None:
+        try:
+            target = self._folder(where) / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            while target.exists():
+                target = target.with_name(f"{target.stem}_{SUFFIX}")
+            path.rename(target)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._complain(f"{path.name} cannot be moved to {where}/: {error}")
+
+    def _later(
+        self,
+        name: str,
+        content: Callable[[], dict[str, Any]],
+        join: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda ours, theirs: ours,
+    ) -> None:
+        if self.folder:
+            self._writer.submit(self._write, self._folder(name), content(), join)
+
+    def _write(self, path: Path, content: Any, join: Callable[[Any, Any], Any]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self._folder("lock")):
+                with contextlib.suppress(OSError, ValueError):
+                    content = join(content, json.loads(path.read_text("utf-8")))
+                with replacing(path) as file:
+                    file.write(json.dumps(content, ensure_ascii=True).encode())
+        except OSError as error:
+            self._complain(f"Nothing is saved: {error}")
+
+
+def _joined(ours: dict[str, Any], theirs: Any) -> dict[str, Any]:
+    """Our conversation with the messages that others have added."""
+    try:
+        names = {message["id"] for message in ours["messages"]}.union(ours["gone"])
+        added = [message for message in theirs["messages"] if message["id"] not in names]
+        return ours | {"messages": ours["messages"] + added}
+    except (KeyError, TypeError):
+        return ours
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

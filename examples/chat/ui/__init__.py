@@ -1,0 +1,1 @@
+"""The chat as an application in a terminal."""

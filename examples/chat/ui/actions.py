@@ -1,0 +1,235 @@
+"""What keys and words on the screen do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual import work
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.widgets import Label
+
+from ..desk import Desk, Refused
+from ..export import as_markdown, file_name
+from ..tree import Message
+from .composer import Composer
+from .dialogs import Ask, AskLong, Confirm, Keys
+from .pickers import Branches, Conversations, Models
+from .settings import SettingsScreen
+from .transcript import Transcript
+
+
+class Actions(App[None]):
+    """The part of the application that acts.
+
+    Attributes:
+        desk: what is worked on.
+        editing: the message that the text in the composer will take the place of.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+e", "edit", "Edit", priority=True),
+        Binding("ctrl+r", "again", "Again", priority=True),
+        Binding("ctrl+b", "branches", "Branches", priority=True),
+        Binding("ctrl+n", "new", "New", priority=True),
+        Binding("ctrl+o", "list", "Chats", priority=True),
+        Binding("f4", "settings", "Settings"),
+        Binding("f1", "keys", "Keys"),
+        Binding("question_mark", "keys", show=False),
+        Binding("escape", "escape", show=False),
+        Binding("ctrl+c", "interrupt", show=False, priority=True),
+        Binding("ctrl+q", "leave", show=False, priority=True),
+        Binding("ctrl+y", "copy", show=False, priority=True),
+        Binding("alt+left", "beside(-1)", show=False, priority=True),
+        Binding("alt+right", "beside(1)", show=False, priority=True),
+        Binding("ctrl+home", "earlier", show=False, priority=True),
+        Binding("pageup", "scroll(-1)", show=False, priority=True),
+        Binding("pagedown", "scroll(1)", show=False, priority=True),
+        Binding("f3", "system", show=False),
+        Binding("f5", "models", show=False),
+        Binding("f6", "light", show=False),
+        Binding("f7", "cache", show=False),
+        Binding("f9", "export", show=False),
+    ]
+
+    desk: Desk
+    editing: Message | None = None
+    _is_closing = False
+
+    async def show(self) -> None:
+        """Bring the screen to what is so."""
+        raise NotImplementedError
+
+    def busy(self, what: str | None, share: float | None = None) -> None:
+        """Say in a line what is going on; None for nothing."""
+        raise NotImplementedError
+
+    def action_keys(self) -> None:
+        self.push_screen(Keys())
+
+    async def action_new(self) -> None:
+        await self.attempt(self.desk.new)
+        self.action_write()
+
+    def action_list(self) -> None:
+        """Show the list and go to it; from it, back."""
+        if self.focused and self.query_one(Conversations) in self.focused.ancestors:
+            self.action_write()
+            return
+        self.add_class("list")
+        self.query_one("#conversations Input").focus()
+
+    def action_write(self) -> None:
+        self.remove_class("list")
+        self.query_one(Composer).focus()
+
+    @work
+    async def action_rename(self) -> None:
+        conversation = self._chosen()
+        title = await self.push_screen_wait(Ask("A title for this conversation", conversation.title))
+        if title is not None:
+            await self.attempt(lambda: self.desk.rename(conversation, title))
+
+    @work
+    async def action_delete(self) -> None:
+        conversation = self._chosen()
+        if await self.push_screen_wait(Confirm(f"Delete “{conversation.title}”?")):
+            await self.attempt(lambda: self.desk.delete(conversation))
+
+    async def action_edit(self) -> None:
+        asked = [message for message in self.desk.current.path if message.role == "user"]
+        if asked:
+            await self.action_edit_message(asked[-1].id)
+
+    async def action_edit_message(self, id: str) -> None:  # noqa: A002
+        message = self.desk.current.messages[id]
+        if message.role != "user":
+            await self.action_again_message(id)
+            return
+        self.editing = message
+        number = sum(each.role == "user" for each in self.desk.current.path_to(id))
+        self.query_one("#editing", Label).update(
+            f"Editing message {number}: enter sends, esc leaves it as it was"
+        )
+        self.query_one(Composer).put(message.text)
+        self.query_one(Composer).focus()
+        await self.show()
+
+    async def action_again(self) -> None:
+        await self.attempt(self.desk.regenerate)
+
+    async def action_again_message(self, id: str) -> None:  # noqa: A002
+        await self.attempt(lambda: self.desk.regenerate(self.desk.current.messages[id]))
+
+    def action_copy(self) -> None:
+        replies = [message for message in self.desk.current.path if message.role == "assistant"]
+        if replies:
+            self.action_copy_message(replies[-1].id)
+
+    def action_copy_message(self, id: str) -> None:  # noqa: A002
+        self.copy_to_clipboard(self.desk.current.messages[id].text)
+        self.notify("Copied.")
+
+    async def action_beside(self, by: int) -> None:
+        """The branch before or after, at the last place where there are several."""
+        forks = [m for m in self.desk.current.path if len(self.desk.current.beside(m)) > 1]
+        if forks:
+            await self.action_beside_message(forks[-1].id, by)
+
+    async def action_beside_message(self, id: str, by: int) -> None:  # noqa: A002
+        message = self.desk.current.messages[id]
+        beside = self.desk.current.beside(message)
+        other = beside[(beside.index(message) + by) % len(beside)]
+        if other is not message:
+            await self.attempt(lambda: self.desk.look_at(other))
+
+    @work
+    async def action_branches(self) -> None:
+        picked = await self.push_screen_wait(Branches(self.desk.current))
+        if picked is not None:
+            await self.attempt(lambda: self.desk.look_at(self.desk.current.messages[picked]))
+
+    @work
+    async def action_system(self) -> None:
+        text = await self.push_screen_wait(AskLong("What the model is told first", self.desk.current.system))
+        if text is not None:
+            await self.attempt(lambda: self.desk.set_system(text))
+
+    @work
+    async def action_settings(self) -> None:
+        settings = await self.push_screen_wait(SettingsScreen(self.desk.settings))
+        if settings is not None:
+            await self.attempt(lambda: self.desk.set(settings))
+
+    @work
+    async def action_models(self) -> None:
+        name = await self.push_screen_wait(Models())
+        if name is not None:
+            await self.attempt(lambda: self.desk.load(name or None))
+
+    def action_light(self) -> None:
+        self.theme = "textual-light" if self.theme == "textual-dark" else "textual-dark"
+        self.desk.other["theme"] = self.theme
+
+    def action_cache(self) -> None:
+        self.toggle_class("nocache")
+
+    def action_export(self) -> None:
+        path = (self.desk.library.folder or Path()) / "exports" / file_name(self.desk.current)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(as_markdown(self.desk.current), "utf-8")
+        except OSError as error:
+            self.notify(f"{error}", title="Could not export", severity="error", markup=False)
+        else:
+            self.notify(f"Written to {path}", markup=False)
+
+    async def action_earlier(self) -> None:
+        self.query_one(Transcript).show_all()
+        await self.show()
+
+    def action_scroll(self, by: int) -> None:
+        transcript = self.query_one(Transcript)
+        transcript.scroll_page_up() if by < 0 else transcript.scroll_page_down()
+
+    def action_stop(self) -> None:
+        self.desk.stop()
+
+    async def action_escape(self) -> None:
+        if self.editing is not None:
+            self.editing = None
+            self.query_one(Composer).put("")
+            await self.show()
+        elif not self.desk.stop():
+            self.action_write()
+
+    def action_interrupt(self) -> None:
+        """Copy what is selected; else stop a reply; else leave."""
+        if text := self.screen.get_selected_text():
+            self.copy_to_clipboard(text)
+        elif not self.desk.stop():
+            self.action_leave()
+
+    def action_leave(self) -> None:
+        """Keep everything and go; at a second time, go at once."""
+        if self._is_closing:
+            self.exit()
+            return
+        self._is_closing = True
+        self.busy("Keeping the caches; ctrl+q again leaves at once")
+        self.desk.close()
+
+    def _chosen(self) -> Any:
+        """The conversation under the list's cursor if that has the focus; else the one that is looked at."""
+        panel = self.query_one(Conversations)
+        name = panel.highlighted if self.focused and panel in self.focused.ancestors else None
+        return next((each for each in self.desk.conversations if each.id == name), self.desk.current)
+
+    async def attempt(self, do: Callable[[], Any]) -> None:
+        try:
+            do()
+        except Refused as error:
+            self.notify(str(error), severity="warning", markup=False)
+        await self.show()

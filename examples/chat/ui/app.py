@@ -1,0 +1,215 @@
+"""The application: what is on the screen, and what happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.message import Message as Notice
+from textual.widgets import Footer, Input, Label, OptionList, ProgressBar, Static
+
+from ..desk import Desk
+from ..events import Ended, Event, Failed, Loading, Reading, Ready, Replied, Said, Seen
+from ..library import Library, default_folder
+from ..models import DEFAULT
+from ..settings import Settings
+from ..worker import Worker
+from .actions import Actions
+from .cellmap import CellMap, colour_of
+from .composer import Composer
+from .figures import Figures
+from .pickers import Conversations
+from .strip import ContextStrip
+from .transcript import Transcript
+
+HELLO = """\
+[b]Say something below.[/b] Then edit it (ctrl+e), make the reply again (ctrl+r), walk between the branches
+(ctrl+b), and see on the right what is cached: nothing is read twice."""
+
+
+class Chat(Actions):
+    """Conversations on the left, the cache on the right."""
+
+    TITLE = "mlx_kvcache"
+    CSS_PATH = "chat.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-tiny"), (60, "-narrow"), (110, "-wide")]
+
+    class Happened(Notice):
+        """The model's side tells something."""
+
+        def __init__(self, event: Event) -> None:
+            super().__init__()
+            self.event = event
+
+    def __init__(
+        self,
+        folder: Path | None,
+        model: str | None,
+        system: str,
+        adjust: Callable[[Settings], Settings] = lambda usual: usual,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.library = Library(folder, self._complain)
+        settings, other = self.library.load_state()
+        if model is not None:
+            other["model"] = model
+        self.worker = Worker(self._tell, self.library.caches, **options)
+        self.desk = Desk(self.library, self.worker, system, adjust(settings), other)
+        self.model_name = self.desk.model or DEFAULT
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="title", markup=False)
+        with Horizontal(id="main"):
+            yield Conversations(self.desk.find)
+            with Vertical(id="talk"):
+                yield Transcript()
+                with Horizontal(id="busy"):
+                    yield Label("", markup=False)
+                    yield ProgressBar(total=1, show_eta=False)
+                yield Label("", id="editing", markup=False)
+                yield Composer()
+            with Vertical(id="cache"):
+                yield ContextStrip()
+                yield CellMap()
+                yield Figures()
+        yield Footer(compact=True)
+
+    async def on_mount(self) -> None:
+        self.theme = self.desk.other.get("theme") or self.theme
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(name, self.action_leave)
+        for problem in self.library.problems:
+            self.notify(problem, severity="warning", timeout=10, markup=False)
+        self.query_one(Composer).focus()
+        await self.show()
+        # The screen comes first: what the model needs takes Python's attention for a while.
+        self.call_after_refresh(self._start)
+
+    async def show(self) -> None:
+        """Bring the screen to what is so."""
+        desk, path = self.desk, self.desk.current.path
+        self.query_one("#title", Static).update(
+            f"{desk.current.title or 'New conversation'} · {self.model_name}"
+        )
+        placed = [(m, beside.index(m) + 1, len(beside)) for m in path for beside in [desk.current.beside(m)]]
+        names = {"user": "You", "assistant": Path(self.model_name).name}
+        writing = desk.pending.text if desk.pending and desk.is_shown else None
+        transcript = self.query_one(Transcript)
+        await transcript.show(desk.current.id, placed, names, writing)
+        await transcript.query("#hello").remove()
+        if not path:
+            await transcript.mount(Static(HELLO, id="hello"))
+        self.query_one(Composer).remember([message.text for message in path if message.role == "user"])
+        self.query_one("#editing", Label).set_class(self.editing is not None, "shown")
+        self.show_list()
+        self.show_cache()
+
+    def show_list(self) -> None:
+        self.query_one(Conversations).show(self.desk.current, lambda name: colour_of(name, self.desk.order))
+
+    def show_cache(self) -> None:
+        desk, path = self.desk, self.desk.current.path
+        if desk.seen:
+            self.query_one(CellMap).show(desk.seen, self.desk.order)
+        self.query_one(ContextStrip).show(path, desk.seen, desk.settings.capacity)
+        costs = [message.cost for message in path if message.cost]
+        self.query_one(Figures).show(desk.seen, costs[-1] if costs else None)
+
+    @on(Happened)
+    async def _happened(self, message: Happened) -> None:
+        event = message.event
+        self.desk.heed(event)
+        transcript = self.query_one(Transcript)
+        match event:
+            case Loading():
+                self.busy(event.what, event.share)
+            case Ready():
+                self.model_name = event.model
+                self.busy(None)
+                if event.notice:
+                    self.notify(event.notice, severity="warning", timeout=10, markup=False)
+                await self.show()
+            case Reading() if event.total > 1:
+                share = event.done / event.total
+                self.busy(f"reading {event.done:,} of {event.total:,}" if share < 1 else None, share)
+            case Said() if transcript.writing is not None and self.desk.is_shown:
+                await transcript.writing.write(event.text)
+            case Seen():
+                self.show_cache()
+            case Replied():
+                self.busy(None)
+                await self.show()
+            case Failed():
+                self.busy(None)
+                self.notify(
+                    event.why, title=f"Could not {event.what}", severity="error", timeout=12, markup=False
+                )
+                if returned := self.desk.returned:
+                    self.desk.returned = ""
+                    self.query_one(Composer).put(returned)
+                await self.show()
+            case Ended():
+                await asyncio.to_thread(self.library.close)
+                self.exit()
+
+    @on(Composer.Sent)
+    async def _sent(self, message: Composer.Sent) -> None:
+        def send() -> None:
+            if self.editing is not None:
+                self.desk.edit(self.editing, message.text)
+            else:
+                self.desk.ask(message.text)
+            self.editing = None
+            self.query_one(Composer).put("")
+
+        await self.attempt(send)
+
+    @on(Composer.Asked)
+    def _asked(self) -> None:
+        self.action_keys()
+
+    @on(Input.Changed, "#conversations Input")
+    def _searched(self) -> None:
+        self.show_list()
+
+    @on(Input.Submitted, "#conversations Input")
+    def _search_ended(self) -> None:
+        self.query_one("#conversations OptionList").focus()
+
+    @on(OptionList.OptionSelected, "#conversations OptionList")
+    async def _opened(self, event: OptionList.OptionSelected) -> None:
+        await self.attempt(lambda: self.desk.open(str(event.option.id)))
+        self.action_write()
+
+    def _start(self) -> None:
+        self.worker.start()
+        self.desk.load(self.desk.model)
+
+    def busy(self, what: str | None, share: float | None = None) -> None:
+        """Say in a line what is going on; None for nothing."""
+        line = self.query_one("#busy")
+        line.set_class(what is not None, "shown")
+        if what is not None:
+            line.query_one(Label).update(what)
+            line.query_one(ProgressBar).update(total=None if share is None else 1, progress=share or 0)
+
+    def _tell(self, event: Event) -> None:
+        self.post_message(self.Happened(event))
+
+    def _complain(self, text: str) -> None:
+        self.notify(text, severity="error", timeout=10, markup=False)
+
+
+def run(folder: Path | None, model: str | None, system: str, adjust: Callable[[Settings], Settings]) -> int:
+    """Hold conversations until the user leaves."""
+    app = Chat(folder or default_folder(), model, system, adjust)
+    app.run()
+    return app.return_code or 0

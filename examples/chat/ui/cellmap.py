@@ -1,0 +1,166 @@
+"""The caches as a picture: a character for every few cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.style import Style
+from rich.text import Text
+from textual.widget import Widget
+
+from ..events import Seen
+
+if TYPE_CHECKING:
+    # The screen comes before mlx-lm, which takes seconds to import.
+    from mlx_kvcache.plugin import Holding
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
+"""Of conversations; readable on light and on dark ground."""
+NOBODY = "#8a8f98"
+
+FREE, OWN, SHARED, HIDDEN, MOVED, SINK = range(6)
+SIGNS = "·█▓░▚◆"
+NAMES = ("free", "its own", "shared", "out of sight", "re-based", "sink")
+PLAIN, DIM, FAINT = 1.0, 0.65, 0.4
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One segment: for each cell what it is, and whose."""
+
+    kinds: Any
+    sequences: Any
+
+
+def colour_of(name: str, order: Mapping[str, int]) -> str:
+    """A conversation's colour, by its place in the list."""
+    return COLOURS[order[name] % len(COLOURS)] if name in order else NOBODY
+
+
+def cells_of(holding: Holding, seen: Seen) -> list[Cells]:
+    """What each cell of each segment is, seen from the next token of the sequence that is looked at."""
+    segments = {
+        name: Cells(np.full(capacity, FREE, np.int8), np.full(capacity, -1))
+        for name, capacity in holding.segments.items()
+    }
+    for sequence, spans in sorted(holding.runs.items(), key=lambda pair: pair[0] == seen.current):
+        for span in spans:
+            cells = segments[span.segment]
+            part = slice(span.start, span.stop)
+            kinds = cells.kinds[part]
+            kinds[:] = np.where(kinds == FREE, OWN, SHARED)
+            cells.sequences[part] = sequence
+    for span in holding.runs.get(seen.current, ()) if seen.current is not None else ():
+        positions = np.arange(span.position, span.end)
+        kinds = segments[span.segment].kinds[span.start : span.stop]
+        kinds[(positions >= seen.moved[0]) & (positions < seen.moved[1])] = MOVED
+        if holding.rule is not None:
+            sinks = positions < holding.rule.sinks
+            kinds[sinks] = SINK
+            kinds[(positions < holding.rule.lower(seen.cached)) & ~sinks] = HIDDEN
+    return list(segments.values())
+
+
+def drawn(seen: Seen, order: Mapping[str, int], width: int, height: int, ground: str) -> Text:
+    """All caches in `width` x `height` characters, each standing for as many cells as that needs.
+
+    Args:
+        order: places of conversations, for their colours.
+        ground: the colour behind, towards which kinds of layers are shaded.
+    """
+    held = [(holding, cells_of(holding, seen)) for holding in seen.holdings]
+    scale = _scale([cells for _, cells in held], width, height)
+    text, used = Text(no_wrap=True), set()
+    for index, (holding, segments) in enumerate(held):
+        text.append(f"{holding.name} × {holding.layers}"[:width], "bold")
+        if holding.rule is None:
+            count = sum(map(len, holding.checkpoints.values()))
+            text.append(f"\n{count} checkpoints in {len(holding.checkpoints)} sequences"[: width + 1])
+        shade = PLAIN - 0.3 * (index % 3)
+        for row in _rows(segments, scale, width):
+            text.append("\n")
+            for kind, sequence in row:
+                used.add(kind)
+                text.append(SIGNS[kind], _style(kind, sequence, seen, order, shade, ground))
+        text.append("\n")
+    text.append_text(_legend(used, scale, width))
+    return text
+
+
+def _scale(held: list[list[Cells]], width: int, height: int) -> int:
+    """Cells for a character, a power of two."""
+    scale = 1
+    while scale < 1 << 20:
+        rows = sum(len(_rows(segments, scale, width)) + 1 for segments in held)
+        if rows + 3 <= height:
+            break
+        scale *= 2
+    return scale
+
+
+def _rows(segments: list[Cells], scale: int, width: int) -> list[list[tuple[int, int]]]:
+    """Segments one behind the other, broken into rows: what each character is, and whose."""
+    signs: list[tuple[int, int]] = []
+    for cells in segments:
+        for start in range(0, len(cells.kinds), scale):
+            part = cells.kinds[start : start + scale]
+            # What is rarer says more.
+            kind = int(part.max())
+            signs.append((kind, int(cells.sequences[start + int(part.argmax())])))
+    return [signs[start : start + width] for start in range(0, len(signs), width)]
+
+
+def _style(
+    kind: int, sequence: int, seen: Seen, order: Mapping[str, int], shade: float, ground: str
+) -> Style:
+    if kind == FREE:
+        return Style(color=NOBODY, dim=True)
+    owner = seen.owners.get(sequence, "")
+    is_current = owner == seen.owners.get(seen.current if seen.current is not None else -1)
+    return Style(color=_mixed(colour_of(owner, order), ground, shade * (PLAIN if is_current else DIM)))
+
+
+def _mixed(colour: str, ground: str, share: float) -> str:
+    pairs = zip(_channels(colour), _channels(ground), strict=True)
+    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
+
+
+def _channels(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def _legend(used: set[int], scale: int, width: int) -> Text:
+    """What the signs in use mean."""
+    parts = [f"{SIGNS[kind]} {NAMES[kind]}" for kind in sorted(used, reverse=True)]
+    parts.append(f"each {scale} cell{'s' if scale > 1 else ''}")
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1]) + len(part) + 2 > width:
+            lines.append("")
+        lines[-1] += ("  " if lines[-1] else "") + part
+    return Text("\n".join(lines), style="italic", no_wrap=True)
+
+
+class CellMap(Widget):
+    """The map, drawn anew whenever what the caches hold is told."""
+
+    def __init__(self) -> None:
+        super().__init__(id="cells")
+        self._seen: Seen | None = None
+        self._order: Mapping[str, int] = {}
+
+    def show(self, seen: Seen, order: Mapping[str, int]) -> None:
+        if (seen, order) != (self._seen, self._order):
+            self._seen, self._order = seen, order
+            self.refresh()
+
+    def render(self) -> Text:
+        if self._seen is None or not self._seen.holdings:
+            return Text(
+                "Nothing is cached yet.\nEvery token that the model reads or writes gets a cell here."
+            )
+        ground = self.background_colors[1].hex6
+        return drawn(self._seen, self._order, self.size.width, self.size.height, ground)

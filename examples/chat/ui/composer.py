@@ -1,0 +1,106 @@
+"""Where a message is written."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.widgets import TextArea
+
+from ..tree import cleaned
+
+PASTE = 100_000
+"""Characters of a paste that are shown as they are; of a longer one only its size is."""
+
+
+class Composer(TextArea):
+    """A text of several lines. Enter sends it; up and down at its ends go through what was sent before."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("shift+enter,alt+enter,ctrl+j", "newline", "New line", show=False),
+    ]
+
+    class Sent(Message):
+        """The user wants to say this."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    class Asked(Message):
+        """The user wants to know the keys."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            id="composer",
+            compact=True,
+            highlight_cursor_line=False,
+            placeholder="Say something. Enter sends, ctrl+j is a new line, ? shows the keys.",
+        )
+        self._past: list[str] = []
+        self._at = 0
+        self._draft = ""
+        self._pasted: dict[str, str] = {}
+
+    @property
+    def content(self) -> str:
+        """The text, long pastes in full."""
+        text = self.text
+        for shown, pasted in self._pasted.items():
+            text = text.replace(shown, pasted)
+        return text
+
+    def remember(self, past: list[str]) -> None:
+        """What was said before, the newest last."""
+        self._past = past
+        self._at = len(past)
+
+    def put(self, text: str) -> None:
+        """Let this be the text."""
+        self._pasted.clear()
+        self.text = self._short(text)
+        self.move_cursor(self.document.end)
+
+    def action_newline(self) -> None:
+        self.insert("\n")
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter":
+            self._take(event)
+            if self.text.strip():
+                self.post_message(self.Sent(self.content))
+        elif event.character == "?" and not self.text:
+            self._take(event)
+            self.post_message(self.Asked())
+        elif event.key == "up" and self.cursor_at_first_line and self._past:
+            self._take(event)
+            self._go(-1)
+        elif event.key == "down" and self.cursor_at_last_line and self._at < len(self._past):
+            self._take(event)
+            self._go(1)
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        event.prevent_default()
+        event.stop()
+        self.insert(self._short(cleaned(event.text)))
+
+    def _short(self, text: str) -> str:
+        """A text that can be edited: a whole book is kept aside."""
+        if len(text) <= PASTE:
+            return text
+        shown = f"[{len(text):,} characters, {text[:30].strip()!r} …]"
+        self._pasted[shown] = text
+        return shown
+
+    def _take(self, event: events.Key) -> None:
+        event.stop()
+        event.prevent_default()
+
+    def _go(self, by: int) -> None:
+        if self._at == len(self._past):
+            self._draft = self.text
+        self._at = max(0, min(len(self._past), self._at + by))
+        self.text = self._draft if self._at == len(self._past) else self._short(self._past[self._at])
+        self.move_cursor(self.document.end)

@@ -1,0 +1,207 @@
+"""The conversation: a widget for each message, with markdown, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
+from textual.widgets import Markdown, Static
+from textual.widgets.markdown import MarkdownStream
+
+from ..tree import Message, cleaned
+
+SHOWN = 30
+"""Messages that are put on the screen at first; those before them on demand."""
+
+ENDINGS = {
+    "stopped": "stopped",
+    "length": "cut at the longest reply that the settings allow",
+    "capacity": "cut: there is no room for more",
+}
+
+
+class MessageView(Vertical, can_focus=True):
+    """One message. Keys and words on it act on it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("e,enter", "act('edit')", "Edit"),
+        Binding("r", "act('again')", "Again"),
+        Binding("c", "act('copy')", "Copy"),
+        Binding("left", "act('beside', -1)", "Branch ‹", show=False),
+        Binding("right", "act('beside', 1)", "Branch ›", show=False),
+        Binding("up", "app.focus_previous", show=False),
+        Binding("down", "app.focus_next", show=False),
+    ]
+
+    def __init__(self, message: Message, place: int, places: int, names: dict[str, str]) -> None:
+        super().__init__(classes=message.role)
+        self.message = message
+        self.place = place
+        self.places = places
+        self._names = names
+
+    def compose(self) -> ComposeResult:
+        yield Static(self._header(), classes="header")
+        if self.message.role == "user":
+            yield Static(Content(self.message.text), classes="body")
+        else:
+            yield Markdown(cleaned(self.message.text), classes="body", open_links=False)
+        if note := self._note():
+            yield Static(Text(note), classes="note")
+
+    def action_act(self, what: str, *arguments: Any) -> None:
+        getattr(self.app, f"action_{what}_message")(self.message.id, *arguments)
+
+    def _header(self) -> Content:
+        name, id_ = self._names[self.message.role], self.message.id
+        words = [f"[b]{name}[/b]"]
+        if self.message.role == "user":
+            words.append(f"[@click=app.edit_message('{id_}')]✎ edit[/]")
+        else:
+            words.append(f"[@click=app.again_message('{id_}')]↻ again[/]")
+            words.append(f"[@click=app.copy_message('{id_}')]⧉ copy[/]")
+        if self.places > 1:
+            words.append(
+                f"[@click=app.beside_message('{id_}', -1)]‹[/] branch {self.place} of {self.places} "
+                f"[@click=app.beside_message('{id_}', 1)]›[/]"
+            )
+        return Content.from_markup("  ".join(words))
+
+    def _note(self) -> str:
+        parts = [ENDINGS[self.message.ended]] if self.message.ended else []
+        if self.message.cost:
+            parts.append(str(self.message.cost))
+        return "; ".join(parts)
+
+
+class Forgotten(Static):
+    """Marks that the model no longer knows what is above."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"┄┄ {count} messages above are forgotten ┄┄")
+
+
+class Earlier(Static):
+    """Stands for messages that are not on the screen yet."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"[@click=app.earlier]▲ {count} earlier messages (ctrl+home)[/]")
+
+
+class Writing(Vertical):
+    """A reply that is being written."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(classes="assistant writing")
+        self._name = name
+        self._stream: MarkdownStream | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static(
+            Content.from_markup(f"[b]{self._name}[/b]  [@click=app.stop]■ stop (esc)[/]"), classes="header"
+        )
+        yield Markdown(classes="body", open_links=False)
+        yield Static("waiting for the model …", classes="note")
+
+    async def write(self, text: str) -> None:
+        if self._stream is None:
+            self._stream = Markdown.get_stream(self.query_one(Markdown))
+            self.query_one(".note").display = False
+        await self._stream.write(cleaned(text))
+
+    def note(self, text: str) -> None:
+        self.query_one(".note", Static).update(text)
+
+    async def finish(self) -> None:
+        if self._stream is not None:
+            await self._stream.stop()
+
+
+class Transcript(VerticalScroll, can_focus=False):
+    """The messages of one branch, the newest at the bottom."""
+
+    def __init__(self) -> None:
+        super().__init__(id="transcript")
+        self._path: tuple[Any, ...] = ()
+        self._all = False
+        self.writing: Writing | None = None
+
+    async def show(
+        self,
+        conversation: str,
+        path: Sequence[tuple[Message, int, int]],
+        names: dict[str, str],
+        writing: str | None,
+    ) -> None:
+        """Put a branch on the screen; what is there already stays.
+
+        Args:
+            conversation: its name.
+            path: messages, each with its place among those in its place, from 1, and their number.
+            names: of the roles.
+            writing: what there is of the reply under way, None where there is none.
+        """
+        if self._path and self._path[0] != conversation:
+            self._all = False
+        if writing is None and self.writing is not None:
+            await self.writing.finish()
+            await self.writing.remove()
+            self.writing = None
+        wanted = self._wanted(conversation, path, names)
+        if wanted != self._path:
+            await self._update(wanted, path, names)
+        if writing is not None and self.writing is None:
+            self.writing = Writing(names["assistant"])
+            await self.mount(self.writing)
+            if writing:
+                await self.writing.write(writing)
+        self.anchor()
+
+    def show_all(self) -> None:
+        """From the next `show` on, the earlier messages too."""
+        self._all = True
+
+    def view_of(self, id: str) -> MessageView | None:  # noqa: A002
+        return next((view for view in self.query(MessageView) if view.message.id == id), None)
+
+    def _first(self, path: Sequence[Any]) -> int:
+        return 0 if self._all else max(0, len(path) - SHOWN)
+
+    def _wanted(
+        self, conversation: str, path: Sequence[tuple[Message, int, int]], names: dict[str, str]
+    ) -> tuple[Any, ...]:
+        """What the widgets depend on: the conversation, then an entry for each widget."""
+        first, start = self._first(path), path[-1][0].start if path else 0
+        entries: list[Any] = [("earlier", first)] if first else []
+        for index in range(first, len(path)):
+            message, place, places = path[index]
+            if start and index == start:
+                entries.append(("forgotten", start))
+            entries.append((message.id, place, places, names[message.role], message.cost, message.ended))
+        return conversation, *entries
+
+    async def _update(
+        self, wanted: tuple[Any, ...], path: Sequence[tuple[Message, int, int]], names: dict[str, str]
+    ) -> None:
+        same = 0
+        while same < min(len(wanted), len(self._path)) and wanted[same] == self._path[same]:
+            same += 1
+        with self.app.batch_update():
+            old = [child for child in self.children if child is not self.writing]
+            await self.remove_children(old[max(0, same - 1) :])
+            by_name = {message.id: (message, place, places) for message, place, places in path}
+            fresh = [self._widget(entry, by_name, names) for entry in wanted[max(1, same) :]]
+            await self.mount_all(fresh, before=self.writing)
+        self._path = wanted
+
+    def _widget(self, entry: Any, by_name: dict[str, Any], names: dict[str, str]) -> Static | MessageView:
+        if entry[0] == "earlier":
+            return Earlier(entry[1])
+        if entry[0] == "forgotten":
+            return Forgotten(entry[1])
+        return MessageView(*by_name[entry[0]], names)

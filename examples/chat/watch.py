@@ -1,0 +1,89 @@
+"""What the caches hold, and what they have saved, for those who look on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mlx_kvcache import CacheError, Session, SessionPool
+from mlx_kvcache.plugin import holdings
+
+from .events import Seen
+from .tree import Cost
+
+EVERY = 0.1
+"""Seconds between two looks at a reply under way, at least."""
+
+MEASURED = 16
+"""Tokens that must be read at once to tell how fast reading is."""
+
+
+class Watch:
+    """Knows which sequence of the caches is whose, and adds up."""
+
+    def __init__(self, pool: SessionPool, clock: Callable[[], float]) -> None:
+        self.totals = Cost()
+        self._pool = pool
+        self._clock = clock
+        self._owners: dict[int, str] = {}
+        self._cache: Any = None
+        self._gap: int | None = None
+        self._most = 0
+        self._next = 0.0
+        self._read = (0, 0.0)
+
+    def follow(self, conversation: str, session: Session, gap: int | None) -> None:
+        """From here on, this session is what is looked at. `gap` is where messages are missing."""
+        self._cache, self._gap = session.cache, gap
+        self._owners[session.cache.sequence] = conversation
+
+    def forget(self) -> None:
+        """Nothing is looked at."""
+        self._cache = None
+
+    def move(self, gap: int | None) -> None:
+        self._gap = gap
+
+    def is_due(self) -> bool:
+        """Whether it is time for another look."""
+        return self._clock() >= self._next
+
+    def saved(self, reused: int, read: int, seconds: float) -> float:
+        """Seconds that reading `reused` tokens would have taken, after reading others took some."""
+        if read >= MEASURED or not self._read[0]:
+            self._read = (self._read[0] + read, self._read[1] + seconds)
+        tokens, taken = self._read
+        return reused * taken / tokens if tokens else 0.0
+
+    def add(self, cost: Cost) -> None:
+        """Count a reply."""
+        names = ("reused", "prefilled", "generated", "forgotten", "first_token", "seconds", "saved")
+        sums = {name: getattr(self.totals, name) + getattr(cost, name) for name in names}
+        self.totals = replace(self.totals, **sums)
+
+    def seen(self) -> Seen:
+        self._next = self._clock() + EVERY
+        nbytes = self._pool.nbytes
+        self._most = max(self._most, nbytes)
+        held, current, cached = (), None, 0
+        try:
+            if self._cache is not None:
+                current, cached = self._cache.sequence, self._cache.position
+        except CacheError:
+            # It has been given up for another's sake.
+            self._cache = current = None
+        cells = self._pool.cells
+        if cells is not None:
+            held = holdings(cells)
+            living = {sequence for holding in held for sequence in holding.runs}
+            self._owners = {s: name for s, name in self._owners.items() if s in living or s == current}
+        return Seen(
+            held, dict(self._owners), current, cached, nbytes, self._most, self._moved(cached), self.totals
+        )
+
+    def _moved(self, cached: int) -> tuple[int, int]:
+        """Whose keys were rotated when messages were taken out: those before the gap, or after it."""
+        if self._gap is None or self._cache is None:
+            return 0, 0
+        return (0, self._gap) if self._cache.pool.scheme.ahead else (self._gap, cached)

@@ -1,0 +1,111 @@
+"""A thread that owns the model: whatever touches MLX happens here."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .events import Ended, Event, Failed, Ready
+from .settings import Settings
+from .tree import Conversation, Message
+
+
+class Worker(threading.Thread):
+    """Does what it is asked for, one thing after the other.
+
+    Args:
+        emit: is told what happens, in this thread.
+        folder: for the caches, as of `Engine`.
+        options: of `Engine`, its clock.
+    """
+
+    def __init__(self, emit: Callable[[Event], None], folder: Path | None, **options: Any) -> None:
+        super().__init__(name="model", daemon=True)
+        self._emit = emit
+        self._folder = folder
+        self._options = options
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._engine: Any = None
+
+    def load(self, name: str | None, settings: Settings) -> None:
+        """Take another model; where that cannot be, the one before stays."""
+        self._ask("load the model", lambda: self._load(name, settings))
+
+    def configure(self, settings: Settings) -> None:
+        """Run the model with other settings from here on."""
+        self._ask("change the settings", lambda: self._configure(settings))
+
+    def reply(self, conversation: Conversation, last: Message, name: str) -> None:
+        """Answer a message of the user; the reply will have this name."""
+        # Each reply has a stop of its own: one for an earlier reply must not reach it, nor be undone by it.
+        stop = self._stop = threading.Event()
+        self._ask("reply", lambda: self._reply(conversation, last, name, stop))
+
+    def warm(self, conversation: Conversation) -> None:
+        """Have a branch's cache in memory and tell about it."""
+        self._ask("look at the caches", lambda: self._engine and self._engine.warm(conversation, self._emit))
+
+    def stop(self) -> None:
+        """End the reply that is under way, after the token that is."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Stop, have all caches written, and end the thread."""
+        self.stop()
+        self._ask("keep the caches", self._close)
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+        self._emit(Ended())
+
+    def _ask(self, what: str, do: Callable[[], Any]) -> None:
+        def job() -> None:
+            try:
+                do()
+            # Whatever goes wrong, the thread has to go on and the user to know.
+            except Exception as error:  # noqa: BLE001
+                self._emit(Failed(what, str(error) or type(error).__name__))
+
+        self._jobs.put(job)
+
+    def _load(self, name: str | None, settings: Settings) -> None:
+        from . import models
+        from .engine import Engine
+
+        model, tokenizer = models.load(name, self._emit)
+        self._close()
+        self._engine = Engine(model, tokenizer, settings, self._folder, **self._options)
+        self._emit(Ready(name or models.DEFAULT, self._engine.notice))
+
+    def _configure(self, settings: Settings) -> None:
+        from .engine import Engine
+
+        before = self._engine
+        if before is None or before.settings.caches == settings.caches:
+            if before:
+                before.settings = settings
+            return
+        before.close()
+        try:
+            self._engine = Engine(before.model, before.tokenizer, settings, self._folder, **self._options)
+        except Exception:
+            self._engine = Engine(
+                before.model, before.tokenizer, before.settings, self._folder, **self._options
+            )
+            raise
+
+    def _reply(self, conversation: Conversation, last: Message, name: str, stop: threading.Event) -> None:
+        if self._engine is None:
+            raise RuntimeError("there is no model yet")
+        self._emit(self._engine.reply(conversation, last, name, self._emit, stop.is_set))
+
+    def _close(self) -> None:
+        if self._engine:
+            self._engine.close()
+            self._engine = None

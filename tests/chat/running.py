@@ -1,0 +1,71 @@
+"""The application under a pilot, with a model that is really there."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from textual.pilot import Pilot
+
+from examples.chat.settings import Settings
+from examples.chat.ui.app import Chat
+
+SETTINGS = Settings(capacity=512, temperature=0.0, max_tokens=8, memory=64)
+
+
+def chat(folder: Path | None, model: Path, **options: Any) -> Chat:
+    """An application whose clock counts, so that its figures are the same each time."""
+    ticks = itertools.count()
+    settings = replace(SETTINGS, **options)
+    return Chat(folder, str(model), "Be brief.", lambda usual: settings, clock=lambda: next(ticks) / 64)
+
+
+@asynccontextmanager
+async def running(
+    folder: Path | None, model: Path, size: tuple[int, int] = (120, 40), **options: Any
+) -> AsyncIterator[Pilot[None]]:
+    app = chat(folder, model, **options)
+    async with app.run_test(size=size) as pilot:
+        await ready(pilot)
+        yield pilot
+        app.worker.stop()
+
+
+async def ready(pilot: Pilot[None]) -> None:
+    """Wait until the model is loaded."""
+    await until(pilot, lambda: pilot.app.worker.ident is not None)
+    await idle(pilot)
+
+
+async def idle(pilot: Pilot[None]) -> None:
+    """Wait until the model has done what it was asked for, and the screen shows it."""
+    done = threading.Event()
+    pilot.app.worker._jobs.put(done.set)
+    assert await asyncio.to_thread(done.wait, 60)
+    await until(pilot, lambda: pilot.app.desk.pending is None)
+    await pilot.pause()
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], Any]) -> None:
+    for _ in range(5000):
+        if condition():
+            return
+        await pilot.pause()
+    raise AssertionError("it did not happen")
+
+
+async def say(pilot: Pilot[None], text: str) -> None:
+    """Type and send, and wait for the reply."""
+    await write(pilot, text)
+    await idle(pilot)
+
+
+async def write(pilot: Pilot[None], text: str) -> None:
+    pilot.app.query_one("#composer").focus()
+    await pilot.press(*("space" if c == " " else c for c in text), "enter")

@@ -1,0 +1,398 @@
+"""Every action of the application, by its keys."""
+
+from __future__ import annotations
+
+import pytest
+from textual import events
+from textual.widgets import Input, OptionList, TextArea, Tree
+
+from examples.chat.ui.composer import PASTE, Composer
+from examples.chat.ui.pickers import Conversations
+from examples.chat.ui.transcript import Earlier, Forgotten, MessageView, Transcript
+
+from .running import idle, running, say, until, write
+
+
+def texts(pilot) -> list[str]:
+    return [message.text for message in pilot.app.desk.current.path if message.role == "user"]
+
+
+def shown(pilot) -> list[str]:
+    return [view.message.text for view in pilot.app.query(MessageView)]
+
+
+def notices(pilot) -> str:
+    return "\n".join(notice.message for notice in pilot.app._notifications)
+
+
+async def test_a_conversation(tiny):
+    async with running(None, tiny) as pilot:
+        assert pilot.app.query("#hello")
+        await say(pilot, "Hello there")
+        await say(pilot, "And again")
+        path = pilot.app.desk.current.path
+        assert shown(pilot) == [message.text for message in path]
+        assert len(path) == 4
+        assert path[3].cost.reused > 0
+        assert not pilot.app.query("#hello")
+        assert "Hello there" in str(pilot.app.query_one("#title").render())
+
+
+async def test_edit_reads_the_change_only(tiny):
+    async with running(None, tiny) as pilot:
+        for turn in range(10):
+            await say(pilot, f"Question {turn}")
+        await pilot.press("ctrl+e")
+        composer = pilot.app.query_one(Composer)
+        assert composer.text == "Question 9"
+        await pilot.press("!", "enter")
+        await idle(pilot)
+        last = pilot.app.desk.current.path[-1]
+        assert texts(pilot)[-1] == "Question 9!"
+        assert last.cost.prefilled <= 8
+        assert len(pilot.app.desk.current.path) == 20
+        # Switching reads nothing.
+        read = pilot.app.desk.seen.totals.prefilled
+        await pilot.press("alt+left")
+        await idle(pilot)
+        assert texts(pilot)[-1] == "Question 9"
+        assert pilot.app.desk.seen.totals.prefilled == read
+        await pilot.press("alt+right")
+        await idle(pilot)
+        assert texts(pilot)[-1] == "Question 9!"
+
+
+async def test_editing_can_be_left(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        await pilot.press("ctrl+e", "x", "escape")
+        assert pilot.app.query_one(Composer).text == ""
+        assert texts(pilot) == ["Hello"]
+        await say(pilot, "More")
+        assert texts(pilot) == ["Hello", "More"]
+
+
+async def test_any_earlier_message_by_its_keys(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "one")
+        await say(pilot, "two")
+        pilot.app.query(MessageView).first().focus()
+        await pilot.press("e", "!", "enter")
+        await idle(pilot)
+        assert texts(pilot) == ["one!"]
+        pilot.app.query(MessageView).first().focus()
+        await pilot.press("left")
+        await idle(pilot)
+        assert texts(pilot) == ["one", "two"]
+        pilot.app.query(MessageView)[1].focus()
+        await pilot.press("r")
+        await idle(pilot)
+        assert texts(pilot) == ["one"]
+        pilot.app.query(MessageView)[1].focus()
+        await pilot.press("c")
+        assert pilot.app.clipboard == pilot.app.desk.current.path[1].text
+
+
+async def test_by_mouse(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        header = pilot.app.query(MessageView)[0].query_one(".header")
+        await pilot.click(header, offset=(6, 0))
+        assert pilot.app.editing is not None
+
+
+async def test_again_and_branches(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        await pilot.press("ctrl+r")
+        await idle(pilot)
+        first, second = pilot.app.desk.current.beside(pilot.app.desk.current.path[1])
+        assert pilot.app.desk.current.path[1] is second
+        assert second.cost.prefilled == 1
+        await pilot.press("ctrl+b")
+        await until(pilot, lambda: isinstance(pilot.app.focused, Tree))
+        await pilot.press("up", "enter")
+        await idle(pilot)
+        assert pilot.app.desk.current.path[1] is first
+
+
+async def test_stop(tiny):
+    async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
+        await write(pilot, "Hello")
+        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+        assert pilot.app.query_one(Transcript).writing is not None
+        # Everything else has to wait, or is refused.
+        await pilot.press("ctrl+r")
+        assert "stop it first" in notices(pilot)
+        await pilot.press("escape")
+        await idle(pilot)
+        assert pilot.app.desk.current.path[-1].ended == "stopped"
+        assert pilot.app.query_one(Transcript).writing is None
+
+
+async def test_a_reply_goes_on_behind_another_conversation(tiny):
+    async with running(None, tiny, max_tokens=60) as pilot:
+        await write(pilot, "Hello")
+        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+        first = pilot.app.desk.current
+        await pilot.press("ctrl+n")
+        await idle(pilot)
+        assert shown(pilot) == []
+        assert len(first.path) == 2
+
+
+async def test_new_search_open_rename_delete(tiny, tmp_path):
+    async with running(tmp_path, tiny) as pilot:
+        await say(pilot, "apples")
+        await pilot.press("ctrl+n")
+        await say(pilot, "pears")
+        desk = pilot.app.desk
+        assert [each.title for each in desk.conversations] == ["pears", "apples"]
+        await pilot.press("ctrl+o", *"appl")
+        options = pilot.app.query_one("#conversations OptionList", OptionList)
+        assert options.option_count == 1
+        await pilot.press("enter", "f2")
+        await until(pilot, lambda: isinstance(pilot.app.focused, Input))
+        pilot.app.focused.value = "fruit"
+        await pilot.press("enter")
+        assert desk.conversations[1].title == "fruit"
+        pilot.app.query_one("#conversations Input", Input).value = "fruit"
+        await pilot.pause()
+        options.focus()
+        await pilot.press("enter")
+        await idle(pilot)
+        assert texts(pilot) == ["apples"]
+        await pilot.press("ctrl+o", "enter", "f8")
+        await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+        await pilot.press("y")
+        await until(pilot, lambda: len(pilot.app.screen_stack) == 1)
+        await pilot.pause()
+        assert [each.title for each in desk.conversations] == ["pears"]
+        assert texts(pilot) == ["pears"]
+        assert len(list((tmp_path / "deleted").iterdir())) == 1
+        assert pilot.app.query_one(Conversations).highlighted is None or True
+
+
+async def test_settings(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        await pilot.press("f4")
+        await pilot.pause()
+        pilot.app.screen.query_one("#capacity", Input).value = "3"
+        await pilot.press("ctrl+s")
+        assert "64 or more, got 3" in str(pilot.app.screen.query_one("#wrong").render())
+        for name, value in {"capacity": "128", "window": "32", "bits": "8", "temperature": "0.5"}.items():
+            pilot.app.screen.query_one(f"#{name}", Input).value = value
+        await pilot.press("ctrl+s")
+        await idle(pilot)
+        settings = pilot.app.desk.settings
+        assert (settings.capacity, settings.window, settings.bits, settings.temperature) == (128, 32, 8, 0.5)
+        await say(pilot, "Again")
+        [holding] = pilot.app.desk.seen.holdings
+        assert holding.rule.size == 32
+        assert holding.packed
+
+
+async def test_bits_that_the_model_cannot_have(tiny, monkeypatch):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        before = pilot.app.desk.current.path
+        await pilot.press("f4")
+        await pilot.pause()
+        pilot.app.screen.query_one("#window", Input).value = "x"
+        await pilot.press("ctrl+s")
+        assert "must be a number" in str(pilot.app.screen.query_one("#wrong").render())
+        await pilot.press("escape")
+        assert pilot.app.desk.current.path == before
+
+
+async def test_system_prompt(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        await pilot.press("f3")
+        await until(pilot, lambda: pilot.app.screen.query(TextArea))
+        pilot.app.screen.query_one(TextArea).text = "Speak like a pirate."
+        await pilot.press("ctrl+s")
+        await pilot.pause()
+        assert pilot.app.desk.current.system == "Speak like a pirate."
+        await say(pilot, "Hello again")
+        assert pilot.app.desk.current.path[-1].cost.reused < pilot.app.desk.current.path[-1].cost.prefilled
+
+
+async def test_forgetting_is_marked(tiny):
+    async with running(None, tiny, capacity=96) as pilot:
+        for turn in range(7):
+            await say(pilot, f"Question number {turn}")
+        assert pilot.app.desk.current.path[-1].start > 0
+        assert pilot.app.query(Forgotten)
+        assert pilot.app.desk.seen.cached <= 96
+
+
+async def test_a_whole_book_comes_back(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        before = pilot.app.desk.current.path
+        book = "word " * 40_000
+        composer = pilot.app.query_one(Composer)
+        composer.post_message(events.Paste(book))
+        await pilot.pause()
+        assert len(book) > PASTE > len(composer.text) > 0
+        await pilot.press("enter")
+        await idle(pilot)
+        assert "and the capacity is 512" in notices(pilot)
+        assert composer.content.strip() == book.strip()
+        assert pilot.app.desk.current.path == before
+        await pilot.press("ctrl+a", "ctrl+k")
+
+
+async def test_pasted_control_characters(tiny):
+    async with running(None, tiny) as pilot:
+        composer = pilot.app.query_one(Composer)
+        composer.post_message(events.Paste("a\x1b[31m\x00b\r\nשלום 👩‍👩‍👧"))
+        await pilot.pause()
+        assert composer.text == "a[31mb\nשלום 👩‍👩‍👧"
+        await pilot.press("enter")
+        await idle(pilot)
+        assert texts(pilot) == ["a[31mb\nשלום 👩‍👩‍👧"]
+
+
+async def test_writing(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "first")
+        await say(pilot, "second")
+        composer = pilot.app.query_one(Composer)
+        await pilot.press(*"draft", "ctrl+j", *"more")
+        assert composer.text == "draft\nmore"
+        await pilot.press("up", "up")
+        assert composer.text == "second"
+        await pilot.press("up")
+        assert composer.text == "first"
+        await pilot.press("down", "down")
+        assert composer.text == "draft\nmore"
+        await pilot.press("ctrl+e")
+        await pilot.press("escape", "enter")
+        assert len(texts(pilot)) == 2
+
+
+async def test_keys_theme_and_export(tiny, tmp_path):
+    async with running(tmp_path, tiny) as pilot:
+        await pilot.press("?")
+        await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+        await pilot.press("?")
+        await until(pilot, lambda: len(pilot.app.screen_stack) == 1)
+        dark = pilot.app.theme
+        await pilot.press("f6")
+        assert pilot.app.theme != dark
+        await say(pilot, "Hello")
+        await pilot.press("f9")
+        [file] = (tmp_path / "exports").iterdir()
+        assert "Hello" in file.read_text()
+        await pilot.press("ctrl+y")
+        assert pilot.app.clipboard == pilot.app.desk.current.path[-1].text
+        await pilot.press("f7")
+        assert not pilot.app.query_one("#cache").display
+
+
+async def test_everything_is_there_at_the_next_start(tiny, tmp_path):
+    async with running(tmp_path, tiny) as pilot:
+        await say(pilot, "Hello there")
+        await say(pilot, "And again")
+        await pilot.press("f6")
+        theme, path = pilot.app.theme, pilot.app.desk.current.path
+        await pilot.press("ctrl+c")
+        await until(pilot, lambda: not pilot.app.is_running)
+    async with running(tmp_path, tiny) as pilot:
+        assert pilot.app.theme == theme
+        assert pilot.app.desk.current.path == path
+        assert shown(pilot) == [message.text for message in path]
+        assert pilot.app.desk.seen.cached > 0
+        await say(pilot, "Go on")
+        cost = pilot.app.desk.current.path[-1].cost
+        assert cost.prefilled <= 8
+        assert cost.reused >= pilot.app.desk.seen.cached - cost.prefilled - cost.generated
+
+
+async def test_ctrl_c_while_writing_loses_nothing(tiny, tmp_path):
+    async with running(tmp_path, tiny, max_tokens=100_000, capacity=None) as pilot:
+        await write(pilot, "Hello")
+        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+        await pilot.press("ctrl+q")
+        await until(pilot, lambda: not pilot.app.is_running)
+    async with running(tmp_path, tiny) as pilot:
+        path = pilot.app.desk.current.path
+        assert [message.role for message in path] == ["user", "assistant"]
+        assert path[1].ended == "stopped"
+        assert path[1].text
+
+
+@pytest.mark.parametrize("size", [(20, 10), (80, 24), (200, 60)])
+async def test_sizes_and_resizing_while_a_reply_is_written(tiny, size):
+    async with running(None, tiny, size=size, max_tokens=100_000, capacity=None) as pilot:
+        await write(pilot, "Hello")
+        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+        for width in (20, 60, 110, 30, size[0]):
+            await pilot.resize_terminal(width, size[1])
+            await pilot.pause()
+        await pilot.press("escape")
+        await idle(pilot)
+        assert len(shown(pilot)) == 2
+        assert pilot.app.query_one(Composer).size.width > 10
+
+
+async def test_long_conversations_begin_with_their_end(tiny, tmp_path):
+    async with running(tmp_path, tiny) as pilot:
+        desk = pilot.app.desk
+        for turn in range(40):
+            desk.current.say(f"Question {turn}", desk.current.leaf)
+        await pilot.app.show()
+        assert len(shown(pilot)) == 30
+        assert pilot.app.query(Earlier)
+        await pilot.press("ctrl+home")
+        await pilot.pause()
+        assert len(shown(pilot)) == 40
+
+
+async def test_a_model_that_is_not_there(tiny, tmp_path):
+    async with running(None, tiny) as pilot:
+        await pilot.press("f5")
+        await until(pilot, lambda: isinstance(pilot.app.focused, Input))
+        pilot.app.focused.value = str(tmp_path / "nothing")
+        await pilot.press("enter")
+        await idle(pilot)
+        assert "there is no folder" in notices(pilot)
+        await say(pilot, "Hello")
+        assert len(shown(pilot)) == 2
+
+
+async def test_no_model_at_all(tmp_path):
+    async with running(None, tmp_path / "nothing") as pilot:
+        await write(pilot, "Hello")
+        await idle(pilot)
+        assert "there is no model yet" in notices(pilot)
+        assert pilot.app.query_one(Composer).text == "Hello"
+        assert pilot.app.query("#hello")
+
+
+async def test_a_folder_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    async with running(tmp_path / "file" / "chat", tiny) as pilot:
+        await say(pilot, "Hello")
+        assert len(shown(pilot)) == 2
+        assert "Nothing is saved" in notices(pilot)
+        assert "Caches are not kept" in notices(pilot)
+
+
+async def test_a_damaged_conversation(tiny, tmp_path):
+    (tmp_path / "conversations").mkdir()
+    (tmp_path / "conversations" / "broken.json").write_text("{")
+    async with running(tmp_path, tiny) as pilot:
+        assert "broken.json is damaged" in notices(pilot)
+        await say(pilot, "Hello")
+
+
+async def test_two_at_once(tiny, tmp_path):
+    async with running(tmp_path, tiny) as first, running(tmp_path, tiny) as second:
+        await say(first, "from one")
+        await say(second, "from the other")
+    async with running(tmp_path, tiny) as pilot:
+        assert {each.title for each in pilot.app.desk.conversations} == {"from one", "from the other"}

@@ -1,0 +1,219 @@
+"""Replies: what is reused, what is forgotten, and that what is cached is what was said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from examples.chat.engine import Engine
+from examples.chat.events import Reading, Said, Seen
+from examples.chat.prompt import TooLong
+from examples.chat.settings import Settings
+from examples.chat.tree import Conversation, Message, new_id
+
+from .fresh import difference_to_fresh, tokens_of
+
+SETTINGS = Settings(capacity=None, temperature=0.0, max_tokens=8, memory=64)
+
+
+class Talk:
+    """A conversation with an engine, and what was told meanwhile."""
+
+    def __init__(self, model, folder=None, settings: Settings = SETTINGS, **options) -> None:
+        self.engine = Engine(*model, replace(settings, **options), folder)
+        self.conversation = Conversation(system="Be brief.")
+        self.events: list[object] = []
+
+    def say(self, text: str, parent: str | None = "leaf") -> Message:
+        asked = self.conversation.say(text, self.conversation.leaf if parent == "leaf" else parent)
+        return self.answer(asked)
+
+    def answer(self, asked: Message, is_stopped=lambda: False) -> Message:
+        name = new_id()
+        replied = self.engine.reply(self.conversation, asked, name, self.events.append, is_stopped)
+        self.conversation.take(asked, name, replied)
+        return self.conversation.path[-1]
+
+    def check(self) -> int:
+        cached, difference = difference_to_fresh(self.engine, self.conversation)
+        assert difference <= 2e-4
+        return cached
+
+
+def test_only_what_is_new_is_read(tiny_model):
+    talk = Talk(tiny_model)
+    first = talk.say("Hello there").cost
+    assert (first.reused, first.generated) == (0, 8)
+    second = talk.say("And again").cost
+    assert second.reused == first.prefilled + 7
+    assert second.saved > 0
+    talk.check()
+    said = "".join(event.text for event in talk.events if isinstance(event, Said))
+    assert said == "".join(m.text for m in talk.conversation.path if m.role == "assistant")
+
+
+def test_an_edit_of_the_last_of_20_messages_reads_the_change_only(tiny_model):
+    talk = Talk(tiny_model)
+    for turn in range(10):
+        talk.say(f"Question number {turn}")
+    assert len(talk.conversation.path) == 20
+    asked = talk.conversation.path[-2]
+    tokens = len(asked.piece.tokens)
+    cost = talk.say("Question number 7, changed", asked.parent).cost
+    assert cost.prefilled <= tokens + 4
+    assert cost.reused > 150
+    assert talk.check() > 0
+
+
+def test_going_to_another_branch_reads_nothing(tiny_model):
+    talk = Talk(tiny_model)
+    talk.say("Hello")
+    first = talk.say("one")
+    talk.say("two", talk.conversation.messages[first.parent].parent)
+    read = talk.engine.watch.totals.prefilled
+    talk.conversation.look_at(first.id)
+    talk.engine.warm(talk.conversation, talk.events.append)
+    assert talk.engine.watch.totals.prefilled == read
+    seen = talk.events[-1]
+    assert isinstance(seen, Seen)
+    assert seen.cached == len(tokens_of(talk.engine, talk.conversation)) - 1
+    cost = talk.say("three").cost
+    assert cost.prefilled <= len(talk.conversation.path[-2].piece.tokens) + 1
+    talk.check()
+
+
+def test_a_reply_made_again_reads_one_token(tiny_model):
+    talk = Talk(tiny_model)
+    talk.say("Hello")
+    again = talk.answer(talk.conversation.path[-2])
+    assert again.cost.prefilled == 1
+    assert again.text == talk.conversation.beside(again)[0].text
+
+
+def test_after_a_restart_nothing_is_read_again(tiny_model, tmp_path):
+    talk = Talk(tiny_model, tmp_path)
+    talk.say("Hello there")
+    talk.say("How are you?")
+    talk.engine.close()
+    later = Talk(tiny_model, tmp_path)
+    later.conversation = talk.conversation
+    later.engine.warm(later.conversation, later.events.append)
+    assert later.events[-1].cached == later.check()
+    cost = later.say("Go on").cost
+    assert cost.prefilled <= len(later.conversation.path[-2].piece.tokens) + 1
+    later.check()
+
+
+@pytest.mark.parametrize("capacity", [64, 100])
+def test_the_oldest_turns_make_room(flat_model, capacity):
+    talk = Talk(flat_model, capacity=capacity)
+    forgotten = read = 0
+    for turn in range(12):
+        cost = talk.say(f"Question number {turn} is this one").cost
+        forgotten += cost.forgotten
+        read += cost.prefilled
+        talk.check()
+        assert talk.events[-1].cached <= capacity
+    path = talk.conversation.path
+    assert forgotten > 0
+    assert path[-1].start > 0
+    # Nothing was read twice, although turns were taken out.
+    assert read <= 10 + sum(len(m.piece.tokens) + 1 for m in path if m.role == "user")
+    assert talk.events[-1].moved != (0, 0)
+
+
+def test_room_is_made_while_a_reply_is_written(flat_model):
+    talk = Talk(flat_model, capacity=64, max_tokens=24)
+    talk.say("a b c")
+    reply = talk.say("d e f")
+    path = talk.conversation.path
+    assert reply.start == 2 > path[-2].start
+    talk.check()
+    talk.say("g h i")
+    talk.check()
+
+
+def test_what_has_forgotten_serves_nobody_else(tiny_model):
+    talk = Talk(tiny_model, capacity=100)
+    for turn in range(8):
+        talk.say(f"Question number {turn} is this one")
+    path = talk.conversation.path
+    assert path[-1].start
+    other = Conversation(system="Be brief.")
+    asked = other.say(path[path[-1].start].text, None)
+    cost = talk.engine.reply(other, asked, new_id()).cost
+    assert cost.prefilled >= len(path[path[-1].start].piece.tokens) - 1
+
+
+def test_a_message_that_never_fits(tiny_model):
+    talk = Talk(tiny_model, capacity=64)
+    talk.say("Hello")
+    before = len(talk.engine.pool)
+    asked = talk.conversation.say("word " * 5000, talk.conversation.leaf)
+    with pytest.raises(TooLong, match=r"5,0\d\d tokens, and the capacity is 64"):
+        talk.answer(asked)
+    assert len(talk.engine.pool) == before
+
+
+def test_stopped_between_blocks_of_reading(tiny_model):
+    talk = Talk(tiny_model)
+    asked = talk.conversation.say("word " * 400, None)
+    assert talk.answer(asked, lambda: any(isinstance(e, Reading) and e.done for e in talk.events)) is asked
+    read = max(event.done for event in talk.events if isinstance(event, Reading))
+    assert 0 < read < 400
+    cost = talk.answer(asked).cost
+    assert cost.reused == read
+    talk.check()
+
+
+def test_stopped_while_writing(tiny_model):
+    talk = Talk(tiny_model)
+    asked = talk.conversation.say("Hello", None)
+    reply = talk.answer(asked, lambda: sum(isinstance(event, Said) for event in talk.events) >= 3)
+    assert reply.ended == "stopped"
+    assert 3 <= reply.cost.generated < 8
+    talk.say("Go on")
+    talk.check()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fewer_bits(tiny_model, bits):
+    talk = Talk(tiny_model, bits=bits)
+    whole = Talk(tiny_model)
+    for talking in (talk, whole):
+        talking.say("Hello there, this is a text of some length to have something to store")
+        talking.say("How are you?")
+    assert talk.events[-1].nbytes < whole.events[-1].nbytes
+    assert difference_to_fresh(talk.engine, talk.conversation)[1] < 0.5
+
+
+def test_a_window(tiny_model):
+    talk = Talk(tiny_model, window=16, sinks=2)
+    for turn in range(12):
+        talk.say(f"Question number {turn} is this one")
+    seen = talk.events[-1]
+    [holding] = seen.holdings
+    assert holding.rule.size == 16
+    assert holding.rule.sinks == 2
+    held = sum(span.length for span in holding.runs[seen.current])
+    assert held < seen.cached
+    Talk(tiny_model)
+    assert not hasattr(tiny_model[0], "make_cache")
+
+
+def test_a_folder_that_cannot_be_used(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    talk = Talk(tiny_model, tmp_path / "file" / "caches")
+    assert "not kept" in talk.engine.notice
+    talk.say("Hello")
+    talk.engine.close()
+
+
+def test_another_system_prompt(tiny_model):
+    talk = Talk(tiny_model)
+    talk.say("Hello")
+    talk.conversation.system = "Be kind."
+    cost = talk.say("Again").cost
+    assert cost.prefilled > cost.reused
+    talk.check()

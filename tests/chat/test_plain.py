@@ -1,0 +1,105 @@
+"""The line mode, with the real model: its commands, and what it reuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from examples.chat.engine import Engine
+from examples.chat.plain import Plain
+from examples.chat.settings import Settings
+
+from .fresh import difference_to_fresh
+
+SYSTEM = "You are a helpful AI assistant."
+
+
+@pytest.fixture
+def plain(chat_model):
+    def make(**options) -> Plain:
+        settings = Settings(**({"capacity": None, "temperature": 0.0, "max_tokens": 10} | options))
+        return Plain(Engine(*chat_model, settings), SYSTEM)
+
+    return make
+
+
+def costs(plain: Plain):
+    return [message.cost for message in plain.conversation.path if message.cost]
+
+
+def assert_cached_as_said(plain: Plain) -> None:
+    assert difference_to_fresh(plain.engine, plain.conversation)[1] <= 2e-4
+
+
+def test_only_what_is_new_is_read(plain, capsys):
+    chat = plain()
+    chat.handle("What is the capital of France?")
+    chat.handle("What is the capital of Italy?")
+    first, second = costs(chat)
+    assert (first.reused, first.prefilled) == (0, 28)
+    assert second.reused == 28 + first.generated - (chat.conversation.path[1].ended != "")
+    assert second.prefilled <= 18
+    chat.handle("/edit What is the capital of Japan?")
+    assert costs(chat)[-1].prefilled <= 18
+    chat.handle("/regenerate")
+    assert costs(chat)[-1].prefilled == 1
+    printed = capsys.readouterr().out
+    assert "Paris" in printed
+    assert "Rome" in printed
+    assert "Tokyo" in printed
+    assert_cached_as_said(chat)
+
+
+def test_the_oldest_turns_make_room(plain, capsys):
+    chat = plain(capacity=80)
+    for question in ("Name a fruit.", "Name a color.", "Name a city.", "Name a river."):
+        chat.handle(question)
+    assert sum(cost.forgotten for cost in costs(chat)) > 0
+    # Every prompt's tokens were read once, although turns have been taken out.
+    assert sum(cost.prefilled for cost in costs(chat)) < 28 + 4 * 14
+    before = chat.conversation.path
+    chat.handle("word " * 100)
+    assert "the capacity is 80" in capsys.readouterr().out
+    assert chat.conversation.path == before
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_it(plain, capsys, monkeypatch):
+    chat = plain(max_tokens=200)
+    printed = chat._print
+
+    def interrupting(event):
+        printed(event)
+        if len(chat.heard) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        chat.heard.append(event)
+
+    chat.heard = []
+    monkeypatch.setattr(chat, "_print", interrupting)
+    chat.handle("Count from one to a hundred.")
+    assert "[stopped]" in capsys.readouterr().out
+    assert chat.conversation.path[-1].ended == "stopped"
+    assert_cached_as_said(chat)
+
+
+def test_commands(plain, capsys):
+    chat = plain(max_tokens=6)
+    script = ["", "Say hi.", "/fork", "/edit 1 Say bye.", "/switch 1", "/undo", "/undo", "/edit", "/edit 5 x"]
+    for line in [*script, "/switch 3", "/stats", "/help", "/what"]:
+        assert chat.handle(line)
+    assert not chat.handle("/quit")
+    printed = capsys.readouterr().out
+    for said in (
+        "0 tokens reused, 25 prefilled",
+        "Branch 2 of 2; what was said is shared, not copied.",
+        "Taken back: Say hi.",
+        "[there is no message 0; there are 0]",
+        "/edit needs the new text.",
+        "[there is no message 5; there are 0]",
+        "[there is no branch 3; there are 1 to 2]",
+        "2 branches",
+        "/regenerate",
+        "There is no /what",
+    ):
+        assert said in printed, (said, printed)

@@ -1,0 +1,41 @@
+"""Pictures of the main screens, compared with those of before: `pytest --snapshot-update` takes new ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from .running import chat, idle, ready, say
+
+
+async def talk(pilot) -> None:
+    await ready(pilot)
+    await say(pilot, "Hello there")
+    await say(pilot, "And again")
+    await pilot.press("ctrl+e", "!", "enter")
+    await idle(pilot)
+
+
+def pressed(*keys: str):
+    async def run(pilot) -> None:
+        await talk(pilot)
+        await pilot.press(*keys)
+        await idle(pilot)
+
+    return run
+
+
+SCREENS = {
+    "main": ((120, 36), pressed()),
+    "small": ((80, 24), pressed()),
+    "tiny": ((20, 16), pressed()),
+    "light": ((100, 30), pressed("f6")),
+    "branches": ((100, 30), pressed("ctrl+b")),
+    "settings": ((100, 30), pressed("f4")),
+    "keys": ((100, 40), pressed("f1")),
+}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_screen(name, tiny, tmp_path, snap_compare):
+    size, run = SCREENS[name]
+    assert snap_compare(chat(None, tiny), terminal_size=size, run_before=run)

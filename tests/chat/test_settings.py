@@ -1,0 +1,49 @@
+"""What can be set, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from examples.chat.settings import Settings
+
+
+def test_there_and_back():
+    settings = Settings(capacity=None, window=128, bits=8, temperature=0.0)
+    assert Settings.of(asdict(settings)) == settings
+    assert Settings.of({"unknown": 3}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("capacity", 63),
+        ("window", 15),
+        ("sinks", -1),
+        ("bits", 7),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("max_tokens", 0),
+        ("memory", 15),
+        ("memory", None),
+        ("capacity", "many"),
+        ("capacity", True),
+        ("capacity", 100.5),
+    ],
+)
+def test_out_of_bounds(name, value):
+    with pytest.raises(ValueError, match="must be"):
+        Settings.of({name: value})
+
+
+@pytest.mark.parametrize("saved", [None, [], "x"])
+def test_no_settings(saved):
+    with pytest.raises(ValueError, match="object"):
+        Settings.of(saved)
+
+
+def test_what_the_caches_depend_on():
+    assert Settings(temperature=0.1).caches == Settings(temperature=0.2, sinks=0).caches
+    assert Settings(window=64, sinks=0).caches != Settings(window=64, sinks=4).caches

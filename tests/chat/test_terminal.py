@@ -1,0 +1,92 @@
+"""The whole of it as a user meets it: in a real terminal, with the real model."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TMUX = shutil.which("tmux")
+
+pytestmark = pytest.mark.skipif(TMUX is None, reason="needs tmux")
+
+
+class Terminal:
+    """A window of tmux, on a server of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = str(folder / "tmux")
+        command = (
+            f"{sys.executable} -m examples.chat --data {folder / 'data'} --temperature 0 --max-tokens 12"
+        )
+        self("new-session", "-d", "-x", "100", "-y", "30", "-c", str(ROOT), command)
+
+    def __call__(self, *arguments: str) -> str:
+        run = [str(TMUX), "-S", self.socket, "-f", "/dev/null", *arguments]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    def keys(self, *keys: str) -> None:
+        self("send-keys", *keys)
+
+    def screen(self) -> str:
+        return self("capture-pane", "-p")
+
+    def until(self, *texts: str) -> str:
+        """Wait until all of these are on the screen."""
+        screen = ""
+        for _ in range(3000):
+            screen = self.screen()
+            if all(text in screen for text in texts):
+                return screen
+        raise AssertionError(f"{texts} not on\n{screen}")
+
+    def wait(self) -> None:
+        """Wait until the program has ended."""
+        for _ in range(3000):
+            if subprocess.run(
+                [str(TMUX), "-S", self.socket, "ls"], capture_output=True, check=False
+            ).returncode:
+                return
+        raise AssertionError(self.screen())
+
+    def close(self) -> None:
+        subprocess.run([str(TMUX), "-S", self.socket, "kill-server"], capture_output=True, check=False)
+
+
+@pytest.fixture
+def open_terminal(tmp_path):
+    opened = []
+
+    def open_() -> Terminal:
+        opened.append(Terminal(tmp_path))
+        return opened[-1]
+
+    yield open_
+    for terminal in opened:
+        terminal.close()
+
+
+def test_a_conversation_edited_branched_and_there_again(open_terminal):
+    terminal = open_terminal()
+    terminal.until("Say something", "^e Edit", "Nothing is cached yet")
+    terminal.keys("What is the capital of France?", "Enter")
+    terminal.until("Paris", "28 prefilled")
+    terminal.keys("C-e")
+    terminal.until("Editing message 1")
+    terminal.keys(*["BSpace"] * len("France?"), "Italy?", "Enter")
+    terminal.until("Rome", "branch 2 of 2", "shared")
+    terminal.keys("M-Left")
+    terminal.until("Paris", "branch 1 of 2")
+    terminal.keys("C-q")
+    terminal.wait()
+    again = open_terminal()
+    again.until("Paris", "branch 1 of 2")
+    again.keys("And of Japan?", "Enter")
+    screen = again.until("Tokyo", "tokens reused")
+    assert "0 tokens reused" not in screen.replace("40 tokens reused", "")
+    again.keys("C-c")
+    again.wait()
