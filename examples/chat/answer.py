@@ -11,6 +11,10 @@ from .prompt import Prompt
 from .reading import Piece
 
 
+PAUSE = 1 / 30
+"""Seconds between two parts of a reply that are told, at least: a screen shows no more."""
+
+
 class Stopped(Exception):
     """The user wants no more."""
 
@@ -38,6 +42,8 @@ class Answer:
     first: float = 0.0
     last: float = 0.0
     ended: str = ""
+    _untold: str = ""
+    _told: float = 0.0
 
     def __post_init__(self) -> None:
         self.begin = self.first = self.last = self.clock()
@@ -54,6 +60,12 @@ class Answer:
         if self.is_stopped() and done < total:
             raise Stopped
 
+    def tell(self) -> None:
+        """Tell what has not been told of the reply."""
+        if self._untold:
+            self.emit(Said(self._untold))
+            self._untold, self._told = "", self.last
+
     def add(self, part: Any, tokenizer: Any) -> None:
         """Note a token, as mlx-lm's `stream_generate` gives it. Raises Stopped."""
         self.last = self.clock()
@@ -62,8 +74,9 @@ class Answer:
         self.tokens.append(part.token)
         self.text += part.text
         self.written += part.text
-        if part.text:
-            self.emit(Said(part.text))
+        self._untold += part.text
+        if part.finish_reason is not None or self.last - self._told >= PAUSE:
+            self.tell()
         if part.finish_reason == "stop":
             self.written += tokenizer.decode([part.token], skip_special_tokens=False)
         elif part.finish_reason == "length":

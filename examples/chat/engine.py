@@ -13,8 +13,9 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_kvcache import CacheFileError, SessionPool
+from mlx_kvcache import CacheFileError
 from mlx_kvcache.plugin import make_session_pool
+from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped
 from .events import Event
@@ -87,6 +88,7 @@ class Engine:
             answer.ended = "stopped"
         finally:
             prompt.session.close()
+        answer.tell()
         cost = self._cost(answer, reused)
         self.watch.add(cost)
         self.look(emit)

@@ -126,5 +126,5 @@ def _evaluate(model: Any, progress: Callable[[float], None]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_kvcache import NotSupportedError, Session, SessionPool
+from mlx_kvcache import NotSupportedError
+from mlx_kvcache.sessions import Session, SessionPool
 
 from .reading import Context, Piece, Turn, compose
 from .settings import Settings
@@ -58,7 +59,7 @@ def prepare(
     session = pool.open(before.tokens, salt)
     prompt = Prompt(session, turns, context, goal, _last_piece(context, turns[-1]))
     if goal > start:
-        cut = _tokens_of(before, goal - start)
+        cut = before.tokens_of(goal - start)
         begin = len(before.opening.tokens)
         name = (path[-1].id, goal)
         if cut is not None and _drop(session, begin, begin + cut, name, context.tokens):
@@ -79,18 +80,13 @@ def forget(prompt: Prompt, name: str) -> bool:
         Whether there was one that could be.
     """
     later = [i for i, turn in enumerate(prompt.turns) if turn.role == "user" and i > prompt.start]
-    if not later or not prompt.context.is_whole:
+    if not later:
         return False
-    cut = _tokens_of(prompt.context, later[0] - prompt.start)
-    if cut is None:
+    turns = later[0] - prompt.start
+    begin, cut = len(prompt.context.opening.tokens), prompt.context.tokens_of(turns)
+    if cut is None or not _drop(prompt.session, begin, begin + cut, (name, later[0]), None):
         return False
-    begin = len(prompt.context.opening.tokens)
-    if not _drop(prompt.session, begin, begin + cut, (name, later[0]), None):
-        return False
-    context = prompt.context
-    prompt.context = Context(
-        context.opening, context.pieces[later[0] - prompt.start :], context.rest, context.is_whole
-    )
+    prompt.context = prompt.context.without(turns)
     prompt.start = later[0]
     prompt.forgotten += cut
     return True
@@ -118,13 +114,6 @@ def _last_piece(context: Context, last: Turn) -> Piece | None:
     if not context.is_whole:
         return None
     return context.rest if context.rest.text else last.piece
-
-
-def _tokens_of(context: Context, turns: int) -> int | None:
-    """The tokens of the first so many turns; None where those cannot be told apart."""
-    if len(context.pieces) < turns:
-        return None
-    return sum(len(piece.tokens) for piece in context.pieces[:turns])
 
 
 def _drop(session: Session, begin: int, end: int, salt: tuple[str, int], expected: list[int] | None) -> bool:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
 
 class Piece(NamedTuple):
-    """A message as the model read or wrote it, with all that its template puts around it."""
+    """A message as the model read or wrote it, with all that its template puts around it.
+
+    Attributes:
+        closing: how many characters and tokens at its beginning end the message before it.
+    """
 
     text: str
     tokens: tuple[int, ...]
+    closing: tuple[int, int] = (0, 0)
+
+    @property
+    def body(self) -> Piece:
+        """Without what ends the message before it."""
+        characters, tokens = self.closing
+        return Piece(self.text[characters:], self.tokens[tokens:])
 
 
 NOTHING = Piece("", ())
@@ -42,7 +53,7 @@ class Context:
     opening: Piece
     pieces: tuple[Piece, ...]
     rest: Piece = NOTHING
-    is_whole: bool = field(default=False)
+    is_whole: bool = False
 
     @property
     def tokens(self) -> list[int]:
@@ -52,6 +63,20 @@ class Context:
     def length(self) -> int:
         """How many tokens there are."""
         return sum(len(piece.tokens) for piece in (self.opening, *self.pieces, self.rest))
+
+    def tokens_of(self, turns: int) -> int | None:
+        """How many tokens the first so many turns take, with what ends them; None where that is unknown."""
+        if len(self.pieces) < turns or not self.is_whole:
+            return None
+        following = self.pieces[turns] if turns < len(self.pieces) else self.rest
+        return sum(len(piece.tokens) for piece in self.pieces[:turns]) + following.closing[1]
+
+    def without(self, turns: int) -> Context:
+        """What is left when the first so many turns are forgotten."""
+        if turns < len(self.pieces):
+            pieces = (self.pieces[turns].body, *self.pieces[turns + 1 :])
+            return replace(self, pieces=pieces)
+        return replace(self, pieces=(), rest=self.rest.body)
 
 
 def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
@@ -68,15 +93,18 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
     read = len(opening.text)
     pieces: list[Piece] = []
     for turn in turns:
-        if turn.piece is None or not text.startswith(turn.piece.text, read):
+        piece = turn.piece if pieces or turn.piece is None else turn.piece.body
+        if piece is None or not text.startswith(piece.text, read):
             break
-        pieces.append(turn.piece)
-        read += len(turn.piece.text)
+        pieces.append(piece)
+        read += len(piece.text)
     if len(pieces) == len(turns) and read < len(text):
         # The last turn was read with less behind it than the template puts there now.
         read -= len(pieces.pop().text)
-    rest = Piece(text[read:], tuple(encoded(tokenizer, text[read:])))
-    return Context(opening, tuple(pieces), rest, len(pieces) >= len(turns) - 1)
+    is_whole = len(pieces) >= len(turns) - 1
+    before = rendered(tokenizer, system, turns[:-1], answer=False) if is_whole and len(turns) > 1 else ""
+    rest = _piece(tokenizer, text, read, len(before) if text.startswith(before) else read)
+    return Context(opening, tuple(pieces), rest, is_whole)
 
 
 def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = True) -> str:
@@ -98,6 +126,13 @@ def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = 
 def encoded(tokenizer: Any, text: str) -> list[int]:
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return tokens
+
+
+def _piece(tokenizer: Any, text: str, start: int, begin: int) -> Piece:
+    """The text from `start` on, of which what is before `begin` ends an earlier message."""
+    closing = encoded(tokenizer, text[start:begin])
+    body = encoded(tokenizer, text[max(start, begin) :])
+    return Piece(text[start:], (*closing, *body), (max(0, begin - start), len(closing)))
 
 
 def _opening(tokenizer: Any, system: str) -> Piece:

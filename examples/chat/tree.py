@@ -208,7 +208,9 @@ class Conversation:
 def _message(saved: dict[str, Any]) -> Message:
     piece, cost = saved["piece"], saved["cost"]
     kept = {
-        "piece": Piece(str(piece[0]), tuple(map(int, piece[1]))) if piece else None,
+        "piece": Piece(str(piece[0]), tuple(map(int, piece[1])), (int(piece[2][0]), int(piece[2][1])))
+        if piece
+        else None,
         "cost": Cost(**cost) if cost else None,
     }
     return Message(**(saved | kept))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mlx_kvcache import CacheError, Session, SessionPool
+from mlx_kvcache import CacheError
 from mlx_kvcache.plugin import holdings
+from mlx_kvcache.sessions import Session, SessionPool
 
 from .events import Seen
 from .tree import Cost

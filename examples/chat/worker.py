@@ -28,7 +28,7 @@ class Worker(threading.Thread):
         self._folder = folder
         self._options = options
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
+        self._halt = threading.Event()
         self._engine: Any = None
 
     def load(self, name: str | None, settings: Settings) -> None:
@@ -42,7 +42,7 @@ class Worker(threading.Thread):
     def reply(self, conversation: Conversation, last: Message, name: str) -> None:
         """Answer a message of the user; the reply will have this name."""
         # Each reply has a stop of its own: one for an earlier reply must not reach it, nor be undone by it.
-        stop = self._stop = threading.Event()
+        stop = self._halt = threading.Event()
         self._ask("reply", lambda: self._reply(conversation, last, name, stop))
 
     def warm(self, conversation: Conversation) -> None:
@@ -51,7 +51,7 @@ class Worker(threading.Thread):
 
     def stop(self) -> None:
         """End the reply that is under way, after the token that is."""
-        self._stop.set()
+        self._halt.set()
 
     def close(self) -> None:
         """Stop, have all caches written, and end the thread."""

@@ -56,6 +56,7 @@ def _written(folder: Path, tokenizer, layers: int) -> Path:
         head_dim=64,
         rms_norm_eps=1e-5,
         vocab_size=49152,
+        max_position_embeddings=2048,
         rope_theta=10000.0,
         tie_word_embeddings=True,
     )

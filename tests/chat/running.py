@@ -19,11 +19,23 @@ from examples.chat.ui.app import Chat
 SETTINGS = Settings(capacity=512, temperature=0.0, max_tokens=8, memory=64)
 
 
-def chat(folder: Path | None, model: Path, **options: Any) -> Chat:
+class Observed(Chat):
+    """Remembers what it has notified of."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.notices: list[str] = []
+        super().__init__(*arguments, **options)
+
+    def notify(self, message: str, **options: Any) -> None:
+        self.notices.append(message)
+        super().notify(message, **options)
+
+
+def chat(folder: Path | None, model: Path, **options: Any) -> Observed:
     """An application whose clock counts, so that its figures are the same each time."""
     ticks = itertools.count()
     settings = replace(SETTINGS, **options)
-    return Chat(folder, str(model), "Be brief.", lambda usual: settings, clock=lambda: next(ticks) / 64)
+    return Observed(folder, str(model), "Be brief.", lambda usual: settings, clock=lambda: next(ticks) / 64)
 
 
 @asynccontextmanager

@@ -46,7 +46,7 @@ def test_only_what_is_new_is_read(tiny_model):
     first = talk.say("Hello there").cost
     assert (first.reused, first.generated) == (0, 8)
     second = talk.say("And again").cost
-    assert second.reused == first.prefilled + 7
+    assert second.reused == first.prefilled + 8
     assert second.saved > 0
     talk.check()
     said = "".join(event.text for event in talk.events if isinstance(event, Said))
@@ -77,7 +77,7 @@ def test_going_to_another_branch_reads_nothing(tiny_model):
     assert talk.engine.watch.totals.prefilled == read
     seen = talk.events[-1]
     assert isinstance(seen, Seen)
-    assert seen.cached == len(tokens_of(talk.engine, talk.conversation)) - 1
+    assert seen.cached == len(tokens_of(talk.engine, talk.conversation))
     cost = talk.say("three").cost
     assert cost.prefilled <= len(talk.conversation.path[-2].piece.tokens) + 1
     talk.check()
@@ -124,7 +124,7 @@ def test_the_oldest_turns_make_room(flat_model, capacity):
 
 
 def test_room_is_made_while_a_reply_is_written(flat_model):
-    talk = Talk(flat_model, capacity=64, max_tokens=24)
+    talk = Talk(flat_model, capacity=80, max_tokens=24)
     talk.say("a b c")
     reply = talk.say("d e f")
     path = talk.conversation.path
@@ -143,7 +143,8 @@ def test_what_has_forgotten_serves_nobody_else(tiny_model):
     other = Conversation(system="Be brief.")
     asked = other.say(path[path[-1].start].text, None)
     cost = talk.engine.reply(other, asked, new_id()).cost
-    assert cost.prefilled >= len(path[path[-1].start].piece.tokens) - 1
+    # As much as it has in common with the first question, which had nothing to forget.
+    assert (cost.reused, cost.prefilled) == (14, 10)
 
 
 def test_a_message_that_never_fits(tiny_model):
@@ -170,9 +171,11 @@ def test_stopped_between_blocks_of_reading(tiny_model):
 def test_stopped_while_writing(tiny_model):
     talk = Talk(tiny_model)
     asked = talk.conversation.say("Hello", None)
-    reply = talk.answer(asked, lambda: sum(isinstance(event, Said) for event in talk.events) >= 3)
+    tokens = iter([False, False, False, False, True])
+    reply = talk.answer(asked, lambda: next(tokens))
     assert reply.ended == "stopped"
-    assert 3 <= reply.cost.generated < 8
+    assert reply.cost.generated == 2
+    assert "".join(event.text for event in talk.events if isinstance(event, Said)) == reply.text
     talk.say("Go on")
     talk.check()
 
@@ -199,7 +202,7 @@ def test_a_window(tiny_model):
     held = sum(span.length for span in holding.runs[seen.current])
     assert held < seen.cached
     Talk(tiny_model)
-    assert not hasattr(tiny_model[0], "make_cache")
+    assert "make_cache" not in vars(tiny_model[0])
 
 
 def test_a_folder_that_cannot_be_used(tiny_model, tmp_path):

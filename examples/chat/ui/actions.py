@@ -35,28 +35,32 @@ class Actions(App[None]):
         Binding("ctrl+b", "branches", "Branches", priority=True),
         Binding("ctrl+n", "new", "New", priority=True),
         Binding("ctrl+o", "list", "Chats", priority=True),
-        Binding("f4", "settings", "Settings"),
-        Binding("f1", "keys", "Keys"),
+        Binding("f4", "settings", "Settings", priority=True),
+        Binding("f1", "keys", "Keys", priority=True),
         Binding("question_mark", "keys", show=False),
         Binding("escape", "escape", show=False),
         Binding("ctrl+c", "interrupt", show=False, priority=True),
         Binding("ctrl+q", "leave", show=False, priority=True),
         Binding("ctrl+y", "copy", show=False, priority=True),
-        Binding("alt+left", "beside(-1)", show=False, priority=True),
-        Binding("alt+right", "beside(1)", show=False, priority=True),
+        Binding("alt+left", "before", show=False, priority=True),
+        Binding("alt+right", "after", show=False, priority=True),
         Binding("ctrl+home", "earlier", show=False, priority=True),
         Binding("pageup", "scroll(-1)", show=False, priority=True),
         Binding("pagedown", "scroll(1)", show=False, priority=True),
-        Binding("f3", "system", show=False),
-        Binding("f5", "models", show=False),
-        Binding("f6", "light", show=False),
-        Binding("f7", "cache", show=False),
-        Binding("f9", "export", show=False),
+        Binding("f3", "system", show=False, priority=True),
+        Binding("f5", "models", show=False, priority=True),
+        Binding("f6", "light", show=False, priority=True),
+        Binding("f7", "cache", show=False, priority=True),
+        Binding("f9", "export", show=False, priority=True),
     ]
 
     desk: Desk
     editing: Message | None = None
     _is_closing = False
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Under a dialog, keys are the dialog's."""
+        return len(self.screen_stack) == 1 or action in ("interrupt", "leave")
 
     async def show(self) -> None:
         """Bring the screen to what is so."""
@@ -132,18 +136,18 @@ class Actions(App[None]):
         self.copy_to_clipboard(self.desk.current.messages[id].text)
         self.notify("Copied.")
 
-    async def action_beside(self, by: int) -> None:
-        """The branch before or after, at the last place where there are several."""
-        forks = [m for m in self.desk.current.path if len(self.desk.current.beside(m)) > 1]
-        if forks:
-            await self.action_beside_message(forks[-1].id, by)
+    async def action_before(self) -> None:
+        """The branch before, at the last place where there are several."""
+        await self._at_last_fork(-1)
 
-    async def action_beside_message(self, id: str, by: int) -> None:  # noqa: A002
-        message = self.desk.current.messages[id]
-        beside = self.desk.current.beside(message)
-        other = beside[(beside.index(message) + by) % len(beside)]
-        if other is not message:
-            await self.attempt(lambda: self.desk.look_at(other))
+    async def action_after(self) -> None:
+        await self._at_last_fork(1)
+
+    async def action_before_message(self, id: str) -> None:  # noqa: A002
+        await self._beside(self.desk.current.messages[id], -1)
+
+    async def action_after_message(self, id: str) -> None:  # noqa: A002
+        await self._beside(self.desk.current.messages[id], 1)
 
     @work
     async def action_branches(self) -> None:
@@ -226,6 +230,18 @@ class Actions(App[None]):
         panel = self.query_one(Conversations)
         name = panel.highlighted if self.focused and panel in self.focused.ancestors else None
         return next((each for each in self.desk.conversations if each.id == name), self.desk.current)
+
+    async def _at_last_fork(self, by: int) -> None:
+        forks = [m for m in self.desk.current.path if len(self.desk.current.beside(m)) > 1]
+        if forks:
+            await self._beside(forks[-1], by)
+
+    async def _beside(self, message: Message, by: int) -> None:
+        """Look at the branch that is `by` places from a message's."""
+        beside = self.desk.current.beside(message)
+        other = beside[(beside.index(message) + by) % len(beside)]
+        if other is not message:
+            await self.attempt(lambda: self.desk.look_at(other))
 
     async def attempt(self, do: Callable[[], Any]) -> None:
         try:

@@ -37,7 +37,7 @@ class Chat(Actions):
     """Conversations on the left, the cache on the right."""
 
     TITLE = "mlx_kvcache"
-    CSS_PATH = "chat.tcss"
+    CSS_PATH = Path(__file__).with_name("chat.tcss")
     ENABLE_COMMAND_PALETTE = False
     HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-tiny"), (60, "-narrow"), (110, "-wide")]
 

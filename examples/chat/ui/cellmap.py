@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ def _scale(held: list[list[Cells]], width: int, height: int) -> int:
     scale = 1
     while scale < 1 << 20:
         rows = sum(len(_rows(segments, scale, width)) + 1 for segments in held)
-        if rows + 3 <= height:
+        if rows + len(_legend(range(len(SIGNS)), scale, width).plain.splitlines()) <= height:
             break
         scale *= 2
     return scale
@@ -132,7 +132,7 @@ def _channels(colour: str) -> list[int]:
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def _legend(used: set[int], scale: int, width: int) -> Text:
+def _legend(used: Iterable[int], scale: int, width: int) -> Text:
     """What the signs in use mean."""
     parts = [f"{SIGNS[kind]} {NAMES[kind]}" for kind in sorted(used, reverse=True)]
     parts.append(f"each {scale} cell{'s' if scale > 1 else ''}")
@@ -141,7 +141,7 @@ def _legend(used: set[int], scale: int, width: int) -> Text:
         if lines[-1] and len(lines[-1]) + len(part) + 2 > width:
             lines.append("")
         lines[-1] += ("  " if lines[-1] else "") + part
-    return Text("\n".join(lines), style="italic", no_wrap=True)
+    return Text("\n".join(line[:width] for line in lines), style="italic", no_wrap=True)
 
 
 class CellMap(Widget):
@@ -158,6 +158,8 @@ class CellMap(Widget):
             self.refresh()
 
     def render(self) -> Text:
+        if not (self.size.width and self.size.height):
+            return Text()
         if self._seen is None or not self._seen.holdings:
             return Text(
                 "Nothing is cached yet.\nEvery token that the model reads or writes gets a cell here."

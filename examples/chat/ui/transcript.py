@@ -10,6 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
+from textual.markup import escape
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
@@ -32,8 +33,8 @@ class MessageView(Vertical, can_focus=True):
         Binding("e,enter", "act('edit')", "Edit"),
         Binding("r", "act('again')", "Again"),
         Binding("c", "act('copy')", "Copy"),
-        Binding("left", "act('beside', -1)", "Branch ‹", show=False),
-        Binding("right", "act('beside', 1)", "Branch ›", show=False),
+        Binding("left", "act('before')", "Branch ‹", show=False),
+        Binding("right", "act('after')", "Branch ›", show=False),
         Binding("up", "app.focus_previous", show=False),
         Binding("down", "app.focus_next", show=False),
     ]
@@ -54,12 +55,12 @@ class MessageView(Vertical, can_focus=True):
         if note := self._note():
             yield Static(Text(note), classes="note")
 
-    def action_act(self, what: str, *arguments: Any) -> None:
-        getattr(self.app, f"action_{what}_message")(self.message.id, *arguments)
+    async def action_act(self, what: str) -> None:
+        await self.run_action(f"app.{what}_message({self.message.id!r})")
 
     def _header(self) -> Content:
         name, id_ = self._names[self.message.role], self.message.id
-        words = [f"[b]{name}[/b]"]
+        words = [f"[b]{escape(name)}[/b]"]
         if self.message.role == "user":
             words.append(f"[@click=app.edit_message('{id_}')]✎ edit[/]")
         else:
@@ -67,8 +68,8 @@ class MessageView(Vertical, can_focus=True):
             words.append(f"[@click=app.copy_message('{id_}')]⧉ copy[/]")
         if self.places > 1:
             words.append(
-                f"[@click=app.beside_message('{id_}', -1)]‹[/] branch {self.place} of {self.places} "
-                f"[@click=app.beside_message('{id_}', 1)]›[/]"
+                f"[@click=app.before_message('{id_}')]‹[/] branch {self.place} of {self.places} "
+                f"[@click=app.after_message('{id_}')]›[/]"
             )
         return Content.from_markup("  ".join(words))
 
@@ -103,7 +104,8 @@ class Writing(Vertical):
 
     def compose(self) -> ComposeResult:
         yield Static(
-            Content.from_markup(f"[b]{self._name}[/b]  [@click=app.stop]■ stop (esc)[/]"), classes="header"
+            Content.from_markup(f"[b]{escape(self._name)}[/b]  [@click=app.stop]■ stop (esc)[/]"),
+            classes="header",
         )
         yield Markdown(classes="body", open_links=False)
         yield Static("waiting for the model …", classes="note")
