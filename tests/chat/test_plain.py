@@ -91,7 +91,7 @@ def test_commands(plain, capsys):
     assert not chat.handle("/quit")
     printed = capsys.readouterr().out
     for said in (
-        "0 tokens reused, 25 prefilled",
+        "0 tokens reused, 24 prefilled",
         "Branch 2 of 2; what was said is shared, not copied.",
         "Taken back: Say hi.",
         "[there is no message 0; there are 0]",

@@ -80,6 +80,10 @@ class Composer(TextArea):
         elif event.key == "down" and self.cursor_at_last_line and self._at < len(self._past):
             self._take(event)
             self._go(1)
+        elif event.key in self._bindings.key_to_bindings:
+            # Left to bubble, a key's action would come after the letters that are typed behind it.
+            self._take(event)
+            await self.run_action(self._bindings.get_bindings_for_key(event.key)[0].action)
 
     async def _on_paste(self, event: events.Paste) -> None:
         event.prevent_default()
