@@ -10,7 +10,6 @@ from .events import Event, Reading, Said
 from .prompt import Prompt
 from .reading import Piece
 
-
 PAUSE = 1 / 30
 """Seconds between two parts of a reply that are told, at least: a screen shows no more."""
 

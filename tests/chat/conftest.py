@@ -58,7 +58,7 @@ def _written(folder: Path, tokenizer, layers: int) -> Path:
         vocab_size=49152,
         max_position_embeddings=2048,
         rope_theta=10000.0,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     mx.random.seed(7)
     model = llama.Model(arguments)

@@ -24,6 +24,7 @@ class Terminal:
         command = (
             f"{sys.executable} -m examples.chat --data {folder / 'data'} --temperature 0 --max-tokens 12"
         )
+        command += "; echo ended with $?; cat"
         self("new-session", "-d", "-x", "100", "-y", "30", "-c", str(ROOT), command)
 
     def __call__(self, *arguments: str) -> str:
@@ -41,18 +42,11 @@ class Terminal:
         screen = ""
         for _ in range(3000):
             screen = self.screen()
+            if "ended with" in screen and "ended with 0" not in texts:
+                break
             if all(re.search(text, screen) for text in texts):
                 return screen
         raise AssertionError(f"{texts} not on\n{screen}")
-
-    def wait(self) -> None:
-        """Wait until the program has ended."""
-        for _ in range(3000):
-            if subprocess.run(
-                [str(TMUX), "-S", self.socket, "ls"], capture_output=True, check=False
-            ).returncode:
-                return
-        raise AssertionError(self.screen())
 
     def close(self) -> None:
         subprocess.run([str(TMUX), "-S", self.socket, "kill-server"], capture_output=True, check=False)
@@ -83,7 +77,7 @@ def test_a_conversation_edited_branched_and_there_again(open_terminal):
     terminal.keys("M-Left")
     terminal.until("Paris", "branch 1 of 2")
     terminal.keys("C-q")
-    terminal.wait()
+    terminal.until("ended with 0")
     again = open_terminal()
     again.until("Paris", "branch 1 of 2")
     again.keys("And of Japan?", "Enter")
@@ -91,4 +85,4 @@ def test_a_conversation_edited_branched_and_there_again(open_terminal):
     reused, prefilled = re.findall(r"(\d+) tokens reused, (\d+) prefilled", screen)[-1]
     assert int(reused) >= 35 > 16 >= int(prefilled)
     again.keys("C-c")
-    again.wait()
+    again.until("ended with 0")

@@ -97,7 +97,7 @@ class Chat(Actions):
         """Bring the screen to what is so."""
         desk, path = self.desk, self.desk.current.path
         self.query_one("#title", Static).update(
-            f"{desk.current.title or 'New conversation'} · {self.model_name}"
+            f"{desk.current.title or 'New conversation'} · {Path(self.model_name).name}"
         )
         placed = [(m, beside.index(m) + 1, len(beside)) for m in path for beside in [desk.current.beside(m)]]
         names = {"user": "You", "assistant": Path(self.model_name).name}

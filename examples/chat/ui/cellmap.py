@@ -135,7 +135,7 @@ def _channels(colour: str) -> list[int]:
 def _legend(used: Iterable[int], scale: int, width: int) -> Text:
     """What the signs in use mean."""
     parts = [f"{SIGNS[kind]} {NAMES[kind]}" for kind in sorted(used, reverse=True)]
-    parts.append(f"each {scale} cell{'s' if scale > 1 else ''}")
+    parts.append(f"each sign {scale:,} cell{'s' if scale > 1 else ''}")
     lines = [""]
     for part in parts:
         if lines[-1] and len(lines[-1]) + len(part) + 2 > width:

@@ -26,7 +26,7 @@ def table(seen: Seen | None, last: Cost | None) -> Table:
     rows.add_row(
         "[b]MB[/b]",
         f"{(seen.nbytes if seen else 0) / 1e6:,.1f}",
-        f"≤ {(seen.most if seen else 0) / 1e6:,.1f}",
+        f"max {(seen.most if seen else 0) / 1e6:,.1f}",
     )
     return rows
 

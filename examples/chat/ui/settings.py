@@ -36,6 +36,7 @@ class SettingsScreen(Dialog[Settings]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="box wide settings"):
+            yield Label("[b]Settings[/b]")
             for name, what in FIELDS.items():
                 value = self._values[name]
                 with Horizontal():

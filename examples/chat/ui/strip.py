@@ -83,7 +83,7 @@ class ContextStrip(Widget):
         visible = tokens - lower + min(sinks, lower)
         text = drawn(*self._state, self.size.width)
         text.append(f"\n{tokens:,} tokens" + (f" of {capacity:,}" if capacity else ""))
-        text.append(f", the next sees {'all' if visible >= tokens else f'{visible:,}'}")
+        text.append(f"\nthe next one sees {'all' if visible >= tokens else f'{visible:,}'}")
         return text
 
 

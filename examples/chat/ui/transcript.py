@@ -21,7 +21,7 @@ SHOWN = 30
 
 ENDINGS = {
     "stopped": "stopped",
-    "length": "cut at the longest reply that the settings allow",
+    "length": "cut at the longest reply (settings)",
     "capacity": "cut: there is no room for more",
 }
 
@@ -65,7 +65,7 @@ class MessageView(Vertical, can_focus=True):
             words.append(f"[@click=app.edit_message('{id_}')]✎ edit[/]")
         else:
             words.append(f"[@click=app.again_message('{id_}')]↻ again[/]")
-            words.append(f"[@click=app.copy_message('{id_}')]⧉ copy[/]")
+            words.append(f"[@click=app.copy_message('{id_}')]copy[/]")
         if self.places > 1:
             words.append(
                 f"[@click=app.before_message('{id_}')]‹[/] branch {self.place} of {self.places} "
