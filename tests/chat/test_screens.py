@@ -9,10 +9,19 @@ from .running import chat, idle, ready, say
 
 async def talk(pilot) -> None:
     await ready(pilot)
+    pilot.app.query_one("#composer").cursor_blink = False
     await say(pilot, "Hello there")
     await say(pilot, "And again")
     await pilot.press("ctrl+e", "!", "enter")
     await idle(pilot)
+
+
+async def at_rest(pilot) -> None:
+    """Wait until the screen stays as it is."""
+    pictures = [str(number) for number in range(5)]
+    while len(set(pictures[-5:])) > 1:
+        await pilot.pause()
+        pictures.append(pilot.app.export_screenshot())
 
 
 def pressed(*keys: str):
@@ -20,6 +29,10 @@ def pressed(*keys: str):
         await talk(pilot)
         await pilot.press(*keys)
         await idle(pilot)
+        for screen in pilot.app.screen_stack:
+            for field in screen.query("Input, TextArea"):
+                field.cursor_blink = False
+        await at_rest(pilot)
 
     return run
 
