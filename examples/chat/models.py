@@ -93,12 +93,12 @@ def _folder(name: str, emit: Callable[[Event], None]) -> Path:
 
 def _fetched(name: str, emit: Callable[[Event], None]) -> Path:
     from huggingface_hub import snapshot_download
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     patterns = importlib.import_module("mlx_lm.utils").DEFAULT_ALLOW_PATTERNS
     shown = f"Fetching {name}"
 
-    class Progress(tqdm):  # type: ignore[type-arg]
+    class Progress(tqdm):
         """Tells its progress instead of drawing it."""
 
         def display(self, *_: Any, **__: Any) -> None:

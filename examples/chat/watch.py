@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.plugin import holdings
+from mlx_kvcache.plugin import Holding, holdings
 from mlx_kvcache.sessions import Session, SessionPool
 
 from .events import Seen
@@ -67,7 +67,8 @@ class Watch:
         self._next = self._clock() + EVERY
         nbytes = self._pool.nbytes
         self._most = max(self._most, nbytes)
-        held, current, cached = (), None, 0
+        held: tuple[Holding, ...] = ()
+        current, cached = None, 0
         try:
             if self._cache is not None:
                 current, cached = self._cache.sequence, self._cache.position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,6 +16,7 @@ from mlx_lm.utils import save_config, save_model
 def tokenizer():
     from examples import smollm2
 
+    meta: Any
     _, meta = mx.load(str(smollm2.find()), return_metadata=True)
     return smollm2._tokenizer(meta)
 

@@ -7,6 +7,7 @@ import random
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from examples.chat.desk import Desk, Refused
 from examples.chat.events import Ended, Event, Failed, Ready, Said
@@ -145,7 +146,7 @@ class Life:
         self.desk.set_system(self.text())
 
     def set(self) -> None:
-        chosen = self.random.choice(
+        chosen: Any = self.random.choice(
             [{"temperature": 0.0}, {"temperature": 1.0}, {"capacity": 96}, {"capacity": 200}]
         )
         self.desk.set(replace(self.desk.settings, **chosen))

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from textual.pilot import Pilot
-
 from examples.chat.settings import Settings
 from examples.chat.ui.app import Chat
 
@@ -41,7 +39,7 @@ def chat(folder: Path | None, model: Path, **options: Any) -> Observed:
 @asynccontextmanager
 async def running(
     folder: Path | None, model: Path, size: tuple[int, int] = (120, 40), **options: Any
-) -> AsyncIterator[Pilot[None]]:
+) -> AsyncIterator[Any]:
     app = chat(folder, model, **options)
     async with app.run_test(size=size) as pilot:
         await ready(pilot)
@@ -49,13 +47,13 @@ async def running(
         app.worker.stop()
 
 
-async def ready(pilot: Pilot[None]) -> None:
+async def ready(pilot: Any) -> None:
     """Wait until the model is loaded."""
     await until(pilot, lambda: pilot.app.worker.ident is not None)
     await idle(pilot)
 
 
-async def idle(pilot: Pilot[None]) -> None:
+async def idle(pilot: Any) -> None:
     """Wait until the model has done what it was asked for, and the screen shows it."""
     done = threading.Event()
     pilot.app.worker._jobs.put(done.set)
@@ -64,7 +62,7 @@ async def idle(pilot: Pilot[None]) -> None:
     await pilot.pause()
 
 
-async def until(pilot: Pilot[None], condition: Callable[[], Any]) -> None:
+async def until(pilot: Any, condition: Callable[[], Any]) -> None:
     for _ in range(5000):
         if condition():
             return
@@ -72,12 +70,12 @@ async def until(pilot: Pilot[None], condition: Callable[[], Any]) -> None:
     raise AssertionError("it did not happen")
 
 
-async def say(pilot: Pilot[None], text: str) -> None:
+async def say(pilot: Any, text: str) -> None:
     """Type and send, and wait for the reply."""
     await write(pilot, text)
     await idle(pilot)
 
 
-async def write(pilot: Pilot[None], text: str) -> None:
+async def write(pilot: Any, text: str) -> None:
     pilot.app.query_one("#composer").focus()
     await pilot.press(*("space" if c == " " else c for c in text), "enter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,19 +22,24 @@ class Talk:
     """A conversation with an engine, and what was told meanwhile."""
 
     def __init__(self, model, folder=None, settings: Settings = SETTINGS, **options) -> None:
-        self.engine = Engine(*model, replace(settings, **options), folder)
+        self.engine = Engine(model[0], model[1], replace(settings, **options), folder)
         self.conversation = Conversation(system="Be brief.")
-        self.events: list[object] = []
+        self.events: list[Any] = []
 
-    def say(self, text: str, parent: str | None = "leaf") -> Message:
+    def say(self, text: str, parent: str | None = "leaf") -> Any:
         asked = self.conversation.say(text, self.conversation.leaf if parent == "leaf" else parent)
         return self.answer(asked)
 
-    def answer(self, asked: Message, is_stopped=lambda: False) -> Message:
+    def answer(self, asked: Message, is_stopped=lambda: False) -> Any:
         name = new_id()
         replied = self.engine.reply(self.conversation, asked, name, self.events.append, is_stopped)
         self.conversation.take(asked, name, replied)
         return self.conversation.path[-1]
+
+    @property
+    def asked(self) -> Any:
+        """The last message of the user."""
+        return self.conversation.path[-2]
 
     def check(self) -> int:
         cached, difference = difference_to_fresh(self.engine, self.conversation)
@@ -58,7 +64,7 @@ def test_an_edit_of_the_last_of_20_messages_reads_the_change_only(tiny_model):
     for turn in range(10):
         talk.say(f"Question number {turn}")
     assert len(talk.conversation.path) == 20
-    asked = talk.conversation.path[-2]
+    asked = talk.asked
     tokens = len(asked.piece.tokens)
     cost = talk.say("Question number 7, changed", asked.parent).cost
     assert cost.prefilled <= tokens + 4
@@ -79,7 +85,7 @@ def test_going_to_another_branch_reads_nothing(tiny_model):
     assert isinstance(seen, Seen)
     assert seen.cached == len(tokens_of(talk.engine, talk.conversation))
     cost = talk.say("three").cost
-    assert cost.prefilled <= len(talk.conversation.path[-2].piece.tokens) + 1
+    assert cost.prefilled <= len(talk.asked.piece.tokens) + 1
     talk.check()
 
 
@@ -101,7 +107,7 @@ def test_after_a_restart_nothing_is_read_again(tiny_model, tmp_path):
     later.engine.warm(later.conversation, later.events.append)
     assert later.events[-1].cached == later.check()
     cost = later.say("Go on").cost
-    assert cost.prefilled <= len(later.conversation.path[-2].piece.tokens) + 1
+    assert cost.prefilled <= len(later.asked.piece.tokens) + 1
     later.check()
 
 
@@ -115,7 +121,7 @@ def test_the_oldest_turns_make_room(flat_model, capacity):
         read += cost.prefilled
         talk.check()
         assert talk.events[-1].cached <= capacity
-    path = talk.conversation.path
+    path: list[Any] = talk.conversation.path
     assert forgotten > 0
     assert path[-1].start > 0
     # Nothing was read twice, although turns were taken out.
@@ -127,7 +133,7 @@ def test_room_is_made_while_a_reply_is_written(flat_model):
     talk = Talk(flat_model, capacity=80, max_tokens=24)
     talk.say("a b c")
     reply = talk.say("d e f")
-    path = talk.conversation.path
+    path: list[Any] = talk.conversation.path
     assert reply.start == 2 > path[-2].start
     talk.check()
     talk.say("g h i")
@@ -138,7 +144,7 @@ def test_what_has_forgotten_serves_nobody_else(tiny_model):
     talk = Talk(tiny_model, capacity=100)
     for turn in range(8):
         talk.say(f"Question number {turn} is this one")
-    path = talk.conversation.path
+    path: list[Any] = talk.conversation.path
     assert path[-1].start
     other = Conversation(system="Be brief.")
     asked = other.say(path[path[-1].start].text, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from examples.chat import models
@@ -9,7 +11,7 @@ from examples.chat.events import Loading
 
 
 def test_a_folder(tiny):
-    events = []
+    events: list[Any] = []
     model, tokenizer = models.load(str(tiny), events.append)
     assert len(model.layers) == 2
     assert tokenizer.chat_template

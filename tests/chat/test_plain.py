@@ -19,8 +19,9 @@ SYSTEM = "You are a helpful AI assistant."
 @pytest.fixture
 def plain(chat_model):
     def make(**options) -> Plain:
+        model, tokenizer = chat_model
         settings = Settings(**({"capacity": None, "temperature": 0.0, "max_tokens": 10} | options))
-        return Plain(Engine(*chat_model, settings), SYSTEM)
+        return Plain(Engine(model, tokenizer, settings), SYSTEM)
 
     return make
 

@@ -54,7 +54,7 @@ class Terminal:
 
 @pytest.fixture
 def open_terminal(tmp_path):
-    opened = []
+    opened: list[Terminal] = []
 
     def open_() -> Terminal:
         opened.append(Terminal(tmp_path, f"tmux-{len(opened)}"))

@@ -6,7 +6,7 @@ import asyncio
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from textual import on
 from textual.app import ComposeResult
@@ -15,10 +15,11 @@ from textual.message import Message as Notice
 from textual.widgets import Footer, Input, Label, OptionList, ProgressBar, Static
 
 from ..desk import Desk
-from ..events import Ended, Event, Failed, Loading, Reading, Ready, Replied, Said, Seen
+from ..events import Ended, Event, Failed, Loading, Reading, Ready, Said, Seen
 from ..library import Library, default_folder
 from ..models import DEFAULT
 from ..settings import Settings
+from ..tree import Replied
 from ..worker import Worker
 from .actions import Actions
 from .cellmap import CellMap, colour_of
@@ -39,7 +40,6 @@ class Chat(Actions):
     TITLE = "mlx_kvcache"
     CSS_PATH = Path(__file__).with_name("chat.tcss")
     ENABLE_COMMAND_PALETTE = False
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-tiny"), (60, "-narrow"), (110, "-wide")]
 
     class Happened(Notice):
         """The model's side tells something."""
@@ -57,6 +57,7 @@ class Chat(Actions):
         **options: Any,
     ) -> None:
         super().__init__()
+        self.HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (60, "-narrow"), (110, "-wide")]
         self.library = Library(folder, self._complain)
         settings, other = self.library.load_state()
         if model is not None:

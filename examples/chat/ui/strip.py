@@ -14,6 +14,7 @@ from ..tree import Message
 
 if TYPE_CHECKING:
     # The screen comes before mlx-lm, which takes seconds to import.
+    from mlx_kvcache.cells.rules import Rule
     from mlx_kvcache.plugin import Holding
 
 ROLES = {"system": "#8b5cf6", "user": "#3b82f6", "assistant": "#10b981"}
@@ -87,7 +88,7 @@ class ContextStrip(Widget):
         return text
 
 
-def _narrowest(holdings: Sequence[Holding]) -> object:
+def _narrowest(holdings: Sequence[Holding]) -> Rule | None:
     """The rule of the layers that see least."""
     rules = [holding.rule for holding in holdings if holding.rule is not None]
     return max(rules, key=lambda rule: rule.lower(1 << 20), default=None)

@@ -99,12 +99,12 @@ class Writing(Vertical):
 
     def __init__(self, name: str) -> None:
         super().__init__(classes="assistant writing")
-        self._name = name
+        self._author = name
         self._stream: MarkdownStream | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(
-            Content.from_markup(f"[b]{escape(self._name)}[/b]  [@click=app.stop]■ stop (esc)[/]"),
+            Content.from_markup(f"[b]{escape(self._author)}[/b]  [@click=app.stop]■ stop (esc)[/]"),
             classes="header",
         )
         yield Markdown(classes="body", open_links=False)
@@ -206,4 +206,5 @@ class Transcript(VerticalScroll, can_focus=False):
             return Earlier(entry[1])
         if entry[0] == "forgotten":
             return Forgotten(entry[1])
-        return MessageView(*by_name[entry[0]], names)
+        message, place, places = by_name[entry[0]]
+        return MessageView(message, place, places, names)
