@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py
 
-.PHONY: help demo test check fmt soak soak-chat bench bench-endless bench-check figures pictures screenshots models clean
+.PHONY: help demo test check fmt soak soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ bench: $(VENV)/bench  ## every benchmark but the endless text, into benchmarks/r
 
 bench-endless: $(VENV)/bench  ## the loss on 16,384 tokens of text, with room for 1,024
 	$(RUN) -m benchmarks endless --json benchmarks/results
+
+bench-chat: $(VENV)/dev  ## how long the chat lets its user wait
+	$(RUN) -m benchmarks chat --json benchmarks/results
 
 bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
 	$(RUN) -m benchmarks --all --quick --check

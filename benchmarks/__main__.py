@@ -14,6 +14,7 @@ import mlx.core as mx
 from benchmarks import (
     batches,
     bits,
+    chat,
     chunks,
     decode,
     drift,
@@ -60,8 +61,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "bits": bits.run,
     "saving": saving.run,
 }
-APART: dict[str, Benchmark] = {"endless": endless.run}
-"""What takes too long to be among `--all`."""
+APART: dict[str, Benchmark] = {"endless": endless.run, "chat": chat.run}
+"""What takes too long to be among `--all`, or is about an example."""
 
 
 def main() -> int:

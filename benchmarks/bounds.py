@@ -52,6 +52,9 @@ NOISE = (
 SMALL = "an update of 256 tokens' cache is not small beside attention to them."
 
 BOUNDS = {
+    "chat.prompt": Bound(3.0, of_value=True),
+    "chat.started": Bound(5.0, of_value=True),
+    "chat.key": Bound(50.0, of_value=True),
     "decode.model.256": Bound(1.0, 0.85, reason=NOISE),
     "decode.model.1024": Bound(1.0),
     "decode.model.2048": Bound(1.0, 0.85),

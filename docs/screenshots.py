@@ -31,7 +31,7 @@ async def conversation(pilot: Pilot[None]) -> None:
     await pilot.press("ctrl+n")
     await idle(pilot)
     await say(pilot, "What do bees make?")
-    await pilot.press("ctrl+o", "down", "enter")
+    await pilot.press("ctrl+o", "enter", "down", "enter")
     await idle(pilot)
 
 

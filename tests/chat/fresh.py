@@ -23,10 +23,12 @@ def difference_to_fresh(engine: Engine, conversation: Conversation) -> tuple[int
     tokens = tokens_of(engine, conversation)
     session = engine.pool.open([*tokens, 0], conversation.salt(conversation.path))
     probe = tokens[:2]
+    held = min(session.reused, (engine.settings.capacity or len(tokens) + 2) - len(probe))
+    session.cache.rewind_to(held)
     ours = logits_of(engine.model, session.cache, probe)
     settings = engine.settings
     fresh = make_prompt_cache(engine.model, kv_bits=settings.bits)
-    theirs = logits_of(engine.model, fresh, tokens[: session.reused] + probe)[-2:]
+    theirs = logits_of(engine.model, fresh, tokens[:held] + probe)[-2:]
     session.cache.rewind(len(probe))
     session.close()
     return session.reused, difference(ours, theirs)

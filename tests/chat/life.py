@@ -103,6 +103,7 @@ class Life:
         engine, current = self.worker._engine, self.desk.current
         self.worker._ask("check", lambda: result.append(difference_to_fresh(engine, current)))
         self.settle()
+        assert result, self.failures[-1]
         self.differences.append(result[0][1])
         return result[0][0] > 0
 

@@ -24,7 +24,7 @@ def table(seen: Seen | None, last: Cost | None) -> Table:
     rows.add_row("saved", f"{last.saved:,.1f} s", f"{totals.saved:,.1f} s")
     rows.add_row("tokens/s", f"{last.rate:.1f}", f"{totals.rate:.1f}")
     rows.add_row(
-        "[b]MB[/b]",
+        "MB",
         f"{(seen.nbytes if seen else 0) / 1e6:,.1f}",
         f"max {(seen.most if seen else 0) / 1e6:,.1f}",
     )

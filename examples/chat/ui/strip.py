@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mlx_kvcache.plugin import Holding
 
 ROLES = {"system": "#8b5cf6", "user": "#3b82f6", "assistant": "#10b981"}
+SHORTEST = 256
+"""Tokens that the line stands for, at least, where there is room for as many."""
+
 GAP, PAST, EMPTY = "┆", "░", "·"
 
 
@@ -79,13 +82,19 @@ class ContextStrip(Widget):
             self.refresh()
 
     def render(self) -> Text:
-        parts, capacity, lower, sinks, _ = self._state
+        parts, capacity, lower, sinks, is_cut = self._state
         tokens = sum(part.tokens for part in parts)
         visible = tokens - lower + min(sinks, lower)
-        text = drawn(*self._state, self.size.width)
+        text = drawn(parts, _scale(tokens, capacity), lower, sinks, is_cut, self.size.width)
         text.append(f"\n{tokens:,} tokens" + (f" of {capacity:,}" if capacity else ""))
         text.append(f"\nthe next one sees {'all' if visible >= tokens else f'{visible:,}'}")
         return text
+
+
+def _scale(tokens: int, capacity: int | None) -> int:
+    """What the line stands for: the capacity, once that lets one see something."""
+    shown = max(SHORTEST, 1 << (2 * tokens - 1).bit_length())
+    return min(shown, capacity) if capacity else max(tokens, 1)
 
 
 def _narrowest(holdings: Sequence[Holding]) -> Rule | None:
