@@ -28,9 +28,9 @@ INTRODUCTION = """# Benchmarks
 
 Made by `make figures` from [`benchmarks/results`](../benchmarks/results), which `make bench`,
 `make bench-endless` and `make bench-chat` write. Each benchmark does the same work here and in a peer,
-in one process and in turn, after a warm-up, and stops if the two compute different things. Times are medians; the ratio is the median
-of the ratios of neighbouring runs, with its quartiles. "Peak" is the most memory of MLX's arrays during
-one run, above what was there before, here and in the peer.
+in one process and in turn, after a warm-up, and stops if the two compute different things. Times are
+medians; the ratio is the median of the ratios of neighbouring runs, with its quartiles. "Peak" is the
+most memory of MLX's arrays during one run, above what was there before, here and in the peer.
 
 `python -m benchmarks --list` names them, `python -m benchmarks decode --quick` runs one, `make bench-check`
 compares a quick run's ratios with bounds. What a ratio must reach stands in

