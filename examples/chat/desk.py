@@ -9,7 +9,7 @@ from .events import Event, Failed, Said, Seen
 from .library import Library
 from .settings import Settings
 from .tree import Conversation, Message, Replied, cleaned, new_id
-from .worker import Worker
+from .worker import CONFIGURE, REPLY, Worker
 
 
 class Refused(Exception):
@@ -51,7 +51,7 @@ class Desk:
         self.library = library
         self.worker = worker
         self.system = system
-        self.settings = settings
+        self.settings = self._settings_before = settings
         self.other = other
         self.conversations = library.load()
         self.pending: Pending | None = None
@@ -162,7 +162,7 @@ class Desk:
 
     def set(self, settings: Settings) -> None:
         self._check_idle()
-        self.settings = settings
+        self._settings_before, self.settings = self.settings, settings
         self.worker.configure(settings)
         self.worker.warm(self.current)
         self._keep()
@@ -182,7 +182,10 @@ class Desk:
             pending, self.pending = self.pending, None
             pending.conversation.take(pending.last, pending.name, event)
             self.library.save(pending.conversation)
-        elif isinstance(event, Failed) and event.what == "reply" and self.pending:
+        elif isinstance(event, Failed) and event.what == CONFIGURE:
+            self.settings = self._settings_before
+            self._keep()
+        elif isinstance(event, Failed) and event.what == REPLY and self.pending:
             self._take_back()
 
     def close(self) -> None:

@@ -12,6 +12,9 @@ from .events import Ended, Event, Failed, Ready
 from .settings import Settings
 from .tree import Conversation, Message
 
+CONFIGURE, REPLY = "change the settings", "reply"
+"""What `Failed` says could not be done, where that has to be taken back."""
+
 
 class Worker(threading.Thread):
     """Does what it is asked for, one thing after the other.
@@ -37,13 +40,13 @@ class Worker(threading.Thread):
 
     def configure(self, settings: Settings) -> None:
         """Run the model with other settings from here on."""
-        self._ask("change the settings", lambda: self._configure(settings))
+        self._ask(CONFIGURE, lambda: self._configure(settings))
 
     def reply(self, conversation: Conversation, last: Message, name: str) -> None:
         """Answer a message of the user; the reply will have this name."""
         # Each reply has a stop of its own: one for an earlier reply must not reach it, nor be undone by it.
         stop = self._halt = threading.Event()
-        self._ask("reply", lambda: self._reply(conversation, last, name, stop))
+        self._ask(REPLY, lambda: self._reply(conversation, last, name, stop))
 
     def warm(self, conversation: Conversation) -> None:
         """Have a branch's cache in memory and tell about it."""

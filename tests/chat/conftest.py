@@ -34,6 +34,12 @@ def flat(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def odd(tmp_path_factory, tokenizer) -> Path:
+    """Heads of 48 features, which groups of 64 do not divide."""
+    return _written(tmp_path_factory.mktemp("models") / "odd", tokenizer, layers=1, head_dim=48)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny):
     from examples.chat.models import load
 
@@ -47,7 +53,7 @@ def flat_model(flat):
     return load(str(flat))
 
 
-def _written(folder: Path, tokenizer, layers: int) -> Path:
+def _written(folder: Path, tokenizer, layers: int, head_dim: int = 64) -> Path:
     arguments = llama.ModelArgs(
         model_type="llama",
         hidden_size=64,
@@ -55,7 +61,7 @@ def _written(folder: Path, tokenizer, layers: int) -> Path:
         intermediate_size=64,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=64,
+        head_dim=head_dim,
         rms_norm_eps=1e-5,
         vocab_size=49152,
         max_position_embeddings=2048,

@@ -7,7 +7,6 @@ from textual import events
 from textual.widgets import Input, OptionList, TextArea, Tree
 
 from examples.chat.ui.composer import PASTE, Composer
-from examples.chat.ui.pickers import Conversations
 from examples.chat.ui.transcript import Earlier, Forgotten, MessageView, Transcript
 
 from .running import chat, idle, ready, running, say, until, write
@@ -178,7 +177,6 @@ async def test_new_search_open_rename_delete(tiny, tmp_path):
         assert [each.title for each in desk.conversations] == ["pears"]
         assert texts(pilot) == ["pears"]
         assert len(list((tmp_path / "deleted").iterdir())) == 1
-        assert pilot.app.query_one(Conversations).highlighted is None or True
 
 
 async def test_settings(tiny):
@@ -201,17 +199,30 @@ async def test_settings(tiny):
         assert holding.packed
 
 
-async def test_bits_that_the_model_cannot_have(tiny, monkeypatch):
+async def test_settings_that_are_no_numbers(tiny):
     async with running(None, tiny) as pilot:
-        await say(pilot, "Hello")
-        before = pilot.app.desk.current.path
+        before = pilot.app.desk.settings
         await pilot.press("f4")
         await pilot.pause()
         pilot.app.screen.query_one("#window", Input).value = "x"
         await pilot.press("ctrl+s")
         assert "must be a number" in str(pilot.app.screen.query_one("#wrong").render())
         await pilot.press("escape")
-        assert pilot.app.desk.current.path == before
+        assert pilot.app.desk.settings == before
+
+
+async def test_settings_that_the_model_cannot_have(odd):
+    async with running(None, odd) as pilot:
+        before = pilot.app.desk.settings
+        await pilot.press("f4")
+        await pilot.pause()
+        pilot.app.screen.query_one("#bits", Input).value = "8"
+        await pilot.press("ctrl+s")
+        await idle(pilot)
+        assert "48" in notices(pilot)
+        assert pilot.app.desk.settings == before
+        await say(pilot, "Hello")
+        assert len(shown(pilot)) == 2
 
 
 async def test_system_prompt(tiny):
