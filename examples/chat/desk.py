@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .events import Event, Failed, Said, Seen
+from .events import Event, Failed, Ready, Said, Seen
 from .library import Library
 from .settings import Settings
 from .tree import Conversation, Message, Replied, cleaned, new_id
-from .worker import CONFIGURE, REPLY, Worker
+from .worker import CONFIGURE, LOAD, REPLY, Worker
 
 
 class Refused(Exception):
@@ -53,6 +53,7 @@ class Desk:
         self.system = system
         self.settings = self._settings_before = settings
         self.other = other
+        self._good: str | None = None
         self.conversations = library.load()
         self.pending: Pending | None = None
         self.seen: Seen | None = None
@@ -109,6 +110,8 @@ class Desk:
         if not title:
             raise Refused("a conversation needs a title")
         conversation.title = title
+        if conversation not in self.conversations:
+            self.conversations.insert(0, conversation)
         self.library.save(conversation)
 
     def delete(self, conversation: Conversation) -> None:
@@ -182,6 +185,11 @@ class Desk:
             pending, self.pending = self.pending, None
             pending.conversation.take(pending.last, pending.name, event)
             self.library.save(pending.conversation)
+        elif isinstance(event, Ready):
+            self._good = self.model
+        elif isinstance(event, Failed) and event.what == LOAD:
+            self.other["model"] = self._good
+            self._keep()
         elif isinstance(event, Failed) and event.what == CONFIGURE:
             self.settings = self._settings_before
             self._keep()

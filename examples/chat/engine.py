@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_kvcache import CacheFileError
 from mlx_kvcache.plugin import make_session_pool
+from mlx_kvcache.plugin.fingerprint import fingerprint
 from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped
@@ -56,6 +57,7 @@ class Engine:
             self.pool = self._pool(None)
             self.notice = f"Caches are not kept: {error}"
         self.watch = Watch(self.pool, self.clock)
+        self.reader = fingerprint(self.model, self.tokenizer)["tokenizer"]
 
     def reply(
         self,
@@ -77,6 +79,7 @@ class Engine:
             TooLong: the message does not fit; nothing has changed.
             CacheError: as the caches'; what was said before is as it was.
         """
+        conversation.read_by(self.reader)
         path = conversation.path_to(last.id)
         prompt = prepare(self.pool, self.tokenizer, conversation, path, self.settings)
         start, reused = prompt.start, prompt.session.reused
@@ -96,6 +99,7 @@ class Engine:
 
     def warm(self, conversation: Conversation, emit: Callable[[Event], None]) -> None:
         """Have the cache of the branch that is looked at in memory, where there is one anywhere."""
+        conversation.read_by(self.reader)
         path = conversation.path
         start = path[-1].start if path else 0
         turns = [message.turn for message in path[start:]]

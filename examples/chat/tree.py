@@ -95,6 +95,7 @@ class Conversation:
     """Messages by their names, and the last one of the branch that is looked at.
 
     Attributes:
+        reader: the tokenizer that the messages' pieces are of.
         gone: names of messages that were taken back, which must not come back from a file.
     """
 
@@ -106,6 +107,7 @@ class Conversation:
     changed: float = field(default_factory=time.time)
     messages: dict[str, Message] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
+    reader: str = ""
 
     @property
     def path(self) -> list[Message]:
@@ -145,6 +147,13 @@ class Conversation:
         self.messages[message.id] = message
         self.leaf = message.id
         self.changed = time.time()
+
+    def read_by(self, reader: str) -> None:
+        """Have the messages read anew, where another tokenizer than this one has read them."""
+        if self.reader != reader:
+            self.reader = reader
+            for message in self.messages.values():
+                message.piece = None
 
     def take(self, last: Message, name: str, replied: Replied) -> None:
         """Note a reply to `last`, and look at it unless another branch is looked at by now."""
@@ -187,7 +196,7 @@ class Conversation:
             if saved["version"] != 1:
                 raise ValueError(f"version {saved['version']} is not known here")
             messages = [_message(each) for each in saved["messages"]]
-            names = ("id", "title", "system", "leaf", "created", "changed", "gone")
+            names = ("id", "title", "system", "leaf", "created", "changed", "gone", "reader")
             conversation = cls(**{name: saved[name] for name in names}, messages={m.id: m for m in messages})
             conversation._check()
         except (KeyError, TypeError, AttributeError) as error:

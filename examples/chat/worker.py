@@ -12,7 +12,7 @@ from .events import Ended, Event, Failed, Ready
 from .settings import Settings
 from .tree import Conversation, Message
 
-CONFIGURE, REPLY = "change the settings", "reply"
+LOAD, CONFIGURE, REPLY = "load the model", "change the settings", "reply"
 """What `Failed` says could not be done, where that has to be taken back."""
 
 
@@ -36,7 +36,7 @@ class Worker(threading.Thread):
 
     def load(self, name: str | None, settings: Settings) -> None:
         """Take another model; where that cannot be, the one before stays."""
-        self._ask("load the model", lambda: self._load(name, settings))
+        self._ask(LOAD, lambda: self._load(name, settings))
 
     def configure(self, settings: Settings) -> None:
         """Run the model with other settings from here on."""
@@ -83,8 +83,9 @@ class Worker(threading.Thread):
         model, tokenizer = models.load(name, self._emit)
         from .engine import Engine
 
+        engine = Engine(model, tokenizer, settings, self._folder, **self._options)
         self._close()
-        self._engine = Engine(model, tokenizer, settings, self._folder, **self._options)
+        self._engine = engine
         self._emit(Ready(name or models.DEFAULT, self._engine.notice))
 
     def _configure(self, settings: Settings) -> None:

@@ -379,6 +379,7 @@ async def test_a_model_that_is_not_there(tiny, tmp_path):
         await pilot.press("enter")
         await idle(pilot)
         assert "there is no folder" in notices(pilot)
+        assert pilot.app.desk.model == str(tiny)
         await say(pilot, "Hello")
         assert len(shown(pilot)) == 2
 

@@ -10,6 +10,7 @@ import pytest
 from examples.chat.engine import Engine
 from examples.chat.events import Reading, Said, Seen
 from examples.chat.prompt import TooLong
+from examples.chat.reading import Piece
 from examples.chat.settings import Settings
 from examples.chat.tree import Conversation, Message, new_id
 
@@ -217,6 +218,18 @@ def test_a_folder_that_cannot_be_used(tiny_model, tmp_path):
     assert "not kept" in talk.engine.notice
     talk.say("Hello")
     talk.engine.close()
+
+
+def test_another_tokenizer_reads_all_anew(tiny_model):
+    talk = Talk(tiny_model)
+    talk.say("Hello")
+    talk.conversation.reader = "another"
+    path: list[Any] = talk.conversation.path
+    for message in path:
+        message.piece = Piece(message.piece.text, tuple(7 for _ in message.piece.tokens))
+    talk.say("Again")
+    assert all(7 not in message.piece.tokens[1:] for message in talk.conversation.path if message.piece)
+    talk.check()
 
 
 def test_another_system_prompt(tiny_model):
