@@ -66,7 +66,8 @@ class Library:
         if path and path.exists():
             with self._aside(path):
                 saved = json.loads(path.read_text("utf-8"))
-                return Settings.of(saved["settings"]), dict(saved["other"])
+                other = {name: value for name, value in saved["other"].items() if isinstance(value, str)}
+                return Settings.of(saved["settings"]), other
         return Settings(), {}
 
     def save_state(self, settings: Settings, other: dict[str, Any]) -> None:
@@ -101,7 +102,7 @@ class Library:
         """Where a file cannot be used, set it aside and say so."""
         try:
             yield
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.problems.append(f"{path.name} is damaged and was set aside in damaged/: {error}")
             self._move(path, "damaged")
         except OSError as error:

@@ -137,6 +137,31 @@ async def test_stop(tiny):
         assert pilot.app.query_one(Transcript).writing is None
 
 
+async def test_dialogs_while_a_reply_is_written(tiny):
+    async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
+        await write(pilot, "Hello")
+        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+        for key in ("f1", "f4", "f5", "ctrl+b"):
+            await pilot.press(key)
+            await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+            written = len(pilot.app.desk.pending.text)
+            await until(pilot, lambda: len(pilot.app.desk.pending.text) > written)  # noqa: B023
+            await pilot.press("escape")
+            await until(pilot, lambda: len(pilot.app.screen_stack) == 1)
+        await pilot.press("escape")
+        await idle(pilot)
+        assert len(shown(pilot)) == 2
+
+
+async def test_editing_ends_with_the_conversation(tiny):
+    async with running(None, tiny) as pilot:
+        await say(pilot, "Hello")
+        await pilot.press("ctrl+e", "ctrl+n", "enter")
+        await idle(pilot)
+        assert texts(pilot) == ["Hello"]
+        assert len(pilot.app.desk.conversations) == 2
+
+
 async def test_a_reply_goes_on_behind_another_conversation(tiny):
     async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")
@@ -344,7 +369,7 @@ async def test_ctrl_c_while_writing_loses_nothing(tiny, tmp_path):
         assert path[1].text
 
 
-@pytest.mark.parametrize("size", [(20, 10), (80, 24), (200, 60)])
+@pytest.mark.parametrize("size", [(20, 10), (160, 50)])
 async def test_sizes_and_resizing_while_a_reply_is_written(tiny, size):
     async with running(None, tiny, size=size, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")

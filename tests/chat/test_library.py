@@ -42,6 +42,11 @@ def test_there_at_the_next_start(library):
     assert other.problems == []
 
 
+def test_what_is_remembered_is_text(library):
+    library.save_state(Settings(), {"theme": 3, "model": "path", "conversation": None})
+    assert again(library).load_state() == (Settings(), {"model": "path"})
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"version": 1}', b"[" * 100_000])
 def test_what_is_damaged_is_set_aside_and_named(library, content):
     conversation = talked()

@@ -11,8 +11,8 @@ from examples.chat.settings import Settings
 
 from .life import Life
 
-TURNS = int(os.environ.get("CHAT_TURNS", "120"))
-CHECKS = int(os.environ.get("CHAT_CHECKS", "20"))
+TURNS = int(os.environ.get("CHAT_TURNS", "80"))
+CHECKS = int(os.environ.get("CHAT_CHECKS", "16"))
 ALLOWED = ("and the capacity is", "a conversation needs", "there is nothing")
 """What may be refused: the whole book, and what is not there."""
 

@@ -84,7 +84,8 @@ class Chat(Actions):
         yield Footer(compact=True)
 
     async def on_mount(self) -> None:
-        self.theme = self.desk.other.get("theme") or self.theme
+        if (theme := self.desk.other.get("theme")) in self.available_themes:
+            self.theme = theme
         for name in (signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(name, self.action_leave)
         for problem in self.library.problems:
@@ -99,6 +100,8 @@ class Chat(Actions):
     async def show(self) -> None:
         """Bring the screen to what is so."""
         desk, path = self.desk, self.desk.current.path
+        if self.editing and self.editing.id not in desk.current.messages:
+            self.editing = None
         self.query_one("#title", Static).update(
             f"{desk.current.title or 'New conversation'} · {Path(self.model_name).name}"
         )
