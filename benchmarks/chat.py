@@ -30,9 +30,12 @@ def run(setting: Setting) -> Iterator[Row]:
     prompt, token = _started()
     yield Row("chat.prompt", "from starting the chat to its prompt", "s", prompt)
     yield Row(
-        "chat.token", "from there, with a message typed at once, to the first token", "s", token - prompt
+        "chat.token",
+        "from there, with a message typed at once, to the first token of a reply",
+        "s",
+        token - prompt,
     )
-    yield Row("chat.started", "both", "s", token)
+    yield Row("chat.started", "from starting the chat to the first token", "s", token)
     waits = asyncio.run(_typed(setting.of(48, 12)))
     work = f"from a key to its letter while SmolLM2 reads and replies, the worst of {len(waits)}"
     yield Row("chat.key", work, "ms", max(waits) * 1e3)

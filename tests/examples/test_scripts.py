@@ -43,4 +43,4 @@ def test_the_chat_says_what_it_cannot_load(tmp_path):
         check=False,
     )
     assert run.returncode == 1
-    assert "Cannot load" in run.stderr
+    assert "cannot load" in run.stderr
