@@ -94,7 +94,8 @@ def _scale(held: list[list[Cells]], width: int, height: int) -> int:
     """Cells for a character, a power of two."""
     scale = 1
     while scale < 1 << 20:
-        rows = sum(len(_rows(segments, scale, width)) + 1 for segments in held)
+        signs = [sum(-(-len(cells.kinds) // scale) for cells in segments) for segments in held]
+        rows = sum(-(-n // width) + 1 for n in signs)
         if rows + len(_legend(range(len(SIGNS)), scale, width).plain.splitlines()) <= height:
             break
         scale *= 2
@@ -105,11 +106,12 @@ def _rows(segments: list[Cells], scale: int, width: int) -> list[list[tuple[int,
     """Segments one behind the other, broken into rows: what each character is, and whose."""
     signs: list[tuple[int, int]] = []
     for cells in segments:
-        for start in range(0, len(cells.kinds), scale):
-            part = cells.kinds[start : start + scale]
-            # What is rarer says more.
-            kind = int(part.max())
-            signs.append((kind, int(cells.sequences[start + int(part.argmax())])))
+        short = -len(cells.kinds) % scale
+        kinds = np.pad(cells.kinds, (0, short)).reshape(-1, scale)
+        sequences = np.pad(cells.sequences, (0, short)).reshape(-1, scale)
+        # What is rarer says more.
+        at = np.arange(len(kinds)), kinds.argmax(axis=1)
+        signs += zip(kinds[at].tolist(), sequences[at].tolist(), strict=True)
     return [signs[start : start + width] for start in range(0, len(signs), width)]
 
 
