@@ -39,7 +39,7 @@ soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for
 soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
 
-bench: $(VENV)/bench  ## every benchmark but the endless text, into benchmarks/results
+bench: $(VENV)/bench  ## every benchmark but endless text and the chat, into benchmarks/results
 	$(RUN) -m benchmarks --all --json benchmarks/results
 
 bench-endless: $(VENV)/bench  ## the loss on 16,384 tokens of text, with room for 1,024

@@ -37,7 +37,7 @@ class Desk:
 
     Args:
         system: the system prompt of new conversations.
-        model: as of `models.load`; None for the one that was used last.
+        other: what else is remembered, such as the model.
 
     Attributes:
         pending: the reply under way, or None.
@@ -85,7 +85,7 @@ class Desk:
     def begin(self) -> None:
         """Take the model that is asked for, before anything else."""
         self.worker.load(self.model, self.settings)
-        self.worker.warm(self.current)
+        self._look()
 
     def load(self, model: str | None) -> None:
         """Take another model."""
@@ -110,9 +110,7 @@ class Desk:
         if not title:
             raise Refused("a conversation needs a title")
         conversation.title = title
-        if conversation not in self.conversations:
-            self.conversations.insert(0, conversation)
-        self.library.save(conversation)
+        self._list(conversation)
 
     def delete(self, conversation: Conversation) -> None:
         """Move a conversation out of sight; its file goes to the folder `deleted`."""
@@ -128,7 +126,7 @@ class Desk:
     def find(self, words: str) -> list[Conversation]:
         """The conversations that have all these words in their titles or messages."""
         wanted = words.lower().split()
-        return [each for each in self.conversations if all(word in _content(each) for word in wanted)]
+        return [each for each in self.conversations if not wanted or _has_all(each, wanted)]
 
     def ask(self, text: str) -> Message:
         """Say something at the end of the branch."""
@@ -167,7 +165,7 @@ class Desk:
         self._check_idle()
         self._settings_before, self.settings = self.settings, settings
         self.worker.configure(settings)
-        self.worker.warm(self.current)
+        self._look()
         self._keep()
 
     def stop(self) -> bool:
@@ -208,9 +206,7 @@ class Desk:
         self._check_idle()
         before = self.current.leaf
         message = self.current.say(text, parent)
-        if self.current not in self.conversations:
-            self.conversations.insert(0, self.current)
-        self.library.save(self.current)
+        self._list(self.current)
         self._answer(message, before, is_new=True)
         return message
 
@@ -239,6 +235,12 @@ class Desk:
         if self.pending:
             raise Refused("a reply is being written; stop it first")
 
+    def _list(self, conversation: Conversation) -> None:
+        """Have a conversation among the others, and saved."""
+        if conversation not in self.conversations:
+            self.conversations.insert(0, conversation)
+        self.library.save(conversation)
+
     def _fresh(self) -> Conversation:
         return Conversation(system=self.system)
 
@@ -250,6 +252,7 @@ class Desk:
         self.library.save_state(self.settings, dict(self.other))
 
 
-def _content(conversation: Conversation) -> str:
+def _has_all(conversation: Conversation, words: list[str]) -> bool:
     texts = [conversation.title, *(message.text for message in conversation.messages.values())]
-    return "\n".join(texts).lower()
+    content = "\n".join(texts).lower()
+    return all(word in content for word in words)

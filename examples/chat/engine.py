@@ -20,8 +20,7 @@ from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped
 from .events import Event
-from .prompt import Prompt, forget, prepare
-from .reading import compose
+from .prompt import Prompt, forget, prepare, remembered
 from .settings import Settings
 from .tree import Conversation, Cost, Message, Replied
 from .watch import Watch
@@ -101,17 +100,14 @@ class Engine:
         """Have the cache of the branch that is looked at in memory, where there is one anywhere."""
         conversation.read_by(self.reader)
         path = conversation.path
-        start = path[-1].start if path else 0
-        turns = [message.turn for message in path[start:]]
-        written = turns.pop().piece if turns and turns[-1].role == "assistant" else None
-        context = compose(self.tokenizer, conversation.system, turns) if turns else None
-        if context is None:
-            self.watch.forget()
-        else:
-            tokens = context.tokens + list(written.tokens if written else ())
+        if path:
+            context, tokens = remembered(self.tokenizer, conversation)
+            gap = len(context.opening.tokens) if path[-1].start else None
             # With a token more, all of these can be reused.
             with self.pool.open([*tokens, 0], conversation.salt(path)) as session:
-                self.watch.follow(conversation.id, session, len(context.opening.tokens) if start else None)
+                self.watch.follow(conversation.id, session, gap)
+        else:
+            self.watch.forget()
         self.look(emit)
 
     def look(self, emit: Callable[[Event], None]) -> None:

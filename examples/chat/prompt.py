@@ -44,6 +44,15 @@ class Prompt:
         return len(self.context.opening.tokens) if self.start else None
 
 
+def remembered(tokenizer: Any, conversation: Conversation) -> tuple[Context, list[int]]:
+    """What the model reads of the branch that is looked at, and all tokens of it, a reply at the end too."""
+    path = conversation.path
+    turns = [message.turn for message in path[path[-1].start :]]
+    written = turns.pop().piece if turns[-1].role == "assistant" else None
+    context = compose(tokenizer, conversation.system, turns)
+    return context, context.tokens + list(written.tokens if written else ())
+
+
 def prepare(
     pool: SessionPool, tokenizer: Any, conversation: Conversation, path: Sequence[Message], settings: Settings
 ) -> Prompt:

@@ -6,7 +6,7 @@ import time
 import unicodedata
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from .reading import Piece, Turn
@@ -36,6 +36,9 @@ class Cost:
     def rate(self) -> float:
         """Tokens per second, from the first to the last; 0 where there were fewer than two."""
         return (self.generated - 1) / self.seconds if self.seconds > 0 and self.generated > 1 else 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         forgotten = f"{self.forgotten} forgotten, " if self.forgotten else ""
@@ -124,6 +127,13 @@ class Conversation:
     def children(self, id: str | None) -> list[Message]:  # noqa: A002
         """What was said after a message, the oldest first."""
         return [message for message in self.messages.values() if message.parent == id]
+
+    def placed(self) -> list[tuple[Message, int, int]]:
+        """The messages of the branch, each with its place among those beside it, from 1, and their number."""
+        beside: dict[str | None, list[str]] = {}
+        for message in self.messages.values():
+            beside.setdefault(message.parent, []).append(message.id)
+        return [(m, beside[m.parent].index(m.id) + 1, len(beside[m.parent])) for m in self.path]
 
     def beside(self, message: Message) -> list[Message]:
         """A message and those in its place on other branches."""

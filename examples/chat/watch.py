@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from mlx_kvcache import CacheError
@@ -59,9 +58,7 @@ class Watch:
 
     def add(self, cost: Cost) -> None:
         """Count a reply."""
-        names = ("reused", "prefilled", "generated", "forgotten", "first_token", "seconds", "saved")
-        sums = {name: getattr(self.totals, name) + getattr(cost, name) for name in names}
-        self.totals = replace(self.totals, **sums)
+        self.totals += cost
 
     def seen(self) -> Seen:
         self._next = self._clock() + EVERY

@@ -92,9 +92,10 @@ class Worker(threading.Thread):
         from .engine import Engine
 
         before = self._engine
-        if before is None or before.settings.caches == settings.caches:
-            if before:
-                before.settings = settings
+        if before is None:
+            return
+        if before.settings.caches == settings.caches:
+            before.settings = settings
             return
         before.close()
         try:

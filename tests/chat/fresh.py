@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from examples.chat.engine import Engine
-from examples.chat.reading import compose
+from examples.chat.prompt import remembered
 from examples.chat.tree import Conversation
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.running import difference, logits_of
@@ -11,11 +11,7 @@ from tests.plugin.running import difference, logits_of
 
 def tokens_of(engine: Engine, conversation: Conversation) -> list[int]:
     """What the model has read and written of the branch that is looked at."""
-    path = conversation.path
-    turns = [message.turn for message in path[path[-1].start :]]
-    written = turns.pop().piece if turns[-1].role == "assistant" else None
-    context = compose(engine.tokenizer, conversation.system, turns)
-    return context.tokens + list(written.tokens if written else ())
+    return remembered(engine.tokenizer, conversation)[1]
 
 
 def difference_to_fresh(engine: Engine, conversation: Conversation) -> tuple[int, float]:

@@ -232,7 +232,7 @@ class Actions(App[None]):
         return next((each for each in self.desk.conversations if each.id == name), self.desk.current)
 
     async def _at_last_fork(self, by: int) -> None:
-        forks = [m for m in self.desk.current.path if len(self.desk.current.beside(m)) > 1]
+        forks = [message for message, _, places in self.desk.current.placed() if places > 1]
         if forks:
             await self._beside(forks[-1], by)
 

@@ -105,13 +105,14 @@ class Chat(Actions):
         self.query_one("#title", Static).update(
             f"{desk.current.title or 'New conversation'} · {Path(self.model_name).name}"
         )
-        placed = [(m, beside.index(m) + 1, len(beside)) for m in path for beside in [desk.current.beside(m)]]
         names = {"user": "You", "assistant": Path(self.model_name).name}
         writing = desk.pending.text if desk.pending and desk.is_shown else None
         transcript = self.query_one(Transcript)
-        await transcript.show(desk.current.id, placed, names, writing)
-        await transcript.query("#hello").remove()
-        if not path:
+        await transcript.show(desk.current.id, desk.current.placed(), names, writing)
+        hello = transcript.query("#hello")
+        if path:
+            await hello.remove()
+        elif not hello:
             await transcript.mount(Static(HELLO, id="hello"))
         self.query_one(Composer).remember([message.text for message in path if message.role == "user"])
         self.query_one("#editing", Label).set_class(self.editing is not None, "shown")

@@ -85,15 +85,10 @@ class Ask(Dialog[str]):
         self.dismiss(event.value)
 
 
-class AskLong(Dialog[str]):
+class AskLong(Ask):
     """A text of several lines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "save", "Save", priority=True)]
-
-    def __init__(self, question: str, text: str) -> None:
-        super().__init__()
-        self._question = question
-        self._text = text
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="box wide"):
