@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..quantisation import Codec, Codecs, check_width
-from .lanes import Index, Lane, Plain, alias, as_stored, cell_bytes, grown, joined, zeros
+from .lanes import Index, Lane, Plain, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
 Lanes = tuple[Lane, Lane]
 """Keys and values of neighbouring cells."""
@@ -47,6 +47,22 @@ class Form(NamedTuple):
     def plain(self) -> Form:
         """The form of segments that are not packed."""
         return self._replace(key_codec=None, value_codec=None)
+
+    def checked(self, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """K and V of n tokens in this form's dtypes. Raises ValueError where they have not its shapes."""
+        key_shape, value_shape = (1, self.heads, n, self.key_dim), (1, self.heads, n, self.value_dim)
+        if keys.shape != key_shape or values.shape != value_shape:
+            raise ValueError(
+                f"keys and values of layer {layer} are {keys.shape} and {values.shape}, "
+                f"expected {key_shape} and {value_shape}"
+            )
+        as_stored = keys.dtype == self.key_dtype and values.dtype == self.value_dtype
+        if not as_stored or not mx.issubdtype(self.key_dtype, mx.floating):
+            for name, array in (("keys", keys), ("values", values)):
+                if not mx.issubdtype(array.dtype, mx.floating):
+                    raise ValueError(f"{name} of layer {layer} are {array.dtype}, expected floats")
+            keys, values = keys.astype(self.key_dtype), values.astype(self.value_dtype)
+        return keys, values
 
     def cell_bytes(self, is_packed: bool) -> int:
         form = self if is_packed else self.plain()
@@ -101,6 +117,10 @@ class Pair:
         self.values = alias(values)
         self.capacity = keys.shape[2]
 
+    def copy(self) -> Pair:
+        """Another with the same arrays, which stay as they are when this one is written."""
+        return Pair(self.keys, self.values)
+
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         return self.keys, self.values
@@ -112,9 +132,13 @@ class Pair:
 
     def grow(self, cells: int) -> None:
         """Have zeros up to so many cells. Keys are there twice for a moment, and then values."""
-        self.keys = grown(self.keys, cells)
-        self.values = grown(self.values, cells)
-        self.capacity = cells
+        try:
+            self.keys = grown(self.keys, cells)
+            self.values = grown(self.values, cells)
+            self.capacity = cells
+        except BaseException:
+            self.keys, self.values = self.read(index_of(0, self.capacity))
+            raise
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Views of some cells."""
@@ -141,6 +165,10 @@ class PackedPair:
         self._form = form
         self._lanes = lanes
         self.capacity = lanes[0].arrays[0].shape[2]
+
+    def copy(self) -> PackedPair:
+        """As `Pair.copy`."""
+        return PackedPair(self._form, self._lanes)
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
@@ -176,9 +204,13 @@ class PackedPair:
 
     def grow(self, cells: int) -> None:
         """As `Pair.grow`."""
-        self._lanes = self._lanes[0].grown(cells), self._lanes[1]
-        self._lanes = self._lanes[0], self._lanes[1].grown(cells)
-        self.capacity = cells
+        try:
+            self._lanes = self._lanes[0].grown(cells), self._lanes[1]
+            self._lanes = self._lanes[0], self._lanes[1].grown(cells)
+            self.capacity = cells
+        except BaseException:
+            self._lanes = self.lanes(index_of(0, self.capacity))
+            raise
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Some cells in float."""

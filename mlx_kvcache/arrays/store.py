@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import mlx.core as mx
 
+from ..cells.spans import Spans
 from ..quantisation import Codecs, Quantisation
 from .lanes import Index, index_of
 from .pairs import AnyPair, Form, Lanes
@@ -20,6 +21,11 @@ Cells = tuple[int, int, Index]
 def cells_of(segment: int, low: int, high: int) -> Cells:
     """The cells [low, high) of a segment."""
     return segment, high, index_of(low, high)
+
+
+def cells_in(spans: Spans) -> list[Cells]:
+    """The cells of some spans."""
+    return [cells_of(span.segment, span.start, span.stop) for span in spans]
 
 
 class Buffers:

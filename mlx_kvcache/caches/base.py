@@ -120,8 +120,12 @@ class PlanningCache(ABC):
         self._max_batch = max_batch
         if quantisation and head_dim is not None:
             quantisation.check(head_dim)
-        self._open(dtype, max_sequences * capacity, quantisation)
-        self._ready = True
+        try:
+            self._open(dtype, max_sequences * capacity, quantisation)
+            self._ready = True
+        except BaseException:
+            self._unready()
+            raise
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
         """Take the batch's tokens into their sequences; what belongs to them follows by `put`.
@@ -138,16 +142,17 @@ class PlanningCache(ABC):
             NotSupportedError: a token would look at something that is not held.
             CacheFullError: there is no room.
         """
-        self._begin(batch, reserve)
+        self._planned(batch, reserve).commit()
 
     @contextmanager
     def forward(self: Self, batch: Batch) -> Iterator[Self]:
         """`start_forward`, with a way back: an exception inside takes the batch's tokens out again."""
-        plan = self._begin(batch, reserve=False)
+        plan = self._planned(batch, reserve=False)
         try:
+            plan.commit()
             yield self
         except BaseException:
-            plan.undo()
+            _undone(plan)
             raise
 
     def set_causal(self, options: CausalOptions) -> None:
@@ -210,9 +215,9 @@ class PlanningCache(ABC):
 
     def close(self) -> None:
         """Give all memory back. Further use is a CacheError; a second close is none."""
-        if not self._closed:
-            self._closed = True
-            self._close()
+        self._closed = True
+        # Also a second time, in case something came between.
+        self._close()
 
     def __enter__(self: Self) -> Self:
         self._check_open()
@@ -223,13 +228,15 @@ class PlanningCache(ABC):
     ) -> None:
         self.close()
 
-    def _begin(self, batch: Batch, reserve: bool) -> Plan:
+    def _planned(self, batch: Batch, reserve: bool) -> Plan:
         self._check_ready()
         if len(batch) > self._max_batch:
             raise ValueError(f"a batch of {len(batch)} tokens exceeds max_batch={self._max_batch}")
-        plan = self._plan_reserve(batch) if reserve else self._plan_forward(batch)
-        plan.commit()
-        return plan
+        return self._plan_reserve(batch) if reserve else self._plan_forward(batch)
+
+    def _unready(self) -> None:
+        """Be as before `init`."""
+        self._ready = False
 
     def _clipped(self, sequence: int, end: int | None) -> int:
         """The end of a range to remove, None or beyond the sequence meaning its end."""
@@ -256,3 +263,12 @@ def checked_layer(layer: int) -> int:
     if layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
     return layer
+
+
+def _undone(plan: Plan) -> None:
+    """Undo a step, also where that is interrupted."""
+    try:
+        plan.undo()
+    except BaseException:
+        plan.undo()
+        raise

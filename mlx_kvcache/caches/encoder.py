@@ -12,14 +12,18 @@ from ..errors import CacheError
 from .interface import History
 from .keyvalue import Attending, KeyValueCache
 from .plan import Plan
-from .streams import StreamCache, StreamPlan
+from .streams import Pass, StreamCache, StreamPlan
 
 
 class Entry(NamedTuple):
-    """An encoder's output, by layer, and the position of the token that carries its input."""
+    """An encoder's output, by layer, and the position of the token that carries its input.
+
+    `given` is the forward pass in which it was put.
+    """
 
     position: int
     layers: Mapping[int, tuple[mx.array, mx.array]]
+    given: Pass | None = None
 
 
 class Stream(NamedTuple):
@@ -37,17 +41,12 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
     first of the batch if there is none.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._scratch: dict[int, tuple[mx.array, mx.array]] | None = None
-        self._fresh = False
-
     @property
     def encoder_cached(self) -> bool:
         """Whether every sequence of the batch has something to look at; without a batch, whether any has."""
-        if self._batch is None:
+        if self._pass is None:
             return any(stream.entry for stream in self._streams.values())
-        streams = (self._streams.get(sequence) for sequence in self._batch.rows)
+        streams = (self._streams.get(sequence) for sequence in self._pass.batch.rows)
         return all(stream is not None and stream.entry is not None for stream in streams)
 
     @property
@@ -60,10 +59,6 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         for end, entry in self._streams.values():
             assert end > 0
             assert entry is None or 0 <= entry.position < end
-
-    def _begin_step(self, batch: Batch | None, reserve: bool) -> None:
-        self._scratch = {} if reserve else None
-        self._fresh = False
 
     def _plan_forward(self, batch: Batch) -> Plan:
         batch.check_continues(self._end)
@@ -96,41 +91,37 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
 
     def _set_causal(self, options: CausalOptions) -> None:
         """Everything is visible anyway."""
-        if self._batch is None:
-            raise self._no_batch()
-        options.check(len(self._batch))
+        options.check(len(self._under_way().batch))
 
     def _can_resume(self, sequence: int, position: int) -> bool:
         return True
 
-    def _only_sequence(self) -> int:
-        if self._batch is None:
-            raise self._no_batch()
-        if len(self._batch.rows) > 1:
-            raise CacheError(f"put and get need a batch of one sequence, this has {len(self._batch.rows)}")
-        return next(iter(self._batch.rows))
+    def _only_sequence(self) -> tuple[Pass, int]:
+        under_way = self._under_way()
+        rows = under_way.batch.rows
+        if len(rows) > 1:
+            raise CacheError(f"put and get need a batch of one sequence, this has {len(rows)}")
+        return under_way, next(iter(rows))
 
     def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        sequence = self._only_sequence()
-        assert self._batch is not None
-        if self._scratch is not None:
-            self._scratch[layer] = mx.zeros_like(keys), mx.zeros_like(values)
-            mx.eval(self._scratch[layer])
+        under_way, sequence = self._only_sequence()
+        batch, _, scratch = under_way
+        if scratch is not None:
+            scratch[layer] = mx.zeros_like(keys), mx.zeros_like(values)
+            mx.eval(scratch[layer])
             return
         end, entry = self._streams[sequence]
         # The first put of a batch is a new input; it takes the place of all layers of the last.
-        known = entry.layers if entry and self._fresh else {}
-        at = self._batch.multimodal or self._batch.rows[sequence]
-        position = self._batch.positions[at[-1] if self._batch.multimodal else at[0]]
-        self._streams[sequence] = Stream(end, Entry(position, {**known, layer: (keys, values)}))
-        self._fresh = True
+        known = entry.layers if entry and entry.given is under_way else {}
+        position = batch.positions[batch.multimodal[-1] if batch.multimodal else batch.rows[sequence][0]]
+        self._streams[sequence] = Stream(end, Entry(position, {**known, layer: (keys, values)}, under_way))
 
     def _get(self, layer: int) -> History:
-        sequence = self._only_sequence()
+        (_, _, scratch), sequence = self._only_sequence()
         entry = self._streams[sequence].entry if sequence in self._streams else None
         held = entry.layers if entry else {}
-        if self._scratch is not None:
-            held = {**held, **self._scratch}
+        if scratch is not None:
+            held = {**held, **scratch}
         if layer not in held:
             raise CacheError(f"sequence {sequence} has no encoder output in layer {layer}")
         return *held[layer], None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..arrays.lanes import index_of
-from ..arrays.store import cells_of
+from ..arrays.store import cells_in
 from ..cells.placement import Placed
 
 Rows = slice | mx.array | None
@@ -56,7 +56,7 @@ class Part:
             )
             for w in placed.writes
         ]
-        self.cells = [cells_of(span.segment, span.start, span.stop) for span in placed.reads]
+        self.cells = cells_in(placed.reads)
         self.ranges = [(span.position, span.end) for span in placed.reads]
         if placed.fresh:
             self.ranges.append((placed.begin, placed.end))

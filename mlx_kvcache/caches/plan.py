@@ -7,14 +7,37 @@ from collections.abc import Sequence
 
 
 class Plan(ABC):
-    """A change that has been computed whole. Neither method can fail."""
+    """A change that has been computed whole, so that it cannot fail, but be interrupted.
+
+    Whoever joins plans calls `make` of all, and then `settle` of all, or `unmake` where
+    something came between.
+    """
+
+    made = 0
+    """How often `again` has made the change, or anything that tells one number from another."""
+
+    def commit(self) -> None:
+        """Make the change, or nothing where an exception comes from outside, at any point."""
+        try:
+            self.make()
+        except BaseException:
+            self.unmake()
+            raise
+        self.settle()
 
     @abstractmethod
-    def commit(self) -> None:
+    def make(self) -> None:
         """Make the change."""
 
+    @abstractmethod
+    def unmake(self) -> None:
+        """Put everything back, however far `make` came."""
+
+    def settle(self) -> None:  # noqa: B027
+        """Let go of what only `unmake` needs, if there is any. Changes nothing that anybody sees."""
+
     def undo(self) -> None:
-        """Put the bookkeeping back as it was before `commit`; only plans of steps can."""
+        """Take a step that was made out again; nothing where it was not. Only plans of steps can."""
         raise NotImplementedError
 
     def again(self) -> bool:
@@ -28,18 +51,34 @@ class JointPlan(Plan):
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._plans = plans
 
-    def commit(self) -> None:
+    @property
+    def made(self) -> int:  # type: ignore[override]
+        return sum(plan.made for plan in self._plans)
+
+    def make(self) -> None:
         for plan in self._plans:
-            plan.commit()
+            plan.make()
+
+    def unmake(self) -> None:
+        for plan in reversed(self._plans):
+            plan.unmake()
+
+    def settle(self) -> None:
+        for plan in self._plans:
+            plan.settle()
 
     def undo(self) -> None:
         for plan in reversed(self._plans):
             plan.undo()
 
     def again(self) -> bool:
-        for index, plan in enumerate(self._plans):
-            if not plan.again():
-                for done in reversed(self._plans[:index]):
-                    done.undo()
-                return False
-        return bool(self._plans)
+        before = [plan.made for plan in self._plans]
+        is_whole = False
+        try:
+            is_whole = bool(self._plans) and all(plan.again() for plan in self._plans)
+        finally:
+            if not is_whole:
+                for plan, made in zip(self._plans, before, strict=True):
+                    if plan.made != made:
+                        plan.undo()
+        return is_whole

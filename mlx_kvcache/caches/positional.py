@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import mlx.core as mx
 
-from ..arrays.store import Cells, Rebase, Staged, Store, cells_of
+from ..arrays.store import Rebase, Staged, Store, cells_in
 from ..batch import Batch, CausalOptions
 from ..cells.compaction import allocated_after, compact
 from ..cells.placement import Placement, append, place
 from ..cells.removal import Removal, drop_tail, remove_range
 from ..cells.rules import Rule
-from ..cells.spans import FOREVER, Sequence, Spans, clip, resumable
+from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..errors import NotSupportedError
 from ..quantisation import Quantisation
 from .attend import attend
 from .interface import History
+from .journal import Journal
 from .keyvalue import Attending, KeyValueCache
 from .plan import Plan
 from .reserve import Reservation
@@ -111,7 +112,7 @@ class PositionalCache(KeyValueCache):
         moved = removal.rebased
         if moved:
             segment, cell, capacity, is_packed, _ = moved.target
-            source = _cells(moved.source)
+            source = cells_in(moved.source)
             self._store.stage_rebase(staged, source, segment, cell, capacity, is_packed, rebase)
         return EditPlan(self, removal, staged)
 
@@ -161,27 +162,12 @@ class PositionalCache(KeyValueCache):
             raise self._no_batch()
         return self._step
 
-    def _compact(self) -> None:
-        """Give unused cells back. Changes nothing that anybody can see."""
-        plan = compact(self._table)
-        self._apply(plan, {})
-
-    def _apply(self, placement: Placement, staged: Staged) -> None:
-        for move in placement.moves:
-            capacity = placement.capacity[move.segment]
-            is_packed = move.segment in placement.packed
-            self._store.stage_move(staged, move.segment, _cells(move.pieces), capacity, is_packed)
-        self._table.capacity.update(placement.capacity)
-        self._table.packed.update(placement.packed)
-        if staged:
-            self._store.adopt(staged)
-        self._table.assign(placement.changes)
-        if self._table.orphans:
-            self._store.drop(self._table.sweep(but=placement.in_use()))
-
-
-def _cells(spans: Spans) -> list[Cells]:
-    return [cells_of(span.segment, span.start, span.stop) for span in spans]
+    def _sweep(self, but: Container[int] = ()) -> None:
+        """Let go of the segments that nobody owns, `but` some."""
+        orphans = [segment for segment in self._table.orphans if segment not in but]
+        if orphans:
+            self._store.drop(orphans)
+            self._table.forget(orphans)
 
 
 class StepPlan(Plan):
@@ -192,19 +178,30 @@ class StepPlan(Plan):
         self._batch = batch
         self._placement = placement
         self._step: Step | None = None
+        self._journal: Journal | None = None
+        self.made = 0
 
-    def commit(self) -> None:
+    def make(self) -> None:
         cache, table = self._cache, self._cache._table
+        self._journal = journal = Journal(cache)
         if self._placement.capacity and allocated_after(table, self._placement) > table.room:
-            cache._compact()
+            journal.apply(compact(table), {})
             self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
-        cache._apply(self._placement, {})
+        journal.apply(self._placement, {})
         placed, n = self._placement.placed, len(self._batch)
-        self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
-        cache._step = self._step
+        cache._step = self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
+
+    def unmake(self) -> None:
+        if self._journal:
+            self._journal.roll_back()
+
+    def settle(self) -> None:
+        self._journal = None
+        if self._cache._table.orphans:
+            self._cache._sweep(but=self._placement.in_use())
 
     def undo(self) -> None:
-        if self._cache._step is self._step:
+        if self._step is not None and self._cache._step is self._step:
             self._cache._table.assign(self._placement.undo)
             self._cache._step = None
 
@@ -217,9 +214,16 @@ class StepPlan(Plan):
         placement = append(cache._table, part.sequence, part.indices, cache._rule, cache._rewind)
         if placement is None:
             return False
-        cache._table.assign(placement.changes)
-        self._placement = placement
-        step.move(placement.placed[0])
+        try:
+            cache._table.assign(placement.changes)
+            step.move(placement.placed[0])
+            self._placement = placement
+            self.made += 1
+        except BaseException:
+            cache._table.assign(placement.undo)
+            # It may be half of either pass.
+            cache._step = None
+            raise
         return True
 
 
@@ -228,14 +232,18 @@ class ReservePlan(Plan):
 
     def __init__(self, cache: PositionalCache, batch: Batch) -> None:
         self._cache = cache
-        self._batch = batch
+        self._last = cache._step
+        self._reservation = Reservation(batch, cache._rule, cache._config, cache._store, cache._table)
 
-    def commit(self) -> None:
-        cache = self._cache
-        cache._step = Reservation(self._batch, cache._rule, cache._config, cache._store, cache._table)
+    def make(self) -> None:
+        self._cache._step = self._reservation
+
+    def unmake(self) -> None:
+        self._cache._step = self._last
 
     def undo(self) -> None:
-        self._cache._step = None
+        if self._cache._step is self._reservation:
+            self._cache._step = None
 
 
 class EditPlan(Plan):
@@ -243,16 +251,23 @@ class EditPlan(Plan):
 
     def __init__(self, cache: PositionalCache, removal: Removal, staged: Staged | None = None) -> None:
         self._cache = cache
-        self._removal = removal
         self._staged = staged or {}
-
-    def commit(self) -> None:
-        if not self._removal.changes:
-            return
-        placement = Placement(changes=dict(self._removal.changes))
-        moved = self._removal.rebased
+        self._placement = Placement(changes=dict(removal.changes))
+        self._journal: Journal | None = None
+        moved = removal.rebased
         if moved and moved.target.is_new:
-            placement.capacity[moved.target.segment] = moved.target.capacity
-            placement.packed.update({moved.target.segment} if moved.target.is_packed else ())
-        self._cache._step = None
-        self._cache._apply(placement, self._staged)
+            self._placement.capacity[moved.target.segment] = moved.target.capacity
+            self._placement.packed.update({moved.target.segment} if moved.target.is_packed else ())
+
+    def make(self) -> None:
+        if self._placement.changes:
+            self._journal = Journal(self._cache)
+            self._cache._step = None
+            self._journal.apply(self._placement, self._staged)
+
+    def unmake(self) -> None:
+        if self._journal:
+            self._journal.roll_back()
+
+    def settle(self) -> None:
+        self._cache._sweep()

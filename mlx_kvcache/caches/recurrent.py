@@ -12,7 +12,7 @@ from ..errors import CacheError, NotSupportedError
 from .base import checked_layer
 from .interface import check_numbers
 from .plan import Plan
-from .streams import StreamCache, StreamPlan
+from .streams import Pass, StreamCache, StreamPlan
 
 Arrays = tuple[mx.array | None, ...]
 """One layer's state. MLX arrays never change, so sharing and keeping old ones copies nothing."""
@@ -82,8 +82,6 @@ class RecurrentCache(StreamCache[Stream]):
         self._max_checkpoints = max_checkpoints
         self._max_bytes = max_bytes
         self._forms: dict[int, Form] = {}
-        self._begins: dict[int, int] = {}
-        self._scratch: dict[int, Arrays] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -139,10 +137,9 @@ class RecurrentCache(StreamCache[Stream]):
 
     def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
         """Positions inside the batch at which a checkpoint would be useful, for `put(at=...)`."""
-        sequence = self._named(sequence)
-        assert self._batch is not None
-        begin = self._begins[sequence]
-        end = begin + len(self._batch.rows[sequence])
+        (batch, begins, _), sequence = self._named(sequence)
+        begin = begins[sequence]
+        end = begin + len(batch.rows[sequence])
         first = begin - begin % self._interval + self._interval
         return tuple(range(first, end, self._interval))[-self._max_checkpoints or end :]
 
@@ -159,10 +156,6 @@ class RecurrentCache(StreamCache[Stream]):
             return None
         candidates = (p for p in stream.states if p <= position and self._can_resume(sequence, p))
         return max(candidates, default=0)
-
-    def _begin_step(self, batch: Batch | None, reserve: bool) -> None:
-        self._begins = {sequence: self._end(sequence) for sequence in batch.rows} if batch else {}
-        self._scratch = {} if reserve else None
 
     def _close(self) -> None:
         super()._close()
@@ -232,33 +225,32 @@ class RecurrentCache(StreamCache[Stream]):
         newest = stream.states.get(stream.end, NOTHING)
         return stream.states[position].keys() >= newest.keys()
 
-    def _named(self, sequence: int | None) -> int:
-        if self._batch is None:
-            raise self._no_batch()
-        rows = self._batch.rows
+    def _named(self, sequence: int | None) -> tuple[Pass, int]:
+        under_way = self._under_way()
+        rows = under_way.batch.rows
         if sequence is None and len(rows) == 1:
-            return next(iter(rows))
+            return under_way, next(iter(rows))
         if sequence is None or sequence not in rows:
             raise CacheError(f"sequence {sequence} is none of the batch's {len(rows)}: {sorted(rows)[:8]}")
-        return sequence
+        return under_way, sequence
 
     def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
-        sequence = self._named(sequence)
+        (_, begins, scratch), sequence = self._named(sequence)
         form = self._checked_form(layer, arrays)
-        if self._scratch is not None:
-            self._scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
-            mx.eval([array for array in self._scratch[layer] if array is not None])
+        if scratch is not None:
+            scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
+            mx.eval([array for array in scratch[layer] if array is not None])
             return
         end, states, keeps = self._streams[sequence]
         position = end if at is None else at
-        if not self._begins[sequence] < position <= end:
+        if not begins[sequence] < position <= end:
             raise ValueError(
                 f"at={at} is not inside the batch, which takes sequence {sequence} "
-                f"from {self._begins[sequence]} to {end}"
+                f"from {begins[sequence]} to {end}"
             )
-        self._forms[layer] = form
         state = {**states.get(position, NOTHING), layer: arrays}
         self._streams[sequence] = Stream(end, {**states, position: state}, keeps)
+        self._forms[layer] = form
 
     def _checked_form(self, layer: int, arrays: Arrays) -> Form:
         """The layer's form, these arrays included. Raises ValueError where they do not fit it."""
@@ -269,9 +261,10 @@ class RecurrentCache(StreamCache[Stream]):
         return tuple(new or old for new, old in zip(form, known, strict=True))
 
     def _get(self, layer: int, sequence: int | None) -> Arrays:
-        sequence = self._named(sequence)
-        if self._scratch is not None:
-            return self._scratch.get(layer, ())
+        (_, _, scratch), sequence = self._named(sequence)
+        if scratch is not None:
+            known: Arrays = scratch.get(layer, ())
+            return known
         return self.newest(layer, sequence)
 
     def _thinned(self, stream: Stream) -> dict[int, State]:

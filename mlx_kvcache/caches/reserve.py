@@ -10,7 +10,6 @@ from ..batch import Batch, CacheConfig
 from ..cells.rules import Causal, Chunk, Rule
 from ..cells.table import CellTable
 from ..errors import CacheError
-from .step import checked
 
 
 class Reservation:
@@ -34,7 +33,7 @@ class Reservation:
         """Allocate and evaluate the layer's whole room."""
         buffers = self._store.layers.get(layer)
         form = buffers.form if buffers else self._store.form_for(layer, keys, values)
-        checked(form, self.n, layer, keys, values)
+        form.checked(self.n, layer, keys, values)
         lanes = form.zeros(max(self._room, self._size), self._is_packed)
         mx.eval([lane.arrays for lane in lanes])
         index = slice(None), slice(None), slice(self._size)

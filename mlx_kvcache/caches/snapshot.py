@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..arrays.lanes import joined
 from ..arrays.pairs import Form, Lanes
-from ..arrays.store import Staged, cells_of
-from ..cells.compaction import allocated_after
+from ..arrays.store import Staged, cells_in
+from ..cells.compaction import allocated_after, compact
 from ..cells.placement import Placement, capacity_for
 from ..cells.spans import Sequence, Span, Spans, count, laid_out
 from ..errors import CacheFullError
+from .journal import Journal
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def snapshot_of(cache: PositionalCache, sequence: int) -> Snapshot:
 def _runs(cache: PositionalCache, spans: Spans) -> Iterator[Run]:
     """Each run of positions that are stored in the same way."""
     for own in _neighbours(spans, cache._table.packed):
-        cells = [cells_of(span.segment, span.start, span.stop) for span in own]
+        cells = cells_in(tuple(own))
         layers = {}
         for layer, buffers in cache._store.layers.items():
             keys, values = zip(*buffers.lanes(cells), strict=True)
@@ -88,6 +89,7 @@ class RestorePlan(Plan):
         self._placement = Placement(changes=dict(changes))
         self._forms = {layer: cache._store.accepted(layer, form) for layer, form in snapshot.forms.items()}
         self._staged: Staged = {}
+        self._journal: Journal | None = None
         if not size:
             return
         is_packed = table.packs((), snapshot.end)
@@ -98,12 +100,19 @@ class RestorePlan(Plan):
             parts = [run.layers[layer] for run in snapshot.runs]
             self._staged[layer] = {segment: form.pair(parts, capacity, is_packed)}
 
-    def commit(self) -> None:
+    def make(self) -> None:
         cache = self._cache
+        self._journal = journal = Journal(cache)
         for layer, form in self._forms.items():
-            if layer not in cache._store.layers:
-                cache._store.open(layer, form)
+            journal.open(layer, form)
         cache._step = None
         if allocated_after(cache._table, self._placement) > cache._table.room:
-            cache._compact()
-        cache._apply(self._placement, self._staged)
+            journal.apply(compact(cache._table), {})
+        journal.apply(self._placement, self._staged)
+
+    def unmake(self) -> None:
+        if self._journal:
+            self._journal.roll_back()
+
+    def settle(self) -> None:
+        self._cache._sweep()

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..arrays.lanes import Index, Plain
 from ..arrays.mask import Mask, array_mask, positions_of
-from ..arrays.pairs import Form, Lanes
-from ..arrays.store import Cells, Store, concatenated
+from ..arrays.pairs import AnyPair, Form, Lanes
+from ..arrays.store import Buffers, Cells, Store, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.rules import Causal, Chunk, Rule
@@ -22,6 +22,9 @@ from .parts import Part, take
 from .products import STRETCH, are_faster
 
 T = TypeVar("T")
+
+Written = tuple[dict[int, AnyPair], tuple[mx.array, mx.array] | None]
+"""What one layer has stored in a step: pairs by segment, and the batch itself where it is kept."""
 
 _names = count(1)
 
@@ -59,7 +62,7 @@ class Step:
         self._later: frozenset[int] = frozenset()
         self._found: dict[Any, Any] = {}
         self._name = next(_names)
-        self._batches: dict[int, tuple[mx.array, mx.array]] = {}
+        self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
         self._whole_mask: Mask = None
         self._has_mask = False
         self._stretches: dict[int, list[Stretch]] = {}
@@ -92,17 +95,34 @@ class Step:
 
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Batch indices of tokens that also see later ones."""
-        self._later = frozenset(indices)
         self._found.clear()
         self._has_mask = False
         self._stretches.clear()
+        self._later = frozenset(indices)
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        buffers = self.store.layers.get(layer)
-        form = buffers.form if buffers else self.store.form_for(layer, keys, values)
-        keys, values = checked(form, self.n, layer, keys, values)
-        if buffers is None:
-            buffers = self.store.open(layer, form)
+        known = self.store.layers.get(layer)
+        form = known.form if known else self.store.form_for(layer, keys, values)
+        keys, values = form.checked(self.n, layer, keys, values)
+        before = self._written_before(known, layer)
+        try:
+            self._write(known or self.store.open(layer, form), layer, keys, values)
+        except BaseException:
+            if known is None:
+                self.store.layers.pop(layer, None)
+            elif before:
+                known.pairs.update(before[0])
+                self._batches[layer] = before[1]
+            raise
+
+    def _written_before(self, buffers: Buffers | None, layer: int) -> Written | None:
+        """What a layer has stored by an earlier `put` of this step, which could be read."""
+        if buffers is None or buffers.written != self._name:
+            return None
+        segments = {segment for part in self.parts for segment, _, _ in part.stores}
+        return {segment: buffers.pairs[segment].copy() for segment in segments}, self._batches.get(layer)
+
+    def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
         # One operation that divides them all costs less than one for each sequence.
         each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if self._is_joint else None
         for part in self.parts:
@@ -112,9 +132,9 @@ class Step:
                     pair.write(index, *(arrays[part.indices[0]] for arrays in each))
                 else:
                     pair.write(index, take(keys, rows), take(values, rows))
-        buffers.written = self._name
         if self._keeps_batch:
             self._batches[layer] = keys, values
+        buffers.written = self._name
 
     @property
     def is_decoding(self) -> bool:
@@ -139,24 +159,25 @@ class Step:
         segment, new, seen = self._plain
         form = buffers.form
         if form is not self._form:
-            self._form = form
             self._shapes = (1, form.heads, self.n, form.key_dim), (1, form.heads, self.n, form.value_dim)
+            self._form = form
         if (
             (keys.shape, values.shape) != self._shapes
             or keys.dtype != form.key_dtype
             or values.dtype != form.value_dtype
         ):
-            keys, values = checked(form, self.n, layer, keys, values)
+            keys, values = form.checked(self.n, layer, keys, values)
         pair = buffers.pairs.get(segment)
         if pair is None or pair.capacity < self._capacity[segment]:
             pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
-        buffers.written = self._name
         # Every layer of every step comes here, so that a call less shows.
         if pair.is_packed:
             pair.write(new, keys, values)
+            buffers.written = self._name
             return pair.read(seen)
         stored_keys, stored_values = pair.keys, pair.values
         stored_keys[new], stored_values[new] = keys, values
+        buffers.written = self._name
         return stored_keys[seen], stored_values[seen]
 
     def _only_run(self) -> tuple[int, Index, Index] | None:
@@ -177,6 +198,7 @@ class Step:
     def _fresh(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V of one part's new tokens, where not all of them are stored."""
         batch = self._batches[layer]
+        assert batch is not None
         return take(batch[0], part.rows), take(batch[1], part.rows)
 
     def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
@@ -259,13 +281,13 @@ class Step:
         """Who of the batch's tokens, in batch order, sees which of the whole history."""
         if not self._has_mask:
             only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
-            self._has_mask = True
             if only and not padding and self._config.mask_dtype is None:
                 self._whole_mask = self.own_mask(only)
             else:
                 self._whole_mask = self._array_mask(
                     self.parts, range(self.n), padding, self._config.mask_dtype
                 )
+            self._has_mask = True
         return self._whole_mask
 
     def _array_mask(
@@ -283,20 +305,3 @@ class Step:
         if len(parts) > 1:
             both = owners[chosen], np.repeat(np.arange(len(parts), dtype=np.int32), [p.size for p in parts])
         return array_mask(self._rule, positions[chosen], keys, both, later, padding, dtype)
-
-
-def checked(form: Form, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-    """K and V in the layer's dtypes. Raises ValueError unless they have its form and n tokens."""
-    heads, key_dim, value_dim, key_dtype, value_dtype = form[:5]
-    if keys.shape != (1, heads, n, key_dim) or values.shape != (1, heads, n, value_dim):
-        raise ValueError(
-            f"keys and values of layer {layer} are {keys.shape} and {values.shape}, "
-            f"expected {(1, heads, n, key_dim)} and {(1, heads, n, value_dim)}"
-        )
-    as_stored = keys.dtype == key_dtype and values.dtype == value_dtype
-    if not as_stored or not mx.issubdtype(key_dtype, mx.floating):
-        for name, array in (("keys", keys), ("values", values)):
-            if not mx.issubdtype(array.dtype, mx.floating):
-                raise ValueError(f"{name} of layer {layer} are {array.dtype}, expected floats")
-        keys, values = keys.astype(key_dtype), values.astype(value_dtype)
-    return keys, values

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -24,25 +23,33 @@ class Stream(Protocol):
 S = TypeVar("S", bound=Stream)
 
 
+class Pass(NamedTuple):
+    """A forward pass under way.
+
+    Attributes:
+        begins: for each sequence of the batch, where it ended before.
+        scratch: after `start_forward(reserve=True)`, what takes the place of what is stored, by layer.
+    """
+
+    batch: Batch
+    begins: Mapping[int, int]
+    scratch: dict[int, Any] | None
+
+
 class StreamCache(PlanningCache, Generic[S]):
     """Sequences as a dict of records; a change is a dict of new ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self._streams: dict[int, S] = {}
-        self._batch: Batch | None = None
-
-    @abstractmethod
-    def _begin_step(self, batch: Batch | None, reserve: bool) -> None:
-        """A batch begins, or an edit ends the last one (None)."""
+        self._pass: Pass | None = None
 
     def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
         self._streams = {}
 
     def _close(self) -> None:
         self._streams = {}
-        self._batch = None
-        self._begin_step(None, reserve=False)
+        self._pass = None
 
     def _plan_reserve(self, batch: Batch) -> Plan:
         return StreamPlan(self, {}, batch, reserve=True)
@@ -57,6 +64,11 @@ class StreamCache(PlanningCache, Generic[S]):
         stream = self._streams.get(sequence)
         return stream.end if stream else 0
 
+    def _under_way(self) -> Pass:
+        if self._pass is None:
+            raise self._no_batch()
+        return self._pass
+
 
 class StreamPlan(Plan, Generic[S]):
     """New records of some sequences (None forgets one), by a batch or between batches."""
@@ -70,21 +82,26 @@ class StreamPlan(Plan, Generic[S]):
     ) -> None:
         self._cache = cache
         self._changes = changes
-        self._batch = batch
-        self._reserve = reserve
         self._before = {sequence: cache._streams.get(sequence) for sequence in changes}
+        self._last = cache._pass
+        self._pass: Pass | None = None
+        if batch is not None:
+            begins = {sequence: cache._end(sequence) for sequence in batch.rows}
+            self._pass = Pass(batch, begins, {} if reserve else None)
 
-    def commit(self) -> None:
-        if self._batch is None and not self._changes:
-            return
-        self._cache._batch = self._batch
-        self._cache._begin_step(self._batch, self._reserve)
-        self._assign(self._changes)
+    def make(self) -> None:
+        if self._pass is not None or self._changes:
+            self._cache._pass = self._pass
+            self._assign(self._changes)
+
+    def unmake(self) -> None:
+        self._assign(self._before)
+        self._cache._pass = self._last
 
     def undo(self) -> None:
-        if self._cache._batch is self._batch:
+        if self._pass is not None and self._cache._pass is self._pass:
             self._assign(self._before)
-            self._cache._batch = None
+            self._cache._pass = None
 
     def _assign(self, streams: Mapping[int, S | None]) -> None:
         for sequence, stream in streams.items():

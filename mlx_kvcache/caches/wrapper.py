@@ -66,15 +66,27 @@ class WrapperCache(PlanningCache):
 
     def set_config(self, config: CacheConfig) -> None:
         """As `Cache.set_config`, for all children."""
-        super().set_config(config)
-        for child in self._children:
-            child.set_config(config)
+        before = self._config
+        try:
+            super().set_config(config)
+            for child in self._children:
+                child.set_config(config)
+        except BaseException:
+            for cache in (*self._children, self):
+                cache._config = before
+            raise
 
     def set_layer(self, layer: int) -> None:
         """As `Cache.set_layer`, for all children."""
-        super().set_layer(layer)
-        for child in self._children:
-            child.set_layer(layer)
+        before = self._layer
+        try:
+            super().set_layer(layer)
+            for child in self._children:
+                child.set_layer(layer)
+        except BaseException:
+            for cache in (*self._children, self):
+                cache._layer = before
+            raise
 
     def layer(self, layer: int) -> Any:
         """A handle on one layer of the underlying cache."""
@@ -99,6 +111,11 @@ class WrapperCache(PlanningCache):
                 raise CacheError(f"child {index} has been initialised by itself")
         for child in self._children:
             child.init(dtype, 1, room, self._max_batch, quantisation)
+
+    def _unready(self) -> None:
+        super()._unready()
+        for child in self._children:
+            child._unready()
 
     def _plan_forward(self, batch: Batch) -> Plan:
         return _ForwardPlan(self, [child._plan_forward(batch) for child in self._children])
@@ -139,7 +156,12 @@ class _ForwardPlan(JointPlan):
     def __init__(self, wrapper: WrapperCache, plans: list[Plan]) -> None:
         super().__init__(plans)
         self._wrapper = wrapper
+        self._last = wrapper._type
 
-    def commit(self) -> None:
-        super().commit()
+    def make(self) -> None:
+        super().make()
         self._wrapper._type = 0
+
+    def unmake(self) -> None:
+        super().unmake()
+        self._wrapper._type = self._last

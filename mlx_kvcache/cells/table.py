@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 
 from .spans import EMPTY, FOREVER, Sequence, Spans, union
 
@@ -73,9 +73,27 @@ class CellTable:
         return total
 
     def assign(self, changes: Changes) -> None:
-        """Make the changes. The segments in them need a capacity. Cannot fail."""
-        if not self._stretch(changes):
-            self._replace(changes)
+        """Make the changes, or none where an exception comes between. Their segments need a capacity."""
+        before = {sequence: self.sequences.get(sequence) for sequence in changes}
+        try:
+            if not self._stretch(changes):
+                self._replace(changes)
+        except BaseException:
+            self.restore(before)
+            raise
+
+    def restore(self, sequences: Changes, capacity: Mapping[int, int | None] | None = None) -> None:
+        """Make these true again, after whatever happened to what follows from them; None forgets one."""
+        for sequence, old in sequences.items():
+            self.sequences.pop(sequence, None)
+            if old is not None:
+                self.sequences[sequence] = old
+        for segment, cells in (capacity or {}).items():
+            self.capacity.pop(segment, None)
+            if cells is not None:
+                self.capacity[segment] = cells
+        self.packed &= self.capacity.keys()
+        self._count()
 
     def _stretch(self, changes: Changes) -> bool:
         """Do what decoding does at every step: one sequence, alone in its segment, gets longer."""
@@ -107,14 +125,16 @@ class CellTable:
         for segment in touched:
             self._recount(segment)
 
-    def sweep(self, but: Container[int] = ()) -> list[int]:
-        """Forget the segments that nobody owns, `but` some, and return them."""
-        swept = [segment for segment in self.orphans if segment not in but]
-        self.orphans.difference_update(swept)
-        self.packed.difference_update(swept)
-        for segment in swept:
-            del self.capacity[segment]
-        return swept
+    def forget(self, orphans: Collection[int]) -> None:
+        """Forget segments that nobody owns."""
+        try:
+            for segment in orphans:
+                self.packed.discard(segment)
+                self.capacity.pop(segment, None)
+            self.orphans.difference_update(orphans)
+        except BaseException:
+            self.orphans.intersection_update(self.capacity)
+            raise
 
     def check(self) -> None:
         """Assert the invariants.
@@ -158,6 +178,19 @@ class CellTable:
             for sequence, new in changes.items()
             for span in set(self[sequence].spans).symmetric_difference(new.spans if new else ())
         }
+
+    def _count(self) -> None:
+        """Find out anew who owns what."""
+        self._owners.clear()
+        for sequence, (_, spans) in self.sequences.items():
+            for span in spans:
+                self._owners.setdefault(span.segment, set()).add(sequence)
+        self._live.clear()
+        self.live = 0
+        self.orphans.clear()
+        self.orphans.update(self.capacity.keys() - self._owners.keys())
+        for segment in self._owners:
+            self._recount(segment)
 
     def _recount(self, segment: int) -> None:
         held = sum(high - low for low, high in union(self._intervals(segment, {})))

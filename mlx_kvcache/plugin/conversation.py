@@ -74,7 +74,12 @@ class Conversation:
             raise CacheError("the prompt cache is closed")
 
     def close(self) -> None:
-        self._release()
+        try:
+            self._release()
+        except BaseException:
+            # It is closed, so that nobody else would; twice is as good as once.
+            self.pool.drop(self.sequence)
+            raise
 
     def fork(self) -> Conversation:
         """Another conversation with the same tokens. Copies no array."""
@@ -85,12 +90,11 @@ class Conversation:
         return other
 
     def moved(self, pool: Pool) -> Conversation:
-        """The same in another pool of the model, which stores as it does; this one is closed."""
+        """The same in another pool of the model, which stores as it does."""
         other = Conversation(pool, self.limits)
         snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
         pool.restore(other.sequence, snapshots)
         other.head = self.head
-        self.close()
         return other
 
     def check_resume(self, position: int) -> None:
@@ -104,9 +108,13 @@ class Conversation:
 
     def rewind_to(self, position: int) -> None:
         """Drop the tokens from `position` on. Raises NotSupportedError where that cannot be done."""
+        self.plan_rewind(position).commit()
+
+    def plan_rewind(self, position: int) -> Plan:
+        """Plan what `rewind_to` does. Raises as it."""
         self.check_resume(position)
-        self.pool.truncate(self.sequence, position)
-        self.head = self.head.cut(position)
+        plans = self.pool.plan_truncate(self.sequence, position)
+        return JointPlan([*plans, HeadPlan(self, self.head.cut(position))])
 
     def remove(self, begin: int, end: int) -> None:
         """Take out [begin, end), which are followed by others.
@@ -128,9 +136,7 @@ class Conversation:
             return
         if self.head.lead + gap > FARTHEST:
             self._renormalise()
-        plan, head = self._plan_head(begin, end)
-        plan.commit()
-        self.head = head
+        self._plan_head(begin, end).commit()
 
     def make_room(self, n: int, early: bool) -> None:
         """Make room for n tokens, before anything is computed.
@@ -157,8 +163,8 @@ class Conversation:
         else:
             self.rewind_to(sinks)
 
-    def _plan_head(self, begin: int, end: int) -> tuple[Plan, Head]:
-        """A removal that rotates what is before it, and the head afterwards."""
+    def _plan_head(self, begin: int, end: int) -> Plan:
+        """A removal that rotates what is before it."""
         pool, scheme, lead = self.pool, self.pool.scheme, self.head.lead
         new_lead = lead + end - begin
         plans: list[Plan] = []
@@ -171,7 +177,7 @@ class Conversation:
             rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()), codecs)
             plans.append(cache._plan_edit(removal, rebase))
             pieces[kind] = rebase.pieces
-        return JointPlan(plans), Head(new_lead, pieces)
+        return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces))])
 
     def _plan_tail(self, begin: int, end: int) -> Plan:
         """A removal that rotates what is after it."""
@@ -190,8 +196,7 @@ class Conversation:
             for _, cache in self.pool.positional()
             if cache._table[self.sequence].spans
         ]
-        JointPlan(plans).commit()
-        self.head = Head()
+        JointPlan([*plans, HeadPlan(self, Head())]).commit()
 
     def _by(self, offset: int) -> Rebase:
         rotations = self.pool.scheme.rotations
@@ -200,3 +205,17 @@ class Conversation:
             return rebased(rotations[leaf], keys, values, offset)
 
         return rebase
+
+
+class HeadPlan(Plan):
+    """Another head, for what happens to the cells at the same time."""
+
+    def __init__(self, conversation: Conversation, head: Head) -> None:
+        self._conversation = conversation
+        self._before, self._head = conversation.head, head
+
+    def make(self) -> None:
+        self._conversation.head = self._head
+
+    def unmake(self) -> None:
+        self._conversation.head = self._before

@@ -27,7 +27,7 @@ History = tuple[mx.array, mx.array]
 
 
 class Forward(ABC):
-    """The next n tokens of some sequences, taken into all caches of their pool.
+    """The next n tokens of some sequences, which `start` takes into all caches of their pool.
 
     Args:
         columns: for each sequence, which of the n columns of the model's input are its tokens.
@@ -58,11 +58,16 @@ class Forward(ABC):
         self.written = bytearray(len(pool.leaves))
         self.asked: set[int] = set()
         self.advanced: set[int] = set()
-        self._plan = pool.begin(self._batch())
+        self._plan = pool.plan_forward(self._batch())
         self._kinds = pool.kinds
         self._caches: tuple[Any, ...] = pool.caches
-        self._steps: list[Step | None] = [getattr(cache, "_step", None) for cache in pool.caches]
+        self._steps: list[Step | None] = []
         self._states: dict[int, list[mx.array | None]] = {}
+
+    def start(self) -> None:
+        """Take the tokens in. What interrupts that can leave them there: `undo` takes them out."""
+        self._plan.commit()
+        self._steps = [getattr(cache, "_step", None) for cache in self._caches]
 
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
         """Store a leaf's K and V (B, n_kv_heads, n, head_dim) and return what its tokens see."""
@@ -185,11 +190,17 @@ class SingleForward(Forward):
 
     def again(self) -> bool:
         """Take in as many tokens more, if nothing has happened since these; else False, and nothing."""
-        if self.is_ragged or not self._plan.again():
-            return False
-        self.begins = [self.begins[0] + self.n]
-        self.written = bytearray(len(self.pool.leaves))
-        self.asked.clear()
+        made = self._plan.made
+        try:
+            if self.is_ragged or not self._plan.again():
+                return False
+            self.begins = [self.begins[0] + self.n]
+            self.written = bytearray(len(self.pool.leaves))
+            self.asked.clear()
+        except BaseException:
+            if self._plan.made != made:
+                self._plan.undo()
+            raise
         return True
 
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:

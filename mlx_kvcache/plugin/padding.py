@@ -9,7 +9,10 @@ Columns = tuple[int, int]
 
 
 class Padding:
-    """For each row: padding to come on the left, then tokens, then padding until `finalize`."""
+    """For each row: padding to come on the left, then tokens, then padding until `finalized`.
+
+    It does not change: what happens makes another.
+    """
 
     def __init__(self, rows: int) -> None:
         self.left = [0] * rows
@@ -21,14 +24,14 @@ class Padding:
         """Whether any padding is to come."""
         return any(self.left) or self.lengths is not None or self._right is not None
 
-    def prepare(
+    def prepared(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
-    ) -> None:
-        """Announce padding of the next inputs.
+    ) -> Padding:
+        """The same with more padding announced.
 
         Args:
             left: columns of padding to come first.
-            lengths: tokens that follow, over all inputs until `finalize`.
+            lengths: tokens that follow, over all inputs until `finalized`.
             right: where `lengths` is not given, columns of padding at the end of the next input.
 
         Raises:
@@ -37,16 +40,20 @@ class Padding:
         for name, numbers in (("left_padding", left), ("lengths", lengths), ("right_padding", right)):
             if numbers is not None and (len(numbers) != len(self.left) or min(numbers) < 0):
                 raise ValueError(f"{name}={list(numbers)}: {len(self.left)} numbers of 0 or more are needed")
+        other = self._copy()
         if left is not None:
-            self.left = [old + new for old, new in zip(self.left, left, strict=True)]
+            other.left = [old + new for old, new in zip(self.left, left, strict=True)]
         if lengths is not None:
-            self.lengths = list(lengths)
+            other.lengths = list(lengths)
         elif right is not None:
-            self._right = list(right)
+            other._right = list(right)
+        return other
 
-    def finalize(self) -> None:
-        """What comes next is not padded on the right."""
-        self.lengths = self._right = None
+    def finalized(self) -> Padding:
+        """The same where what comes next is not padded on the right."""
+        other = Padding(0)
+        other.left = self.left
+        return other
 
     def columns(self, n: int) -> list[Columns]:
         """Which of the next n columns are tokens, for each row."""
@@ -61,16 +68,21 @@ class Padding:
             result.append((first, stop))
         return result
 
-    def passed(self, columns: Sequence[Columns]) -> None:
-        """These columns have been computed."""
+    def passed(self, columns: Sequence[Columns]) -> Padding:
+        """What is still to come after these columns have been computed."""
         if not self.is_announced:
-            return
-        self.left = [left - first for left, (first, _) in zip(self.left, columns, strict=True)]
+            return self
+        other = self._copy()
+        other.left = [left - first for left, (first, _) in zip(self.left, columns, strict=True)]
         tokens = [stop - first for first, stop in columns]
         if self.lengths is not None:
-            self.lengths = [rest - done for rest, done in zip(self.lengths, tokens, strict=True)]
+            other.lengths = [rest - done for rest, done in zip(self.lengths, tokens, strict=True)]
         elif self._right is not None:
-            self.lengths = [0] * len(tokens)
+            other.lengths = [0] * len(tokens)
+        return other
+
+    def _copy(self) -> Padding:
+        return self.filtered(range(len(self.left)))
 
     def filtered(self, keep: Sequence[int]) -> Padding:
         """The same for some of the rows."""

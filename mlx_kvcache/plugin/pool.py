@@ -166,11 +166,9 @@ class Pool:
             self._user = weakref.ref(user)
         self._sweep()
 
-    def begin(self, batch: Batch | None) -> Plan:
-        """Take a batch's tokens into all caches, or into none. Raises what `start_forward` does."""
-        plan = JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
-        plan.commit()
-        return plan
+    def plan_forward(self, batch: Batch | None) -> Plan:
+        """Plan to take a batch's tokens into all caches. Raises what `start_forward` does."""
+        return JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
 
     def wants_handles(self, sequence: int) -> bool:
         """Whether attention to a sequence as it is stored saves copies: in several runs, or packed."""
@@ -180,10 +178,9 @@ class Pool:
     def end(self, sequence: int) -> int:
         return self.caches[0]._end(sequence)
 
-    def truncate(self, sequence: int, position: int) -> None:
-        """Drop the tokens from `position` on. Raises NotSupportedError where a recurrence cannot."""
-        plans = [cache._plan_remove(sequence, position, None) for cache in self.caches]
-        JointPlan(plans).commit()
+    def plan_truncate(self, sequence: int, position: int) -> list[Plan]:
+        """Plan to drop the tokens from `position` on. Raises NotSupportedError where a recurrence cannot."""
+        return [cache._plan_remove(sequence, position, None) for cache in self.caches]
 
     def copy(self, src: int, dst: int) -> None:
         """Let `dst` share all of `src`."""
@@ -207,9 +204,9 @@ class Pool:
 
     def _sweep(self) -> None:
         while self._dropped:
-            sequence = self._dropped.popleft()
+            JointPlan(self.plan_truncate(self._dropped[0], 0)).commit()
+            self._dropped.popleft()
             for cache in self.caches:
-                cache._plan_remove(sequence, 0, None).commit()
                 # The model may be given another precision before it writes again.
                 if isinstance(cache, PositionalCache) and not cache._table.sequences:
                     cache._store.layers.clear()

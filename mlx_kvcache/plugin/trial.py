@@ -89,7 +89,7 @@ def _batching(pool: Pool) -> Batching:
         if way == "gathered" and type(pool.model).__module__.rpartition(".")[2] in BY_COLUMN:
             continue
         together = _rows(pool, len(LENGTHS))
-        together.padding.prepare(None, LENGTHS, None)
+        together.padding = together.padding.prepared(None, LENGTHS, None)
         pool.__dict__["batching"] = way
         try:
             found = _logits(pool, together, block, mx.array(LENGTHS)[:, None])
@@ -132,7 +132,7 @@ def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.arra
     """Those of one token after a block."""
     cache = entries_of(rows)
     pool.model(block, cache=cache)
-    rows.padding.finalize()
+    rows.padding = rows.padding.finalized()
     logits: mx.array = pool.model(token, cache=cache)
     return logits[:, -1].astype(mx.float32)
 

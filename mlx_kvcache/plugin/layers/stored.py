@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ...arrays.lanes import Plain, joined
 from ...arrays.pairs import Lanes
-from ...arrays.store import Cells, cells_of, concatenated
+from ...arrays.store import Cells, cells_in, concatenated
 from ...cells.rules import Chunk
 from ...cells.spans import seen_from
 from ..conversation import Conversation
@@ -48,5 +48,4 @@ def _kept(conversation: Conversation, leaf: Leaf) -> list[Cells]:
     if not isinstance(leaf.rule, Chunk):
         # The newest token still sees what the next one pushes out.
         position -= 1
-    kept = seen_from(cache._rule, spans, position)
-    return [cells_of(span.segment, span.start, span.stop) for span in kept]
+    return cells_in(seen_from(cache._rule, spans, position))
