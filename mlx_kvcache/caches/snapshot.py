@@ -48,10 +48,12 @@ def snapshot_of(cache: PositionalCache, sequence: int) -> Snapshot:
 def _runs(cache: PositionalCache, spans: Spans) -> Iterator[Run]:
     """Each run of positions that are stored in the same way."""
     for own in _neighbours(spans, cache._table.packed):
-        cells = cells_in(tuple(own))
+        cells, is_packed = cells_in(tuple(own)), own[0].segment in cache._table.packed
         layers = {}
         for layer, buffers in cache._store.layers.items():
-            keys, values = zip(*buffers.lanes(cells), strict=True)
+            # What has never been written comes as zeros in float.
+            stored = (buffers.form.stored(lanes, is_packed) for lanes in buffers.lanes(cells))
+            keys, values = zip(*stored, strict=True)
             layers[layer] = joined(keys), joined(values)
         yield Run(own[0].position, count(own), layers)
 
