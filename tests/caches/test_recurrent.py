@@ -60,7 +60,7 @@ def feed(
 def newest(cache: RecurrentCache, sequence: int = 0, layer: int = 0) -> tuple[int, ...]:
     cache.start_forward(Batch([cache.end(sequence)], [sequence]))
     state = numbers(cache.layer(layer).get())
-    cache._batch = None
+    cache._pass = None
     return state
 
 
