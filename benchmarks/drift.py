@@ -34,6 +34,7 @@ def _errors(dtype: mx.Dtype) -> Iterator[Row]:
     def feed(n: int) -> mx.array:
         kv = mx.random.normal((1, 2, n, 8), key=next(noise)).astype(dtype)
         originals.extend((kv[:, :, i : i + 1], layer.offset + i) for i in range(n))
+        keys: mx.array
         keys, _ = layer.update_and_fetch(kv, kv)
         mx.eval(keys)
         return keys

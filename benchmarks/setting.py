@@ -38,7 +38,8 @@ class Setting:
             return smollm2.load(mx.float32)
         if not Path(name).is_dir():
             raise ValueError(f"no model {name}: expected tiny, smollm2 or a folder")
-        return mlx_lm.load(name)[:2]
+        model, tokenizer, *_ = mlx_lm.load(name)
+        return model, tokenizer
 
     def of(self, usual: Any, quick: Any) -> Any:
         """A number, or numbers, by how thorough the run is."""

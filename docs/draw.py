@@ -96,6 +96,7 @@ PICTURES: dict[str, Callable[[], list[Panel]]] = {
 
 def of_panels(make: Callable[[], list[Panel]]) -> Figure:
     panels = make()
+    figure: Figure
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 5.0), squeeze=False)
     for axis, (title, grid) in zip(axes[0], panels, strict=True):
         axis.imshow(grid, cmap=ListedColormap(COLOURS), vmin=GONE, vmax=VISIBLE, interpolation="none")
@@ -120,8 +121,9 @@ def main() -> None:
     chosen = parser.parse_args()
     mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"  # the same picture, the same file
     chosen.out.mkdir(parents=True, exist_ok=True)
-    figures = {name: functools.partial(of_panels, panels) for name, panels in PICTURES.items()}
-    for name, make in {**figures, "pool": pool}.items():
+    figures: dict[str, Callable[[], Figure]] = {"pool": pool}
+    figures |= {name: functools.partial(of_panels, panels) for name, panels in PICTURES.items()}
+    for name, make in figures.items():
         path = chosen.out / f"{name}.{chosen.format}"
         figure = make()
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -37,6 +37,7 @@ def pool() -> Figure:
     table = conversations()._table
     segments = table.owned()
     widest = max([table.capacity[s] for s in segments] + [table[s].end for s in range(len(NAMES))])
+    figure: Figure
     figure, (cells, runs) = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True)
     for row, segment in enumerate(segments):
         cells.add_patch(Rectangle((0, row - 0.35), table.capacity[segment], 0.7, color=UNUSED))

@@ -20,7 +20,7 @@ class Attention(nn.Module):
     """Projections of one attention; without a source they are of the queries only."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.query, self.key, self.value = (nn.Linear(DIM, DIM) for _ in range(3))
 
     def project(self, x: mx.array, source: mx.array | None) -> tuple[Any, Any, Any]:
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
     """Layers of self-attention and cross-attention in turn."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.embed = nn.Embedding(VOCABULARY, DIM)
         self.own = [Attention() for _ in range(LAYERS)]
         self.cross = [Attention() for _ in range(LAYERS)]
@@ -48,7 +48,8 @@ class Decoder(nn.Module):
             cache.set_layer_type(CROSS)
             y = attention(*self.cross[i].project(x, encoded), cache.layer(i), scale=SCALE)
             x = x + y.transpose(0, 2, 1, 3).reshape(x.shape)
-        return self.embed.as_linear(x)[0]
+        logits: mx.array = self.embed.as_linear(x)[0]
+        return logits
 
     def without_cache(self, tokens: mx.array, encoded: mx.array) -> mx.array:
         x = self.embed(tokens)[None]
@@ -57,7 +58,8 @@ class Decoder(nn.Module):
                 q, k, v = layer.project(x, x if source is None else source)
                 y = mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask=mask)
                 x = x + y.transpose(0, 2, 1, 3).reshape(x.shape)
-        return self.embed.as_linear(x)[0]
+        logits: mx.array = self.embed.as_linear(x)[0]
+        return logits
 
 
 mx.random.seed(0)

@@ -13,7 +13,7 @@ class Decoder(nn.Module):
     """Even layers see a window, odd ones everything."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.embed = nn.Embedding(VOCABULARY, DIM)
         self.rope = nn.RoPE(DIM // HEADS)
         self.qkv = [nn.Linear(DIM, 3 * DIM) for _ in range(LAYERS)]
@@ -28,7 +28,8 @@ class Decoder(nn.Module):
             cache.set_layer_type(i % 2)  # even layers are local
             y = attention(*self.project(i, x, offset), cache.layer(i), scale=SCALE)
             x = x + y.transpose(0, 2, 1, 3).reshape(x.shape)
-        return self.embed.as_linear(x)[0]
+        logits: mx.array = self.embed.as_linear(x)[0]
+        return logits
 
     def without_cache(self, tokens: mx.array) -> mx.array:
         x = self.embed(tokens)[None]
@@ -38,7 +39,8 @@ class Decoder(nn.Module):
             q, k, v = self.project(i, x, 0)
             y = mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask=mask)
             x = x + y.transpose(0, 2, 1, 3).reshape(x.shape)
-        return self.embed.as_linear(x)[0]
+        logits: mx.array = self.embed.as_linear(x)[0]
+        return logits
 
 
 mx.random.seed(0)

@@ -15,7 +15,7 @@ model, tokenizer = smollm2.load()
 def said(cache: PromptCache, tokens: list[int], message: str) -> list[int]:
     """All tokens after another turn, of which only those that are new are computed."""
     turn = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
-    new = tokenizer.encode(turn, add_special_tokens=False)
+    new: list[int] = tokenizer.encode(turn, add_special_tokens=False)
     rest = (tokens + new)[cache.position :]
     parts = list(mlx_lm.stream_generate(model, tokenizer, rest, max_tokens=16, prompt_cache=cache))
     print(f"{message}\n  {''.join(part.text for part in parts)}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(scope="session")
-def chat_model():
+def chat_model() -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     # The core is tested where mlx-lm cannot be installed, too.
     from examples import smollm2

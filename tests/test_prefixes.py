@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from mlx_kvcache.prefixes import PrefixTree
 
 
-def common(one, other) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
     return next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_a_list(seed):
+def test_equals_a_list(seed: int) -> None:
     """Short tokens of few kinds, so that all share prefixes, are put, taken out and looked up."""
     rng = random.Random(seed)
     tree: PrefixTree[str] = PrefixTree()

@@ -77,7 +77,8 @@ def _from_wheel() -> tuple[Any, Any]:
 def _from_folder(folder: Path) -> tuple[Any, Any]:
     import mlx_lm
 
-    return mlx_lm.load(str(folder), lazy=True)[:2]
+    model, tokenizer, *_ = mlx_lm.load(str(folder), lazy=True)
+    return model, tokenizer
 
 
 def _folder(name: str, emit: Callable[[Event], None]) -> Path:
@@ -100,7 +101,7 @@ def _fetched(name: str, emit: Callable[[Event], None]) -> Path:
     patterns = importlib.import_module("mlx_lm.utils").DEFAULT_ALLOW_PATTERNS
     shown = f"Fetching {name}"
 
-    class Progress(tqdm):
+    class Progress(tqdm[Any]):
         """Tells its progress instead of drawing it."""
 
         def display(self, *_: Any, **__: Any) -> None:

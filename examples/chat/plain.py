@@ -48,7 +48,7 @@ class Plain:
                 self._say(line, self.conversation.leaf)
             return True
         name, _, rest = line[1:].partition(" ")
-        commands = {
+        commands: dict[str, Callable[[str], object]] = {
             "undo": self._undo,
             "edit": self._edit,
             "regenerate": self._regenerate,

@@ -1,5 +1,5 @@
 """Caches as files."""
 
-from .files import load, save
+from .files import Opened, load, save
 
-__all__ = ["load", "save"]
+__all__ = ["Opened", "load", "save"]

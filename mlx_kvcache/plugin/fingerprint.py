@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
 
 def _weights(model: nn.Module) -> str:
     """Of the parameters' names, shapes and dtypes, and of the first numbers of some."""
-    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     outline = [[name, list(array.shape), str(array.dtype)] for name, array in parameters]
     chosen = parameters[:: max(1, len(parameters) // SAMPLES)]
     first = [array.reshape(-1)[:NUMBERS].view(mx.uint8) for _, array in chosen]

@@ -84,7 +84,7 @@ def attend(
 
 def serve(model: nn.Module) -> Callable[[], None]:
     """Let the modules of a model attend to handles, until what is returned is called."""
-    names = {type(module).__module__ for module in model.modules()}  # type: ignore[no-untyped-call]
+    names = {type(module).__module__ for module in model.modules()}
     with _lock:
         for name in names:
             _bound[name] += 1

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -27,7 +28,7 @@ VALUE = Row("a.value", "a value", "", 0.25)
 LINES = Curve("a", "some lines", "x", "y", [1.0, 2.0], {"here": [0.5, 0.25]})
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     other = Row("b", "else", "s", 1.0)
     write(path, "one", [FAST, SMALL, VALUE, LINES], 12.3, is_quick=False)
@@ -40,14 +41,14 @@ def test_what_is_written_is_read_again(tmp_path):
     assert list(rows_of(json.loads(path.read_text()))) == ["a.speed", "b"]
 
 
-def test_a_bound_is_on_the_better_side():
+def test_a_bound_is_on_the_better_side() -> None:
     assert Bound(2.0).is_met(FAST) and not Bound(2.01).is_met(FAST)
     assert Bound(0.25).is_met(SMALL) and not Bound(0.24).is_met(SMALL)
     assert Bound(0.25, of_value=True).is_met(VALUE) and not Bound(0.2, of_value=True).is_met(VALUE)
     assert Bound(3.0, quick=2.0).is_met(FAST, is_quick=True)
 
 
-def test_both_sides_take_turns():
+def test_both_sides_take_turns() -> None:
     order: list[str] = []
 
     def work(name: str, seconds: float) -> float:
@@ -59,33 +60,33 @@ def test_both_sides_take_turns():
     assert order[2:] == ["theirs", "ours", "ours", "theirs"] * 2
 
 
-def test_different_results_are_no_comparison():
+def test_different_results_are_no_comparison() -> None:
     check_equal(mx.array([1000.0, 1.0]), mx.array([1000.5, 1.0]))
     for other in ([1002.0, 1.0], [float("nan"), 1.0]):
         with pytest.raises(RuntimeError, match="differ"):
             check_equal(mx.array(other), mx.array([1000.0, 1.0]))
 
 
-def test_the_peak_is_that_of_the_work():
+def test_the_peak_is_that_of_the_work() -> None:
     kept = mx.zeros((1 << 20,))
     mx.eval(kept)
     assert peak_of(lambda: mx.eval(mx.zeros((1 << 20,)) + 1)) >= 4 << 20
     assert peak_of(lambda: None) == 0
 
 
-def test_a_model_that_is_not_there():
+def test_a_model_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="no model nowhere"):
         Setting("nowhere").load("tiny")
 
 
-def test_pages_say_what_the_results_say():
+def test_pages_say_what_the_results_say() -> None:
     """After `make bench` comes `make figures`. Pictures differ with the version of matplotlib."""
     found = dict(written())
     assert {path.suffix for path in found} == {".md", ".svg"} and all(path.exists() for path in found)
     assert all(path.read_bytes() == content for path, content in found.items() if path.suffix == ".md")
 
 
-def test_bounds_are_on_rows_that_there_are():
+def test_bounds_are_on_rows_that_there_are() -> None:
     found: dict[str, Row] = {}
     for path in FOLDER.glob("*.json"):
         found |= rows_of(json.loads(path.read_text(encoding="utf-8")))
@@ -94,7 +95,7 @@ def test_bounds_are_on_rows_that_there_are():
     assert not absent
 
 
-def test_a_model_of_another_shape(tmp_path):
+def test_a_model_of_another_shape(tmp_path: Path) -> None:
     """A folder with a model of 16 bits and other heads, as a hub would give."""
     model = tiny_llama(mx.float16, hidden_size=256, vocab_size=512)
     save_model(tmp_path, model)
@@ -105,7 +106,7 @@ def test_a_model_of_another_shape(tmp_path):
     assert len(rows) > 12 and all(row.ours > 0 for row in rows)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True, timeout=120

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_kvcache import Batch, CausalCache, ChunkedAttentionCache, SlidingWindowCache
+from mlx_kvcache.caches.keyvalue import KeyValueCache
 from tests.caches.data import column
 from tests.kinds import add_offsets
 
+AnyCache = TypeVar("AnyCache", bound=KeyValueCache)
 
-def visible(cache, positions, sequences, contents):
+
+def visible(
+    cache: KeyValueCache, positions: Sequence[int], sequences: list[int], contents: list[int]
+) -> list[set[float]]:
     """What each token sees: contents are numbers of one feature, as in the tables of the Go tests."""
     batch = Batch(positions, sequences)
     with cache.forward(batch):
@@ -26,24 +34,24 @@ def visible(cache, positions, sequences, contents):
     return [{content for content, shown in zip(column(keys), row, strict=True) if shown} for row in seen]
 
 
-def started(cache):
+def started(cache: AnyCache) -> AnyCache:
     cache.init(mx.float32, max_sequences=2, capacity=16, max_batch=16)
     return cache
 
 
-def test_causal_store():
+def test_causal_store() -> None:
     cache = started(CausalCache())
     assert visible(cache, [0, 1, 2, 3], [0] * 4, [1, 2, 3, 4]) == [{1}, {1, 2}, {1, 2, 3}, {1, 2, 3, 4}]
     assert visible(cache, [4], [0], [5]) == [{1, 2, 3, 4, 5}]
 
 
-def test_window_of_two_over_four_tokens_then_two_more():
+def test_window_of_two_over_four_tokens_then_two_more() -> None:
     cache = started(SlidingWindowCache(2))
     assert visible(cache, [0, 1, 2, 3], [0] * 4, [1, 2, 3, 4]) == [{1}, {1, 2}, {2, 3}, {3, 4}]
     assert visible(cache, [4, 5], [0] * 2, [5, 6]) == [{4, 5}, {5, 6}]
 
 
-def test_more_kept_than_the_window():
+def test_more_kept_than_the_window() -> None:
     """A memory of 4 beyond a window of 2 (w = 1, m = 3): three newest tokens can be dropped."""
     cache = started(SlidingWindowCache(2, rewind=3))
     visible(cache, [0, 1, 2, 3, 4, 5], [0] * 6, [1, 2, 3, 4, 5, 6])
@@ -52,7 +60,7 @@ def test_more_kept_than_the_window():
     assert visible(cache, [3, 4], [0] * 2, [40, 50]) == [{3, 40}, {40, 50}]
 
 
-def test_two_sequences_in_separate_batches():
+def test_two_sequences_in_separate_batches() -> None:
     cache = started(SlidingWindowCache(2))
     assert visible(cache, [0, 1], [0, 0], [1, 2]) == [{1}, {1, 2}]
     assert visible(cache, [0, 1], [1, 1], [11, 12]) == [{11}, {11, 12}]
@@ -60,20 +68,20 @@ def test_two_sequences_in_separate_batches():
     assert visible(cache, [2, 3], [1, 1], [13, 14]) == [{12, 13}, {13, 14}]
 
 
-def test_chunk_of_two_over_batches_of_four_three_and_two():
+def test_chunk_of_two_over_batches_of_four_three_and_two() -> None:
     cache = started(ChunkedAttentionCache(2))
     assert visible(cache, range(4), [0] * 4, [1, 2, 3, 4]) == [{1}, {1, 2}, {3}, {3, 4}]
     assert visible(cache, range(4, 7), [0] * 3, [5, 6, 7]) == [{5}, {5, 6}, {7}]
     assert visible(cache, range(7, 9), [0] * 2, [8, 9]) == [{7, 8}, {9}]
 
 
-def test_two_sequences_interleaved():
+def test_two_sequences_interleaved() -> None:
     cache = started(CausalCache())
     assert visible(cache, [0, 0, 1, 1], [0, 1, 0, 1], [1, 11, 2, 12]) == [{1}, {11}, {1, 2}, {11, 12}]
     assert visible(cache, [2, 2], [1, 0], [13, 3]) == [{11, 12, 13}, {1, 2, 3}]
 
 
-def test_remove_at_the_end_and_in_the_middle():
+def test_remove_at_the_end_and_in_the_middle() -> None:
     cache = started(CausalCache(shift=add_offsets))
     visible(cache, [0, 1, 2, 3], [0] * 4, [0, 1, 2, 3])
     visible(cache, [0, 1], [1] * 2, [0, 1])
@@ -84,7 +92,7 @@ def test_remove_at_the_end_and_in_the_middle():
     assert visible(cache, [2], [0], [30]) == [{0, 19, 30}]
 
 
-def test_prefix_copy():
+def test_prefix_copy() -> None:
     cache = started(CausalCache())
     visible(cache, [0, 1, 2, 3], [0] * 4, [1, 2, 3, 4])
     cache.copy_prefix(0, 1, 2)
@@ -93,7 +101,7 @@ def test_prefix_copy():
 
 
 @pytest.mark.parametrize(("rewind", "resumable"), [(0, [5]), (1, [4, 5]), (2, [3, 4, 5])])
-def test_resume_before_and_after_sliding(rewind, resumable):
+def test_resume_before_and_after_sliding(rewind: int, resumable: list[int]) -> None:
     cache = started(SlidingWindowCache(2, rewind=rewind))
     visible(cache, [0], [0], [1])
     assert [p for p in range(3) if cache.can_resume(0, p)] == [0, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from mlx_kvcache import (
     attention,
 )
 from mlx_kvcache.caches import joined
+from mlx_kvcache.caches.keyvalue import KeyValueCache
+from mlx_kvcache.caches.positional import PositionalCache
+from mlx_kvcache.caches.step import Step
 from mlx_kvcache.cells.rules import Causal, Rule, visible
 from mlx_kvcache.quantisation import Codec
-from tests.kinds import SINGLE_KINDS, STORES, add_offsets
+from tests.kinds import SINGLE_KINDS, STORES, Kind, add_offsets
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 64
 SCALE = DIM**-0.5
@@ -52,7 +57,15 @@ class Fresh:
         self.rule = rule
         self.tokens: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-    def attend(self, batch: Batch, q, k, v, sinks, later) -> np.ndarray:
+    def attend(
+        self,
+        batch: Batch,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        sinks: np.ndarray | None,
+        later: set[int],
+    ) -> np.ndarray:
         for index in sorted(range(len(batch)), key=batch.positions.__getitem__):
             own = self.tokens.setdefault(batch.sequences[index], [])
             own.append((k[0, :, index], v[0, :, index]))
@@ -73,7 +86,7 @@ class Fresh:
 
 
 @pytest.fixture(params=["CPU", "GPU"])
-def way(request, monkeypatch):
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By products as on a CPU, or by MLX's own attention where that has a kernel."""
     for module in ("attend", "step"):
         monkeypatch.setattr(f"mlx_kvcache.caches.{module}.are_faster", lambda: request.param == "CPU")
@@ -82,9 +95,10 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_equals_a_fresh_softmax(kind, store, learned, way):
+def test_equals_a_fresh_softmax(kind: Kind, store: str, learned: bool, way: None) -> None:
     rng = np.random.default_rng(1)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
+    assert isinstance(cache, PositionalCache)
     cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64, quantisation=STORES[store])
     sinks = rng.standard_normal(HEADS).astype(np.float32) if learned else None
     ends = {0: 0, 3: 0, 7: 0}
@@ -121,7 +135,7 @@ def test_equals_a_fresh_softmax(kind, store, learned, way):
     ],
     ids=["window", "wide", "sinks", "chunk", "long", "short", "causal"],
 )
-def test_long_blocks_equal_one_masked_product(make, way):
+def test_long_blocks_equal_one_masked_product(make: Callable[[], KeyValueCache], way: None) -> None:
     """Blocks are cut into stretches; the whole history and its mask say what must come out."""
     cache = make()
     cache.init(mx.float32, max_batch=400)
@@ -137,7 +151,7 @@ def test_long_blocks_equal_one_masked_product(make, way):
         assert mx.allclose(ours, whole, atol=1e-5), step
 
 
-def test_on_the_current_layer():
+def test_on_the_current_layer() -> None:
     cache = CausalCache()
     cache.init(mx.float32)
     cache.start_forward(Batch([0, 1], [0, 0]))
@@ -150,11 +164,12 @@ def test_on_the_current_layer():
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_shared_runs_are_joined(kind, store, monkeypatch):
+def test_shared_runs_are_joined(kind: Kind, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks of forks, at unequal lengths, in blocks and single tokens, mixed with a stranger."""
     monkeypatch.setattr(joined, "LONG", 1)
     rng = np.random.default_rng(2)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
+    assert isinstance(cache, PositionalCache)
     cache.init(mx.float32, max_sequences=8, capacity=64, max_batch=64, quantisation=STORES[store])
     cache.set_layer(LAYER)
     ends = dict.fromkeys(range(5), 0)
@@ -168,8 +183,9 @@ def test_shared_runs_are_joined(kind, store, monkeypatch):
         batch = Batch([p for _, p in tokens], [s for s, _ in tokens])
         with cache.forward(batch):
             got = attention(mx.array(q), mx.array(k), mx.array(v), cache, scale=SCALE)
+        assert isinstance(cache._step, Step)
         times_joined += len(cache._step.once(joined.shared_runs))
-        expected = fresh.attend(batch, q, k, v, None, ())
+        expected = fresh.attend(batch, q, k, v, None, set())
         assert np.abs(np.array(got) - expected).max() <= 1e-5
         for sequence, count in counts.items():
             ends[sequence] += count

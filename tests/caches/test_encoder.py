@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 import pytest
 
@@ -9,25 +11,27 @@ from mlx_kvcache import Batch, CacheError, CausalOptions, EncoderCache, attentio
 
 
 @pytest.fixture
-def cache():
+def cache() -> EncoderCache:
     made = EncoderCache()
     made.init(mx.float16)
     return made
 
 
-def put(cache, batch, n=5, layers=(0,), dtype=mx.float32):
+def put(
+    cache: EncoderCache, batch: Batch, n: int = 5, layers: Iterable[int] = (0,), dtype: mx.Dtype = mx.float32
+) -> None:
     cache.start_forward(batch)
     keys, values = mx.full((1, 2, n, 4), n, dtype), mx.full((1, 2, n, 3), -n, dtype)
     for layer in layers:
         cache.layer(layer).put(keys, values)
 
 
-def held(cache, sequence=0):
+def held(cache: EncoderCache, sequence: int = 0) -> int | None:
     stream = cache._streams.get(sequence)
     return stream.entry and stream.entry.position if stream else None
 
 
-def test_returned_as_stored_in_every_later_batch(cache):
+def test_returned_as_stored_in_every_later_batch(cache: EncoderCache) -> None:
     put(cache, Batch.run(0, 0, 3), n=7)
     for position in (3, 4):
         keys, values, mask = cache.get()
@@ -41,7 +45,7 @@ def test_returned_as_stored_in_every_later_batch(cache):
     assert cache.get()[0].dtype == mx.bfloat16
 
 
-def test_the_input_belongs_to_its_token(cache):
+def test_the_input_belongs_to_its_token(cache: EncoderCache) -> None:
     put(cache, Batch.run(0, 0, 6))
     assert held(cache) == 0
     put(cache, Batch([6, 7, 8], [0] * 3, multimodal=[0, 1]))
@@ -59,7 +63,7 @@ def test_the_input_belongs_to_its_token(cache):
     assert cache.can_resume(0, 77)
 
 
-def test_a_new_input_takes_the_place_of_all_layers(cache):
+def test_a_new_input_takes_the_place_of_all_layers(cache: EncoderCache) -> None:
     put(cache, Batch([0], [0]), layers=(0, 1))
     put(cache, Batch([1], [0]), n=9, layers=(1,))
     assert cache.layer(1).get()[0].shape[2] == 9
@@ -67,7 +71,7 @@ def test_a_new_input_takes_the_place_of_all_layers(cache):
         cache.layer(0).get()
 
 
-def test_a_prefix_shares_what_lies_in_it(cache):
+def test_a_prefix_shares_what_lies_in_it(cache: EncoderCache) -> None:
     put(cache, Batch([0, 1, 2, 3], [0] * 4, multimodal=[2]))
     before = cache.nbytes
     cache.copy_prefix(0, 1, 3)
@@ -84,7 +88,7 @@ def test_a_prefix_shares_what_lies_in_it(cache):
     assert not cache.encoder_cached
 
 
-def test_safe_when_empty(cache):
+def test_safe_when_empty(cache: EncoderCache) -> None:
     cache.remove(0, 0)
     cache.remove(3, 1, 2)
     cache.copy_prefix(0, 1, 5)
@@ -98,7 +102,7 @@ def test_safe_when_empty(cache):
     assert cache.nbytes == 0
 
 
-def test_one_sequence_for_put_and_get(cache):
+def test_one_sequence_for_put_and_get(cache: EncoderCache) -> None:
     put(cache, Batch([0], [4]))
     cache.start_forward(Batch([0, 1], [0, 4]))
     assert not cache.encoder_cached
@@ -109,7 +113,7 @@ def test_one_sequence_for_put_and_get(cache):
         cache.start_forward(Batch([9], [4]))
 
 
-def test_an_exception_brings_the_last_input_back(cache):
+def test_an_exception_brings_the_last_input_back(cache: EncoderCache) -> None:
     put(cache, Batch([0], [0]), n=3)
     with pytest.raises(KeyError), cache.forward(Batch([1], [0])):
         cache.put(mx.ones((1, 1, 8, 1)), mx.ones((1, 1, 8, 1)))
@@ -118,7 +122,7 @@ def test_an_exception_brings_the_last_input_back(cache):
     assert cache.get()[0].shape[2] == 3
 
 
-def test_reserving_stores_nothing(cache):
+def test_reserving_stores_nothing(cache: EncoderCache) -> None:
     cache.start_forward(Batch([0], [0]), reserve=True)
     cache.put(mx.ones((1, 2, 5, 4)), mx.ones((1, 2, 5, 4)))
     assert cache.get()[0].shape == (1, 2, 5, 4)
@@ -126,7 +130,7 @@ def test_reserving_stores_nothing(cache):
     assert cache.end(0) == 0
 
 
-def test_attention_looks_at_everything(cache):
+def test_attention_looks_at_everything(cache: EncoderCache) -> None:
     q, k, v = mx.random.normal((3, 1, 2, 6, 8), key=mx.random.key(0))
     cache.start_forward(Batch.run(0, 0, 2))
     first = attention(q[:, :, :2], k, v, cache, scale=1.0)

@@ -23,7 +23,7 @@ def feed(cache: CausalCache, n: int, layers: int = 2) -> None:
             mx.eval(cache.layer(layer).get()[:2])
 
 
-def test_little_is_there_twice_while_all_layers_grow():
+def test_little_is_there_twice_while_all_layers_grow() -> None:
     """MLX alone would hold a third of all twice, as `KVCache` does."""
     cache = CausalCache()
     cache.init(mx.float32, capacity=1 << 16)
@@ -43,7 +43,9 @@ def test_little_is_there_twice_while_all_layers_grow():
 
 @pytest.mark.parametrize("quantisation", [None, Quantisation(8, group_size=32)], ids=["float", "8 bits"])
 @pytest.mark.parametrize("refused", range(1, 5))
-def test_no_memory_to_grow_changes_nothing(monkeypatch, quantisation, refused):
+def test_no_memory_to_grow_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, quantisation: Quantisation | None, refused: int
+) -> None:
     """Whichever of the arrays there is no memory for."""
     cache = CausalCache()
     cache.init(mx.float32, capacity=4096, quantisation=quantisation)
@@ -75,7 +77,7 @@ def test_no_memory_to_grow_changes_nothing(monkeypatch, quantisation, refused):
     assert np.allclose(np.array(values)[0, 0, :, 0], -expected, rtol=1e-3)
 
 
-def test_arrays_that_somebody_holds_stay_as_they_are():
+def test_arrays_that_somebody_holds_stay_as_they_are() -> None:
     """Buffers are assigned to in place; what has been handed out is not."""
     model = tiny_llama()
     cache = make_prompt_cache(model)

@@ -22,18 +22,26 @@ from mlx_kvcache import (
     NotSupportedError,
     slide,
 )
+from mlx_kvcache.caches.keyvalue import KeyValueCache
+from mlx_kvcache.caches.positional import Shift
 from tests.caches.data import coded, column, fed
 from tests.kinds import SINGLE_KINDS, Kind, add_offsets
 
 
 @pytest.fixture(params=SINGLE_KINDS, ids=str)
-def kind(request):
+def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+def unwrapped(kind: Kind, shift: Shift | None) -> KeyValueCache:
+    made = kind.make(shift)
+    assert isinstance(made, KeyValueCache)
+    return made
+
+
 @pytest.fixture
-def cache(kind: Kind):
-    made = kind.make(add_offsets)
+def cache(kind: Kind) -> KeyValueCache:
+    made = unwrapped(kind, add_offsets)
     made.init(mx.float32, max_sequences=2, capacity=16, max_batch=12)
     return made
 
@@ -65,12 +73,12 @@ def held(cache: Any) -> dict[int, tuple[int, list[int]]]:
     }
 
 
-def test_is_a_cache(cache):
+def test_is_a_cache(cache: KeyValueCache) -> None:
     assert isinstance(cache, Cache)
 
 
-def test_calls_out_of_order(kind):
-    cache = kind.make(None)
+def test_calls_out_of_order(kind: Kind) -> None:
+    cache = unwrapped(kind, None)
     kv = coded([0])
     for call in (
         lambda: cache.start_forward(Batch([0], [0])),
@@ -98,7 +106,7 @@ def test_calls_out_of_order(kind):
     cache.get()
 
 
-def test_after_close(cache):
+def test_after_close(cache: KeyValueCache) -> None:
     fed(cache, [0, 1])
     with cache as entered:
         assert entered is cache
@@ -120,12 +128,14 @@ def test_after_close(cache):
         ([0], [0], [1], "multimodal index 1 in a batch of 1"),
     ],
 )
-def test_batches_that_cannot_be(positions, sequences, multimodal, message):
+def test_batches_that_cannot_be(
+    positions: list[int], sequences: list[int], multimodal: list[int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Batch(positions, sequences, multimodal)
 
 
-def test_positions_must_go_on(cache):
+def test_positions_must_go_on(cache: KeyValueCache) -> None:
     fed(cache, [0, 1, 2])
     for positions, said in (([4], "not 4 to 4"), ([2], "not 2 to 2"), ([3, 5], "not 3 to 5")):
         batch = Batch(positions, [0] * len(positions))
@@ -135,7 +145,7 @@ def test_positions_must_go_on(cache):
         Batch.run(0, 3, 0)
 
 
-def test_numbers_out_of_range(cache):
+def test_numbers_out_of_range(cache: KeyValueCache) -> None:
     fed(cache, range(4))
     for call, said in (
         (lambda: cache.remove(0, -1), "begin must be 0 or more, got -1"),
@@ -154,14 +164,14 @@ def test_numbers_out_of_range(cache):
 
 
 @pytest.mark.parametrize("options", [{"max_sequences": 0}, {"capacity": -1}, {"max_batch": 0}])
-def test_init_out_of_range(options):
+def test_init_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be 1 or more"):
         CausalCache().init(**options)
     with pytest.raises(ValueError, match="float"):
         CausalCache().init(mx.int32)
 
 
-def test_arrays_that_do_not_fit(cache):
+def test_arrays_that_do_not_fit(cache: KeyValueCache) -> None:
     fed(cache, [0, 1])
     keys, values = coded([2, 3])
     cache.start_forward(Batch([2, 3], [0, 0]))
@@ -184,7 +194,7 @@ def test_arrays_that_do_not_fit(cache):
     assert cache.get()[0].dtype == mx.float32
 
 
-def test_full_and_still_usable():
+def test_full_and_still_usable() -> None:
     cache = causal(room=8)
     fed(cache, range(3), sequence=0)
     fed(cache, range(3), sequence=5)
@@ -198,7 +208,7 @@ def test_full_and_still_usable():
     assert column(keys) == list(range(8))
 
 
-def test_an_exception_takes_the_batch_out_again(cache):
+def test_an_exception_takes_the_batch_out_again(cache: KeyValueCache) -> None:
     fed(cache, range(4))
     before = held(cache)
     with pytest.raises(KeyError), cache.forward(Batch([4, 0], [0, 9])):
@@ -210,7 +220,7 @@ def test_an_exception_takes_the_batch_out_again(cache):
     fed(cache, [4])
 
 
-def test_later_tokens_until_the_next_forward():
+def test_later_tokens_until_the_next_forward() -> None:
     cache = causal()
     cache.start_forward(Batch.run(0, 0, 4))
     cache.put(*coded(range(4)))
@@ -222,7 +232,7 @@ def test_later_tokens_until_the_next_forward():
     assert fed(cache, [4, 5])[2] == "causal"
 
 
-def test_additive_masks_and_padding():
+def test_additive_masks_and_padding() -> None:
     cache = causal(config=CacheConfig(mask_dtype=mx.float16, padding=4))
     keys, values, mask = fed(cache, range(3))
     assert isinstance(mask, mx.array)
@@ -241,7 +251,7 @@ def test_additive_masks_and_padding():
             CacheConfig(**bad)
 
 
-def test_padding_hides_what_was_not_a_number():
+def test_padding_hides_what_was_not_a_number() -> None:
     """Cells that a removed token filled with NaN must not come back as padding."""
     cache = causal(config=CacheConfig(padding=8))
     fed(cache, range(2))
@@ -253,7 +263,7 @@ def test_padding_hides_what_was_not_a_number():
     assert mx.isfinite(values).all().item()
 
 
-def test_a_failing_shift_hook_changes_nothing():
+def test_a_failing_shift_hook_changes_nothing() -> None:
     calls = []
 
     def failing(layer: int, keys: mx.array, offsets: mx.array) -> mx.array:
@@ -273,7 +283,7 @@ def test_a_failing_shift_hook_changes_nothing():
     refused(wrong, lambda: wrong.remove(0, 1, 3), ValueError, r"\(1, 1, 2, 2\) of keys \(1, 1, 3, 2\)")
 
 
-def test_without_a_hook_only_tails_go():
+def test_without_a_hook_only_tails_go() -> None:
     cache = causal(shift=None)
     fed(cache, range(6))
     refused(cache, lambda: cache.remove(0, 1, 3), NotSupportedError, r"\[1, 3\) from sequence 0 of length 6")
@@ -284,7 +294,7 @@ def test_without_a_hook_only_tails_go():
     assert column(fed(cache, [4])[0]) == [0, 1, 2, 3, 4]
 
 
-def test_moving_shared_cells_needs_room_for_a_copy():
+def test_moving_shared_cells_needs_room_for_a_copy() -> None:
     cache = causal(room=8)
     fed(cache, range(6))
     cache.copy_prefix(0, 1, 6)
@@ -296,7 +306,7 @@ def test_moving_shared_cells_needs_room_for_a_copy():
     assert column(fed(cache, [4], sequence=0)[0]) == [0, 1, 2, 3, 4]
 
 
-def test_sliding_the_context():
+def test_sliding_the_context() -> None:
     cache = causal()
     fed(cache, range(11))
     assert slide(cache, 0, keep=3) == 4
@@ -308,7 +318,7 @@ def test_sliding_the_context():
     assert cache.end(0) == 5
 
 
-def test_reserving_allocates_the_whole_room_and_stores_nothing():
+def test_reserving_allocates_the_whole_room_and_stores_nothing() -> None:
     cache = causal(room=4096)
     fed(cache, range(4))
     ends, held = cache.end(0), cache.nbytes
@@ -327,7 +337,7 @@ def test_reserving_allocates_the_whole_room_and_stores_nothing():
     assert column(fed(cache, [4])[0]) == [0, 1, 2, 3, 4]
 
 
-def test_nothing_is_evaluated(cache):
+def test_nothing_is_evaluated(cache: KeyValueCache) -> None:
     """Inputs of some MB each, and no memory taken for them or for anything made of them."""
     heads = 1 << 16
 
@@ -350,7 +360,7 @@ def test_nothing_is_evaluated(cache):
     assert mx.get_active_memory() - before > heads * 4 * 12 * 4 - 1
 
 
-def test_memory_is_taken_as_it_is_needed():
+def test_memory_is_taken_as_it_is_needed() -> None:
     cache = CausalCache()
     cache.init(mx.float32, max_sequences=100, capacity=100_000)
     fed(cache, range(10))
@@ -363,7 +373,7 @@ def test_memory_is_taken_as_it_is_needed():
     assert cache.nbytes <= 64 * (2 + 3) * 4
 
 
-def test_slack_is_given_up_under_pressure():
+def test_slack_is_given_up_under_pressure() -> None:
     cache = causal(room=100)
     for sequence in range(9):
         fed(cache, range(11), sequence=sequence)
@@ -374,7 +384,7 @@ def test_slack_is_given_up_under_pressure():
         cache.start_forward(Batch([12], [4]))
 
 
-def test_importing_the_core_does_not_import_mlx_lm():
+def test_importing_the_core_does_not_import_mlx_lm() -> None:
     import subprocess
 
     code = "import sys, mlx_kvcache; assert not any(m.startswith('mlx_lm') for m in sys.modules)"

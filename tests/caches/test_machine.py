@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -27,7 +28,7 @@ class Planted(Exception):
     """Thrown inside a forward."""
 
 
-def outcome(call) -> tuple[object, type[CacheError] | None]:
+def outcome(call: Callable[..., object]) -> tuple[object, type[CacheError] | None]:
     """What a call returned, or the kind of error that it raised."""
     try:
         return call(), None
@@ -114,7 +115,9 @@ class Machine(RuleBasedStateMachine):
             for oracle, old in zip(self.oracles, streams, strict=True):
                 oracle.streams = old
 
-    def run(self, batch, values, later, expected, fails):
+    def run(
+        self, batch: Batch, values: list[Any], later: set[int], expected: list[Any] | None, fails: bool
+    ) -> None:
         """A forward with two layers for each child, or one that fails half-way."""
         try:
             with self.cache.forward(batch):
@@ -179,7 +182,7 @@ class Machine(RuleBasedStateMachine):
     def bookkeeping(self) -> list[object]:
         return [(dict(child._table.sequences), child._table.live) for child in self.children]
 
-    def of_all(self, call):
+    def of_all(self, call: Callable[[Oracle], object]) -> tuple[list[Any] | None, type[CacheError] | None]:
         """The call on every oracle, or on none and the first error."""
         streams = [dict(oracle.streams) for oracle in self.oracles]
         results = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -15,13 +17,16 @@ from mlx_kvcache import (
     attention,
     rope_shift,
 )
+from mlx_kvcache.caches.positional import Shift
 from tests.caches.data import coded, column, fed
 from tests.kinds import add_offsets
 
 HEADS, DIM = 3, 64
 
 
-def made(quantisation: Quantisation | None, dtype: mx.Dtype = mx.float16, shift=None) -> CausalCache:
+def made(
+    quantisation: Quantisation | None, dtype: mx.Dtype = mx.float16, shift: Shift | None = None
+) -> CausalCache:
     cache = CausalCache(shift)
     cache.init(dtype, capacity=1024, quantisation=quantisation)
     return cache
@@ -31,12 +36,12 @@ def noise(n: int, seed: int = 0, dtype: mx.Dtype = mx.float16, dim: int = DIM) -
     return mx.random.normal((1, HEADS, n, dim), key=mx.random.key(seed)).astype(dtype)
 
 
-def put(cache, kv: mx.array, sequence: int = 0, layer: int = 0) -> None:
+def put(cache: CausalCache, kv: mx.array, sequence: int = 0, layer: int = 0) -> None:
     with cache.forward(Batch.run(sequence, cache.end(sequence), kv.shape[2])):
         cache.layer(layer).put(kv, kv)
 
 
-def got(cache, layer: int = 0) -> tuple[mx.array, mx.array]:
+def got(cache: CausalCache, layer: int = 0) -> tuple[mx.array, mx.array]:
     """Keys and values, with those of one more token that are zeros."""
     with cache.forward(Batch.run(0, cache.end(0), 1)):
         handle = cache.layer(layer)
@@ -66,7 +71,7 @@ def distance(a: mx.array, b: mx.array) -> float:
         (2, 0.16, 0.6),
     ],
 )
-def test_bytes_and_error(bits, most, error, dtype):
+def test_bytes_and_error(bits: Any, most: float, error: float, dtype: mx.Dtype) -> None:
     """Bytes are beside those of float16, whatever the dtype."""
     cache = made(Quantisation(bits), dtype)
     kv = noise(512, dtype=dtype)
@@ -77,7 +82,7 @@ def test_bytes_and_error(bits, most, error, dtype):
         assert distance(array, kv) < error
 
 
-def test_bits_of_each_layer():
+def test_bits_of_each_layer() -> None:
     cache = made(Quantisation(lambda layer: None if layer == 2 else (8, 4)))
     kv = noise(100)
     with cache.forward(Batch.run(0, 0, 100)):
@@ -89,7 +94,7 @@ def test_bits_of_each_layer():
     assert 0 < 10 * errors[0][0] < errors[0][1]
 
 
-def test_a_sequence_begins_in_float():
+def test_a_sequence_begins_in_float() -> None:
     cache = made(Quantisation(4, after=200))
     kv = noise(200)
     put(cache, kv[:, :, :199])
@@ -103,7 +108,7 @@ def test_a_sequence_begins_in_float():
     cache.check()
 
 
-def test_going_back_does_not_unpack():
+def test_going_back_does_not_unpack() -> None:
     cache = made(Quantisation(8, after=20))
     put(cache, noise(30))
     cache.remove(0, 10)
@@ -113,7 +118,7 @@ def test_going_back_does_not_unpack():
     assert cache._table.packed == set(cache._table.owned())
 
 
-def test_a_forward_that_throws_leaves_what_was_in_float():
+def test_a_forward_that_throws_leaves_what_was_in_float() -> None:
     cache = made(Quantisation(2, after=20))
     kv = noise(20)
     put(cache, kv)
@@ -126,7 +131,7 @@ def test_a_forward_that_throws_leaves_what_was_in_float():
     cache.check()
 
 
-def test_what_is_shared_stays_in_float_while_it_is():
+def test_what_is_shared_stays_in_float_while_it_is() -> None:
     cache = made(Quantisation(4, after=50))
     kv = noise(50)
     put(cache, kv)
@@ -139,7 +144,7 @@ def test_what_is_shared_stays_in_float_while_it_is():
 
 
 @pytest.mark.parametrize("bits", [8, (8, 4), (None, 8)])
-def test_removal_rotates_what_is_packed(bits):
+def test_removal_rotates_what_is_packed(bits: Any) -> None:
     shift = rope_shift(DIM)
     packed, plain = made(Quantisation(bits), mx.float32, shift), made(None, mx.float32, shift)
     for cache in (packed, plain):
@@ -155,7 +160,7 @@ def test_removal_rotates_what_is_packed(bits):
     assert distance(got(packed)[0], got(plain)[0]) < 0.02
 
 
-def test_removals_move_positions_exactly():
+def test_removals_move_positions_exactly() -> None:
     """Through windows, and again and again."""
     cache = SlidingWindowCache(24, rewind=16, shift=add_offsets)
     cache.init(mx.float32, capacity=64, quantisation=Quantisation(8, group_size=32))
@@ -171,13 +176,13 @@ def test_removals_move_positions_exactly():
         assert column(keys) == list(range(end - len(column(keys)), end))
 
 
-def test_numbers_beyond_16_bits_stay_finite():
+def test_numbers_beyond_16_bits_stay_finite() -> None:
     cache = made(Quantisation(8), mx.float32)
     put(cache, noise(4, dtype=mx.float32) * 1e30)
     assert mx.isfinite(got(cache)[0]).all().item()
 
 
-def test_other_kinds_keep_their_arrays():
+def test_other_kinds_keep_their_arrays() -> None:
     cache = WrapperCache(EncoderCache(), CausalCache())
     cache.init(mx.float32, quantisation=Quantisation(2, group_size=32))
     with cache.forward(Batch([0], [0])):
@@ -186,7 +191,7 @@ def test_other_kinds_keep_their_arrays():
         assert cache.get()[0] is odd
 
 
-def test_widths_that_do_not_fit_are_refused_with_the_numbers():
+def test_widths_that_do_not_fit_are_refused_with_the_numbers() -> None:
     cache = CausalCache()
     with pytest.raises(ValueError, match="80 features, which groups of 64 do not divide; no group size does"):
         cache.init(quantisation=Quantisation(8), head_dim=80)
@@ -209,12 +214,12 @@ def test_widths_that_do_not_fit_are_refused_with_the_numbers():
         ({"after": -1}, "after must be 0 or more, got -1"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Quantisation(**options)
 
 
-def test_nothing_is_packed_without_bits():
+def test_nothing_is_packed_without_bits() -> None:
     cache = made(Quantisation(None))
     put(cache, noise(8))
     assert distance(got(cache)[0], noise(8)) == 0

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from random import Random
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mlx_kvcache import Batch, CacheError, CausalOptions, NotSupportedError, RecurrentCache
+from mlx_kvcache.caches.recurrent import Arrays
 
 
-def made(**options) -> RecurrentCache:
+def made(**options: Any) -> RecurrentCache:
     cache = RecurrentCache(**options)
     cache.init(mx.float32, max_batch=64)
     return cache
 
 
-def array(state) -> mx.array:
+def array(state: Arrays) -> mx.array:
     """The first array of a state."""
     assert state[0] is not None
     return state[0]
 
 
-def after(state, tokens):
+def numbers(state: Arrays) -> tuple[int, ...]:
+    return tuple(int(part.item()) for part in state)  # type: ignore[union-attr, arg-type]
+
+
+def after(state: Arrays | None, tokens: Sequence[int]) -> tuple[int, int]:
     """A recurrence whose every state is different: (sum of i * token, count)."""
-    total, count = (int(part.item()) for part in state) if state else (0, 0)
+    total, count = numbers(state) if state else (0, 0)
     for token in tokens:
         count += 1
         total += count * token
     return total, count
 
 
-def feed(cache, tokens, sequence=0, checkpoints=False, layers=(0, 1)):
+def feed(
+    cache: RecurrentCache,
+    tokens: Sequence[int],
+    sequence: int = 0,
+    checkpoints: bool = False,
+    layers: Iterable[int] = (0, 1),
+) -> Arrays:
     """One batch of one sequence; returns the state it began with."""
     cache.start_forward(Batch.run(sequence, cache.end(sequence), len(tokens)))
     begin = cache.end(sequence) - len(tokens)
@@ -44,15 +57,15 @@ def feed(cache, tokens, sequence=0, checkpoints=False, layers=(0, 1)):
     return state
 
 
-def newest(cache, sequence=0, layer=0):
+def newest(cache: RecurrentCache, sequence: int = 0, layer: int = 0) -> tuple[int, ...]:
     cache.start_forward(Batch([cache.end(sequence)], [sequence]))
-    state = tuple(int(part.item()) for part in cache.layer(layer).get())
-    cache._batch = None
+    state = numbers(cache.layer(layer).get())
+    cache._pass = None
     return state
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_states_are_those_of_the_tokens(seed):
+def test_states_are_those_of_the_tokens(seed: int) -> None:
     random = Random(seed)
     cache = made(interval=5, max_checkpoints=4)
     said: dict[int, list[int]] = {}
@@ -100,7 +113,7 @@ def test_states_are_those_of_the_tokens(seed):
         assert [cache.end(s) for s in said] == [len(tokens) for tokens in said.values()]
 
 
-def test_checkpoints_inside_a_block_and_while_decoding():
+def test_checkpoints_inside_a_block_and_while_decoding() -> None:
     cache = made(interval=10)
     feed(cache, range(35), checkpoints=True)
     assert [p for p in range(36) if cache.can_resume(0, p)] == [0, 10, 20, 30, 35]
@@ -116,7 +129,7 @@ def test_checkpoints_inside_a_block_and_while_decoding():
     assert newest(cache) == after((), range(30))
 
 
-def test_bounds():
+def test_bounds() -> None:
     by_number = made(interval=1, max_checkpoints=6)
     by_bytes = made(interval=1, max_checkpoints=100, max_bytes=6 * 16)
     none = made(interval=1, max_checkpoints=0)
@@ -132,7 +145,7 @@ def test_bounds():
     assert [p for p in range(201) if none.can_resume(0, p)] == [0, 200]
 
 
-def test_a_state_with_nothing_in_it():
+def test_a_state_with_nothing_in_it() -> None:
     cache = made()
     cache.start_forward(Batch([0], [0]))
     assert cache.get() == ()
@@ -151,7 +164,7 @@ def test_a_state_with_nothing_in_it():
         cache.put(mx.ones(2))
 
 
-def test_batches_of_several_sequences_name_one():
+def test_batches_of_several_sequences_name_one() -> None:
     cache = made()
     cache.start_forward(Batch([0, 0], [3, 8]))
     with pytest.raises(CacheError, match=r"sequence None is none of the batch's 2: \[3, 8\]"):
@@ -165,7 +178,7 @@ def test_batches_of_several_sequences_name_one():
     assert mx.array_equal(array(cache.get(sequence=8)), mx.zeros(1))
 
 
-def test_what_a_recurrence_cannot_do():
+def test_what_a_recurrence_cannot_do() -> None:
     cache = made()
     feed(cache, range(9))
     with pytest.raises(NotSupportedError, match=r"\[2, 4\) from sequence 0 of length 9"):
@@ -182,7 +195,7 @@ def test_what_a_recurrence_cannot_do():
             RecurrentCache(**options)
 
 
-def test_a_checkpoint_of_some_layers_is_none():
+def test_a_checkpoint_of_some_layers_is_none() -> None:
     cache = made()
     cache.start_forward(Batch.run(0, 0, 8))
     for layer in (0, 1):
@@ -193,7 +206,7 @@ def test_a_checkpoint_of_some_layers_is_none():
     assert cache.can_resume(0, 4)
 
 
-def test_reserving_stores_nothing():
+def test_reserving_stores_nothing() -> None:
     cache = made()
     cache.start_forward(Batch([0], [0]), reserve=True)
     assert cache.get() == ()
@@ -203,7 +216,7 @@ def test_reserving_stores_nothing():
     assert (cache.nbytes, cache.end(0)) == (0, 0)
 
 
-def test_graphs_do_not_grow():
+def test_graphs_do_not_grow() -> None:
     """500 steps of which only the state is evaluated."""
     cache = made(interval=64)
     sizes = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -21,18 +24,19 @@ from mlx_kvcache import (
     attention,
     slide,
 )
+from mlx_kvcache.caches.base import PlanningCache
 from mlx_kvcache.caches.keyvalue import KeyValueCache
 from tests.caches.data import coded, column
 from tests.kinds import add_offsets
 
 
-def made(*children, **options) -> WrapperCache:
+def made(*children: PlanningCache, **options: Any) -> WrapperCache:
     cache = WrapperCache(*children)
     cache.init(mx.float32, **({"capacity": 16} | options))
     return cache
 
 
-def feed(cache, positions, sequence=0):
+def feed(cache: WrapperCache, positions: Sequence[int], sequence: int = 0) -> None:
     cache.start_forward(Batch(positions, [sequence] * len(positions)))
     for index, child in enumerate(cache._children):
         cache.set_layer_type(index)
@@ -42,12 +46,12 @@ def feed(cache, positions, sequence=0):
             cache.put(*coded(positions))
 
 
-def test_every_kind_is_a_cache():
+def test_every_kind_is_a_cache() -> None:
     kinds = (CausalCache(), SlidingWindowCache(4), ChunkedAttentionCache(4), EncoderCache(), RecurrentCache())
     assert all(isinstance(cache, Cache) for cache in (*kinds, WrapperCache(*kinds)))
 
 
-def test_sliding_the_context_of_all_children():
+def test_sliding_the_context_of_all_children() -> None:
     cache = made(CausalCache(add_offsets), SlidingWindowCache(8, shift=add_offsets, sinks=2))
     feed(cache, range(7))
     assert slide(cache, 0, keep=2) == 2
@@ -56,7 +60,7 @@ def test_sliding_the_context_of_all_children():
     assert column(cache.get()[0]) == [0, 1, 2, 3, 4, 5]
 
 
-def test_layer_types():
+def test_layer_types() -> None:
     causal: KeyValueCache = CausalCache()
     window: KeyValueCache = SlidingWindowCache(2)
     cache = made(causal, window)
@@ -76,7 +80,7 @@ def test_layer_types():
         cache.get()
 
 
-def test_children_must_be_new_and_different():
+def test_children_must_be_new_and_different() -> None:
     causal = CausalCache()
     for children in ((), (causal, causal)):
         with pytest.raises(ValueError, match="one or more different"):
@@ -86,11 +90,11 @@ def test_children_must_be_new_and_different():
         made(CausalCache(), causal)
 
 
-def test_a_refusal_by_one_changes_none():
+def test_a_refusal_by_one_changes_none() -> None:
     window, causal, recurrent = SlidingWindowCache(4, shift=add_offsets), CausalCache(), RecurrentCache()
     cache = made(window, causal, recurrent)
     feed(cache, range(12))
-    calls = {
+    calls: dict[type[Exception], list[Callable[[], object]]] = {
         NotSupportedError: [lambda: cache.remove(0, 9, 10), lambda: cache.remove(0, 11)],
         CacheFullError: [lambda: cache.start_forward(Batch.run(0, 12, 6))],
         ValueError: [lambda: cache.start_forward(Batch([13], [0])), lambda: cache.copy_prefix(0, 0, 1)],
@@ -108,7 +112,7 @@ def test_a_refusal_by_one_changes_none():
     feed(cache, [12])
 
 
-def test_an_exception_takes_all_children_back():
+def test_an_exception_takes_all_children_back() -> None:
     encoder, recurrent = EncoderCache(), RecurrentCache()
     cache = made(CausalCache(), SlidingWindowCache(3), encoder, recurrent)
     feed(cache, range(5))
@@ -127,7 +131,7 @@ def test_an_exception_takes_all_children_back():
     assert mx.array_equal(state, mx.array(5.0))
 
 
-def test_causality_belongs_to_the_underlying_cache():
+def test_causality_belongs_to_the_underlying_cache() -> None:
     cache = made(CausalCache(), CausalCache())
     cache.start_forward(Batch.run(0, 0, 3))
     cache.set_layer_type(1)
@@ -141,7 +145,7 @@ def test_causality_belongs_to_the_underlying_cache():
     assert masks[1].tolist()[0] == [True, True, True]
 
 
-def test_attention_on_the_underlying_cache():
+def test_attention_on_the_underlying_cache() -> None:
     cache = made(CausalCache(), RecurrentCache(), WrapperCache(CausalCache()))
     q, k, v = mx.random.normal((3, 1, 2, 3, 8), key=mx.random.key(0))
     cache.start_forward(Batch.run(0, 0, 3))
@@ -155,7 +159,7 @@ def test_attention_on_the_underlying_cache():
         attention(q, k, v, cache, scale=1.0)
 
 
-def test_closing_and_order():
+def test_closing_and_order() -> None:
     cache = WrapperCache(CausalCache(), EncoderCache())
     for call in (lambda: cache.put(*coded([0])), cache.get, lambda: cache.layer(0), lambda: cache.end(0)):
         with pytest.raises(CacheError, match="init must come first"):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 from mlx_lm.utils import save_config, save_model
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer() -> Any:
     from examples import smollm2
 
     meta: Any
@@ -22,38 +23,38 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory, tokenizer) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """Two layers."""
     return _written(tmp_path_factory.mktemp("models") / "tiny", tokenizer, layers=2)
 
 
 @pytest.fixture(scope="session")
-def flat(tmp_path_factory, tokenizer) -> Path:
+def flat(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """One layer: keys and values depend on nothing but token and position, whatever was forgotten."""
     return _written(tmp_path_factory.mktemp("models") / "flat", tokenizer, layers=1)
 
 
 @pytest.fixture(scope="session")
-def odd(tmp_path_factory, tokenizer) -> Path:
+def odd(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """Heads of 48 features, which groups of 64 do not divide."""
     return _written(tmp_path_factory.mktemp("models") / "odd", tokenizer, layers=1, head_dim=48)
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny):
+def tiny_model(tiny: Path) -> tuple[nn.Module, Any]:
     from examples.chat.models import load
 
     return load(str(tiny))
 
 
 @pytest.fixture(scope="session")
-def flat_model(flat):
+def flat_model(flat: Path) -> tuple[nn.Module, Any]:
     from examples.chat.models import load
 
     return load(str(flat))
 
 
-def _written(folder: Path, tokenizer, layers: int, head_dim: int = 64) -> Path:
+def _written(folder: Path, tokenizer: Any, layers: int, head_dim: int = 64) -> Path:
     arguments = llama.ModelArgs(
         model_type="llama",
         hidden_size=64,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from textual import events
 from textual.widgets import Input, OptionList, TextArea, Tree
@@ -12,19 +15,19 @@ from examples.chat.ui.transcript import Earlier, Forgotten, MessageView, Transcr
 from .running import chat, idle, ready, running, say, until, write
 
 
-def texts(pilot) -> list[str]:
+def texts(pilot: Any) -> list[str]:
     return [message.text for message in pilot.app.desk.current.path if message.role == "user"]
 
 
-def shown(pilot) -> list[str]:
+def shown(pilot: Any) -> list[str]:
     return [view.message.text for view in pilot.app.query(MessageView)]
 
 
-def notices(pilot) -> str:
+def notices(pilot: Any) -> str:
     return "\n".join(pilot.app.notices)
 
 
-async def test_a_conversation(tiny):
+async def test_a_conversation(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         assert pilot.app.query("#hello")
         await say(pilot, "Hello there")
@@ -37,7 +40,7 @@ async def test_a_conversation(tiny):
         assert "Hello there" in str(pilot.app.query_one("#title").render())
 
 
-async def test_a_message_before_the_model_is_there(tiny):
+async def test_a_message_before_the_model_is_there(tiny: Path) -> None:
     app = chat(None, tiny)
     async with app.run_test() as pilot:
         app.desk.ask("Hello")
@@ -45,7 +48,7 @@ async def test_a_message_before_the_model_is_there(tiny):
         assert len(app.desk.current.path) == 2
 
 
-async def test_edit_reads_the_change_only(tiny):
+async def test_edit_reads_the_change_only(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         for turn in range(10):
             await say(pilot, f"Question {turn}")
@@ -69,7 +72,7 @@ async def test_edit_reads_the_change_only(tiny):
         assert texts(pilot)[-1] == "Question 9!"
 
 
-async def test_editing_can_be_left(tiny):
+async def test_editing_can_be_left(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         await pilot.press("ctrl+e", "x", "escape")
@@ -79,7 +82,7 @@ async def test_editing_can_be_left(tiny):
         assert texts(pilot) == ["Hello", "More"]
 
 
-async def test_any_earlier_message_by_its_keys(tiny):
+async def test_any_earlier_message_by_its_keys(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "one")
         await say(pilot, "two")
@@ -100,7 +103,7 @@ async def test_any_earlier_message_by_its_keys(tiny):
         assert pilot.app.clipboard == pilot.app.desk.current.path[1].text
 
 
-async def test_by_mouse(tiny):
+async def test_by_mouse(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         header = pilot.app.query(MessageView)[0].query_one(".header")
@@ -108,7 +111,7 @@ async def test_by_mouse(tiny):
         assert pilot.app.editing is not None
 
 
-async def test_again_and_branches(tiny):
+async def test_again_and_branches(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         await pilot.press("ctrl+r")
@@ -123,7 +126,7 @@ async def test_again_and_branches(tiny):
         assert pilot.app.desk.current.path[1] is first
 
 
-async def test_stop(tiny):
+async def test_stop(tiny: Path) -> None:
     async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")
         await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
@@ -137,7 +140,7 @@ async def test_stop(tiny):
         assert pilot.app.query_one(Transcript).writing is None
 
 
-async def test_dialogs_while_a_reply_is_written(tiny):
+async def test_dialogs_while_a_reply_is_written(tiny: Path) -> None:
     async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")
         await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
@@ -153,7 +156,7 @@ async def test_dialogs_while_a_reply_is_written(tiny):
         assert len(shown(pilot)) == 2
 
 
-async def test_editing_ends_with_the_conversation(tiny):
+async def test_editing_ends_with_the_conversation(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         await pilot.press("ctrl+e", "ctrl+n", "enter")
@@ -162,7 +165,7 @@ async def test_editing_ends_with_the_conversation(tiny):
         assert len(pilot.app.desk.conversations) == 2
 
 
-async def test_a_reply_goes_on_behind_another_conversation(tiny):
+async def test_a_reply_goes_on_behind_another_conversation(tiny: Path) -> None:
     async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")
         await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
@@ -173,7 +176,7 @@ async def test_a_reply_goes_on_behind_another_conversation(tiny):
         assert len(first.path) == 2
 
 
-async def test_new_search_open_rename_delete(tiny, tmp_path):
+async def test_new_search_open_rename_delete(tiny: Path, tmp_path: Path) -> None:
     async with running(tmp_path, tiny) as pilot:
         await say(pilot, "apples")
         await pilot.press("ctrl+n")
@@ -204,7 +207,7 @@ async def test_new_search_open_rename_delete(tiny, tmp_path):
         assert len(list((tmp_path / "deleted").iterdir())) == 1
 
 
-async def test_settings(tiny):
+async def test_settings(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         await pilot.press("f4")
@@ -224,7 +227,7 @@ async def test_settings(tiny):
         assert holding.packed
 
 
-async def test_settings_that_are_no_numbers(tiny):
+async def test_settings_that_are_no_numbers(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         before = pilot.app.desk.settings
         await pilot.press("f4")
@@ -236,7 +239,7 @@ async def test_settings_that_are_no_numbers(tiny):
         assert pilot.app.desk.settings == before
 
 
-async def test_settings_that_the_model_cannot_have(odd):
+async def test_settings_that_the_model_cannot_have(odd: Path) -> None:
     async with running(None, odd) as pilot:
         before = pilot.app.desk.settings
         await pilot.press("f4")
@@ -250,7 +253,7 @@ async def test_settings_that_the_model_cannot_have(odd):
         assert len(shown(pilot)) == 2
 
 
-async def test_system_prompt(tiny):
+async def test_system_prompt(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         await pilot.press("f3")
@@ -263,7 +266,7 @@ async def test_system_prompt(tiny):
         assert pilot.app.desk.current.path[-1].cost.reused < pilot.app.desk.current.path[-1].cost.prefilled
 
 
-async def test_forgetting_is_marked(tiny):
+async def test_forgetting_is_marked(tiny: Path) -> None:
     async with running(None, tiny, capacity=96) as pilot:
         for turn in range(5):
             await say(pilot, f"Question number {turn}")
@@ -272,7 +275,7 @@ async def test_forgetting_is_marked(tiny):
         assert pilot.app.desk.seen.cached <= 96
 
 
-async def test_a_whole_book_comes_back(tiny):
+async def test_a_whole_book_comes_back(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         before = pilot.app.desk.current.path
@@ -289,7 +292,7 @@ async def test_a_whole_book_comes_back(tiny):
         await pilot.press("ctrl+a", "ctrl+k")
 
 
-async def test_pasted_control_characters(tiny):
+async def test_pasted_control_characters(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         composer = pilot.app.query_one(Composer)
         composer.post_message(events.Paste("a\x1b[31m\x00b\r\nשלום 👩‍👩‍👧"))
@@ -300,7 +303,7 @@ async def test_pasted_control_characters(tiny):
         assert texts(pilot) == ["a[31mb\nשלום 👩‍👩‍👧"]
 
 
-async def test_writing(tiny):
+async def test_writing(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "first")
         await say(pilot, "second")
@@ -318,7 +321,7 @@ async def test_writing(tiny):
         assert len(texts(pilot)) == 2
 
 
-async def test_keys_theme_and_export(tiny, tmp_path):
+async def test_keys_theme_and_export(tiny: Path, tmp_path: Path) -> None:
     async with running(tmp_path, tiny) as pilot:
         await pilot.press("?")
         await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
@@ -337,7 +340,7 @@ async def test_keys_theme_and_export(tiny, tmp_path):
         assert not pilot.app.query_one("#cache").display
 
 
-async def test_everything_is_there_at_the_next_start(tiny, tmp_path):
+async def test_everything_is_there_at_the_next_start(tiny: Path, tmp_path: Path) -> None:
     async with running(tmp_path, tiny) as pilot:
         await say(pilot, "Hello there")
         await say(pilot, "And again")
@@ -356,7 +359,7 @@ async def test_everything_is_there_at_the_next_start(tiny, tmp_path):
         assert cost.reused >= pilot.app.desk.seen.cached - cost.prefilled - cost.generated
 
 
-async def test_ctrl_c_while_writing_loses_nothing(tiny, tmp_path):
+async def test_ctrl_c_while_writing_loses_nothing(tiny: Path, tmp_path: Path) -> None:
     async with running(tmp_path, tiny, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")
         await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
@@ -370,7 +373,7 @@ async def test_ctrl_c_while_writing_loses_nothing(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(20, 10)])
-async def test_sizes_and_resizing_while_a_reply_is_written(tiny, size):
+async def test_sizes_and_resizing_while_a_reply_is_written(tiny: Path, size: tuple[int, int]) -> None:
     async with running(None, tiny, size=size, max_tokens=100_000, capacity=None) as pilot:
         await write(pilot, "Hello")
         await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
@@ -383,7 +386,7 @@ async def test_sizes_and_resizing_while_a_reply_is_written(tiny, size):
         assert pilot.app.query_one(Composer).size.width > 10
 
 
-async def test_long_conversations_begin_with_their_end(tiny, tmp_path):
+async def test_long_conversations_begin_with_their_end(tiny: Path, tmp_path: Path) -> None:
     async with running(tmp_path, tiny) as pilot:
         desk = pilot.app.desk
         for turn in range(40):
@@ -396,7 +399,7 @@ async def test_long_conversations_begin_with_their_end(tiny, tmp_path):
         assert len(shown(pilot)) == 40
 
 
-async def test_a_model_that_is_not_there(tiny, tmp_path):
+async def test_a_model_that_is_not_there(tiny: Path, tmp_path: Path) -> None:
     async with running(None, tiny) as pilot:
         await pilot.press("f5")
         await until(pilot, lambda: isinstance(pilot.app.focused, Input))
@@ -409,7 +412,7 @@ async def test_a_model_that_is_not_there(tiny, tmp_path):
         assert len(shown(pilot)) == 2
 
 
-async def test_no_model_at_all(tmp_path):
+async def test_no_model_at_all(tmp_path: Path) -> None:
     async with running(None, tmp_path / "nothing") as pilot:
         await write(pilot, "Hello")
         await idle(pilot)
@@ -418,7 +421,7 @@ async def test_no_model_at_all(tmp_path):
         assert pilot.app.query("#hello")
 
 
-async def test_a_folder_that_cannot_be_written(tiny, tmp_path):
+async def test_a_folder_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     async with running(tmp_path / "file" / "chat", tiny) as pilot:
         await say(pilot, "Hello")
@@ -427,7 +430,7 @@ async def test_a_folder_that_cannot_be_written(tiny, tmp_path):
         assert "Caches are not kept" in notices(pilot)
 
 
-async def test_a_damaged_conversation(tiny, tmp_path):
+async def test_a_damaged_conversation(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "conversations").mkdir()
     (tmp_path / "conversations" / "broken.json").write_text("{")
     async with running(tmp_path, tiny) as pilot:
@@ -435,7 +438,7 @@ async def test_a_damaged_conversation(tiny, tmp_path):
         await say(pilot, "Hello")
 
 
-async def test_two_at_once(tiny, tmp_path):
+async def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
     async with running(tmp_path, tiny) as first, running(tmp_path, tiny) as second:
         await say(first, "from one")
         await say(second, "from the other")

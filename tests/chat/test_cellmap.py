@@ -14,7 +14,9 @@ FULL = Holding(
 )
 
 
-def seen(*holdings: Holding, current: int | None = 7, cached: int = 10, moved=(0, 0)) -> Seen:
+def seen(
+    *holdings: Holding, current: int | None = 7, cached: int = 10, moved: tuple[int, int] = (0, 0)
+) -> Seen:
     return Seen(holdings, {7: "a", 8: "b"}, current, cached, 0, 0, moved, Cost())
 
 
@@ -25,25 +27,25 @@ def signs(state: Seen) -> list[str]:
     ]
 
 
-def test_shared_own_and_free():
+def test_shared_own_and_free() -> None:
     assert signs(seen(FULL)) == ["▓" * 6 + "█" * 4 + "·" * 6, "███·····"]
 
 
-def test_moved_when_messages_were_forgotten():
+def test_moved_when_messages_were_forgotten() -> None:
     assert signs(seen(FULL, moved=(0, 2)))[0] == "▚▚▓▓▓▓████······"
 
 
-def test_window_and_sinks():
+def test_window_and_sinks() -> None:
     window = Holding(Window(4, 2), 2, {1: 16}, runs={7: (Span(1, 0, 0, 10),)})
     # The next token, at 10, sees itself and three before it.
     assert signs(seen(window)) == ["◆◆░░░░░███······"]
 
 
-def test_nothing_is_looked_at():
+def test_nothing_is_looked_at() -> None:
     assert signs(seen(FULL, current=None, cached=0))[0].startswith("▓▓")
 
 
-def test_drawn_fits():
+def test_drawn_fits() -> None:
     big = Holding(Causal(), 30, {1: 100_000}, runs={7: (Span(1, 0, 0, 60_000),)})
     for width, height in ((30, 12), (10, 8), (60, 40)):
         lines = cellmap.drawn(seen(big, FULL), {"a": 0, "b": 1}, width, height, "#000000").plain.splitlines()
@@ -51,21 +53,21 @@ def test_drawn_fits():
         assert all(len(line) <= width for line in lines)
 
 
-def test_conversations_have_colours_of_their_own():
+def test_conversations_have_colours_of_their_own() -> None:
     text = cellmap.drawn(seen(FULL), {"a": 0, "b": 1}, 30, 12, "#000000")
     colours = {str(span.style) for span in text.spans}
     assert cellmap.COLOURS[0] in colours
     assert len(colours) >= 4
 
 
-def test_recurrent_layers_show_checkpoints():
+def test_recurrent_layers_show_checkpoints() -> None:
     recurrent = Holding(None, 3, checkpoints={7: (4, 8), 8: (4,)})
     text = cellmap.drawn(seen(recurrent), {}, 40, 12, "#000000").plain
     assert "recurrent × 3" in text
     assert "3 checkpoints in 2 sequences" in text
 
 
-def test_the_strip_is_in_proportion():
+def test_the_strip_is_in_proportion() -> None:
     parts = [strip.Part("system", 10), strip.Part("user", 20), strip.Part("assistant", 10)]
     assert strip.drawn(parts, 80, 0, 0, False, 40).plain == "█" * 20 + "·" * 20
     assert strip.drawn(parts, None, 20, 4, False, 40).plain == "█" * 4 + "░" * 16 + "█" * 20

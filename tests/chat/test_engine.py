@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 
 from examples.chat.engine import Engine
@@ -22,7 +25,13 @@ SETTINGS = Settings(capacity=None, temperature=0.0, max_tokens=8, memory=64)
 class Talk:
     """A conversation with an engine, and what was told meanwhile."""
 
-    def __init__(self, model, folder=None, settings: Settings = SETTINGS, **options) -> None:
+    def __init__(
+        self,
+        model: tuple[nn.Module, Any],
+        folder: Path | None = None,
+        settings: Settings = SETTINGS,
+        **options: Any,
+    ) -> None:
         self.engine = Engine(model[0], model[1], replace(settings, **options), folder)
         self.conversation = Conversation(system="Be brief.")
         self.events: list[Any] = []
@@ -31,7 +40,7 @@ class Talk:
         asked = self.conversation.say(text, self.conversation.leaf if parent == "leaf" else parent)
         return self.answer(asked)
 
-    def answer(self, asked: Message, is_stopped=lambda: False) -> Any:
+    def answer(self, asked: Message, is_stopped: Callable[[], bool] = lambda: False) -> Any:
         name = new_id()
         replied = self.engine.reply(self.conversation, asked, name, self.events.append, is_stopped)
         self.conversation.take(asked, name, replied)
@@ -48,7 +57,7 @@ class Talk:
         return cached
 
 
-def test_only_what_is_new_is_read(tiny_model):
+def test_only_what_is_new_is_read(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     first = talk.say("Hello there").cost
     assert (first.reused, first.generated) == (0, 8)
@@ -60,7 +69,7 @@ def test_only_what_is_new_is_read(tiny_model):
     assert said == "".join(m.text for m in talk.conversation.path if m.role == "assistant")
 
 
-def test_an_edit_of_the_last_of_20_messages_reads_the_change_only(tiny_model):
+def test_an_edit_of_the_last_of_20_messages_reads_the_change_only(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     for turn in range(10):
         talk.say(f"Question number {turn}")
@@ -73,7 +82,7 @@ def test_an_edit_of_the_last_of_20_messages_reads_the_change_only(tiny_model):
     assert talk.check() > 0
 
 
-def test_going_to_another_branch_reads_nothing(tiny_model):
+def test_going_to_another_branch_reads_nothing(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     talk.say("Hello")
     first = talk.say("one")
@@ -90,7 +99,7 @@ def test_going_to_another_branch_reads_nothing(tiny_model):
     talk.check()
 
 
-def test_a_reply_made_again_reads_one_token(tiny_model):
+def test_a_reply_made_again_reads_one_token(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     talk.say("Hello")
     again = talk.answer(talk.conversation.path[-2])
@@ -98,7 +107,7 @@ def test_a_reply_made_again_reads_one_token(tiny_model):
     assert again.text == talk.conversation.beside(again)[0].text
 
 
-def test_after_a_restart_nothing_is_read_again(tiny_model, tmp_path):
+def test_after_a_restart_nothing_is_read_again(tiny_model: tuple[nn.Module, Any], tmp_path: Path) -> None:
     talk = Talk(tiny_model, tmp_path)
     talk.say("Hello there")
     talk.say("How are you?")
@@ -113,7 +122,7 @@ def test_after_a_restart_nothing_is_read_again(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("capacity", [64, 100])
-def test_the_oldest_turns_make_room(flat_model, capacity):
+def test_the_oldest_turns_make_room(flat_model: tuple[nn.Module, Any], capacity: int) -> None:
     talk = Talk(flat_model, capacity=capacity)
     forgotten = read = 0
     for turn in range(12):
@@ -130,7 +139,7 @@ def test_the_oldest_turns_make_room(flat_model, capacity):
     assert talk.events[-1].moved != (0, 0)
 
 
-def test_room_is_made_while_a_reply_is_written(flat_model):
+def test_room_is_made_while_a_reply_is_written(flat_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(flat_model, capacity=80, max_tokens=24)
     talk.say("a b c")
     reply = talk.say("d e f")
@@ -141,7 +150,7 @@ def test_room_is_made_while_a_reply_is_written(flat_model):
     talk.check()
 
 
-def test_what_has_forgotten_serves_nobody_else(tiny_model):
+def test_what_has_forgotten_serves_nobody_else(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model, capacity=100)
     for turn in range(8):
         talk.say(f"Question number {turn} is this one")
@@ -154,7 +163,7 @@ def test_what_has_forgotten_serves_nobody_else(tiny_model):
     assert (cost.reused, cost.prefilled) == (14, 10)
 
 
-def test_a_message_that_never_fits(tiny_model):
+def test_a_message_that_never_fits(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model, capacity=64)
     talk.say("Hello")
     before = len(talk.engine.pool)
@@ -164,7 +173,7 @@ def test_a_message_that_never_fits(tiny_model):
     assert len(talk.engine.pool) == before
 
 
-def test_stopped_between_blocks_of_reading(tiny_model):
+def test_stopped_between_blocks_of_reading(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     asked = talk.conversation.say("word " * 400, None)
     assert talk.answer(asked, lambda: any(isinstance(e, Reading) and e.done for e in talk.events)) is asked
@@ -175,7 +184,7 @@ def test_stopped_between_blocks_of_reading(tiny_model):
     talk.check()
 
 
-def test_stopped_while_writing(tiny_model):
+def test_stopped_while_writing(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     asked = talk.conversation.say("Hello", None)
     tokens = iter([False, False, False, False, True])
@@ -188,7 +197,7 @@ def test_stopped_while_writing(tiny_model):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_fewer_bits(tiny_model, bits):
+def test_fewer_bits(tiny_model: tuple[nn.Module, Any], bits: int) -> None:
     talk = Talk(tiny_model, bits=bits)
     whole = Talk(tiny_model)
     for talking in (talk, whole):
@@ -198,7 +207,7 @@ def test_fewer_bits(tiny_model, bits):
     assert difference_to_fresh(talk.engine, talk.conversation)[1] < 0.5
 
 
-def test_a_window(tiny_model):
+def test_a_window(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model, window=16, sinks=2)
     for turn in range(12):
         talk.say(f"Question number {turn} is this one")
@@ -212,7 +221,7 @@ def test_a_window(tiny_model):
     assert "make_cache" not in vars(tiny_model[0])
 
 
-def test_a_folder_that_cannot_be_used(tiny_model, tmp_path):
+def test_a_folder_that_cannot_be_used(tiny_model: tuple[nn.Module, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     talk = Talk(tiny_model, tmp_path / "file" / "caches")
     assert "not kept" in talk.engine.notice
@@ -220,7 +229,7 @@ def test_a_folder_that_cannot_be_used(tiny_model, tmp_path):
     talk.engine.close()
 
 
-def test_another_tokenizer_reads_all_anew(tiny_model):
+def test_another_tokenizer_reads_all_anew(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     talk.say("Hello")
     talk.conversation.reader = "another"
@@ -232,7 +241,7 @@ def test_another_tokenizer_reads_all_anew(tiny_model):
     talk.check()
 
 
-def test_another_system_prompt(tiny_model):
+def test_another_system_prompt(tiny_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(tiny_model)
     talk.say("Hello")
     talk.conversation.system = "Be kind."

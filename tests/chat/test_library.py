@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +16,12 @@ from .test_tree import reply, talked
 
 
 @pytest.fixture
-def complaints():
+def complaints() -> list[str]:
     return []
 
 
 @pytest.fixture
-def library(tmp_path, complaints):
+def library(tmp_path: Path, complaints: list[str]) -> Iterator[Library]:
     library = Library(tmp_path / "chat", complaints.append)
     yield library
     library.close()
@@ -30,7 +32,7 @@ def again(library: Library) -> Library:
     return Library(library.folder)
 
 
-def test_there_at_the_next_start(library):
+def test_there_at_the_next_start(library: Library) -> None:
     first, second = talked(), talked(1)
     second.changed = first.changed + 1
     library.save(first)
@@ -42,13 +44,14 @@ def test_there_at_the_next_start(library):
     assert other.problems == []
 
 
-def test_what_is_remembered_is_text(library):
+def test_what_is_remembered_is_text(library: Library) -> None:
     library.save_state(Settings(), {"theme": 3, "model": "path", "conversation": None})
     assert again(library).load_state() == (Settings(), {"model": "path"})
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"version": 1}', b"[" * 100_000])
-def test_what_is_damaged_is_set_aside_and_named(library, content):
+def test_what_is_damaged_is_set_aside_and_named(library: Library, content: bytes) -> None:
+    assert library.folder
     conversation = talked()
     library.save(conversation)
     library.flush()
@@ -71,7 +74,7 @@ def test_what_is_damaged_is_set_aside_and_named(library, content):
     assert third.problems == []
 
 
-def test_two_chats_in_one_conversation_lose_nothing(library):
+def test_two_chats_in_one_conversation_lose_nothing(library: Library) -> None:
     conversation = talked(1)
     library.save(conversation)
     other = again(library)
@@ -86,7 +89,7 @@ def test_two_chats_in_one_conversation_lose_nothing(library):
     assert both.path[-1].text == "to them"
 
 
-def test_what_was_taken_back_stays_away(library):
+def test_what_was_taken_back_stays_away(library: Library) -> None:
     conversation = talked(1)
     leaf = conversation.leaf
     message = conversation.say("too long", leaf)
@@ -97,7 +100,8 @@ def test_what_was_taken_back_stays_away(library):
     assert saved.messages.keys() == conversation.messages.keys()
 
 
-def test_deleted_ones_can_be_found(library):
+def test_deleted_ones_can_be_found(library: Library) -> None:
+    assert library.folder
     conversation = talked()
     for _ in range(2):
         library.save(conversation)
@@ -106,7 +110,7 @@ def test_deleted_ones_can_be_found(library):
     assert len(list((library.folder / "deleted").iterdir())) == 2
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, complaints):
+def test_a_folder_that_cannot_be_written(tmp_path: Path, complaints: list[str]) -> None:
     (tmp_path / "file").write_text("not a folder")
     library = Library(tmp_path / "file" / "chat", complaints.append)
     assert library.load() == []
@@ -117,7 +121,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, complaints):
     assert "Nothing is saved" in complaints[0]
 
 
-def test_nowhere_to_save():
+def test_nowhere_to_save() -> None:
     library = Library(None)
     library.save(talked())
     library.delete(talked())
@@ -127,7 +131,8 @@ def test_nowhere_to_save():
     library.close()
 
 
-def test_text_of_any_kind(library):
+def test_text_of_any_kind(library: Library) -> None:
+    assert library.folder
     conversation = Conversation()
     reply(conversation, conversation.say("שלום 👩‍👩‍👧 \u202e abc", None), "\U0001f600\n\t")
     library.save(conversation)
@@ -135,7 +140,7 @@ def test_text_of_any_kind(library):
     json.loads((library.folder / "conversations" / f"{conversation.id}.json").read_text("ascii"))
 
 
-def test_where_it_is(monkeypatch, tmp_path):
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLX_KVCACHE_CHAT", str(tmp_path))
     assert default_folder() == tmp_path
     monkeypatch.delenv("MLX_KVCACHE_CHAT")

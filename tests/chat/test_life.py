@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -18,7 +19,7 @@ ALLOWED = ("and the capacity is", "a conversation needs", "there is nothing")
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_hours_of_chat(flat, tmp_path, seed):
+def test_hours_of_chat(flat: Path, tmp_path: Path, seed: int) -> None:
     settings = Settings(capacity=200, temperature=0.8, max_tokens=12, memory=16)
     life = Life(tmp_path, flat, seed, settings)
     checked, memory = 0, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from examples.chat import models
 from examples.chat.events import Loading
 
 
-def test_a_folder(tiny):
+def test_a_folder(tiny: Path) -> None:
     events: list[Any] = []
     model, tokenizer = models.load(str(tiny), events.append)
     assert len(model.layers) == 2
@@ -23,12 +24,12 @@ def test_a_folder(tiny):
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "word", "a/b/c"])
-def test_no_such_folder(name):
+def test_no_such_folder(name: str) -> None:
     with pytest.raises(models.CannotLoad, match="there is no folder"):
         models.load(name)
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(models.CannotLoad, match="cannot load"):
         models.load(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
@@ -36,14 +37,14 @@ def test_a_folder_without_a_model(tmp_path):
         models.load(str(tmp_path))
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(models.CannotLoad, match="cannot load nobody/nothing"):
         models.load("nobody/nothing")
 
 
-def test_suggestions_go_up():
+def test_suggestions_go_up() -> None:
     needed = [suggestion.memory for suggestion in models.SUGGESTIONS]
     assert needed == sorted(needed)
     assert models.memory() > 0.5

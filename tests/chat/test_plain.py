@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from typing import Any
 
+import mlx.nn as nn
 import pytest
 
 from examples.chat.engine import Engine
+from examples.chat.events import Event
 from examples.chat.plain import Plain
 from examples.chat.settings import Settings
 
@@ -17,8 +21,8 @@ SYSTEM = "You are a helpful AI assistant."
 
 
 @pytest.fixture
-def plain(chat_model):
-    def make(**options) -> Plain:
+def plain(chat_model: tuple[nn.Module, Any]) -> Callable[..., Plain]:
+    def make(**options: Any) -> Plain:
         model, tokenizer = chat_model
         settings = Settings(**({"capacity": None, "temperature": 0.0, "max_tokens": 10} | options))
         return Plain(Engine(model, tokenizer, settings), SYSTEM)
@@ -26,7 +30,7 @@ def plain(chat_model):
     return make
 
 
-def costs(plain: Plain):
+def costs(plain: Plain) -> list[Any]:
     return [message.cost for message in plain.conversation.path if message.cost]
 
 
@@ -34,7 +38,7 @@ def assert_cached_as_said(plain: Plain) -> None:
     assert difference_to_fresh(plain.engine, plain.conversation)[1] <= 2e-4
 
 
-def test_only_what_is_new_is_read(plain, capsys):
+def test_only_what_is_new_is_read(plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str]) -> None:
     chat = plain()
     chat.handle("What is the capital of France?")
     chat.handle("What is the capital of Italy?")
@@ -53,7 +57,7 @@ def test_only_what_is_new_is_read(plain, capsys):
     assert_cached_as_said(chat)
 
 
-def test_the_oldest_turns_make_room(plain, capsys):
+def test_the_oldest_turns_make_room(plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str]) -> None:
     chat = plain(capacity=80)
     for question in ("Name a fruit.", "Name a color.", "Name a city.", "Name a river."):
         chat.handle(question)
@@ -66,17 +70,19 @@ def test_the_oldest_turns_make_room(plain, capsys):
     assert chat.conversation.path == before
 
 
-def test_ctrl_c_ends_an_answer_and_keeps_it(plain, capsys, monkeypatch):
+def test_ctrl_c_ends_an_answer_and_keeps_it(
+    plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     chat = plain(max_tokens=200)
     printed = chat._print
 
-    def interrupting(event):
+    def interrupting(event: Event) -> None:
         printed(event)
-        if len(chat.heard) == 3:
+        if len(heard) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        chat.heard.append(event)
+        heard.append(event)
 
-    chat.heard = []
+    heard: list[Event] = []
     monkeypatch.setattr(chat, "_print", interrupting)
     chat.handle("Count from one to a hundred.")
     assert "[stopped]" in capsys.readouterr().out
@@ -84,7 +90,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_it(plain, capsys, monkeypatch):
     assert_cached_as_said(chat)
 
 
-def test_commands(plain, capsys):
+def test_commands(plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str]) -> None:
     chat = plain(max_tokens=6)
     script = ["", "Say hi.", "/fork", "/edit 1 Say bye.", "/switch 1", "/undo", "/undo", "/edit", "/edit 5 x"]
     for line in [*script, "/switch 3", "/stats", "/help", "/what"]:

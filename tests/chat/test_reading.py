@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from examples.chat.reading import Piece, Turn, compose, encoded, rendered
 
@@ -13,14 +14,14 @@ def asked(text: str, piece: Piece | None = None) -> Turn:
     return Turn("user", text, piece)
 
 
-def with_template(tokenizer, template: str | None):
+def with_template(tokenizer: Any, template: str | None) -> Any:
     other = copy.copy(tokenizer)
     object.__setattr__(other, "_tokenizer", copy.copy(tokenizer._tokenizer))
     other._tokenizer.chat_template = template
     return other
 
 
-def test_what_was_read_is_taken_as_it_was(tokenizer):
+def test_what_was_read_is_taken_as_it_was(tokenizer: Any) -> None:
     first = compose(tokenizer, SYSTEM, [asked("Hello")])
     assert first.pieces == ()
     assert first.is_whole
@@ -36,19 +37,19 @@ def test_what_was_read_is_taken_as_it_was(tokenizer):
     assert second.opening.text + "".join(p.text for p in second.pieces) + second.rest.text == whole
 
 
-def test_the_same_text_gives_the_same_tokens_in_pieces(tokenizer):
+def test_the_same_text_gives_the_same_tokens_in_pieces(tokenizer: Any) -> None:
     context = compose(tokenizer, SYSTEM, [asked("How are you?")])
     assert context.tokens == encoded(tokenizer, rendered(tokenizer, SYSTEM, [asked("How are you?")]))
 
 
-def test_another_system_prompt_leaves_the_messages_pieces(tokenizer):
+def test_another_system_prompt_leaves_the_messages_pieces(tokenizer: Any) -> None:
     piece = compose(tokenizer, SYSTEM, [asked("Hello")]).rest
     other = compose(tokenizer, "Be kind.", [asked("Hello", piece)])
     assert other.pieces == (piece,)
     assert other.rest.tokens == ()
 
 
-def test_after_a_changed_message_all_is_read_anew(tokenizer):
+def test_after_a_changed_message_all_is_read_anew(tokenizer: Any) -> None:
     piece = compose(tokenizer, SYSTEM, [asked("Hello")]).rest
     turns = [asked("Hullo", piece), Turn("assistant", "Hi", Piece("Hi", (5,))), asked("Bye")]
     context = compose(tokenizer, SYSTEM, turns)
@@ -56,7 +57,7 @@ def test_after_a_changed_message_all_is_read_anew(tokenizer):
     assert not context.is_whole
 
 
-def test_a_template_without_system_prompts(tokenizer):
+def test_a_template_without_system_prompts(tokenizer: Any) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -67,6 +68,6 @@ def test_a_template_without_system_prompts(tokenizer):
     assert context.rest.text == f"<user>{SYSTEM}\n\nHello"
 
 
-def test_no_template(tokenizer):
+def test_no_template(tokenizer: Any) -> None:
     context = compose(with_template(tokenizer, None), SYSTEM, [asked("Hello")])
     assert context.opening.text + context.rest.text == f"{SYSTEM}\n\nuser: Hello\nassistant:"

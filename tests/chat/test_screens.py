@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from .running import chat, idle, ready, say
 
 
-async def talk(pilot) -> None:
+async def talk(pilot: Any) -> None:
     await ready(pilot)
     pilot.app.query_one("#composer").cursor_blink = False
     await say(pilot, "Hello there")
@@ -16,7 +20,7 @@ async def talk(pilot) -> None:
     await idle(pilot)
 
 
-async def at_rest(pilot) -> None:
+async def at_rest(pilot: Any) -> None:
     """Wait until the screen stays as it is."""
     pictures = [str(number) for number in range(5)]
     while len(set(pictures[-5:])) > 1:
@@ -24,8 +28,8 @@ async def at_rest(pilot) -> None:
         pictures.append(pilot.app.export_screenshot())
 
 
-def pressed(*keys: str):
-    async def run(pilot) -> None:
+def pressed(*keys: str) -> Callable[[Any], Awaitable[None]]:
+    async def run(pilot: Any) -> None:
         await talk(pilot)
         await pilot.press(*keys)
         await idle(pilot)
@@ -49,6 +53,6 @@ SCREENS = {
 
 
 @pytest.mark.parametrize("name", SCREENS)
-def test_screen(name, tiny, tmp_path, snap_compare):
+def test_screen(name: str, tiny: Path, tmp_path: Path, snap_compare: Any) -> None:
     size, run = SCREENS[name]
     assert snap_compare(chat(None, tiny), terminal_size=size, run_before=run)

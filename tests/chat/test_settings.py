@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
 from examples.chat.settings import Settings
 
 
-def test_there_and_back():
+def test_there_and_back() -> None:
     settings = Settings(capacity=None, window=128, bits=8, temperature=0.0)
     assert Settings.of(asdict(settings)) == settings
     assert Settings.of({"unknown": 3}) == Settings()
@@ -33,17 +34,17 @@ def test_there_and_back():
         ("capacity", 100.5),
     ],
 )
-def test_out_of_bounds(name, value):
+def test_out_of_bounds(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match="must be"):
         Settings.of({name: value})
 
 
 @pytest.mark.parametrize("saved", [None, [], "x"])
-def test_no_settings(saved):
+def test_no_settings(saved: Any) -> None:
     with pytest.raises(ValueError, match="object"):
         Settings.of(saved)
 
 
-def test_what_the_caches_depend_on():
+def test_what_the_caches_depend_on() -> None:
     assert Settings(temperature=0.1).caches == Settings(temperature=0.2, sinks=0).caches
     assert Settings(window=64, sinks=0).caches != Settings(window=64, sinks=4).caches

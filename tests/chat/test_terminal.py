@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ class Terminal:
 
 
 @pytest.fixture
-def open_terminal(tmp_path):
+def open_terminal(tmp_path: Path) -> Iterator[Callable[[], Terminal]]:
     opened: list[Terminal] = []
 
     def open_() -> Terminal:
@@ -65,7 +66,7 @@ def open_terminal(tmp_path):
         terminal.close()
 
 
-def test_a_conversation_edited_branched_and_there_again(open_terminal):
+def test_a_conversation_edited_branched_and_there_again(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     terminal.until("Say something", r"\^e Edit", "Nothing is cached yet")
     terminal.keys("What is the capital of France?", "Enter")

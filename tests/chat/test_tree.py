@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -28,7 +30,7 @@ def texts(conversation: Conversation) -> list[str]:
     return [message.text for message in conversation.path]
 
 
-def test_an_edit_is_a_branch_of_its_own():
+def test_an_edit_is_a_branch_of_its_own() -> None:
     conversation = talked()
     second = conversation.path[2]
     edited = conversation.say("another", second.parent)
@@ -40,7 +42,7 @@ def test_an_edit_is_a_branch_of_its_own():
     assert len(list(conversation.leaves())) == 2
 
 
-def test_a_reply_made_again_stands_beside_the_first():
+def test_a_reply_made_again_stands_beside_the_first() -> None:
     conversation = talked(1)
     asked = conversation.path[0]
     reply(conversation, asked, "otherwise")
@@ -48,7 +50,7 @@ def test_a_reply_made_again_stands_beside_the_first():
     assert len(conversation.beside(conversation.path[1])) == 2
 
 
-def test_a_reply_does_not_turn_the_user_away_from_another_branch():
+def test_a_reply_does_not_turn_the_user_away_from_another_branch() -> None:
     conversation = talked(2)
     asked = conversation.say("slow", conversation.leaf)
     conversation.look_at(conversation.path[0].id)
@@ -57,14 +59,14 @@ def test_a_reply_does_not_turn_the_user_away_from_another_branch():
     assert texts(conversation) == ["question 0", "answer 0"]
 
 
-def test_a_reply_that_was_not_begun_leaves_the_message_alone():
+def test_a_reply_that_was_not_begun_leaves_the_message_alone() -> None:
     conversation = Conversation()
     asked = conversation.say("hello", None)
     conversation.take(asked, new_id(), Replied("", None, None, (0, 0), Cost(), "stopped"))
     assert conversation.path == [asked]
 
 
-def test_what_has_forgotten_is_told_from_what_has_not():
+def test_what_has_forgotten_is_told_from_what_has_not() -> None:
     conversation = talked(2)
     assert conversation.salt(conversation.path) is None
     asked = conversation.say("more", conversation.leaf)
@@ -77,7 +79,7 @@ def test_what_has_forgotten_is_told_from_what_has_not():
     assert conversation.salt(conversation.path) == (conversation.leaf, 4)
 
 
-def test_saved_and_read_again():
+def test_saved_and_read_again() -> None:
     conversation = talked()
     again = Conversation.of(json.loads(json.dumps(conversation.as_json())))
     assert again == conversation
@@ -96,7 +98,7 @@ def test_saved_and_read_again():
         lambda saved: saved["messages"][0].update(piece=["text", ["no number"]]),
     ],
 )
-def test_damage_is_refused(damage):
+def test_damage_is_refused(damage: Callable[[dict[str, Any]], object]) -> None:
     saved = talked().as_json()
     damage(saved)
     with pytest.raises(ValueError):
@@ -104,22 +106,22 @@ def test_damage_is_refused(damage):
 
 
 @pytest.mark.parametrize("saved", [None, [], "text", 3, {}])
-def test_what_is_no_conversation_is_refused(saved):
+def test_what_is_no_conversation_is_refused(saved: Any) -> None:
     with pytest.raises(ValueError):
         Conversation.of(saved)
 
 
-def test_control_characters_are_taken_out_and_scripts_are_not():
+def test_control_characters_are_taken_out_and_scripts_are_not() -> None:
     assert cleaned("a\x1b[31mb\x00\r\nc\td\x9b\ud800") == "a[31mb\nc\td"
     assert cleaned("שלום 👩‍👩‍👧 مرحبا") == "שלום 👩‍👩‍👧 مرحبا"
 
 
-def test_titles_are_short_and_of_one_line():
+def test_titles_are_short_and_of_one_line() -> None:
     assert titled("  a\nb\x1b ") == "a b"
     assert len(titled("word " * 50)) <= 40
 
 
-def test_exported():
+def test_exported() -> None:
     conversation = talked(2)
     conversation.title = "What / is: this?"
     reply(conversation, conversation.say("last", conversation.leaf), "end", start=(2, 2))

@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("[0-9]*.py"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_runs(name):
+def test_runs(name: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", f"examples.{name}"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -21,7 +21,7 @@ def test_runs(name):
     assert run.stdout.strip()
 
 
-def test_the_chat_reads_a_pipe():
+def test_the_chat_reads_a_pipe() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "examples.chat", "--max-tokens", "4"],
         input="Say hi.\n/quit\n",
@@ -34,7 +34,7 @@ def test_the_chat_reads_a_pipe():
     assert "tokens reused" in run.stdout
 
 
-def test_the_chat_says_what_it_cannot_load(tmp_path):
+def test_the_chat_says_what_it_cannot_load(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "examples.chat", "--model", str(tmp_path)],
         cwd=ROOT,

@@ -12,7 +12,7 @@ from .samples import HEADER, few
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path: Path) -> Path:
     """A good file."""
     write(tmp_path / "cache.safetensors", HEADER, few())
     return tmp_path / "cache.safetensors"

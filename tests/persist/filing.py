@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def body_of(tokens: Sequence[int]) -> bytes:
     return text + sha256(text).digest()
 
 
-def writer(tokens: Sequence[int], pause: Callable[[str], None] = lambda stage: None):
+def writer(tokens: Sequence[int], pause: Callable[[str], None] = lambda stage: None) -> Callable[[Path], int]:
     """Writes a file of SIZE bytes, and pauses before, in the middle, and when all is in place."""
 
     def write(path: Path) -> int:
@@ -37,7 +37,7 @@ def writer(tokens: Sequence[int], pause: Callable[[str], None] = lambda stage: N
     return write
 
 
-def put(folder: PrefixFolder, tokens: Sequence[int], salt=None) -> bool:
+def put(folder: PrefixFolder, tokens: Sequence[int], salt: Hashable = None) -> bool:
     return folder.put(tokens, salt, writer(tokens), SIZE)
 
 
@@ -45,7 +45,7 @@ def is_whole(found: Found) -> bool:
     return found.path.read_bytes() == body_of(found.tokens)
 
 
-def exact(folder: PrefixFolder, tokens: Sequence[int], salt=None) -> Found | None:
+def exact(folder: PrefixFolder, tokens: Sequence[int], salt: Hashable = None) -> Found | None:
     """What is found for just these tokens."""
     return next((found for _, found in folder.matches(tokens, salt) if found.tokens == tuple(tokens)), None)
 

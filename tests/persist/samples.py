@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mlx_kvcache.persist.container import SIZES, Stored, read_arrays, read_contents
+
+Change = Callable[[dict[str, Any], dict[str, Any]], object]
+"""What is done to a header and the arrays of a file."""
 
 HEADER = {"kind": "test", "numbers": [1, 2.5, None, True], "text": 'é "quoted" \ud800'}
 
@@ -24,13 +29,13 @@ def few() -> dict[str, Stored]:
     return {f"array {i}": stored(dtype, *shape, seed=i) for i, (dtype, shape) in enumerate(shapes.items())}
 
 
-def load(path: Path):
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """The header and all arrays."""
     contents = read_contents(path)
     return contents.header, dict(read_arrays(contents))
 
 
-def assert_same(found, expected) -> None:
+def assert_same(found: Mapping[str, Stored], expected: Mapping[str, Stored]) -> None:
     assert found.keys() == expected.keys()
     for name, (dtype, shape, data) in expected.items():
         assert found[name][:2] == (dtype, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ with replacing(Path(sys.argv[1])) as file:
 """
 
 
-def names(folder) -> set[str]:
+def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
@@ -31,7 +32,7 @@ def left_of(name: str, number: int = 0) -> str:
     return f".{name}.{number:012x}.part"
 
 
-def test_the_old_file_is_there_until_the_end(tmp_path):
+def test_the_old_file_is_there_until_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
     with replacing(path) as file:
@@ -45,7 +46,9 @@ def test_the_old_file_is_there_until_the_end(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError, ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("old", [b"old", None])
-def test_an_exception_leaves_what_was_there(tmp_path, error, old):
+def test_an_exception_leaves_what_was_there(
+    tmp_path: Path, error: type[BaseException], old: bytes | None
+) -> None:
     path = tmp_path / "a"
     if old:
         path.write_bytes(old)
@@ -55,14 +58,14 @@ def test_an_exception_leaves_what_was_there(tmp_path, error, old):
     assert {name: path.read_bytes() for name in names(tmp_path)} == ({"a": old} if old else {})
 
 
-def test_a_folder_is_not_replaced(tmp_path):
+def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError), replacing(tmp_path / "a") as file:
         file.write(b"new")
     assert names(tmp_path) == {"a"}
 
 
-def test_two_writers_do_not_disturb_each_other(tmp_path):
+def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with replacing(path) as one:
         one.write(b"one")
@@ -73,7 +76,7 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     assert names(tmp_path) == {"a"}
 
 
-def test_sweep_spares_the_living(tmp_path):
+def test_sweep_spares_the_living(tmp_path: Path) -> None:
     """Of another process, until it is killed, and of this one."""
     path = tmp_path / "a"
     command = [sys.executable, "-c", HOLDER, str(path)]
@@ -92,7 +95,7 @@ def test_sweep_spares_the_living(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a", "a.b", "a\nb", "[a]*", ".a", "a" * 200])
-def test_sweep_removes_what_is_left_of_one_file_or_of_all(tmp_path, name):
+def test_sweep_removes_what_is_left_of_one_file_or_of_all(tmp_path: Path, name: str) -> None:
     others = {left_of(f"{name}.x"), left_of("x"), left_of(f"x.{name}")}
     # Files that only look similar belong to somebody else.
     foreign = {
@@ -111,14 +114,14 @@ def test_sweep_removes_what_is_left_of_one_file_or_of_all(tmp_path, name):
     assert names(tmp_path) == foreign
 
 
-def test_writing_sweeps(tmp_path):
+def test_writing_sweeps(tmp_path: Path) -> None:
     (tmp_path / left_of("a")).write_bytes(b"half")
     with replacing(tmp_path / "a") as file:
         file.write(b"new")
     assert names(tmp_path) == {"a"}
 
 
-def test_sweep_tolerates_what_it_may_not_touch(tmp_path):
+def test_sweep_tolerates_what_it_may_not_touch(tmp_path: Path) -> None:
     sweep(tmp_path / "missing")
     with reachable_folder() as folder:
         (folder / left_of("a")).write_bytes(b"half")
@@ -130,7 +133,7 @@ def test_sweep_tolerates_what_it_may_not_touch(tmp_path):
         assert names(folder) == {left_of("a")}
 
 
-def test_a_folder_that_cannot_be_made_safe_is_refused_first(tmp_path):
+def test_a_folder_that_cannot_be_made_safe_is_refused_first(tmp_path: Path) -> None:
     """It may be written but not opened, so that a rename in it could not be made to last."""
     with reachable_folder() as folder:
         (folder / "a").write_bytes(b"old")

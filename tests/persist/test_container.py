@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,7 @@ from .samples import HEADER, assert_same, few, load, stored
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0,), (2, 0, 3), (1, 1, 1, 1, 3)])
-def test_round_trip(tmp_path, shape):
+def test_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
     arrays = {f"of {dtype}": stored(dtype, *shape, seed=i) for i, dtype in enumerate(SIZES)}
     path = tmp_path / "a.safetensors"
     assert write(path, HEADER, arrays) == path.stat().st_size
@@ -34,7 +35,7 @@ def test_round_trip(tmp_path, shape):
         assert entry.begin % SIZES[entry.dtype] == 0
 
 
-def test_without_arrays_and_with_odd_names(tmp_path):
+def test_without_arrays_and_with_odd_names(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path, {}, {})
     assert load(path) == ({}, {})
@@ -43,7 +44,7 @@ def test_without_arrays_and_with_odd_names(tmp_path):
     assert_same(load(path)[1], arrays)
 
 
-def test_other_readers(tmp_path):
+def test_other_readers(tmp_path: Path) -> None:
     """mx.load knows all types but float64."""
     arrays = few() | {f"of {dtype}": stored(dtype, 2, 3) for dtype in SIZES}
     path = tmp_path / "a.safetensors"
@@ -65,7 +66,7 @@ def test_other_readers(tmp_path):
             np.testing.assert_array_equal(loaded[name].reshape(-1).view(mx.uint8), data)
 
 
-def test_chosen_arrays_in_the_order_asked_for(path):
+def test_chosen_arrays_in_the_order_asked_for(path: Path) -> None:
     contents = read_contents(path)
     assert list(contents.entries) == [f"array {i}" for i in (3, 0, 1, 4, 2, 5)]
     chosen = ["array 2", "array 0"]
@@ -76,7 +77,7 @@ def test_chosen_arrays_in_the_order_asked_for(path):
         list(read_arrays(contents, ["nothing"]))
 
 
-def test_arrays_are_read_one_by_one(tmp_path):
+def test_arrays_are_read_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path, {}, {f"{i}": stored("U8", 1 << 20, seed=i) for i in range(8)})
     contents = read_contents(path)
@@ -104,13 +105,15 @@ def test_arrays_are_read_one_by_one(tmp_path):
         ({}, {"x": Stored("U8", (1,) * 65, np.zeros(1, np.uint8))}, "more or larger dimensions"),
     ],
 )
-def test_what_cannot_be_held_is_not_written(path, header, arrays, message):
+def test_what_cannot_be_held_is_not_written(
+    path: Path, header: dict[str, Any], arrays: dict[str, Stored], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         write(path, header, arrays)
     assert_same(load(path)[1], few())
 
 
-def test_a_head_too_long_to_be_read_is_not_written(path):
+def test_a_head_too_long_to_be_read_is_not_written(path: Path) -> None:
     with pytest.raises(
         CacheFileError, match=r"its head would take 671.* bytes, at most 67108864 can be read"
     ):
@@ -120,7 +123,7 @@ def test_a_head_too_long_to_be_read_is_not_written(path):
 
 @pytest.mark.parametrize("limit", ["disk", "file size"])
 @pytest.mark.parametrize("old", [True, False])
-def test_no_room(tmp_path, limit, old):
+def test_no_room(tmp_path: Path, limit: str, old: bool) -> None:
     """A full disk, and a limit that can be set everywhere."""
     path = tmp_path / "a.safetensors"
     big = {f"{i}": stored("U8", 1 << 18, seed=i) for i in range(8)}
@@ -138,7 +141,7 @@ def test_no_room(tmp_path, limit, old):
             assert_same(load(path)[1], few())
 
 
-def test_permissions():
+def test_permissions() -> None:
     with reachable_folder() as folder:
         path, secret = folder / "a.safetensors", folder / "secret.safetensors"
         left = folder / f".{path.name}.{0:012x}.part"
@@ -166,7 +169,7 @@ def test_permissions():
         ("a\0b", "null (byte|character)"),
     ],
 )
-def test_places_that_are_none(tmp_path, name, message):
+def test_places_that_are_none(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CacheFileError, match=message.format("read")):
         read_contents(tmp_path / name)
@@ -175,7 +178,7 @@ def test_places_that_are_none(tmp_path, name, message):
             write(tmp_path / name, {}, {})
 
 
-def test_places_that_hold_no_file(tmp_path):
+def test_places_that_hold_no_file(tmp_path: Path) -> None:
     with pytest.raises(CacheFileError, match=f"{tmp_path}: a folder, not a file"):
         read_contents(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -189,7 +192,7 @@ def test_places_that_hold_no_file(tmp_path):
             write(unnamed, {}, {})
 
 
-def test_replaced_between_head_and_arrays(path):
+def test_replaced_between_head_and_arrays(path: Path) -> None:
     """By a file of the same size, and by one of another."""
     contents = read_contents(path)
     for other in (few() | {"array 2": stored("U8", 5, seed=9)}, {}):
@@ -198,7 +201,7 @@ def test_replaced_between_head_and_arrays(path):
             list(read_arrays(contents, ["array 0"], verify=False))
 
 
-def test_reading_removes_what_killed_writers_left(path):
+def test_reading_removes_what_killed_writers_left(path: Path) -> None:
     left = [path.with_name(f".{path.name}.{i:012x}.part") for i in range(2)]
     for temporary in left:
         temporary.write_bytes(b"half")
@@ -211,7 +214,7 @@ def test_reading_removes_what_killed_writers_left(path):
     assert list(path.parent.iterdir()) == []
 
 
-def test_killed_writers(tmp_path):
+def test_killed_writers(tmp_path: Path) -> None:
     """After each kill, the file is absent or whole, and one reading leaves nothing else in the folder."""
     command = [sys.executable, "-m", "tests.persist.killing", str(tmp_path / "a.safetensors"), "200", "1"]
     root = Path(__file__).parents[2]

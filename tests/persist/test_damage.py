@@ -8,7 +8,9 @@ import pickle
 import random
 import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -19,8 +21,11 @@ from mlx_kvcache.persist.head import MOST, digest
 
 from .samples import assert_same, few, load
 
+Fields = dict[str, Any]
+"""The head of a file."""
 
-def fields_of(raw: bytes) -> dict:
+
+def fields_of(raw: bytes) -> Any:
     return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
 
 
@@ -30,7 +35,7 @@ def with_text(raw: bytes, text: bytes) -> bytes:
     return head + raw[8 + int.from_bytes(raw[:8], "little") : -16] + digest(head)
 
 
-def with_fields(raw: bytes, change) -> bytes:
+def with_fields(raw: bytes, change: Callable[[Fields], object]) -> bytes:
     fields = fields_of(raw)
     change(fields)
     return with_text(raw, json.dumps(fields).encode())
@@ -46,26 +51,26 @@ def refusal(path: Path, raw: bytes) -> str:
     return error.value.reason
 
 
-def metadata(key, value):
+def metadata(key: str, value: Any) -> Callable[[Fields], object]:
     return lambda fields: fields["__metadata__"].__setitem__(key, value)
 
 
-def field(key, value, name="array 0"):
+def field(key: str, value: Any, name: str = "array 0") -> Callable[[Fields], object]:
     return lambda fields: fields[name].__setitem__(key, value)
 
 
-def moved(begin: int, end: int, name="array 0"):
+def moved(begin: int, end: int, name: str = "array 0") -> Callable[[Fields], object]:
     """Other offsets, relative to the true ones."""
 
-    def change(fields):
+    def change(fields: Fields) -> None:
         offsets = fields[name]["data_offsets"]
         fields[name]["data_offsets"] = [offsets[0] + begin, offsets[1] + end]
 
     return change
 
 
-def checksums(change):
-    def changed(fields):
+def checksums(change: Callable[[dict[str, Any]], object]) -> Callable[[Fields], object]:
+    def changed(fields: Fields) -> None:
         sums = json.loads(fields["__metadata__"]["checksums"])
         change(sums)
         fields["__metadata__"]["checksums"] = json.dumps(sums)
@@ -73,7 +78,7 @@ def checksums(change):
     return changed
 
 
-def shifted(fields):
+def shifted(fields: Fields) -> None:
     """All one byte further on."""
     for name, value in fields.items():
         if name != "__metadata__":
@@ -144,7 +149,7 @@ def shifted(fields):
         ),
     ],
 )
-def test_bad_heads(path, change, message):
+def test_bad_heads(path: Path, change: Callable[[Fields], object], message: str) -> None:
     """Each with a checksum as if it had been written so."""
     reason = refusal(path, with_fields(path.read_bytes(), change))
     assert re.search(message, reason), reason
@@ -194,12 +199,12 @@ def flipped(raw: bytes, at: int) -> bytes:
         ),
     ],
 )
-def test_bad_bytes(path, damage, message):
+def test_bad_bytes(path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     reason = refusal(path, damage(path.read_bytes()))
     assert re.search(message, reason), reason
 
 
-def test_a_damaged_array_leaves_the_others(path):
+def test_a_damaged_array_leaves_the_others(path: Path) -> None:
     raw = path.read_bytes()
     begin, end = read_contents(path).entries["array 0"][2:4]
     path.write_bytes(flipped(raw, end - 1))
@@ -212,7 +217,7 @@ def test_a_damaged_array_leaves_the_others(path):
     assert unverified["array 0"].data.tobytes() == flipped(few()["array 0"].data.tobytes(), -1)
 
 
-def test_files_of_others_are_told_apart(tmp_path):
+def test_files_of_others_are_told_apart(tmp_path: Path) -> None:
     """With no metadata, and with some of another format."""
     path = tmp_path / "a.safetensors"
     for given in ({}, {"format": "mlx"}, {"0": "x", "checksums": "{}"}):
@@ -224,7 +229,7 @@ def test_files_of_others_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["replace", "truncate", "insert", "append", "remove"])
-def test_no_damage_passes_unseen(path, kind):
+def test_no_damage_passes_unseen(path: Path, kind: str) -> None:
     """1,000 random ones of a small file; nothing but a CacheFileError comes of them."""
     raw, rng = path.read_bytes(), random.Random(kind)
     for _ in range(600 if kind == "replace" else 100):
@@ -240,17 +245,17 @@ def test_no_damage_passes_unseen(path, kind):
             refusal(path, changed)
 
 
-def test_no_flipped_bit_passes_unseen(path):
+def test_no_flipped_bit_passes_unseen(path: Path) -> None:
     raw = path.read_bytes()
     for at in range(len(raw)):
         refusal(path, flipped(raw, at))
 
 
-def claim(length: int):
+def claim(length: int) -> Callable[[bytes], bytes]:
     return lambda raw: length.to_bytes(8, "little") + raw[8:]
 
 
-def lie(name: str, key: str, value: list[int]):
+def lie(name: str, key: str, value: list[int]) -> Callable[[bytes], bytes]:
     return lambda raw: with_fields(raw, field(key, value, name))
 
 
@@ -267,7 +272,7 @@ def lie(name: str, key: str, value: list[int]):
         lie("checksum", "shape", [2**31 - 1]),
     ],
 )
-def test_nothing_is_allocated_on_the_word_of_a_file(path, damage):
+def test_nothing_is_allocated_on_the_word_of_a_file(path: Path, damage: Callable[[bytes], bytes]) -> None:
     path.write_bytes(damage(path.read_bytes()))
     tracemalloc.start()
     with pytest.raises(CacheFileError):
@@ -277,7 +282,7 @@ def test_nothing_is_allocated_on_the_word_of_a_file(path, damage):
     assert peak < 1 << 20
 
 
-def test_a_long_head_is_not_read(path):
+def test_a_long_head_is_not_read(path: Path) -> None:
     """Of a file that is as long as it says, too: here with a hole, which takes no room on the disk."""
     path.write_bytes((MOST + 1).to_bytes(8, "little") + b"{")
     os.truncate(path, MOST + 100)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,12 +26,14 @@ from mlx_kvcache import (
 )
 from mlx_kvcache.persist import load, save
 from mlx_kvcache.persist.container import read_arrays, read_contents, write
-from tests.kinds import KINDS, STORES, add_offsets
+from tests.kinds import KINDS, STORES, Kind, add_offsets
+
+from .samples import Change
 
 DIMS = (32, 64)
 
 
-def made(kind, store: str, room: int = 200) -> Any:
+def made(kind: Kind, store: str, room: int = 200) -> Any:
     cache = kind.make(add_offsets)
     cache.init(mx.float32, capacity=room, max_batch=64, quantisation=STORES[store])
     return cache
@@ -81,7 +85,9 @@ def assert_same(one: Any, other: Any, sequences: tuple[int, int] = (0, 0)) -> No
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "lazy"])
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_what_is_loaded_goes_on_as_what_was_saved(kind, store, verify, tmp_path):
+def test_what_is_loaded_goes_on_as_what_was_saved(
+    kind: Kind, store: str, verify: bool, tmp_path: Path
+) -> None:
     path, tokens = tmp_path / "a.safetensors", list(range(20))
     cache, other = filled(made(kind, store)), filled(made(kind, store, room=300))
     size = save(path, cache, 0, tokens)
@@ -99,7 +105,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(kind, store, verify, tmp_path)
 @pytest.mark.parametrize("target", STORES)
 @pytest.mark.parametrize("source", STORES)
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[-1]], ids=str)
-def test_into_another_store(kind, source, target, tmp_path):
+def test_into_another_store(kind: Kind, source: str, target: str, tmp_path: Path) -> None:
     """Positions are exact in any number of bits."""
     cache, other = filled(made(kind, source)), made(kind, target)
     save(tmp_path / "a", cache, 0)
@@ -111,7 +117,7 @@ def test_into_another_store(kind, source, target, tmp_path):
     assert_same(other, again, (0, 3))
 
 
-def test_only_live_tokens_are_written(tmp_path):
+def test_only_live_tokens_are_written(tmp_path: Path) -> None:
     cache = SlidingWindowCache(16, rewind=4)
     cache.init(mx.float16, capacity=2000, max_batch=500)
     kv = mx.zeros((1, 2, 500, 64), mx.float16)
@@ -121,7 +127,7 @@ def test_only_live_tokens_are_written(tmp_path):
     assert cache.nbytes > 19 * 2 * 2 * 64 * 2
 
 
-def test_an_empty_sequence(tmp_path):
+def test_an_empty_sequence(tmp_path: Path) -> None:
     cache, other = CausalCache(), CausalCache()
     for each in (cache, other):
         each.init()
@@ -130,7 +136,7 @@ def test_an_empty_sequence(tmp_path):
     assert other.end(2) == 0
 
 
-def test_encoders_and_recurrences(tmp_path):
+def test_encoders_and_recurrences(tmp_path: Path) -> None:
     def wrapped() -> WrapperCache:
         cache = WrapperCache(EncoderCache(), RecurrentCache(interval=2))
         cache.init(mx.float32)
@@ -156,7 +162,7 @@ def test_encoders_and_recurrences(tmp_path):
         assert mx.array_equal(other.layer(0).get()[0], state + 3)
 
 
-def test_states_of_another_form_are_refused(tmp_path):
+def test_states_of_another_form_are_refused(tmp_path: Path) -> None:
     caches = []
     for state in (mx.zeros((3,)), mx.zeros((3, 3))):
         caches.append(RecurrentCache())
@@ -170,7 +176,7 @@ def test_states_of_another_form_are_refused(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path: Path) -> Path:
     cache = CausalCache()
     cache.init(mx.float32, capacity=100, quantisation=Quantisation(8, group_size=32, after=10))
     for n in (4, 12):
@@ -182,7 +188,7 @@ def saved(tmp_path):
     return tmp_path / "a"
 
 
-def unchanged(path, error: type[CacheError], message: str, cache: Any = None, **options: Any) -> None:
+def unchanged(path: Path, error: type[CacheError], message: str, cache: Any = None, **options: Any) -> None:
     """Loading is refused, and the cache is as it was."""
     if cache is None:
         cache = CausalCache()
@@ -198,7 +204,7 @@ def unchanged(path, error: type[CacheError], message: str, cache: Any = None, **
     cache.check()
 
 
-def test_a_file_of_another_model_cache_or_size_is_refused(saved):
+def test_a_file_of_another_model_cache_or_size_is_refused(saved: Path) -> None:
     unchanged(
         saved,
         CacheFileError,
@@ -223,7 +229,7 @@ def test_a_file_of_another_model_cache_or_size_is_refused(saved):
         load(saved, narrow, 1)
 
 
-def test_another_number_of_tokens_is_refused(tmp_path):
+def test_another_number_of_tokens_is_refused(tmp_path: Path) -> None:
     cache = CausalCache()
     cache.init()
     with pytest.raises(ValueError, match="3 tokens for a sequence of 0"):
@@ -233,7 +239,7 @@ def test_another_number_of_tokens_is_refused(tmp_path):
         save(tmp_path / "a", CausalCache(), 0)
 
 
-def lie(path, change) -> None:
+def lie(path: Path, change: Change) -> None:
     """Write the file again with another header, and checksums that are right."""
     contents = read_contents(path)
     arrays = dict(read_arrays(contents))
@@ -242,15 +248,15 @@ def lie(path, change) -> None:
     write(path, header, arrays)
 
 
-def in_cache(name: str, value: Any):
+def in_cache(name: str, value: Any) -> Change:
     return lambda header, arrays: header["caches"][0].__setitem__(name, value)
 
 
-def in_run(name: str, value: Any):
+def in_run(name: str, value: Any) -> Change:
     return lambda header, arrays: header["caches"][0]["runs"][0].__setitem__(name, value)
 
 
-def in_layer(name: str, value: Any):
+def in_layer(name: str, value: Any) -> Change:
     return lambda header, arrays: header["caches"][0]["layers"]["1"].__setitem__(name, value)
 
 
@@ -284,24 +290,24 @@ def in_layer(name: str, value: Any):
         (lambda header, arrays: arrays.pop("0.0.0.keys.words"), "there is no array '0.0.0.keys.words'"),
     ],
 )
-def test_a_header_that_lies_is_refused(saved, change, message):
+def test_a_header_that_lies_is_refused(saved: Path, change: Change, message: str) -> None:
     lie(saved, change)
     unchanged(saved, CacheFileError, message)
 
 
-def test_random_lies_do_no_harm(saved):
+def test_random_lies_do_no_harm(saved: Path) -> None:
     """Any part of the header exchanged for something else: a cache with its invariants, or a refusal."""
     rng = random.Random(5)
     original, refused = saved.read_bytes(), 0
     values = [None, True, -1, 0, 1, 7, 2**50, 0.5, "x", "0", [], {}, [1, 2], [None, None], {"1": 2}]
 
-    def places(value: Any):
+    def places(value: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(value, (dict, list)):
             for key in value.keys() if isinstance(value, dict) else range(len(value)):
                 yield value, key
                 yield from places(value[key])
 
-    def change(header, arrays):
+    def change(header: dict[str, Any], arrays: dict[str, Any]) -> None:
         holder, key = rng.choice(list(places(header)))
         holder[key] = rng.choice(values)
 
@@ -323,7 +329,7 @@ def test_random_lies_do_no_harm(saved):
     assert 200 < refused < 400
 
 
-def test_no_damage_passes_unseen(saved):
+def test_no_damage_passes_unseen(saved: Path) -> None:
     """1,000 files with flipped bytes, cut or made longer: each is refused, and the cache is as it was."""
     rng = random.Random(3)
     original = saved.read_bytes()
@@ -348,7 +354,7 @@ def test_no_damage_passes_unseen(saved):
         assert not cache._table.sequences and not cache._store.layers
 
 
-def test_saving_holds_no_views(tmp_path):
+def test_saving_holds_no_views(tmp_path: Path) -> None:
     """A view that lived on would make the next write copy the whole buffer."""
     cache = CausalCache()
     cache.init(mx.float32, capacity=5000, max_batch=4000)

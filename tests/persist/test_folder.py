@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,16 +24,18 @@ from tests.persist.filing import ROOT, SIZE, exact, is_whole, put, sequences, wr
 PLENTY = 10**9
 
 
-def folder_at(path, max_bytes=PLENTY, namespace="model", **options) -> PrefixFolder:
+def folder_at(path: Path, max_bytes: int = PLENTY, namespace: str = "model", **options: Any) -> PrefixFolder:
     return PrefixFolder(path, max_bytes, namespace, **options)
 
 
-def child(path, action, argument, budget=PLENTY) -> subprocess.Popen[str]:
+def child(path: Path, action: str, argument: object, budget: int = PLENTY) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.persist.filing", str(path), str(budget), action, str(argument)]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def lengths(folder, tokens, salt=None) -> list[tuple[int, tuple[int, ...]]]:
+def lengths(
+    folder: PrefixFolder, tokens: Sequence[int], salt: Hashable = None
+) -> list[tuple[int, tuple[int, ...]]]:
     return [(length, found.tokens) for length, found in folder.matches(tokens, salt)]
 
 
@@ -53,7 +56,7 @@ def check_all(path: Path, count: int | None = None) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_trees_in_memory(tmp_path, seed):
+def test_equals_trees_in_memory(tmp_path: Path, seed: int) -> None:
     """Short tokens of few kinds are put, discarded, looked up through two objects, and kept over restarts."""
     rng = random.Random(seed)
     folders = [folder_at(tmp_path), folder_at(tmp_path)]
@@ -87,7 +90,7 @@ def test_equals_trees_in_memory(tmp_path, seed):
         folder.close()
 
 
-def test_the_longest_come_first(tmp_path):
+def test_the_longest_come_first(tmp_path: Path) -> None:
     with folder_at(tmp_path) as folder:
         for tokens in ([1], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 9], [7], [2**40, 2**63 - 1]):
             assert put(folder, tokens)
@@ -102,7 +105,7 @@ def test_the_longest_come_first(tmp_path):
                 put(folder, tokens)
 
 
-def test_salts_and_namespaces_are_apart(tmp_path):
+def test_salts_and_namespaces_are_apart(tmp_path: Path) -> None:
     salts = [
         None,
         0,
@@ -140,7 +143,7 @@ def test_salts_and_namespaces_are_apart(tmp_path):
         assert folder.counts == {"salt cannot be written": 3}
 
 
-def test_the_least_recently_used_goes_over_all_objects(tmp_path):
+def test_the_least_recently_used_goes_over_all_objects(tmp_path: Path) -> None:
     with folder_at(tmp_path, 4 * SIZE) as one, folder_at(tmp_path, 4 * SIZE, "other") as other:
         for token in (1, 2, 3):
             put(one, [token])
@@ -164,7 +167,7 @@ def test_the_least_recently_used_goes_over_all_objects(tmp_path):
     assert len(list(tmp_path.glob("*.kvcache"))) == 2
 
 
-def test_what_is_larger_than_the_budget_takes_nothing_away(tmp_path):
+def test_what_is_larger_than_the_budget_takes_nothing_away(tmp_path: Path) -> None:
     with folder_at(tmp_path, SIZE) as folder:
         put(folder, [1])
         assert not folder.put([2], None, writer([2]), SIZE + 1)
@@ -181,7 +184,7 @@ def test_what_is_larger_than_the_budget_takes_nothing_away(tmp_path):
 
 
 @pytest.mark.parametrize("budget", [PLENTY, 30 * SIZE])
-def test_two_processes_at_once(tmp_path, budget):
+def test_two_processes_at_once(tmp_path: Path, budget: int) -> None:
     children = [child(tmp_path, "many", seed, budget) for seed in (1, 2)]
     assert [process.wait() for process in children] == [0, 0]
     found = check_all(tmp_path, min(200, budget // SIZE))
@@ -190,7 +193,7 @@ def test_two_processes_at_once(tmp_path, budget):
 
 
 @pytest.mark.parametrize("stage", ["before", "inside", "after"])
-def test_an_end_in_the_middle_of_a_file(tmp_path, stage):
+def test_an_end_in_the_middle_of_a_file(tmp_path: Path, stage: str) -> None:
     process = child(tmp_path, "hold", stage)
     assert process.stdout and process.stdout.readline() == f"{stage}\n"
     with folder_at(tmp_path) as folder:
@@ -209,7 +212,7 @@ def test_an_end_in_the_middle_of_a_file(tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", ["before", "inside", "after"])
-def test_a_start_leaves_a_living_process_its_file(tmp_path, stage):
+def test_a_start_leaves_a_living_process_its_file(tmp_path: Path, stage: str) -> None:
     process = child(tmp_path, "hold", stage)
     assert process.stdout and process.stdout.readline() == f"{stage}\n"
     folder_at(tmp_path).close()
@@ -220,7 +223,7 @@ def test_a_start_leaves_a_living_process_its_file(tmp_path, stage):
 
 @pytest.mark.parametrize("budget", [PLENTY, 2 * SIZE])
 @pytest.mark.parametrize("seed", range(3))
-def test_an_end_at_any_time(tmp_path, seed, budget):
+def test_an_end_at_any_time(tmp_path: Path, seed: int, budget: int) -> None:
     process = child(tmp_path, "loop", seed, budget)
     assert process.stdout
     printed = [process.stdout.readline() for _ in range(3 * seed + 1)]
@@ -233,12 +236,12 @@ def test_an_end_at_any_time(tmp_path, seed, budget):
         assert 0 < len(found) <= 2
 
 
-def test_the_end_of_a_process_writes_what_was_put(tmp_path):
+def test_the_end_of_a_process_writes_what_was_put(tmp_path: Path) -> None:
     assert child(tmp_path, "leave", 3).wait() == 0
     assert check_all(tmp_path) == {tuple(tokens) for tokens in sequences(3, 20)}
 
 
-def test_a_folder_that_is_dropped_ends_its_thread(tmp_path):
+def test_a_folder_that_is_dropped_ends_its_thread(tmp_path: Path) -> None:
     before = threading.enumerate()
     folder = folder_at(tmp_path)
     put(folder, [1])
@@ -250,7 +253,7 @@ def test_a_folder_that_is_dropped_ends_its_thread(tmp_path):
     assert dropped() is None
 
 
-def test_files_that_are_gone(tmp_path):
+def test_files_that_are_gone(tmp_path: Path) -> None:
     with folder_at(tmp_path) as folder:
         for token in (1, 2):
             put(folder, [token])
@@ -287,7 +290,7 @@ def take_away(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [spoil_header, spoil_pages, cut_off, take_away])
-def test_a_damaged_index_is_begun_anew(tmp_path, spoil):
+def test_a_damaged_index_is_begun_anew(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     with folder_at(tmp_path) as folder:
         for tokens in sequences(0, 20):
             put(folder, tokens)
@@ -304,7 +307,7 @@ def test_a_damaged_index_is_begun_anew(tmp_path, spoil):
     assert check_all(tmp_path) == {(1,)}
 
 
-def test_an_index_that_is_replaced_in_use(tmp_path):
+def test_an_index_that_is_replaced_in_use(tmp_path: Path) -> None:
     """The one who used the old index goes on with the new one, and loses only what it was writing."""
     started, go_on = threading.Event(), threading.Event()
 
@@ -338,7 +341,7 @@ def test_an_index_that_is_replaced_in_use(tmp_path):
     assert check_all(tmp_path) == {(3,), (4,)}
 
 
-def test_damage_that_shows_in_use(tmp_path):
+def test_damage_that_shows_in_use(tmp_path: Path) -> None:
     with folder_at(tmp_path) as folder:
         for tokens in sequences(0, 20):
             put(folder, tokens)
@@ -354,7 +357,7 @@ def test_damage_that_shows_in_use(tmp_path):
     assert check_all(tmp_path) == {(1,)}
 
 
-def test_a_later_version_is_left_alone(tmp_path):
+def test_a_later_version_is_left_alone(tmp_path: Path) -> None:
     with folder_at(tmp_path) as folder:
         put(folder, [1])
     connection = sqlite3.connect(tmp_path / "index.sqlite")
@@ -365,7 +368,7 @@ def test_a_later_version_is_left_alone(tmp_path):
     assert len(list(tmp_path.glob("*.kvcache"))) == 1
 
 
-def test_folders_that_cannot_be_used(tmp_path):
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CacheFileError, match=str(place)):
@@ -381,7 +384,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_folder_that_cannot_be_written(tmp_path, is_new):
+def test_a_folder_that_cannot_be_written(tmp_path: Path, is_new: bool) -> None:
     if not is_new:
         folder_at(tmp_path).close()
     tmp_path.chmod(0o555)
@@ -393,7 +396,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, is_new):
 
 
 @pytest.mark.parametrize("error", [CacheFileError("x", "full"), ZeroDivisionError(), SystemExit()])
-def test_failures_are_counted_and_the_next_is_written(tmp_path, error):
+def test_failures_are_counted_and_the_next_is_written(tmp_path: Path, error: BaseException) -> None:
     def fail(path: Path) -> int:
         raise error
 
@@ -407,10 +410,10 @@ def test_failures_are_counted_and_the_next_is_written(tmp_path, error):
     assert check_all(tmp_path) == {(1,), (2,)}
 
 
-def test_a_disk_that_is_behind(tmp_path):
+def test_a_disk_that_is_behind(tmp_path: Path) -> None:
     go_on = threading.Event()
 
-    def slow(tokens):
+    def slow(tokens: list[int]) -> Callable[[Path], int]:
         write = writer(tokens)
         return lambda path: go_on.wait() and write(path)
 
@@ -431,7 +434,7 @@ def test_a_disk_that_is_behind(tmp_path):
         assert folder.counts == {"written": 4, "behind": 2, "already there": 1}
 
 
-def test_a_closed_one_cannot_be_used(tmp_path):
+def test_a_closed_one_cannot_be_used(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     put(folder, [1])
     folder.flush()
@@ -453,7 +456,7 @@ def test_a_closed_one_cannot_be_used(tmp_path):
     assert check_all(tmp_path) == {(1,), (2,)}
 
 
-def test_a_folder_cannot_be_used_after_a_fork(tmp_path):
+def test_a_folder_cannot_be_used_after_a_fork(tmp_path: Path) -> None:
     script = f"""
 import os
 from tests.persist.filing import PrefixFolder, put
@@ -473,7 +476,7 @@ put(folder, [2])
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_threads(tmp_path, seed):
+def test_threads(tmp_path: Path, seed: int) -> None:
     errors: list[Exception] = []
 
     def use(folder: PrefixFolder, number: int) -> None:

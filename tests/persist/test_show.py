@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,7 @@ from mlx_kvcache import (
 )
 from mlx_kvcache.persist import save
 from mlx_kvcache.persist.show import FLOAT, GONE, PACKED, WIDTH, shown
+from tests.persist.samples import Change
 
 from .test_files import lie
 
@@ -29,7 +31,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     """A window with sinks that has slid, full attention of which the end is packed, and a recurrence."""
     causal = CausalCache()
     wrapper = WrapperCache(SlidingWindowCache(16, sinks=8), causal, RecurrentCache(), EncoderCache())
@@ -50,7 +52,7 @@ def path(tmp_path):
     return tmp_path / "a"
 
 
-def test_a_file_and_its_pictures(path):
+def test_a_file_and_its_pictures(path: Path) -> None:
     done = run("show", path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "tokens    64, their numbers given" in done.stdout
@@ -66,7 +68,7 @@ def test_a_file_and_its_pictures(path):
     assert any(GONE * (WIDTH // 2) in line for line in done.stdout.splitlines())
 
 
-def test_damage_is_said_and_makes_the_command_fail(path):
+def test_damage_is_said_and_makes_the_command_fail(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -86,20 +88,20 @@ def test_damage_is_said_and_makes_the_command_fail(path):
         lambda header, arrays: header.pop("model"),
     ],
 )
-def test_lies_are_said_too(path, change):
+def test_lies_are_said_too(path: Path, change: Change) -> None:
     lie(path, change)
     done = run("show", path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"{path}: ") and "Traceback" not in done.stderr
 
 
-def test_an_empty_file_of_a_cache(tmp_path):
+def test_an_empty_file_of_a_cache(tmp_path: Path) -> None:
     cache = CausalCache()
     cache.init()
     save(tmp_path / "a", cache, 0)
     assert "nothing is held" in "\n".join(shown(tmp_path / "a"))
 
 
-def test_help_says_what_the_pictures_mean():
+def test_help_says_what_the_pictures_mean() -> None:
     assert "show" in run("--help").stdout
     assert PACKED in run("show", "--help").stdout

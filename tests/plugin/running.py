@@ -22,7 +22,7 @@ def logits_of(model: nn.Module, cache: Cache, tokens: list[int], block: int | No
     return mx.concatenate(parts)
 
 
-def greedy(model, prompt: list[int], n: int) -> list[int]:
+def greedy(model: nn.Module, prompt: list[int], n: int) -> list[int]:
     """By mlx-lm's own caches, token by token, which is exact everywhere."""
     cache, tokens = make_theirs(model), list[int]()
     for token in prompt:

@@ -7,6 +7,7 @@ computing the text that remains afresh.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +48,7 @@ def assert_equal(ours: mx.array, expected: mx.array) -> None:
     assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
 
 
-def in_blocks(model, cache, tokens, sizes):
+def in_blocks(model: nn.Module, cache: list[Any], tokens: list[int], sizes: tuple[int, ...]) -> mx.array:
     parts = []
     for size in (*sizes, *[1] * len(tokens)):
         if tokens:
@@ -58,7 +59,7 @@ def in_blocks(model, cache, tokens, sizes):
 
 @pytest.mark.parametrize("sizes", [(24,), (5, 13, 1, 7, 3)], ids=["one block", "uneven blocks"])
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding(name, sizes):
+def test_prefill_and_decoding(name: str, sizes: tuple[int, ...]) -> None:
     """Past every border of windows and chunks, which are of 8 tokens."""
     model = model_of(name)
     ours = in_blocks(model, make_prompt_cache(model), TEXT[:40], sizes)
@@ -66,7 +67,7 @@ def test_prefill_and_decoding(name, sizes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_going_back_and_forking(name):
+def test_going_back_and_forking(name: str) -> None:
     """Three tokens back after 23, or to the newest checkpoint before; then two ways on."""
     model = model_of(name)
     cache = make_prompt_cache(model)
@@ -85,7 +86,7 @@ def test_going_back_and_forking(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_unequal_length_in_one_batch(name):
+def test_rows_of_unequal_length_in_one_batch(name: str) -> None:
     """Padded prompts in blocks, decoding, one row extracted, the others going on."""
     model = model_of(name)
     prompts, more = (TEXT[:17], TEXT[20:26], TEXT[30:41]), (OTHER[:4], OTHER[4:8], OTHER[8:12])
@@ -101,7 +102,7 @@ def test_rows_of_unequal_length_in_one_batch(name):
     batch.prompt([prompt[3:] for prompt in prompts])
     found: list[list[mx.array]] = [[], [], []]
 
-    def decode(step, rows, cache):
+    def decode(step: int, rows: tuple[int, ...], cache: list[Any]) -> None:
         logits = model(mx.array([[more[row][step]] for row in rows]), cache=cache)
         for index, row in enumerate(rows):
             found[row].append(logits[index])
@@ -119,6 +120,6 @@ def test_rows_of_unequal_length_in_one_batch(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(name):
+def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotSupportedError, match=REFUSED[name]):
         make_prompt_cache(model_of(name))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 from mlx_lm.generate import generate_step
@@ -26,13 +28,16 @@ def bound() -> list[object]:
     return [sys.modules[f"mlx_lm.{name}"].make_prompt_cache for name in names]
 
 
-def tokens(model, n=12, **options):
+def tokens(model: nn.Module, n: int = 12, **options: Any) -> list[int]:
     return [token for token, _ in generate_step(PROMPT, model, max_tokens=n, **options)]
 
 
-def test_attach_and_detach_are_counted():
+def test_attach_and_detach_are_counted() -> None:
     first, second, never = tiny_llama(), tiny_llama(), tiny_llama()
-    make = lambda model: sys.modules["mlx_lm.generate"].make_prompt_cache(model)  # noqa: E731
+
+    def make(model: nn.Module) -> Any:
+        return sys.modules["mlx_lm.generate"].make_prompt_cache(model)
+
     attach(first, capacity=50)
     attach(second)
     attach(first, capacity=60)
@@ -48,7 +53,7 @@ def test_attach_and_detach_are_counted():
         detach(first)
 
 
-def test_generating_gives_the_same_tokens():
+def test_generating_gives_the_same_tokens() -> None:
     model = tiny_llama()
     expected = tokens(model)
     with attach(model):
@@ -56,7 +61,7 @@ def test_generating_gives_the_same_tokens():
     assert bound() == [ORIGINAL, ORIGINAL]
 
 
-def test_max_kv_size_is_honoured():
+def test_max_kv_size_is_honoured() -> None:
     model = tiny_llama()
     with attach(model):
         made = sys.modules["mlx_lm.generate"].make_prompt_cache(model, 20)
@@ -68,19 +73,19 @@ def test_max_kv_size_is_honoured():
         assert len(tokens(model, 60, max_kv_size=20)) == 60
 
 
-def test_kv_bits_that_do_not_fit_are_refused_instead_of_ignored():
+def test_kv_bits_that_do_not_fit_are_refused_instead_of_ignored() -> None:
     model = tiny_llama()
     with attach(model), pytest.raises(ValueError, match="8 features, which groups of 64 do not divide"):
         tokens(model, kv_bits=8, quantized_kv_start=0)
 
 
-def test_bad_options_attach_nothing():
+def test_bad_options_attach_nothing() -> None:
     with pytest.raises(ValueError, match="capacity"):
         attach(tiny_llama(), capacity=-1)
     assert bound() == [ORIGINAL, ORIGINAL]
 
 
-def test_a_model_that_is_dropped_is_detached():
+def test_a_model_that_is_dropped_is_detached() -> None:
     model = tiny_llama()
     attach(model)
     del model
@@ -88,7 +93,7 @@ def test_a_model_that_is_dropped_is_detached():
     assert bound() == [ORIGINAL, ORIGINAL]
 
 
-def test_generate_on_the_chat_model(chat_model):
+def test_generate_on_the_chat_model(chat_model: tuple[nn.Module, Any]) -> None:
     model, tokenizer = chat_model
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
@@ -96,7 +101,7 @@ def test_generate_on_the_chat_model(chat_model):
         assert "Paris" in mlx_lm.generate(model, tokenizer, prompt, max_tokens=10)
 
 
-def test_the_model_and_its_module_are_put_back():
+def test_the_model_and_its_module_are_put_back() -> None:
     """While caches live, the model has a class of its own and its module attends to handles."""
     model = tiny_llama()
     with attach(model):

@@ -26,7 +26,7 @@ PLUGIN = [sys.executable, "-m", "mlx_kvcache.plugin"]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as a model folder."""
     path = tmp_path_factory.mktemp("models") / "smollm2"
     smollm2.export(path, mx.float32)
@@ -46,7 +46,7 @@ def run(*arguments: object, text: str | None = None) -> str:
     return done.stdout
 
 
-def test_generate_with_a_bound(folder):
+def test_generate_with_a_bound(folder: Path) -> None:
     """More tokens than there is room for, on a model that makes its own caches: mlx-lm ignores the bound."""
     printed = run(
         "generate", "--model", folder, "--prompt", "Count to ninety.", "--max-kv-size", 48, "-m", 30
@@ -54,7 +54,7 @@ def test_generate_with_a_bound(folder):
     assert "Generation: 30 tokens" in printed
 
 
-def test_generate_in_fewer_bits(folder):
+def test_generate_in_fewer_bits(folder: Path) -> None:
     """By an option of this package's for any command, and by mlx-lm's own from a length on."""
     question = ("--model", folder, "--prompt", "My name is Ada. What is my name?", "-m", 6)
 
@@ -67,7 +67,7 @@ def test_generate_in_fewer_bits(folder):
     assert said("generate", *question, "--kv-bits", 8, "--quantized-kv-start", 20) == plain
 
 
-def test_chat_keeps_what_was_said(folder):
+def test_chat_keeps_what_was_said(folder: Path) -> None:
     printed = run(
         "chat", "--model", folder, "--max-tokens", 12,
         text="My name is Ada.\nWhat is my name?\nq\n",
@@ -75,7 +75,7 @@ def test_chat_keeps_what_was_said(folder):
     assert "Ada" in printed.split("?")[-1]
 
 
-def test_a_prompt_cache_file_loads_again(folder, tmp_path):
+def test_a_prompt_cache_file_loads_again(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.safetensors"
     run("cache_prompt", "--model", folder, "--prompt", "The sky is blue.", "--prompt-cache-file", file)
     cache = load_prompt_cache(str(file))
@@ -85,7 +85,7 @@ def test_a_prompt_cache_file_loads_again(folder, tmp_path):
     assert "blue" in said
 
 
-def test_help_names_the_commands():
+def test_help_names_the_commands() -> None:
     printed = run("--help")
     for command in ("generate", "chat", "server", "cache_prompt"):
         assert command in printed
@@ -122,7 +122,7 @@ def ask(url: str, messages: list[dict[str, str]], **more: object) -> tuple[str, 
     return answer["choices"][0]["message"]["content"], usage["prompt_tokens"], cached
 
 
-def test_the_server_prefills_only_what_is_new(folder):
+def test_the_server_prefills_only_what_is_new(folder: Path) -> None:
     """Four clients of five turns with one system prompt."""
     system = {"role": "system", "content": "You are a helpful assistant who answers in very few words."}
     questions = ["What is two and two?", "And three more?", "And one less?", "Is it odd?", "Thank you."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
@@ -24,7 +25,7 @@ BLOCKS = [13, 5, 1, 1, 9, 2, 9]
 TOLERANCE = 1e-4
 
 
-def run(model, rows: list[list[int]], blocks: list[int]) -> mx.array:
+def run(model: nn.Module, rows: list[list[int]], blocks: list[int]) -> mx.array:
     """Logits of the rows, fed in blocks to mlx-lm's own caches."""
     cache = make_prompt_cache(model)
     parts = []
@@ -42,7 +43,7 @@ def deviation(logits: mx.array, expected: mx.array) -> float:
     return worst
 
 
-def test_every_model_module_has_its_place():
+def test_every_model_module_has_its_place() -> None:
     configured = {module_of(name) for name in CONFIGURATIONS}
     assert not configured & set(UNBUILDABLE)
     assert sorted(configured | set(UNBUILDABLE)) == model_modules()
@@ -50,7 +51,7 @@ def test_every_model_module_has_its_place():
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGURATIONS))
-def test_model_runs(name):
+def test_model_runs(name: str) -> None:
     model = build(name)
     whole = run(model, [TOKENS], [len(TOKENS)])
     assert whole.shape == (1, len(TOKENS), VOCABULARY)
@@ -73,7 +74,7 @@ def test_model_runs(name):
 
 
 @pytest.mark.parametrize("name", ["kimi_linear", "llama", "qwen3_next"])
-def test_weights_follow_from_the_seed(name):
+def test_weights_follow_from_the_seed(name: str) -> None:
     """Whatever state mlx's own generator is in."""
 
     def weights(seed: int) -> dict[str, mx.array]:

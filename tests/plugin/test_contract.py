@@ -17,19 +17,19 @@ from tests.plugin.running import logits_of
 from tests.plugin.tiny import tiny_llama
 
 
-def test_an_attribute_that_is_not_known(monkeypatch):
+def test_an_attribute_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_lm_cache.RotatingKVCache, "compress", lambda self: None, raising=False)
     with pytest.raises(NotSupportedError, match=r"mlx-lm 0\.\d+\.\d+ .* RotatingKVCache has compress"):
         attach(tiny_llama())
 
 
-def test_a_function_with_other_parameters(monkeypatch):
+def test_a_function_with_other_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_lm_cache.PromptTrie, "search", lambda self, tokens: None)
     with pytest.raises(NotSupportedError, match=r"PromptTrie.search takes \['self', 'tokens'\]"):
         attach(tiny_llama())
 
 
-def test_a_function_that_is_gone(monkeypatch):
+def test_a_function_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mlx_lm_cache.LRUPromptCache, "insert_cache")
     with pytest.raises(NotSupportedError, match=r"insert_cache takes \[\]"):
         attach(tiny_llama())
@@ -39,7 +39,7 @@ class Curious(nn.Module):
     """A model that asks its cache for something."""
 
     def __init__(self, ask: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ask = ask
         self.layers = [nn.Linear(4, 4)]
 
@@ -49,13 +49,13 @@ class Curious(nn.Module):
         return inputs
 
 
-def test_a_model_that_asks_for_more_than_there_is():
+def test_a_model_that_asks_for_more_than_there_is() -> None:
     with pytest.raises(NotSupportedError, match=r"test_contract does not run .*entropy"):
         make_prompt_cache(Curious(lambda layer: layer.entropy))
 
 
-def test_a_model_that_writes_a_layer_twice():
-    def twice(layer):
+def test_a_model_that_writes_a_layer_twice() -> None:
+    def twice(layer: Any) -> None:
         for _ in range(2):
             layer.update_and_fetch(mx.zeros((1, 1, layer.rows.forward.n, 4)), mx.zeros((1, 1, 2, 4)))
 
@@ -63,8 +63,8 @@ def test_a_model_that_writes_a_layer_twice():
         make_prompt_cache(Curious(twice))
 
 
-def test_a_cache_of_a_class_that_is_derived_from_a_known_one():
-    class Special(KVCache):
+def test_a_cache_of_a_class_that_is_derived_from_a_known_one() -> None:
+    class Special(KVCache):  # type: ignore[misc]
         pass
 
     model = tiny_llama()
@@ -73,7 +73,7 @@ def test_a_cache_of_a_class_that_is_derived_from_a_known_one():
         make_prompt_cache(model)
 
 
-def test_a_layer_that_the_model_never_writes():
+def test_a_layer_that_the_model_never_writes() -> None:
     """Its place stays empty, and forwards are complete without it."""
     model = tiny_llama()
     model.make_cache = lambda: [KVCache() for _ in range(4)]

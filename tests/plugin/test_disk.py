@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, CacheFileError
 from mlx_kvcache.plugin import make_session_pool
+from mlx_kvcache.sessions import SessionPool
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
@@ -21,11 +24,11 @@ TEXT = [(5 * i + 3 * i * i) % 90 for i in range(200)]
 MODEL = tiny_llama(head_dim=64)
 
 
-def afresh(model, tokens) -> mx.array:
+def afresh(model: nn.Module, tokens: list[int]) -> mx.array:
     return logits_of(model, make_theirs(model), list(tokens), 1)[-1:]
 
 
-def say(pool, tokens, model=MODEL, exact: float = 2e-4):
+def say(pool: SessionPool, tokens: list[int], model: nn.Module = MODEL, exact: float = 2e-4) -> int:
     """A turn whose answer must be that of a fresh computation; how many tokens were there already."""
     with pool.open(tokens) as session:
         logits = logits_of(model, session.cache, session.rest)[-1:]
@@ -34,7 +37,7 @@ def say(pool, tokens, model=MODEL, exact: float = 2e-4):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next"])
-def test_conversations_with_little_memory(name, tmp_path):
+def test_conversations_with_little_memory(name: str, tmp_path: Path) -> None:
     """Random prompts over few tokens, of which memory keeps one and the folder some."""
     model, rng = build(name), random.Random(1)
     known: list[list[int]] = [TEXT[:12]]
@@ -53,7 +56,7 @@ def test_conversations_with_little_memory(name, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_bits": 8}], ids=["float", "packed"])
-def test_after_a_restart(options, tmp_path):
+def test_after_a_restart(options: dict[str, Any], tmp_path: Path) -> None:
     exact = 2e-4 if not options else 0.5
     with make_session_pool(MODEL, folder=tmp_path, **options) as pool:
         assert say(pool, TEXT[:60], exact=exact) == 0
@@ -69,7 +72,7 @@ def test_after_a_restart(options, tmp_path):
         assert say(pool, TEXT[:40] + TEXT[100:130], exact=exact) == 60
 
 
-def test_what_is_stored_otherwise_is_not_found(tmp_path):
+def test_what_is_stored_otherwise_is_not_found(tmp_path: Path) -> None:
     with make_session_pool(MODEL, folder=tmp_path) as pool:
         say(pool, TEXT[:50])
     for model, options in (
@@ -83,7 +86,7 @@ def test_what_is_stored_otherwise_is_not_found(tmp_path):
         assert say(pool, TEXT[:60]) == 50
 
 
-def test_the_folders_bytes_are_bounded(tmp_path):
+def test_the_folders_bytes_are_bounded(tmp_path: Path) -> None:
     with make_session_pool(MODEL, max_stored=0, folder=tmp_path, folder_bytes=400_000) as pool:
         for i in range(12):
             say(pool, [i, *TEXT[:39]])
@@ -96,7 +99,7 @@ def test_the_folders_bytes_are_bounded(tmp_path):
         assert say(pool, [0, *TEXT[:45]]) == 0
 
 
-def test_damaged_files_are_misses(tmp_path):
+def test_damaged_files_are_misses(tmp_path: Path) -> None:
     with make_session_pool(MODEL, folder=tmp_path) as pool:
         say(pool, TEXT[:40])
         say(pool, TEXT[:20] + TEXT[50:60])
@@ -111,7 +114,7 @@ def test_damaged_files_are_misses(tmp_path):
         assert say(pool, TEXT[:50]) == 49
 
 
-def test_salts_that_cannot_be_written_stay_in_memory(tmp_path):
+def test_salts_that_cannot_be_written_stay_in_memory(tmp_path: Path) -> None:
     salt = object()
     with make_session_pool(MODEL, folder=tmp_path) as pool:
         with pool.open(TEXT[:30], salt=salt) as session:
@@ -121,7 +124,7 @@ def test_salts_that_cannot_be_written_stay_in_memory(tmp_path):
         assert pool.open(TEXT[:40], salt=salt).reused == 30
 
 
-def test_a_folder_that_cannot_be_used(tmp_path):
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CacheFileError, match="file"):
         make_session_pool(MODEL, folder=tmp_path / "file")
@@ -136,7 +139,7 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     pool.close()
 
 
-def test_without_a_folder_nothing_is_written():
+def test_without_a_folder_nothing_is_written() -> None:
     pool = make_session_pool(MODEL, max_stored=1)
     assert say(pool, TEXT[:40]) == 0
     pool.flush()
@@ -156,7 +159,7 @@ with make_session_pool(model, folder=sys.argv[1]) as pool:
 """
 
 
-def test_other_processes_find_what_was_written(tmp_path):
+def test_other_processes_find_what_was_written(tmp_path: Path) -> None:
     with make_session_pool(MODEL, folder=tmp_path) as pool:
         say(pool, TEXT[:50])
         pool.flush()
@@ -168,7 +171,7 @@ def test_other_processes_find_what_was_written(tmp_path):
         assert say(pool, TEXT[:80]) == 70
 
 
-def test_a_pool_that_is_closed_twice(tmp_path):
+def test_a_pool_that_is_closed_twice(tmp_path: Path) -> None:
     pool: Any = make_session_pool(MODEL, folder=tmp_path)
     say(pool, TEXT[:30])
     pool.close()

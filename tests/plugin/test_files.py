@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
@@ -15,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 from mlx_kvcache import CacheError, CacheFileError, CacheFullError
 from mlx_kvcache.plugin import PromptCache, attach, make_prompt_cache
 from mlx_kvcache.plugin.foreign import read_foreign
+from tests.persist.samples import Change
 from tests.plugin.configurations import DIFFERS_IN_BLOCKS, build
 from tests.plugin.files.make import path_of
 from tests.plugin.running import difference, logits_of
@@ -27,7 +31,9 @@ SOME = ["llama", "llama:window", "gemma3_text", "deepseek_v32", "llama4", "qwen3
 STORAGE: list[dict[str, Any]] = [{}, {"kv_bits": (8, 4), "kv_group_size": GROUP}]
 
 
-def assert_goes_on(cache, other, model, tokens=tuple(TEXT[40:44])) -> None:
+def assert_goes_on(
+    cache: PromptCache, other: PromptCache, model: nn.Module, tokens: Sequence[int] = tuple(TEXT[40:44])
+) -> None:
     """Both compute the same, from where they are and from where they can go back to."""
     assert cache.position == other.position
     points = [cache.resume_point(p) for p in range(cache.position + 1)]
@@ -44,7 +50,9 @@ def assert_goes_on(cache, other, model, tokens=tuple(TEXT[40:44])) -> None:
 @pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed"])
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "lazy"])
 @pytest.mark.parametrize("name", SOME)
-def test_what_is_loaded_goes_on_as_what_was_saved(name, storage, verify, tmp_path):
+def test_what_is_loaded_goes_on_as_what_was_saved(
+    name: str, storage: dict[str, Any], verify: bool, tmp_path: Path
+) -> None:
     """A branch that has its beginning from another, after going back."""
     model, path = model_of(name), tmp_path / "chat.safetensors"
     cache = make_prompt_cache(model, rewind=12, **storage)
@@ -61,7 +69,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(name, storage, verify, tmp_pat
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_removals_go_on_without_drift(bits, tmp_path):
+def test_removals_go_on_without_drift(bits: int | None, tmp_path: Path) -> None:
     """What was first stored of the tokens before a gap is in the file."""
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, kv_bits=bits)
@@ -86,7 +94,7 @@ def test_removals_go_on_without_drift(bits, tmp_path):
         {"quantise_after": 100},
     ],
 )
-def test_into_other_options(options, tmp_path):
+def test_into_other_options(options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, kv_bits=(8, 8), capacity=60)
     logits_of(model, cache, TEXT[:40])
@@ -103,7 +111,7 @@ def test_into_other_options(options, tmp_path):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_files_of_mlx_lms_own_caches(name, tmp_path):
+def test_files_of_mlx_lms_own_caches(name: str, tmp_path: Path) -> None:
     """From its caches to ours, after windows have slid, as rings and in blocks."""
     model, path = model_of(name), str(tmp_path / "theirs.safetensors")
     for sizes in (1, 13):
@@ -118,7 +126,7 @@ def test_files_of_mlx_lms_own_caches(name, tmp_path):
 
 @pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed"])
 @pytest.mark.parametrize("name", SOME)
-def test_files_for_mlx_lm(name, storage, tmp_path):
+def test_files_for_mlx_lm(name: str, storage: dict[str, Any], tmp_path: Path) -> None:
     """And the other way round; by mlx-lm's own function too, where a model is attached."""
     model = model_of(name)
     cache = make_prompt_cache(model, **storage)
@@ -149,7 +157,7 @@ RANGES: dict[str, list[tuple[tuple[int, int], ...]]] = {
 
 
 @pytest.mark.parametrize("version", ["0.31.3", "0.32.2"])
-def test_every_class_of_mlx_lm(version):
+def test_every_class_of_mlx_lm(version: str) -> None:
     """Files that these versions wrote, in which tokens are their position."""
     foreign = read_foreign(path_of(version, "every"))
     assert (foreign.end, foreign.metadata) == (20, {"model": "none"})
@@ -163,7 +171,7 @@ def test_every_class_of_mlx_lm(version):
     assert [array.shape for array in foreign.entries[-1].arrays if array is not None] == [(1, 3), (1, 4, 2)]
 
 
-def three_layers():
+def three_layers() -> nn.Module:
     """A model whose caches are those of the files of three layers."""
     model = tiny_llama(head_dim=32, num_key_value_heads=1, dtype=mx.float16)
     model.make_cache = lambda: [
@@ -175,7 +183,7 @@ def three_layers():
 
 
 @pytest.mark.parametrize("version", ["0.31.3", "0.32.2"])
-def test_a_file_of_an_old_version_loads(version):
+def test_a_file_of_an_old_version_loads(version: str) -> None:
     cache = PromptCache.load(path_of(version, "three"), three_layers())
     assert cache.position == 20
     assert cache[0].state[0][0, 0, :, 0].tolist() == list(range(20))
@@ -183,7 +191,7 @@ def test_a_file_of_an_old_version_loads(version):
     assert cache.can_resume(20) and not cache.can_resume(15)
 
 
-def test_files_of_mlx_lm_that_do_not_fit(tmp_path):
+def test_files_of_mlx_lm_that_do_not_fit(tmp_path: Path) -> None:
     model = tiny_llama(head_dim=32, num_key_value_heads=1)
     with pytest.raises(CacheFileError, match="layer 1 of the model is a KVCache"):
         PromptCache.load(path_of("0.32.2", "three"), model)
@@ -209,7 +217,7 @@ def test_files_of_mlx_lm_that_do_not_fit(tmp_path):
         PromptCache.load(path, model)
 
 
-def test_nothing_that_a_file_names_is_called(tmp_path):
+def test_nothing_that_a_file_names_is_called(tmp_path: Path) -> None:
     """mlx-lm would look the class up among all names of its module."""
     path = str(tmp_path / "a.safetensors")
     keys = mx.zeros((1, 2, 5, 8))
@@ -222,7 +230,7 @@ def test_nothing_that_a_file_names_is_called(tmp_path):
         PromptCache.load(path, tiny_llama())
 
 
-def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path):
+def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path: Path) -> None:
     """They have no checksums: what can be told is refused, and nothing else is raised."""
     rng, path, model = random.Random(2), tmp_path / "a.safetensors", three_layers()
     original = path_of("0.31.3", "three").read_bytes()
@@ -239,7 +247,7 @@ def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path):
     assert refused > 150
 
 
-def test_saving_and_loading_beside_another_thread(tmp_path):
+def test_saving_and_loading_beside_another_thread(tmp_path: Path) -> None:
     """A fork goes on in the meantime; what is shared is evaluated by one thread at a time."""
     model, path = tiny_llama(), tmp_path / "a"
     cache = make_prompt_cache(model)
@@ -278,7 +286,7 @@ class Words:
         return {word: i for i, word in enumerate(self.words)}
 
 
-def test_a_file_of_another_model_or_tokenizer_is_refused(tmp_path):
+def test_a_file_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "a"
     cache = make_prompt_cache(model)
     logits_of(model, cache, TEXT[:9])
@@ -301,7 +309,7 @@ def test_a_file_of_another_model_or_tokenizer_is_refused(tmp_path):
     assert cache.pool.nbytes == before
 
 
-def test_what_cannot_be_written_or_read(tmp_path):
+def test_what_cannot_be_written_or_read(tmp_path: Path) -> None:
     saving: Any
     model = tiny_llama()
     cache = make_prompt_cache(model)
@@ -326,7 +334,7 @@ def test_what_cannot_be_written_or_read(tmp_path):
         cache.save(tmp_path / "a")
 
 
-def test_lies_about_options_and_what_is_before_a_gap_are_refused(tmp_path):
+def test_lies_about_options_and_what_is_before_a_gap_are_refused(tmp_path: Path) -> None:
     from tests.persist.test_files import lie
 
     model, path = tiny_llama(), tmp_path / "a"
@@ -334,10 +342,10 @@ def test_lies_about_options_and_what_is_before_a_gap_are_refused(tmp_path):
     logits_of(model, cache, TEXT[:30])
     cache.remove(4, 8)
 
-    def head(key: str, value: Any):
+    def head(key: str, value: Any) -> Change:
         return lambda header, arrays: header["options"]["head"].__setitem__(key, value)
 
-    def piece(key: str, value: Any):
+    def piece(key: str, value: Any) -> Change:
         return lambda header, arrays: header["options"]["head"]["pieces"][0].__setitem__(key, value)
 
     for change in (

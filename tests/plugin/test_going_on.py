@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import NoReturn
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_kvcache import CacheFullError
-from mlx_kvcache.plugin import forward, make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, forward, make_prompt_cache
 from tests.plugin.running import difference, logits_of, plain
 from tests.plugin.tiny import tiny_llama
 
@@ -19,7 +21,7 @@ WINDOWED.make_cache = lambda: [RotatingKVCache(24) for _ in WINDOWED.layers]
 
 
 @pytest.fixture
-def went_on(monkeypatch):
+def went_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """How often a step has gone on from the last one."""
     counts: list[bool] = []
 
@@ -35,11 +37,11 @@ def went_on(monkeypatch):
 class Chat:
     """A cache, and the text that it must hold."""
 
-    def __init__(self, cache, text: list[int]) -> None:
+    def __init__(self, cache: PromptCache, text: list[int]) -> None:
         self.cache = cache
         self.text = text
 
-    def feed(self, model, tokens: list[int]) -> None:
+    def feed(self, model: nn.Module, tokens: list[int]) -> None:
         found = logits_of(model, self.cache, tokens)
         self.text = self.text + tokens
         assert self.cache.position == len(self.text)
@@ -54,7 +56,7 @@ class Chat:
 
 @pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_comes_between(model, seed, went_on):
+def test_whatever_comes_between(model: nn.Module, seed: int, went_on: list[bool]) -> None:
     rng = random.Random(seed)
     chats = [Chat(make_prompt_cache(model, rewind=16), [])]
     for _ in range(90):
@@ -86,11 +88,11 @@ def test_whatever_comes_between(model, seed, went_on):
     assert sum(went_on) > 5
 
 
-def fail(model, cache) -> None:
+def fail(model: nn.Module, cache: PromptCache) -> None:
     """A model that throws between two layers."""
     broken, position = model.layers[1].self_attn.o_proj, cache.position
 
-    def throw(x):
+    def throw(x: mx.array) -> NoReturn:
         raise RuntimeError("broken layer")
 
     model.layers[1].self_attn.o_proj = throw
@@ -102,7 +104,7 @@ def fail(model, cache) -> None:
     assert cache.position == position
 
 
-def test_the_capacity_is_kept(went_on):
+def test_the_capacity_is_kept(went_on: list[bool]) -> None:
     cache = make_prompt_cache(MODEL, capacity=12)
     logits_of(MODEL, cache, list(range(12)), 1)
     assert sum(went_on) >= 9
@@ -114,14 +116,14 @@ def test_the_capacity_is_kept(went_on):
     assert cache.position == 12
 
 
-def test_a_shift_in_the_middle(went_on):
+def test_a_shift_in_the_middle(went_on: list[bool]) -> None:
     """Room is made between two steps, and the next goes on behind fewer tokens."""
     cache = make_prompt_cache(MODEL, capacity=16, overflow="shift", sinks=2)
     logits_of(MODEL, cache, [(7 * i) % 97 for i in range(40)], 1)
     assert cache.position <= 16 and sum(went_on) > 20
 
 
-def test_layers_may_be_told_again_after_a_step(went_on):
+def test_layers_may_be_told_again_after_a_step(went_on: list[bool]) -> None:
     """A trim of nothing changes nothing, so that the next step goes on; it must be forgotten all the same."""
     cache = make_prompt_cache(MODEL)
     logits_of(MODEL, cache, [1, 2, 3], 1)
@@ -132,7 +134,7 @@ def test_layers_may_be_told_again_after_a_step(went_on):
     assert cache.position == 2
 
 
-def test_layers_driven_by_hand(went_on):
+def test_layers_driven_by_hand(went_on: list[bool]) -> None:
     """The same, where a forward begins with a mask and is over when every layer has written."""
     cache = make_prompt_cache(MODEL)
     for position in range(20):

@@ -11,7 +11,7 @@ from tests.plugin.tiny import tiny_llama
 TOKENS = [(7 * i) % 90 for i in range(40)]
 
 
-def test_forks_share_cells():
+def test_forks_share_cells() -> None:
     model = tiny_llama()
     cache = make_prompt_cache(model)
     logits_of(model, cache, TOKENS)
@@ -32,7 +32,7 @@ def test_forks_share_cells():
     assert all(span.stop <= held.segments[span.segment] for span in (whole, shared, own))
 
 
-def test_each_kind_of_layer_has_its_own():
+def test_each_kind_of_layer_has_its_own() -> None:
     model = build("gemma3_text")
     cache = make_prompt_cache(model)
     logits_of(model, cache, TOKENS)
@@ -42,7 +42,7 @@ def test_each_kind_of_layer_has_its_own():
     assert any(holding.name.startswith("window ") for holding in held)
 
 
-def test_recurrent_layers_hold_states():
+def test_recurrent_layers_hold_states() -> None:
     model = build("qwen3_next")
     cache = make_prompt_cache(model)
     logits_of(model, cache, TOKENS, 10)
@@ -52,7 +52,7 @@ def test_recurrent_layers_hold_states():
     assert recurrent.checkpoints[cache.sequence][-1] == 40
 
 
-def test_packed_segments_are_told():
+def test_packed_segments_are_told() -> None:
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, kv_bits=8)
     logits_of(model, cache, TOKENS)
@@ -60,7 +60,7 @@ def test_packed_segments_are_told():
     assert held.packed == set(held.segments)
 
 
-def test_nothing_is_left_of_what_is_closed():
+def test_nothing_is_left_of_what_is_closed() -> None:
     model = tiny_llama()
     cache, other = make_prompt_cache(model), make_prompt_cache(model)
     for each in (cache, other):

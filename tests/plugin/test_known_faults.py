@@ -11,6 +11,7 @@ import io
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import (
@@ -32,7 +33,7 @@ from tests.plugin.tiny import tiny_llama
 TEXT = [(5 * i + i * i) % 97 for i in range(200)]
 
 
-def windowed(kinds: str = "w", window: int = 8, keep: int = 0):
+def windowed(kinds: str = "w", window: int = 8, keep: int = 0) -> nn.Module:
     """A small model: w is a layer with a window, f one of full attention."""
     names: dict[str, str] = {"w": "sliding_attention", "f": "full_attention"}
     types: dict[str, Any] = (
@@ -47,7 +48,7 @@ def coded(*rows: list[int]) -> mx.array:
     return mx.broadcast_to(mx.array(rows, mx.float32)[:, None, :, None], (len(rows), 2, len(rows[0]), 8))
 
 
-def fed(cache, positions: list[int]) -> list[int]:
+def fed(cache: Any, positions: list[int]) -> list[int]:
     """Store tokens in every layer, and return what the last one gives."""
     for layer in cache:
         layer.make_mask(len(positions))
@@ -64,7 +65,7 @@ def held(keys: mx.array, row: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("steps", [17, 20])
-def test_a_window_that_has_slid_is_trimmed_exactly(steps):
+def test_a_window_that_has_slid_is_trimmed_exactly(steps: int) -> None:
     cache = make_prompt_cache(windowed())
     for position in range(steps):
         fed(cache, [position])
@@ -72,7 +73,7 @@ def test_a_window_that_has_slid_is_trimmed_exactly(steps):
     assert fed(cache, [steps - 3]) == list(range(steps - 10, steps - 2))
 
 
-def test_trimming_goes_through_all_layers_or_none():
+def test_trimming_goes_through_all_layers_or_none() -> None:
     """A window of 8 beside full attention: 7 tokens, a block of 4, 3 back."""
     model = windowed("fw")
     cache = make_prompt_cache(model)
@@ -88,7 +89,7 @@ def test_trimming_goes_through_all_layers_or_none():
     )
 
 
-def test_a_trim_that_a_window_cannot_do_changes_no_layer():
+def test_a_trim_that_a_window_cannot_do_changes_no_layer() -> None:
     model = windowed("fw")
     cache = make_prompt_cache(model, rewind=4)
     logits_of(model, cache, TEXT[:40], 10)
@@ -99,7 +100,7 @@ def test_a_trim_that_a_window_cannot_do_changes_no_layer():
     assert not cache.can_resume(20)
 
 
-def test_a_chunk_is_resumed_only_where_its_head_is_held():
+def test_a_chunk_is_resumed_only_where_its_head_is_held() -> None:
     """Full layers and chunks of 8: 24 tokens in blocks, back to the middle of the first chunk."""
     model = build("llama4")
     cache = make_prompt_cache(model, rewind=2)
@@ -110,14 +111,14 @@ def test_a_chunk_is_resumed_only_where_its_head_is_held():
     assert cache.resume_point(13) == 8
 
 
-def test_dropped_tokens_do_not_come_back():
+def test_dropped_tokens_do_not_come_back() -> None:
     cache = make_prompt_cache(windowed("f"))
     fed(cache, [0, 1, 2, 3])
     cache[0].trim(2)
     assert fed(cache, [9]) == [0, 1, 9]
 
 
-def merged(model, *lengths: int):
+def merged(model: nn.Module, *lengths: int) -> Any:
     """A batch of prompt caches that hold so many tokens each."""
     caches = [make_prompt_cache(model) for _ in lengths]
     for cache, length in zip(caches, lengths, strict=True):
@@ -126,7 +127,7 @@ def merged(model, *lengths: int):
     return caches[0][0].merge([cache[0] for cache in caches])
 
 
-def test_filtering_a_batch_in_which_nothing_is_stored():
+def test_filtering_a_batch_in_which_nothing_is_stored() -> None:
     batch = merged(windowed("f"), 0, 0)
     batch.prepare(left_padding=[1, 0])
     batch.filter([1])
@@ -137,7 +138,7 @@ def test_filtering_a_batch_in_which_nothing_is_stored():
 
 
 @pytest.mark.parametrize("kind", ["w", "f"])
-def test_filtering_in_the_middle_of_a_padded_prompt(kind):
+def test_filtering_in_the_middle_of_a_padded_prompt(kind: str) -> None:
     batch = merged(windowed(kind), 0, 0)
     batch.prepare(lengths=[4, 2], right_padding=[0, 2])
     batch.update_and_fetch(coded([0, 1], [0, 1]), coded([0, 1], [0, 1]))
@@ -149,7 +150,7 @@ def test_filtering_in_the_middle_of_a_padded_prompt(kind):
     assert batch.offset.tolist() == [3]
 
 
-def test_finalising_after_a_filter_brings_no_row_back():
+def test_finalising_after_a_filter_brings_no_row_back() -> None:
     batch = merged(windowed("f"), 0, 0)
     batch.prepare(right_padding=[0, 2])
     batch.update_and_fetch(coded([0, 1, 2, 3], [0, 1, 90, 91]), coded([0, 1, 2, 3], [0, 1, 90, 91]))
@@ -160,7 +161,7 @@ def test_finalising_after_a_filter_brings_no_row_back():
     assert held(keys) == [0, 1, 2]
 
 
-def test_sinks_survive_a_batch():
+def test_sinks_survive_a_batch() -> None:
     model = windowed(keep=2)
     caches = [make_prompt_cache(model) for _ in range(2)]
     for cache in caches:
@@ -175,7 +176,7 @@ def test_sinks_survive_a_batch():
 
 
 @pytest.mark.parametrize("keep", [2, 3])
-def test_sinks_are_seen_alike_in_blocks_and_one_by_one(keep):
+def test_sinks_are_seen_alike_in_blocks_and_one_by_one(keep: int) -> None:
     model = windowed("wf", keep=keep)
     expected = logits_of(model, make_theirs(model), TEXT[:14], 1)
     for blocks in ((14,), (6, 8), (10, 4), (10, 1, 3)):
@@ -186,7 +187,7 @@ def test_sinks_are_seen_alike_in_blocks_and_one_by_one(keep):
         assert difference(mx.concatenate(found), expected) <= 1e-5
 
 
-def test_a_narrower_mask_shows_the_newest_token():
+def test_a_narrower_mask_shows_the_newest_token() -> None:
     cache = make_prompt_cache(windowed(keep=2))
     for position in range(20):
         fed(cache, [position])
@@ -205,7 +206,7 @@ def graph_size(arrays: list[mx.array]) -> int:
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "deepseek_v32", "llama"])
-def test_graphs_do_not_grow(name):
+def test_graphs_do_not_grow(name: str) -> None:
     """500 steps of which only the logits are evaluated: what they leave out stays bounded."""
     model = build(name)
     cache = make_prompt_cache(model)
@@ -218,7 +219,7 @@ def test_graphs_do_not_grow(name):
     assert (sizes[-1] - sizes[99]) / 400 <= cache.nbytes / 500 + 4096
 
 
-def test_values_that_nobody_reads_leave_no_graph():
+def test_values_that_nobody_reads_leave_no_graph() -> None:
     cache = make_prompt_cache(windowed("f"))
     for position in range(256):
         keys, _ = cache[0].update_and_fetch(coded([position]), coded([position]))
@@ -226,14 +227,14 @@ def test_values_that_nobody_reads_leave_no_graph():
     assert graph_size(cache.pool.buffers) <= 64 * 8
 
 
-def test_a_batch_of_which_only_keys_and_values_are_evaluated_leaves_no_graph():
+def test_a_batch_of_which_only_keys_and_values_are_evaluated_leaves_no_graph() -> None:
     batch = merged(windowed("f"), 3, 5)
     for position in range(256):
         mx.eval(batch.update_and_fetch(coded([position], [position]), coded([position], [position])))
     assert graph_size([batch.offset]) <= 8
 
 
-def test_a_state_that_is_none_stays_none():
+def test_a_state_that_is_none_stays_none() -> None:
     model = build("mamba2")
     caches = [make_prompt_cache(model) for _ in range(2)]
     batch = [layer.merge([cache[index] for cache in caches]) for index, layer in enumerate(caches[0])]
@@ -241,7 +242,7 @@ def test_a_state_that_is_none_stays_none():
     assert [alone[0], alone[1]] == [None, None]
 
 
-def test_arrays_that_were_handed_out_never_change():
+def test_arrays_that_were_handed_out_never_change() -> None:
     batch = merged(windowed("f"), 3, 5)
     offset = batch.offset
     batch.prepare(lengths=[2, 1], right_padding=[0, 1])
@@ -251,7 +252,7 @@ def test_arrays_that_were_handed_out_never_change():
     assert batch.offset.tolist() == [5, 6]
 
 
-def test_lengths_that_were_handed_out_never_change():
+def test_lengths_that_were_handed_out_never_change() -> None:
     model = build("mamba2")
     caches = [make_prompt_cache(model) for _ in range(2)]
     layer = caches[0][0].merge([cache[0] for cache in caches])
@@ -261,7 +262,7 @@ def test_lengths_that_were_handed_out_never_change():
     assert lengths.tolist() == [4, 2]
 
 
-def test_a_write_through_a_copy_is_not_seen_in_the_original():
+def test_a_write_through_a_copy_is_not_seen_in_the_original() -> None:
     cache = make_prompt_cache(windowed("f"))
     fed(cache, [0, 1, 2])
     twin = copy.deepcopy(cache)
@@ -270,7 +271,7 @@ def test_a_write_through_a_copy_is_not_seen_in_the_original():
     assert fed(twin, [72]) == [0, 1, 2, 70, 71, 72]
 
 
-def test_a_copy_and_a_token_cost_one_cache_and_a_little():
+def test_a_copy_and_a_token_cost_one_cache_and_a_little() -> None:
     model = windowed("ff")
     cache = make_prompt_cache(model)
     fed(cache, list(range(4000)))
@@ -280,7 +281,7 @@ def test_a_copy_and_a_token_cost_one_cache_and_a_little():
     assert cache.pool.nbytes <= 1.05 * before
 
 
-def test_a_bound_is_honoured_on_models_with_caches_of_their_own():
+def test_a_bound_is_honoured_on_models_with_caches_of_their_own() -> None:
     model = windowed("fw")
     with attach(model):
         cache = mlx_lm_cache.make_prompt_cache(model, max_kv_size=24)
@@ -289,7 +290,7 @@ def test_a_bound_is_honoured_on_models_with_caches_of_their_own():
         assert cache.position <= 24
 
 
-def test_going_back_further_than_is_kept_shows_nobody_elses_text():
+def test_going_back_further_than_is_kept_shows_nobody_elses_text() -> None:
     model = windowed("w")
     cache = make_prompt_cache(model, rewind=2)
     logits_of(model, cache, TEXT[:30], 5)
@@ -299,7 +300,7 @@ def test_going_back_further_than_is_kept_shows_nobody_elses_text():
     assert difference(logits_of(model, cache, TEXT[30:31]), expected) <= 1e-5
 
 
-def test_a_prompt_longer_than_the_capacity_is_refused_and_room_can_be_made():
+def test_a_prompt_longer_than_the_capacity_is_refused_and_room_can_be_made() -> None:
     model = windowed("fw")
     cache = make_prompt_cache(model, capacity=32)
     with pytest.raises(CacheFullError):

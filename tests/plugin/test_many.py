@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 import pytest
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.plugin import Many, generate_many, make_prompt_cache
+from mlx_kvcache.plugin import Generated, Many, generate_many, make_prompt_cache
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.running import greedy, logits_of
 from tests.plugin.test_architectures import REFUSED
@@ -17,7 +19,7 @@ SPANS = ((0, 17), (20, 26), (30, 71), (40, 43), (50, 60), (60, 61))
 PROMPTS = [TEXT[begin:end] for begin, end in SPANS]
 
 
-def collected(results) -> dict[int, list[int]]:
+def collected(results: Iterable[Generated]) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
     for result in results:
         if result.token is not None:
@@ -27,7 +29,7 @@ def collected(results) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("per_step", [1, 5, 64])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "qwen3_next", "llama4", "gpt_oss"])
-def test_the_tokens_of_each_alone(name, per_step):
+def test_the_tokens_of_each_alone(name: str, per_step: int) -> None:
     """Models that take rows of tokens, and such that do not; blocks of all sizes."""
     model = build(name)
     tokens = collected(generate_many(model, PROMPTS, 7, tokens_per_step=per_step, most_at_once=4))
@@ -35,13 +37,13 @@ def test_the_tokens_of_each_alone(name, per_step):
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in REFUSED])
-def test_every_architecture(name):
+def test_every_architecture(name: str) -> None:
     model = build(name)
     tokens = collected(generate_many(model, PROMPTS[:3], 3, tokens_per_step=16))
     assert [tokens[i] for i in range(3)] == [greedy(model, prompt, 3) for prompt in PROMPTS[:3]]
 
 
-def test_sequences_join_and_leave_at_any_step():
+def test_sequences_join_and_leave_at_any_step() -> None:
     model = build("llama:window")
     many, tokens = Many(model, tokens_per_step=8), dict[int, list[int | None]]()
     arrivals = {0: 0, 2: 1, 3: 2, 9: 3, 10: 4}
@@ -56,7 +58,7 @@ def test_sequences_join_and_leave_at_any_step():
     assert tokens == {row: greedy(model, PROMPTS[row], 6 + row) for row in range(5)}
 
 
-def test_a_conversation_goes_on_in_its_cache():
+def test_a_conversation_goes_on_in_its_cache() -> None:
     model = tiny_llama()
     cache = make_prompt_cache(model)
     logits_of(model, cache, PROMPTS[0])
@@ -69,7 +71,7 @@ def test_a_conversation_goes_on_in_its_cache():
     assert (cache.position, fork.position) == (17 + 2 + 4, 17 + 1 + 4)
 
 
-def test_cancelling_and_stopping():
+def test_cancelling_and_stopping() -> None:
     model = tiny_llama()
     alone = greedy(model, PROMPTS[1], 12)
     many = Many(model)
@@ -85,7 +87,7 @@ def test_cancelling_and_stopping():
         many.cancel(first)
 
 
-def test_one_that_is_full_ends_and_the_others_go_on():
+def test_one_that_is_full_ends_and_the_others_go_on() -> None:
     model = tiny_llama()
     many = Many(model, capacity=20)
     many.add(PROMPTS[0], max_tokens=50)
@@ -97,7 +99,7 @@ def test_one_that_is_full_ends_and_the_others_go_on():
     assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
 
 
-def test_one_that_is_closed_meanwhile_ends_and_the_others_go_on():
+def test_one_that_is_closed_meanwhile_ends_and_the_others_go_on() -> None:
     model = tiny_llama()
     many, cache = Many(model), make_prompt_cache(model)
     many.add(PROMPTS[0], max_tokens=50, cache=cache)
@@ -111,7 +113,7 @@ def test_one_that_is_closed_meanwhile_ends_and_the_others_go_on():
     assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
 
 
-def test_what_cannot_be_added():
+def test_what_cannot_be_added() -> None:
     model, other = tiny_llama(), tiny_llama()
     many = Many(model)
     cache = make_prompt_cache(model)
@@ -133,7 +135,7 @@ def test_what_cannot_be_added():
     assert len(many) == 1
 
 
-def test_samplers():
+def test_samplers() -> None:
     model = tiny_llama()
     many = Many(model)
     many.add(PROMPTS[0], max_tokens=4, sampler=lambda logprobs: mx.argmin(logprobs, axis=-1))

@@ -7,6 +7,7 @@ removal it must answer as if the removed tokens had never been there.
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import ministral3
 
@@ -43,7 +44,7 @@ SCALINGS = {
 }
 
 
-def one_layer(name: str):
+def one_layer(name: str) -> nn.Module:
     if name == "traditional":
         return tiny_llama(num_hidden_layers=1, rope_traditional=True)
     if name == "deepseek_v3":
@@ -53,7 +54,7 @@ def one_layer(name: str):
     return tiny_llama(num_hidden_layers=1, rope_scaling=SCALINGS[name])
 
 
-def tiny_ministral3():
+def tiny_ministral3() -> nn.Module:
     """Scales queries by their absolute position, so that its offset may not run ahead."""
     arguments = {
         "model_type": "ministral3",
@@ -79,7 +80,7 @@ NAMES = [*SCALINGS, "traditional", "deepseek_v3", "ministral3"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_removed_tokens_might_never_have_been_there(name):
+def test_removed_tokens_might_never_have_been_there(name: str) -> None:
     model = one_layer(name)
     cache = make_prompt_cache(model)
     logits_of(model, cache, TEXT[:40])
@@ -94,11 +95,11 @@ def test_removed_tokens_might_never_have_been_there(name):
         assert difference(ours, fresh[-3:]) <= 2e-5
 
 
-def test_only_ministral3_may_not_run_ahead():
+def test_only_ministral3_may_not_run_ahead() -> None:
     assert [scheme_of(one_layer(name)).ahead for name in NAMES] == [name != "ministral3" for name in NAMES]
 
 
-def test_a_latent_carries_its_rotation_in_the_values():
+def test_a_latent_carries_its_rotation_in_the_values() -> None:
     rotations = scheme_of(tiny_deepseek_v3()).rotations
     assert [(r.slots, r.start, r.shift.dims) for r in rotations if r] == [((1,), 0, 8)] * 2
 
@@ -111,7 +112,7 @@ def test_a_latent_carries_its_rotation_in_the_values():
     ],
     ids=["learned", "dynamic"],
 )
-def test_what_is_not_understood_is_refused(model):
+def test_what_is_not_understood_is_refused(model: nn.Module) -> None:
     cache = make_prompt_cache(model)
     before = logits_of(model, cache, TEXT[:20])
     with pytest.raises(NotSupportedError, match=r"\[4, 8\) of 20 tokens"):
@@ -124,7 +125,7 @@ def test_what_is_not_understood_is_refused(model):
 
 
 @pytest.mark.parametrize("name", ["plain", "ministral3"])
-def test_overflow_shifts_by_itself(name):
+def test_overflow_shifts_by_itself(name: str) -> None:
     model = one_layer(name)
     cache = make_prompt_cache(model, capacity=24, overflow="shift", sinks=3)
     left: list[int] = []
@@ -138,7 +139,7 @@ def test_overflow_shifts_by_itself(name):
         assert cache.position == len(left) <= 24
 
 
-def test_keys_stay_within_two_roundings_after_500_removals():
+def test_keys_stay_within_two_roundings_after_500_removals() -> None:
     """bfloat16: each stored key against one float32 rotation of what was first stored."""
     model = tiny_llama(mx.bfloat16, num_hidden_layers=1)
     cache = make_prompt_cache(model)
@@ -150,6 +151,7 @@ def test_keys_stay_within_two_roundings_after_500_removals():
     def feed(n: int) -> mx.array:
         noise = mx.random.normal((1, 2, n, 8), key=mx.random.key(len(originals))).astype(mx.bfloat16)
         originals.extend((noise[:, :, i : i + 1], layer.offset + i) for i in range(n))
+        cache_keys: mx.array
         cache_keys, _ = layer.update_and_fetch(noise, noise)
         return cache_keys
 
@@ -170,7 +172,7 @@ def test_keys_stay_within_two_roundings_after_500_removals():
     assert worst <= 0.0
 
 
-def test_a_far_lead_is_taken_back(monkeypatch):
+def test_a_far_lead_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation_module, "FARTHEST", 20)
     model = one_layer("plain")
     cache = make_prompt_cache(model)

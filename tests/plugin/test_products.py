@@ -18,13 +18,13 @@ TEXT = [(5 * i + i * i) % 97 for i in range(400)]
 
 
 @pytest.mark.parametrize("block", [1, 129, 400])
-def test_both_ways_give_the_same(block, monkeypatch):
+def test_both_ways_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)
     monkeypatch.setattr(ragged, "are_faster", lambda: False)
     assert difference(ours, logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)) <= 2e-5
 
 
-def test_whoever_has_other_caches_gets_mlx_s_own(monkeypatch):
+def test_whoever_has_other_caches_gets_mlx_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function in the model's module serves them, too."""
     cache = make_prompt_cache(MODEL)
     calls: list[int] = []

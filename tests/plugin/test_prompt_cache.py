@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from mlx_kvcache import CacheError, CacheFullError
-from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from tests.plugin.running import difference, logits_of, plain
 from tests.plugin.tiny import tiny_llama
 
@@ -20,11 +23,11 @@ MODEL = tiny_llama()
 
 
 @pytest.fixture
-def cache():
+def cache() -> PromptCache:
     return make_prompt_cache(MODEL)
 
 
-def assert_goes_on(cache, tokens, model=MODEL):
+def assert_goes_on(cache: PromptCache, tokens: list[int], model: nn.Module = MODEL) -> None:
     """The cache holds just these tokens, and answers as mlx-lm's would."""
     assert cache.position == len(tokens)
     theirs = plain(model)
@@ -34,7 +37,7 @@ def assert_goes_on(cache, tokens, model=MODEL):
     assert difference(logits_of(model, ours, probe), logits_of(model, theirs, probe)) <= 2e-5
 
 
-def test_rewinding(cache):
+def test_rewinding(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:300], 64)
     cache.rewind(0)
     cache.rewind(44)
@@ -48,9 +51,9 @@ def test_rewinding(cache):
     assert_goes_on(cache, TEXT[:3])
 
 
-def test_ranges_that_are_not_there(cache):
+def test_ranges_that_are_not_there(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "21 of 20": lambda: cache.rewind(21),
         "-1 of 20": lambda: cache.rewind(-1),
         "20 tokens to position 21": lambda: cache.rewind_to(21),
@@ -66,18 +69,19 @@ def test_ranges_that_are_not_there(cache):
     assert_goes_on(cache, TEXT[:20])
 
 
-def test_a_forward_that_throws_leaves_no_trace(cache, monkeypatch):
+def test_a_forward_that_throws_leaves_no_trace(cache: PromptCache, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     original = llama.MLP.__call__
     calls = []
 
-    def failing(self, x):
+    def failing(self: llama.MLP, x: mx.array) -> Any:
         calls.append(x)
         if len(calls) == 2:
             raise RuntimeError("in layer 1")
         return original(self, x)
 
-    for after in (lambda: None, lambda: cache.rewind(0)):
+    ways: tuple[Callable[[], object], ...] = (lambda: None, lambda: cache.rewind(0))
+    for after in ways:
         calls.clear()
         monkeypatch.setattr(llama.MLP, "__call__", failing)
         with pytest.raises(RuntimeError):
@@ -99,7 +103,7 @@ def test_a_forward_that_throws_leaves_no_trace(cache, monkeypatch):
     assert_goes_on(cache, TEXT[:20] + TEXT[40:45] + TEXT[50:51])
 
 
-def test_an_unfinished_forward_does_not_disturb_a_fork(cache):
+def test_an_unfinished_forward_does_not_disturb_a_fork(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     fork = cache.fork()
     cache[0].make_mask(4)
@@ -109,7 +113,7 @@ def test_an_unfinished_forward_does_not_disturb_a_fork(cache):
     assert_goes_on(cache, TEXT[:20])
 
 
-def test_forwards_of_one_pool_do_not_interleave(cache):
+def test_forwards_of_one_pool_do_not_interleave(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     fork = cache.fork()
     kv = mx.zeros((1, 2, 4, 8))
@@ -124,7 +128,7 @@ def test_forwards_of_one_pool_do_not_interleave(cache):
     assert_goes_on(fork, TEXT[:20] + TEXT[60:64])
 
 
-def test_arrays_that_are_none(cache):
+def test_arrays_that_are_none(cache: PromptCache) -> None:
     ints = mx.ones((1, 2, 3, 8), mx.int32)
     with pytest.raises(ValueError, match="int32, expected floats"):
         cache[0].update_and_fetch(ints, ints)
@@ -135,7 +139,7 @@ def test_arrays_that_are_none(cache):
     assert_goes_on(cache, TEXT[:5])
 
 
-def test_a_forward_without_masks(cache):
+def test_a_forward_without_masks(cache: PromptCache) -> None:
     kv = mx.ones((1, 2, 3, 8))
     for layer in cache:
         layer.update_and_fetch(kv, kv)
@@ -146,7 +150,7 @@ def test_a_forward_without_masks(cache):
     assert cache.position == 3 and [layer.offset for layer in cache] == [3, 3, 3]
 
 
-def test_forks_share_until_they_write(cache):
+def test_forks_share_until_they_write(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:1000])
     one = cache.pool.nbytes
     forks = [cache.fork() for _ in range(8)]
@@ -167,7 +171,7 @@ def test_forks_share_until_they_write(cache):
     assert cache.pool.nbytes == 0
 
 
-def test_a_deep_copy_is_a_fork(cache):
+def test_a_deep_copy_is_a_fork(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     twin = copy.deepcopy(cache)
     assert twin.pool is cache.pool
@@ -176,7 +180,7 @@ def test_a_deep_copy_is_a_fork(cache):
     assert_goes_on(twin, TEXT[:20] + TEXT[30:34])
 
 
-def test_a_deep_copy_of_some_layers_is_a_fork(cache):
+def test_a_deep_copy_of_some_layers_is_a_fork(cache: PromptCache) -> None:
     """mlx-lm hands out slices, which are plain lists."""
     logits_of(MODEL, cache, TEXT[:20])
     before = cache.pool.nbytes
@@ -188,7 +192,7 @@ def test_a_deep_copy_of_some_layers_is_a_fork(cache):
     assert_goes_on(cache, TEXT[:20])
 
 
-def test_use_after_close(cache):
+def test_use_after_close(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     fork = cache.fork()
     cache.close()
@@ -205,7 +209,7 @@ def test_use_after_close(cache):
     assert_goes_on(fork, TEXT[:20])
 
 
-def test_trim_as_mlx_lm_calls_it(cache):
+def test_trim_as_mlx_lm_calls_it(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     assert can_trim_prompt_cache(cache)
     assert trim_prompt_cache(cache, 5) == 5
@@ -219,7 +223,7 @@ def test_trim_as_mlx_lm_calls_it(cache):
     assert cache.position == 4
 
 
-def test_capacity_refuses_before_anything_is_computed():
+def test_capacity_refuses_before_anything_is_computed() -> None:
     cache = make_prompt_cache(MODEL, capacity=32)
     logits_of(MODEL, cache, TEXT[:30])
     with pytest.raises(CacheFullError) as caught:
@@ -231,7 +235,7 @@ def test_capacity_refuses_before_anything_is_computed():
     assert cache.position == 25
 
 
-def test_a_block_that_cannot_fit_by_shifting():
+def test_a_block_that_cannot_fit_by_shifting() -> None:
     cache = make_prompt_cache(MODEL, capacity=32, overflow="shift", sinks=4)
     logits_of(MODEL, cache, TEXT[:30])
     with pytest.raises(CacheFullError, match="29 cells needed, 28 free of a capacity of 32: feed smaller"):
@@ -242,7 +246,7 @@ def test_a_block_that_cannot_fit_by_shifting():
 
 
 @pytest.mark.parametrize("n", [1, 6])
-def test_masks_equal_mlx_lm(cache, n):
+def test_masks_equal_mlx_lm(cache: PromptCache, n: int) -> None:
     theirs = plain(MODEL)
     for both in (cache, theirs):
         logits_of(MODEL, both, TEXT[:9])
@@ -255,7 +259,7 @@ def test_masks_equal_mlx_lm(cache, n):
             assert ours == expected, more
 
 
-def test_options_out_of_range():
+def test_options_out_of_range() -> None:
     for options in (
         {"capacity": 0},
         {"overflow": "drop"},
@@ -269,7 +273,7 @@ def test_options_out_of_range():
         make_prompt_cache(3)  # type: ignore[arg-type]
 
 
-def test_a_batch_of_rows_is_refused(cache):
+def test_a_batch_of_rows_is_refused(cache: PromptCache) -> None:
     with pytest.raises(ValueError, match="2 rows of input for a cache of 1"):
         MODEL(mx.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
     assert cache.position == 0

@@ -7,9 +7,11 @@ to the same bits before it is stored.
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import ArraysCache, CacheList, load_prompt_cache, save_prompt_cache
@@ -29,7 +31,7 @@ SOME += ["qwen3_next"]
 
 
 @lru_cache(maxsize=2)
-def model_of(name: str):
+def model_of(name: str) -> nn.Module:
     return build(name, is_wide=True)
 
 
@@ -41,7 +43,7 @@ def rounded(array: mx.array, bits: int, group: int = GROUP) -> mx.array:
     return mx.dequantize(words, scales, biases, group_size=group, bits=bits)
 
 
-def theirs_rounded(model, bits: tuple[int, int] = (8, 8), group: int = GROUP) -> list[Any]:
+def theirs_rounded(model: nn.Module, bits: tuple[int, int] = (8, 8), group: int = GROUP) -> list[Any]:
     """mlx-lm's own caches, which are given rounded keys and values."""
 
     def round_in(entry: Any) -> None:
@@ -54,7 +56,7 @@ def theirs_rounded(model, bits: tuple[int, int] = (8, 8), group: int = GROUP) ->
     def update(original: Any, keys: mx.array, values: mx.array) -> Any:
         return original(rounded(keys, bits[0], group), rounded(values, bits[1], group))
 
-    cache = make_theirs(model)
+    cache: list[Any] = make_theirs(model)
     for entry in cache:
         round_in(entry)
     return cache
@@ -72,7 +74,7 @@ def assert_equal(ours: mx.array, expected: mx.array, exact: int = 1) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_rounded_keys_and_values(name):
+def test_equals_rounded_keys_and_values(name: str) -> None:
     """A block, single tokens, back, and a fork that goes on."""
     model = model_of(name)
     cache = make_prompt_cache(model, kv_bits=(8, 6), kv_group_size=GROUP)
@@ -91,13 +93,13 @@ def test_equals_rounded_keys_and_values(name):
 
 
 @pytest.mark.parametrize("name", sorted(STAY_NARROW))
-def test_heads_that_do_not_fit_are_refused_with_the_numbers(name):
+def test_heads_that_do_not_fit_are_refused_with_the_numbers(name: str) -> None:
     with pytest.raises(ValueError, match="have 16 features, which groups of 64 do not divide; no group size"):
         make_prompt_cache(build(name), kv_bits=8)
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_batches(name):
+def test_batches(name: str) -> None:
     """Sequences of unequal length that generate together choose the tokens that each chooses alone."""
     model = model_of(name)
     prompts = [TEXT[:17], TEXT[20:26], TEXT[30:41]]
@@ -120,7 +122,7 @@ def test_batches(name):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_bits_of_mlx_lms_commands(name):
+def test_the_bits_of_mlx_lms_commands(name: str) -> None:
     """Where generation is told to quantise, from a length on, mlx-lm can on full attention only."""
     model = model_of(name)
     cache = make_prompt_cache(model)
@@ -139,7 +141,7 @@ def test_the_bits_of_mlx_lms_commands(name):
     assert cache.pool is reference.pool
 
 
-def test_each_layer_is_told_how():
+def test_each_layer_is_told_how() -> None:
     model = tiny_llama(head_dim=64)
     ways: list[tuple[dict[str, Any], list[str]]] = [
         ({"kv_bits": 8}, ["QuantizedKVCache"] * 3),
@@ -161,7 +163,7 @@ def test_each_layer_is_told_how():
     assert sizes[4] == [packed] * 3
 
 
-def test_a_cache_begins_in_float():
+def test_a_cache_begins_in_float() -> None:
     model = tiny_llama(head_dim=64)
     cache, plain = make_prompt_cache(model, kv_bits=4, quantise_after=20), make_prompt_cache(model)
     logits_of(model, cache, TEXT[:20]), logits_of(model, plain, TEXT[:20])
@@ -173,7 +175,7 @@ def test_a_cache_begins_in_float():
     assert difference(logits_of(model, fork, TEXT[19:20]), logits_of(model, plain, TEXT[19:20])) <= 1e-5
 
 
-def test_learned_bits_and_pairs_that_are_one_join_one_batch():
+def test_learned_bits_and_pairs_that_are_one_join_one_batch() -> None:
     model = tiny_llama(head_dim=64)
     pools = {
         id(make_prompt_cache(model, kv_bits=bits).pool): cache
@@ -184,7 +186,7 @@ def test_learned_bits_and_pairs_that_are_one_join_one_batch():
 
 
 @pytest.mark.parametrize("bits", [8, (8, 4)])
-def test_removals_do_not_drift(bits):
+def test_removals_do_not_drift(bits: Any) -> None:
     """Keys before the gap are rotated from what was first stored, however often."""
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, kv_bits=bits)
@@ -197,7 +199,7 @@ def test_removals_do_not_drift(bits):
     assert difference(logits_of(model, often, TEXT[:4]), logits_of(model, once, TEXT[:4])) <= 1e-4
 
 
-def test_text_goes_on_when_the_capacity_overflows():
+def test_text_goes_on_when_the_capacity_overflows() -> None:
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, capacity=32, overflow="shift", sinks=4, kv_bits=8)
     for start in range(0, 200, 8):
@@ -205,7 +207,7 @@ def test_text_goes_on_when_the_capacity_overflows():
         assert cache.position <= 32
 
 
-def test_what_mlx_lm_saves_it_loads(tmp_path):
+def test_what_mlx_lm_saves_it_loads(tmp_path: Path) -> None:
     """One number of bits on full attention is mlx-lm's own form."""
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, kv_bits=8)
@@ -217,7 +219,7 @@ def test_what_mlx_lm_saves_it_loads(tmp_path):
     assert difference(logits_of(model, cache, TEXT[30:34], 1), expected) <= 1e-2 * mx.std(expected)
 
 
-def test_generation_equals_mlx_lm_where_bits_are_enough():
+def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
     model = tiny_llama(head_dim=64)
     cache = make_prompt_cache(model, kv_bits=8)
     prompt = mx.array(TEXT[:20])
@@ -239,6 +241,6 @@ def test_generation_equals_mlx_lm_where_bits_are_enough():
         ({"kv_bits": 8, "quantise_after": -1}, "after must be 0 or more, got -1"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_prompt_cache(tiny_llama(head_dim=64), **options)

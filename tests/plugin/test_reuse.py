@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import LRUPromptCache
@@ -16,19 +20,19 @@ OTHER = [89 - token for token in TEXT]
 
 
 @pytest.fixture(params=["llama", "gemma3_text", "llama4", "qwen3_next"])
-def model(request):
+def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
     model = build(request.param)
     with attach(model, rewind=4):
         yield model
 
 
-def filled(model, tokens, block=6):
-    cache = mlx_lm_cache.make_prompt_cache(model)
+def filled(model: nn.Module, tokens: list[int], block: int = 6) -> list[Any]:
+    cache: list[Any] = mlx_lm_cache.make_prompt_cache(model)
     logits_of(model, cache, tokens, block)
     return cache
 
 
-def assert_serves(model, store, tokens, least):
+def assert_serves(model: nn.Module, store: LRUPromptCache, tokens: list[int], least: int) -> None:
     """What is fetched, with the rest computed, answers as the whole computed afresh."""
     cache, rest = store.fetch_nearest_cache("key", tokens)
     assert rest == tokens[len(tokens) - len(rest) :]
@@ -39,13 +43,13 @@ def assert_serves(model, store, tokens, least):
     assert difference(logits_of(model, cache, rest)[-1:], expected) <= 1e-4
 
 
-def unattached(model):
+def unattached(model: nn.Module) -> list[Any]:
     return (
         model.make_cache() if hasattr(model, "make_cache") else [mlx_lm_cache.KVCache() for _ in model.layers]
     )
 
 
-def test_longer_shorter_and_equal_prompts(model):
+def test_longer_shorter_and_equal_prompts(model: nn.Module) -> None:
     store = LRUPromptCache()
     store.insert_cache("key", TEXT[:12], filled(model, TEXT[:12]))
     store.insert_cache("key", TEXT[:40], filled(model, TEXT[:40]))
@@ -57,7 +61,7 @@ def test_longer_shorter_and_equal_prompts(model):
     assert_serves(model, store, OTHER[:20], least=0)
 
 
-def test_prefixes_go_where_the_longer_cache_serves_them_and_stay_elsewhere():
+def test_prefixes_go_where_the_longer_cache_serves_them_and_stay_elsewhere() -> None:
     full, window = build("llama"), build("gemma3_text")
     for model, left in ((full, 1), (window, 2)):
         with attach(model, rewind=4):
@@ -69,14 +73,14 @@ def test_prefixes_go_where_the_longer_cache_serves_them_and_stay_elsewhere():
             assert_serves(model, store, TEXT[:30] + OTHER[:5], least=28)
 
 
-def test_what_is_stored_is_not_changed_by_its_use(model):
+def test_what_is_stored_is_not_changed_by_its_use(model: nn.Module) -> None:
     store = LRUPromptCache()
     store.insert_cache("key", TEXT[:40], filled(model, TEXT[:40]))
     for tail in (OTHER[:7], OTHER[20:29], TEXT[40:50]):
         assert_serves(model, store, TEXT[:39] + tail, least=30)
 
 
-def test_a_draft_models_caches_behind(model):
+def test_a_draft_models_caches_behind(model: nn.Module) -> None:
     draft = tiny_llama()
     with attach(draft):
         store = LRUPromptCache()
@@ -90,7 +94,7 @@ def test_a_draft_models_caches_behind(model):
     assert {rows.positions[0] for rows in {id(e.rows): e.rows for e in cache}.values()} == {reached}
 
 
-def test_a_draft_models_own_caches_behind():
+def test_a_draft_models_own_caches_behind() -> None:
     model, draft = tiny_llama(), tiny_llama()
     with attach(model):
         store = LRUPromptCache()
@@ -103,7 +107,7 @@ def test_a_draft_models_own_caches_behind():
     assert len(rest) == 4
 
 
-def test_stored_caches_of_models_that_are_not_attached():
+def test_stored_caches_of_models_that_are_not_attached() -> None:
     model, attached = tiny_llama(), tiny_llama()
     with attach(attached):
         store = LRUPromptCache()
@@ -115,7 +119,7 @@ def test_stored_caches_of_models_that_are_not_attached():
     assert len(rest) == 4
 
 
-def test_bytes_are_counted_and_bounded():
+def test_bytes_are_counted_and_bounded() -> None:
     model = tiny_llama()
     with attach(model):
         one = filled(model, TEXT[:40])
@@ -127,7 +131,7 @@ def test_bytes_are_counted_and_bounded():
         assert len(store) == 2
 
 
-def test_everything_is_put_back():
+def test_everything_is_put_back() -> None:
     assert reuse.LRUPromptCache.fetch_nearest_cache is reuse.original_fetch
     with attach(tiny_llama()):
         assert reuse.LRUPromptCache.fetch_nearest_cache is reuse.fetch_nearest_cache
@@ -135,7 +139,7 @@ def test_everything_is_put_back():
     assert reuse.LRUPromptCache.insert_cache is reuse.original_insert
 
 
-def test_one_token():
+def test_one_token() -> None:
     model = tiny_llama()
     with attach(model):
         store = LRUPromptCache()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.session import Session
 from mlx_kvcache.sessions import SessionPool
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
@@ -20,22 +23,22 @@ TEXT = [(5 * i + 3 * i * i) % 90 for i in range(200)]
 MODEL = tiny_llama()
 
 
-def pool_of(model=MODEL, capacity=None, **bounds) -> SessionPool:
+def pool_of(model: nn.Module = MODEL, capacity: int | None = None, **bounds: Any) -> SessionPool:
     return SessionPool(lambda: make_prompt_cache(model, capacity=capacity, rewind=8), **bounds)
 
 
-def computed(model, session) -> mx.array:
+def computed(model: nn.Module, session: Session) -> mx.array:
     """Logits after the session's tokens, of which only `rest` is computed."""
     return logits_of(model, session.cache, session.rest)[-1:]
 
 
-def afresh(model, tokens) -> mx.array:
+def afresh(model: nn.Module, tokens: list[int]) -> mx.array:
     return logits_of(model, make_theirs(model), list(tokens), 1)[-1:]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama4", "qwen3_next"])
 @pytest.mark.parametrize("seed", range(3))
-def test_conversations_that_share_beginnings(name, seed):
+def test_conversations_that_share_beginnings(name: str, seed: int) -> None:
     """Random prompts over few tokens: whatever is reused, the answer is that of a fresh computation."""
     model, rng = build(name), random.Random(seed)
     pool = pool_of(model, max_stored=5)
@@ -53,7 +56,7 @@ def test_conversations_that_share_beginnings(name, seed):
     assert pool.counts.reused > 0
 
 
-def test_a_repeated_turn_computes_only_what_is_new():
+def test_a_repeated_turn_computes_only_what_is_new() -> None:
     pool = pool_of()
     with pool.open(TEXT[:30]) as first:
         computed(MODEL, first)
@@ -68,7 +71,7 @@ def test_a_repeated_turn_computes_only_what_is_new():
     assert (pool.counts.hits, pool.counts.misses, pool.counts.reused) == (3, 1, 33 + 32 + 20)
 
 
-def test_a_salt_keeps_apart():
+def test_a_salt_keeps_apart() -> None:
     pool = pool_of()
     with pool.open(TEXT[:30], salt="one tenant") as session:
         computed(MODEL, session)
@@ -77,13 +80,13 @@ def test_a_salt_keeps_apart():
     assert pool.open(TEXT[:30], salt="one tenant").reused == 29
 
 
-def filled(pool: SessionPool, tokens, is_pinned: bool = False) -> None:
+def filled(pool: SessionPool, tokens: list[int], is_pinned: bool = False) -> None:
     session = pool.open(tokens)
     computed(MODEL, session)
     session.close(is_pinned)
 
 
-def test_the_least_recently_used_goes_and_what_is_pinned_stays():
+def test_the_least_recently_used_goes_and_what_is_pinned_stays() -> None:
     pool = pool_of(max_stored=3)
     filled(pool, [1] * 10, is_pinned=True)
     for start in (2, 3):
@@ -95,7 +98,7 @@ def test_the_least_recently_used_goes_and_what_is_pinned_stays():
     assert pool.counts.evicted == 1
 
 
-def test_bytes_are_bounded_and_given_back():
+def test_bytes_are_bounded_and_given_back() -> None:
     one = make_prompt_cache(MODEL)
     logits_of(MODEL, one, TEXT[:64])
     size = one.pool.nbytes
@@ -109,7 +112,7 @@ def test_bytes_are_bounded_and_given_back():
     assert (len(pool), pool.nbytes) == (0, 0)
 
 
-def test_what_is_larger_than_the_budget_is_not_kept():
+def test_what_is_larger_than_the_budget_is_not_kept() -> None:
     pool = pool_of(max_bytes=100)
     filled(pool, TEXT[:40])
     assert len(pool) == 0
@@ -117,7 +120,7 @@ def test_what_is_larger_than_the_budget_is_not_kept():
     assert pool.nbytes == 0
 
 
-def test_a_longer_conversation_takes_the_place_of_its_beginning():
+def test_a_longer_conversation_takes_the_place_of_its_beginning() -> None:
     pool = pool_of()
     filled(pool, TEXT[:20])
     filled(pool, TEXT[:40])
@@ -129,7 +132,7 @@ def test_a_longer_conversation_takes_the_place_of_its_beginning():
     assert len(pool) == 2
 
 
-def test_shifting_keeps_the_first_tokens():
+def test_shifting_keeps_the_first_tokens() -> None:
     pool = pool_of(capacity=32)
     session = pool.open(TEXT[:30])
     computed(MODEL, session)
@@ -142,7 +145,7 @@ def test_shifting_keeps_the_first_tokens():
     assert len(pool) == 1
 
 
-def test_what_is_left_after_a_removal_is_kept_apart():
+def test_what_is_left_after_a_removal_is_kept_apart() -> None:
     pool = pool_of()
     with pool.open(TEXT[:40]) as session:
         computed(MODEL, session)
@@ -155,7 +158,7 @@ def test_what_is_left_after_a_removal_is_kept_apart():
     assert pool.open([*left, 1]).reused == 10
 
 
-def test_a_removal_that_cannot_be_changes_nothing():
+def test_a_removal_that_cannot_be_changes_nothing() -> None:
     gpt2 = tiny_gpt2()
     for model, begin, end, error in (
         (MODEL, 10, 41, ValueError),
@@ -172,7 +175,7 @@ def test_a_removal_that_cannot_be_changes_nothing():
             assert (session.tokens, session.salt, session.cache.position) == (before, None, 40)
 
 
-def test_where_tokens_cannot_be_moved_they_are_given_back():
+def test_where_tokens_cannot_be_moved_they_are_given_back() -> None:
     """Learned positions: what stays behind the gap is to be computed again."""
     model = tiny_gpt2()
     session = pool_of(model, capacity=32).open(TEXT[:30])
@@ -185,7 +188,7 @@ def test_where_tokens_cannot_be_moved_they_are_given_back():
     assert difference(ours, afresh(model, TEXT[:4] + TEXT[17:30])) <= 1e-4
 
 
-def test_bad_input():
+def test_bad_input() -> None:
     pool = pool_of(capacity=32)
     with pytest.raises(ValueError, match="at least 1 token"):
         pool.open([])
@@ -204,7 +207,7 @@ def test_bad_input():
     assert len(pool) == 0
 
 
-def test_several_threads_on_one_pool():
+def test_several_threads_on_one_pool() -> None:
     """Four workers with a shared beginning; each answer is that of a fresh computation."""
     pool, errors = pool_of(), []
     filled(pool, TEXT[:30], is_pinned=True)
@@ -232,7 +235,7 @@ def test_several_threads_on_one_pool():
     assert pool.counts.hits == 20
 
 
-def test_a_long_life_leaves_few_runs():
+def test_a_long_life_leaves_few_runs() -> None:
     """Forks of forks, trimmed and refilled: whoever is left alone soon lies in one piece."""
     rng = random.Random(1)
     first = make_prompt_cache(MODEL)

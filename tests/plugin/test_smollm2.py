@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_kvcache.plugin import make_prompt_cache
@@ -13,27 +16,32 @@ LIMIT = 1e-4
 
 
 @pytest.fixture(scope="module")
-def text(chat_model) -> list[int]:
+def text(chat_model: tuple[nn.Module, Any]) -> list[int]:
     """Real English, 112 tokens."""
-    return chat_model[1].encode(pydoc_data.topics.topics["try"])[:112]
+    tokens: list[int] = chat_model[1].encode(pydoc_data.topics.topics["try"])
+    return tokens[:112]
 
 
 @pytest.fixture(scope="module")
-def expected(chat_model, text):
+def expected(chat_model: tuple[nn.Module, Any], text: list[int]) -> tuple[mx.array, mx.array]:
     """mlx-lm's logits: 80 tokens in one block, then 32 one by one."""
     model, cache = chat_model[0], plain(chat_model[0])
     return logits_of(model, cache, text[:80]), logits_of(model, cache, text[80:], 1)
 
 
 @pytest.mark.parametrize("block", [80, 33, 7])
-def test_prefill_and_decoding_equal_mlx_lm(chat_model, text, expected, block):
+def test_prefill_and_decoding_equal_mlx_lm(
+    chat_model: tuple[nn.Module, Any], text: list[int], expected: tuple[mx.array, mx.array], block: int
+) -> None:
     cache = make_prompt_cache(chat_model[0])
     assert difference(logits_of(chat_model[0], cache, text[:80], block), expected[0]) <= LIMIT
     assert difference(logits_of(chat_model[0], cache, text[80:], 1), expected[1]) <= LIMIT
     assert cache.position == 112
 
 
-def test_rewind_then_the_same_again(chat_model, text, expected):
+def test_rewind_then_the_same_again(
+    chat_model: tuple[nn.Module, Any], text: list[int], expected: tuple[mx.array, mx.array]
+) -> None:
     cache = make_prompt_cache(chat_model[0])
     logits_of(chat_model[0], cache, text[:80])
     logits_of(chat_model[0], cache, text[:5], 1)
@@ -44,7 +52,9 @@ def test_rewind_then_the_same_again(chat_model, text, expected):
     assert difference(again[4:], expected[1][:4]) <= LIMIT
 
 
-def test_both_branches_of_a_fork(chat_model, text, expected):
+def test_both_branches_of_a_fork(
+    chat_model: tuple[nn.Module, Any], text: list[int], expected: tuple[mx.array, mx.array]
+) -> None:
     model = chat_model[0]
     cache = make_prompt_cache(model)
     logits_of(model, cache, text[:80])
@@ -60,7 +70,9 @@ def test_both_branches_of_a_fork(chat_model, text, expected):
 
 
 @pytest.mark.parametrize(("begin", "end"), [(4, 40), (30, 31), (0, 16)])
-def test_removal_equals_keys_rotated_by_hand(chat_model, text, begin, end):
+def test_removal_equals_keys_rotated_by_hand(
+    chat_model: tuple[nn.Module, Any], text: list[int], begin: int, end: int
+) -> None:
     model = chat_model[0]
     ours, theirs = make_prompt_cache(model), plain(model)
     logits_of(model, ours, text[:80])
@@ -74,7 +86,7 @@ def test_removal_equals_keys_rotated_by_hand(chat_model, text, begin, end):
     )
 
 
-def test_text_goes_on_when_the_capacity_overflows(chat_model, text):
+def test_text_goes_on_when_the_capacity_overflows(chat_model: tuple[nn.Module, Any], text: list[int]) -> None:
     model = chat_model[0]
     cache = make_prompt_cache(model, capacity=48, overflow="shift", sinks=4)
     theirs = plain(model)

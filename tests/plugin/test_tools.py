@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
@@ -23,7 +24,7 @@ PROMPTS = [TEXT[begin:end] for begin, end in SPANS]
 
 @pytest.mark.parametrize("prompt_length", [3, 20])
 @pytest.mark.parametrize("name", ["llama:window", "gemma3_text", "cohere2", "llama4"])
-def test_speculative_decoding_across_window_borders(name, prompt_length):
+def test_speculative_decoding_across_window_borders(name: str, prompt_length: int) -> None:
     """Windows and chunks of 8, a draft model that is often wrong: the tokens of the model alone."""
     model, draft = build(name), build(name, seed=1)
     prompt = TEXT[:prompt_length]
@@ -36,7 +37,7 @@ def test_speculative_decoding_across_window_borders(name, prompt_length):
             assert [int(token) for token, _, _ in found] == expected
 
 
-def test_speculative_decoding_on_a_recurrence_is_refused():
+def test_speculative_decoding_on_a_recurrence_is_refused() -> None:
     model = build("mamba2")
     with attach(model), pytest.raises(ValueError, match="trimmable"):
         list(speculative_generate_step(mx.array(TEXT[:5]), model, build("mamba2", seed=1)))
@@ -45,7 +46,7 @@ def test_speculative_decoding_on_a_recurrence_is_refused():
 @pytest.mark.parametrize(
     "name", ["llama", "gemma3_text", "deepseek_v3", "qwen3_next", "mamba", "gemma2", "llama4"]
 )
-def test_sequences_join_and_leave_a_batch(name):
+def test_sequences_join_and_leave_a_batch(name: str) -> None:
     """Each gets the tokens that it gets alone, whoever comes and goes."""
     model = build(name)
     lengths = [12, 5, 20, 9, 14, 7]
@@ -75,7 +76,7 @@ def test_sequences_join_and_leave_a_batch(name):
     assert more == greedy(model, [*tokens, 7], 6)
 
 
-def test_removing_a_sequence_from_a_batch_returns_its_cache():
+def test_removing_a_sequence_from_a_batch_returns_its_cache() -> None:
     model = build("gemma3_text")
     with attach(model):
         generator = BatchGenerator(model, prefill_step_size=8)
@@ -95,7 +96,7 @@ def test_removing_a_sequence_from_a_batch_returns_its_cache():
     assert more == greedy(model, [*seen, 7], 6)
 
 
-def test_a_batch_with_caches_that_are_given_leaves_them_alone():
+def test_a_batch_with_caches_that_are_given_leaves_them_alone() -> None:
     model = tiny_llama()
     with attach(model):
         caches = [make_prompt_cache(model) for _ in range(2)]
@@ -113,7 +114,7 @@ def test_a_batch_with_caches_that_are_given_leaves_them_alone():
     assert [cache.position for cache in caches] == [17, 6]
 
 
-def test_caches_of_other_pools_and_models_do_not_join():
+def test_caches_of_other_pools_and_models_do_not_join() -> None:
     one, other = tiny_llama(), tiny_llama()
     cache, stranger = make_prompt_cache(one), make_prompt_cache(other)
     with pytest.raises(ValueError, match="different pools"):
@@ -123,7 +124,7 @@ def test_caches_of_other_pools_and_models_do_not_join():
     assert cache.position == 0
 
 
-def test_a_model_with_a_draft_beside_it_in_one_list():
+def test_a_model_with_a_draft_beside_it_in_one_list() -> None:
     """As mlx-lm's server keeps them: `cache += draft_cache`, copied and trimmed as one."""
     model, draft = tiny_llama(), tiny_llama(num_hidden_layers=1)
     with attach(model), attach(draft):
@@ -134,7 +135,7 @@ def test_a_model_with_a_draft_beside_it_in_one_list():
         assert [int(token) for token, _, _ in found] == greedy(model, TEXT[:9], 12)
 
 
-def test_what_a_recurrence_cannot_do_is_refused_when_the_cache_is_made():
+def test_what_a_recurrence_cannot_do_is_refused_when_the_cache_is_made() -> None:
     model = build("qwen3_next")
     with pytest.raises(NotSupportedError, match=r"shift.*recurrent state"):
         make_prompt_cache(model, capacity=32, overflow="shift")
@@ -144,7 +145,7 @@ def test_what_a_recurrence_cannot_do_is_refused_when_the_cache_is_made():
         list(generate_step(mx.array(TEXT[:5]), model, max_kv_size=32, max_tokens=1))
 
 
-def test_batch_generate_on_the_chat_model(chat_model):
+def test_batch_generate_on_the_chat_model(chat_model: tuple[nn.Module, Any]) -> None:
     """Eight prompts of unequal length: the texts of eight single generations."""
     model, tokenizer = chat_model
     subjects = (
@@ -171,7 +172,7 @@ def test_batch_generate_on_the_chat_model(chat_model):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama4", "gpt_bigcode", "afm7", "minimax_m3_vl"])
-def test_a_batch_of_which_one_row_is_left(name):
+def test_a_batch_of_which_one_row_is_left(name: str) -> None:
     """Models whose rows go through in calls of their own: the last row too."""
     model = build(name)
     with attach(model):
@@ -185,7 +186,7 @@ def test_a_batch_of_which_one_row_is_left(name):
     assert found == {0: greedy(model, PROMPTS[0], 12), 1: greedy(model, PROMPTS[1], 3)}
 
 
-def test_a_block_that_is_all_padding():
+def test_a_block_that_is_all_padding() -> None:
     """The longest row leaves in the middle of a padded prompt; the rest of the block has no token."""
     model = build("mamba2")
     caches = [make_prompt_cache(model) for _ in range(2)]

@@ -92,7 +92,9 @@ def _draw(path: str, array: mx.array, key: mx.array) -> mx.array:
         return 0.5 + 0.2 * noise
     owner = path.removesuffix(".weight")
     if array.ndim > 1 and "conv" in path:
-        return noise * (array.shape[0] / array.size) ** 0.5
+        scale: float = (array.shape[0] / array.size) ** 0.5
+        return noise * scale
     if array.ndim > 1 and owner != path and "norm" not in owner.rpartition(".")[2]:
-        return noise * array.shape[-1] ** -0.5
+        scale = array.shape[-1] ** -0.5
+        return noise * scale
     return array.astype(mx.float32) + 0.1 * noise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
@@ -21,7 +22,7 @@ def coded(begin: int, end: int) -> mx.array:
     return mx.broadcast_to(column, (1, HEADS, end - begin, DIM))
 
 
-def fed(cache, blocks: list[int]):
+def fed(cache: Any, blocks: list[int]) -> Any:
     """A cache of keys and values that are positions."""
     begin = 0
     for n in blocks:
@@ -30,7 +31,7 @@ def fed(cache, blocks: list[int]):
     return cache
 
 
-def caches() -> list:
+def caches() -> list[Any]:
     """One of each class, after 20 tokens; windows in a block, in order, and as a ring."""
     arrays = mlx_lm_cache.ArraysCache(2)
     arrays[0], arrays[1] = mx.full((1, 3), 7.0), mx.full((1, 4, 2), 9.0)
