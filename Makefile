@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py
 
-.PHONY: help demo test check fmt soak soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,12 @@ fmt: $(VENV)/dev  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(VENV)/dev  ## the state machine for longer: 200 seeds of 2,000 steps for each kind
-	MACHINE_SEEDS=200 MACHINE_STEPS=2000 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
+soak: $(VENV)/dev  ## a million random calls with faults against the oracle, and a million tokens of decoding
+	MACHINE_SEEDS=40 MACHINE_STEPS=1500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
+	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/test_flat.py
+
+interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
+	INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
 
 soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py

@@ -31,15 +31,19 @@ class Tracer:
 
     def run(self, call: Callable[[], Any]) -> bool:
         """Make the call; whether the exception was thrown, and came out of it."""
-        before = sys.gettrace()
-        sys.settrace(self._enter)
         try:
-            call()
+            with self:
+                call()
         except Planted:
             return True
-        finally:
-            sys.settrace(before)
         return False
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(self._before)
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._inside if frame.f_code.co_filename.startswith(PACKAGE) else None

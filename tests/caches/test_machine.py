@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -15,17 +17,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from mlx_kvcache import Batch, CacheError, CausalOptions
+from tests.interrupts import Planted, Tracer
 from tests.kinds import KINDS, STORES, Kind, add_offsets
-from tests.oracle import Oracle
+from tests.oracle import Oracle, Stream
 
 SEEDS = int(os.environ.get("MACHINE_SEEDS", "20"))
 STEPS = int(os.environ.get("MACHINE_STEPS", "500"))
+FAULTS = float(os.environ.get("MACHINE_FAULTS", "0.04"))
+"""How many of the calls are interrupted at some line, or by the shift hook."""
 SEQUENCES = 4
 LAYERS = 2
 
 
-class Planted(Exception):
-    """Thrown inside a forward."""
+def model_fails() -> None:
+    raise Planted
+
+
+def worker_fails() -> None:
+    """A thread that the model waits for fails."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(model_fails).result()
 
 
 def outcome(call: Callable[..., object]) -> tuple[object, type[CacheError] | None]:
@@ -65,12 +76,18 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.serial = 0
-        self.cache: Any = self.kind.make(add_offsets)
+        self.cache: Any = self.kind.make(self.shift)
+        self.hook_fails = False
         quantisation = STORES[self.store]
         self.dims = (2, 1) if quantisation is None else (32, 64)
         self.cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16, quantisation=quantisation)
         self.children = getattr(self.cache, "_children", [self.cache])
         self.oracles = [Oracle(rule, rewind, 36, shifts=True) for rule, rewind in self.kind.children]
+
+    def shift(self, layer: int, keys: mx.array, offsets: mx.array) -> mx.array:
+        if self.hook_fails:
+            raise Planted
+        return add_offsets(layer, keys, offsets)
 
     @rule(seed=st.integers(0, 2**32))
     def step(self, seed: int) -> None:
@@ -103,70 +120,113 @@ class Machine(RuleBasedStateMachine):
         self.serial %= 400
         values = [self.serial + i for i in range(len(batch))]
         self.serial += len(batch)
-        fails = random.random() < 0.15
+        ends = [self.cache.end(sequence) for sequence in range(SEQUENCES)]
         before = self.bookkeeping()
-        streams = [dict(oracle.streams) for oracle in self.oracles]
+        streams = self.streams()
         expected, error = self.of_all(lambda oracle: oracle.forward(batch, values, later))
-        _, raised = outcome(lambda: self.run(batch, values, later, expected, fails))
+        fault = random.choice([model_fails, worker_fails]) if random.random() < 0.15 else None
+        try:
+            with self.interrupted(random):
+                _, raised = outcome(lambda: self.run(batch, values, later, expected, fault))
+        except Planted:
+            if [self.cache.end(sequence) for sequence in range(SEQUENCES)] == ends:
+                self.back_to(streams)
+            return
         assert raised == error, (batch, raised, error)
         if error:
             assert self.bookkeeping() == before
-        if fails:
-            for oracle, old in zip(self.oracles, streams, strict=True):
-                oracle.streams = old
 
     def run(
-        self, batch: Batch, values: list[Any], later: set[int], expected: list[Any] | None, fails: bool
+        self,
+        batch: Batch,
+        values: list[Any],
+        later: set[int],
+        expected: list[Any] | None,
+        fault: Callable[[], None] | None,
     ) -> None:
         """A forward with two layers for each child, or one that fails half-way."""
+        with self.cache.forward(batch):
+            for index, sets in enumerate(expected or [None]):
+                if len(self.children) > 1:
+                    self.cache.set_layer_type(index)
+                if later:
+                    self.cache.set_causal(CausalOptions(later))
+                for layer in range(LAYERS):
+                    k = mx.array(batch.positions, mx.float32)[None, None, :, None]
+                    v = mx.array(values, mx.float32)[None, None, :, None] + layer * 0.25
+                    shapes = [(1, 1, len(batch), dim) for dim in self.dims]
+                    handle = self.cache.layer(layer)
+                    handle.put(mx.broadcast_to(k, shapes[0]), mx.broadcast_to(v, shapes[1]))
+                    if fault:
+                        fault()
+                    keys, got, mask = handle.get()
+                    assert seen_sets(keys, got - layer * 0.25, mask, len(batch)) == sets
+
+    @contextmanager
+    def interrupted(self, random: Random) -> Iterator[None]:
+        """Calls inside are interrupted at some line, or not; or the shift hook fails."""
+        if random.random() >= FAULTS:
+            yield
+        elif random.random() < 0.2:
+            self.hook_fails = True
+            try:
+                yield
+            finally:
+                self.hook_fails = False
+        else:
+            # Most calls run fewer lines than that, so that they are disturbed early.
+            with Tracer(int(random.expovariate(1 / 150))):
+                yield
+
+    def edit(
+        self, random: Random, expect: Callable[[Oracle], object], call: Callable[[], object], what: object
+    ) -> None:
+        """A call between forwards: what the oracle says, or nothing where it is interrupted."""
+        before, streams = self.bookkeeping(), self.streams()
+        _, error = self.of_all(expect)
         try:
-            with self.cache.forward(batch):
-                for index, sets in enumerate(expected or [None]):
-                    if len(self.children) > 1:
-                        self.cache.set_layer_type(index)
-                    if later:
-                        self.cache.set_causal(CausalOptions(later))
-                    for layer in range(LAYERS):
-                        k = mx.array(batch.positions, mx.float32)[None, None, :, None]
-                        v = mx.array(values, mx.float32)[None, None, :, None] + layer * 0.25
-                        shapes = [(1, 1, len(batch), dim) for dim in self.dims]
-                        handle = self.cache.layer(layer)
-                        handle.put(mx.broadcast_to(k, shapes[0]), mx.broadcast_to(v, shapes[1]))
-                        if fails:
-                            raise Planted
-                        keys, got, mask = handle.get()
-                        assert seen_sets(keys, got - layer * 0.25, mask, len(batch)) == sets
+            with self.interrupted(random):
+                _, raised = outcome(call)
         except Planted:
-            pass
+            if self.bookkeeping() == before:
+                self.back_to(streams)
+            return
+        assert raised == error, what
+        if error:
+            assert self.bookkeeping() == before
 
     def remove(self, random: Random) -> None:
         sequence = random.randrange(SEQUENCES)
         end = self.oracles[0].end(sequence)
         begin = max(0, end - random.randint(0, 4)) if random.random() < 0.5 else random.randint(0, end + 1)
         stop = None if random.random() < 0.4 else begin + random.choice([0, 1, 2, 5, 100])
-        before = self.bookkeeping()
-        _, error = self.of_all(lambda oracle: oracle.remove(sequence, begin, stop))
-        _, raised = outcome(lambda: self.cache.remove(sequence, begin, stop))
-        assert raised == error, (sequence, begin, stop)
-        if error:
-            assert self.bookkeeping() == before
+        self.edit(
+            random,
+            lambda oracle: oracle.remove(sequence, begin, stop),
+            lambda: self.cache.remove(sequence, begin, stop),
+            ("remove", sequence, begin, stop),
+        )
 
     def copy_prefix(self, random: Random) -> None:
         src, dst = random.sample(range(SEQUENCES), 2)
         length = random.randint(0, self.oracles[0].end(src) + 2)
         arrays = self.cache.nbytes
-        self.of_all(lambda oracle: oracle.copy_prefix(src, dst, length))
-        self.cache.copy_prefix(src, dst, length)
+        self.edit(
+            random,
+            lambda oracle: oracle.copy_prefix(src, dst, length),
+            lambda: self.cache.copy_prefix(src, dst, length),
+            ("copy", src, dst, length),
+        )
         assert self.cache.nbytes <= arrays
 
     def restore(self, random: Random) -> None:
         src, dst = random.sample(range(SEQUENCES), 2)
-        before = self.bookkeeping()
-        _, error = self.of_all(lambda oracle: oracle.restore(src, dst))
-        _, raised = outcome(lambda: self.cache._plan_restore(dst, self.cache._snapshot(src)).commit())
-        assert raised == error, (src, dst)
-        if error:
-            assert self.bookkeeping() == before
+        self.edit(
+            random,
+            lambda oracle: oracle.restore(src, dst),
+            lambda: self.cache._plan_restore(dst, self.cache._snapshot(src)).commit(),
+            ("restore", src, dst),
+        )
 
     def reserve(self, random: Random) -> None:
         n = random.randint(1, 16)
@@ -179,18 +239,24 @@ class Machine(RuleBasedStateMachine):
         assert mask.shape == (n, keys.shape[2])
         assert self.bookkeeping() == before
 
+    def streams(self) -> list[dict[int, Stream]]:
+        return [dict(oracle.streams) for oracle in self.oracles]
+
+    def back_to(self, streams: list[dict[int, Stream]]) -> None:
+        for oracle, old in zip(self.oracles, streams, strict=True):
+            oracle.streams = old
+
     def bookkeeping(self) -> list[object]:
         return [(dict(child._table.sequences), child._table.live) for child in self.children]
 
     def of_all(self, call: Callable[[Oracle], object]) -> tuple[list[Any] | None, type[CacheError] | None]:
         """The call on every oracle, or on none and the first error."""
-        streams = [dict(oracle.streams) for oracle in self.oracles]
+        streams = self.streams()
         results = []
         for oracle in self.oracles:
             result, error = outcome(lambda oracle=oracle: call(oracle))
             if error:
-                for each, old in zip(self.oracles, streams, strict=True):
-                    each.streams = old
+                self.back_to(streams)
                 return None, error
             results.append(result)
         return results, None
