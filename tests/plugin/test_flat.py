@@ -1,4 +1,4 @@
-"""Decoding without end: no more memory and no larger graph at the end than after the first thousand tokens."""
+"""Decoding without end: at the end no more memory and no larger graph than after a thousand tokens."""
 
 from __future__ import annotations
 
