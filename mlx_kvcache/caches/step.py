@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count, pairwise
-from typing import Any, NamedTuple, TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -15,11 +15,11 @@ from ..arrays.pairs import AnyPair, Form, Lanes
 from ..arrays.store import Buffers, Cells, Store, concatenated
 from ..batch import CacheConfig
 from ..cells.placement import Placed
-from ..cells.rules import Causal, Chunk, Rule
+from ..cells.rules import Rule
 from ..cells.table import CellTable
 from ..errors import CacheError
 from .parts import Part, take
-from .products import STRETCH, are_faster
+from .stretches import Stretch, cut
 
 T = TypeVar("T")
 
@@ -27,17 +27,6 @@ Written = tuple[dict[int, AnyPair], tuple[mx.array, mx.array] | None]
 """What one layer has stored in a step: pairs by segment, and the batch itself where it is kept."""
 
 _names = count(1)
-
-SHORTEST = 64
-"""Queries in a stretch at least; fewer are not worth a product of their own."""
-
-
-class Stretch(NamedTuple):
-    """Neighbouring queries of a part, the keys that any of them sees, and who sees which."""
-
-    queries: slice
-    keys: slice
-    mask: Mask
 
 
 class Step:
@@ -233,38 +222,11 @@ class Step:
         """One part's queries, by rising position, in stretches that see about the same keys."""
         found = self._stretches.get(part.sequence)
         if found is None:
-            borders = self._borders(part)
-            found = [self._stretch(part, a, b) for a, b in pairwise(borders)]
+            whole = Stretch(slice(None), slice(None), self.own_mask(part))
+            is_whole = bool(self._later.intersection(part.indices))
+            found = [whole] if is_whole else cut(self._rule, part, whole)
             self._stretches[part.sequence] = found
         return found
-
-    def _borders(self, part: Part) -> list[int]:
-        """Positions at which a new stretch begins, and the end."""
-        whole = [part.begin, part.end]
-        gaps = any(before[1] != after[0] for before, after in pairwise(part.ranges))
-        if gaps or self._rule.sinks or self._later.intersection(part.indices):
-            return whole
-        if isinstance(self._rule, Causal):
-            return [*range(part.begin, part.end, STRETCH), part.end] if are_faster() else whole
-        if isinstance(self._rule, Chunk):
-            size = self._rule.size
-            inner = range(part.begin - part.begin % size + size, part.end, size)
-            # Many tiny chunks are cheaper in one product with a mask.
-            return [part.begin, *inner, part.end] if size >= SHORTEST else whole
-        size = max(SHORTEST, self._rule.size // 4)
-        hides = self._rule.lower(part.end - 1) > max(0, self._rule.lower(part.begin))
-        return [*range(part.begin, part.end, size), part.end] if hides else whole
-
-    def _stretch(self, part: Part, begin: int, end: int) -> Stretch:
-        if (begin, end) == (part.begin, part.end):
-            return Stretch(slice(None), slice(None), self.own_mask(part))
-        first = part.ranges[0][0]
-        low = max(first, self._rule.lower(begin))
-        mask: Mask = None if end - begin == 1 else "causal"
-        if self._rule.lower(end - 1) > low:
-            queries, keys = positions_of([(begin, end)]), positions_of([(low, end)])
-            mask = array_mask(self._rule, queries, keys)
-        return Stretch(slice(begin - part.begin, end - part.begin), slice(low - first, end - first), mask)
 
     def own_mask(self, part: Part) -> Mask:
         """Who of one part's queries, by rising position, sees which of its history."""
