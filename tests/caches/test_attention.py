@@ -88,7 +88,7 @@ class Fresh:
 @pytest.fixture(params=["CPU", "GPU"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By products as on a CPU, or by MLX's own attention where that has a kernel."""
-    for module in ("attend", "step"):
+    for module in ("attend", "stretches"):
         monkeypatch.setattr(f"mlx_kvcache.caches.{module}.are_faster", lambda: request.param == "CPU")
 
 
