@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -70,10 +70,9 @@ class Session:
         """
         if not 0 <= begin <= end <= self.cache.position:
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.cache.position} tokens")
-        self.cache.remove(begin, end)
-        del self.tokens[begin:end]
-        self.reused -= max(0, min(end, self.reused) - begin)
-        self.salt = salt
+        reused = self.reused - max(0, min(end, self.reused) - begin)
+        left = self.tokens[:begin] + self.tokens[end:]
+        self._edit(lambda: self.cache.remove(begin, end), left, reused, salt)
 
     def shift(self, keep: int = 0, room: int = 1) -> list[int]:
         """Make room for more tokens where the cache has a capacity: drop the older half after `keep`.
@@ -99,20 +98,29 @@ class Session:
         end = begin + max((position - begin) // 2, position + room - capacity)
         left = self.tokens[:begin] + self.tokens[end:]
         try:
-            self.cache.remove(begin, end)
+            self._edit(lambda: self.cache.remove(begin, end), left, self.reused, self.salt)
         except NotSupportedError:
             point = self.cache.resume_point(begin)
-            self.cache.rewind_to(point)
-            self.tokens = left[:point]
+            self._edit(lambda: self.cache.rewind_to(point), left[:point], self.reused, self.salt)
             return left[point:]
-        self.tokens = left
         return []
+
+    def _edit(self, edit: Callable[[], None], tokens: list[int], reused: int, salt: Hashable) -> None:
+        """Take tokens out of the cache, and note what is left, or neither."""
+        position, before = self.cache.position, (self.tokens, self.reused, self.salt)
+        try:
+            self.tokens, self.reused, self.salt = tokens, reused, salt
+            edit()
+        except BaseException:
+            if self.cache.position == position:
+                self.tokens, self.reused, self.salt = before
+            raise
 
     def close(self, is_pinned: bool = False) -> None:
         """Give the cache back, for others that begin alike. A second close does nothing."""
         if self._is_open:
-            self._is_open = False
             self._pool.store(self.tokens[: self.cache.position], self.cache, self.salt, is_pinned)
+            self._is_open = False
 
     def __enter__(self) -> Session:
         return self

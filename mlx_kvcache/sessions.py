@@ -146,13 +146,11 @@ class SessionPool:
             self._cells = cache.pool
             if not tokens:
                 return self._reject("empty", cache)
-            entry = _Stored(tuple(tokens), cache, salt, is_pinned, 0)
-            tree = self._trees.setdefault(salt, PrefixTree())
-            for common, shorter in list(islice(tree.matches(tokens[:-1]), CANDIDATES)):
-                is_prefix = common == len(shorter.tokens)
+            entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
+            for common, shorter in list(islice(self._trees[salt].matches(tokens[:-1]), CANDIDATES)):
+                is_prefix = common == len(shorter.tokens) < len(tokens)
                 if is_prefix and not shorter.is_pinned and cache.resume_point(common) == common:
                     self._remove(shorter)
-            self._put(entry)
             self._evict()
             if entry in self._stored:
                 return True
@@ -230,14 +228,16 @@ class SessionPool:
 
     def _put(self, entry: _Stored) -> _Stored:
         """Store a cache in the place of what was stored for the same tokens."""
-        tree = self._trees.setdefault(entry.salt, PrefixTree())
-        before = tree.put(entry.tokens, entry)
-        if before is not None:
-            entry.is_pinned |= before.is_pinned
-            self._stored.remove(before)
-            before.cache.close()
-        self._stored.append(entry)
         self._touch(entry)
+        try:
+            before = self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)
+            entry.is_pinned |= before is not None and before.is_pinned
+            self._stored = [*(other for other in self._stored if other is not before), entry]
+        except BaseException:
+            self._replant()
+            raise
+        if before is not None and before.cache is not entry.cache:
+            before.cache.close()
         return entry
 
     def _evict(self) -> None:
@@ -256,9 +256,19 @@ class SessionPool:
         return self._max_bytes is not None and self.nbytes > self._max_bytes
 
     def _remove(self, entry: _Stored) -> None:
-        self._trees[entry.salt].pop(entry.tokens)
-        self._stored.remove(entry)
+        try:
+            self._trees[entry.salt].pop(entry.tokens)
+            self._stored.remove(entry)
+        except BaseException:
+            self._replant()
+            raise
         entry.cache.close()
+
+    def _replant(self) -> None:
+        """Grow the trees anew, after something came between them and the list of what is stored."""
+        self._trees = {}
+        for entry in self._stored:
+            self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)
 
     def _touch(self, entry: _Stored) -> None:
         self._clock += 1

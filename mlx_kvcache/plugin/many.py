@@ -8,7 +8,7 @@ longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from .tokens import TokenRows
 Sampler = Callable[[mx.array], mx.array]
 """Log probabilities (1, vocabulary) -> a token (1,), as mlx-lm's samplers."""
 
-Finish = Literal["stop", "length", "cancelled", "full", "closed"]
+Finish = Literal["stop", "length", "cancelled", "full", "closed", "interrupted"]
 
 
 class Generated(NamedTuple):
@@ -34,7 +34,7 @@ class Generated(NamedTuple):
         ticket: what `Many.add` gave.
         token: None where the sequence ends without one.
         finish: None while it goes on; "full" where its cache has no room, "closed" where it was
-            closed by somebody.
+            closed by somebody, "interrupted" where an exception left a cache that cannot go back.
         error: what was raised, where something was.
     """
 
@@ -44,7 +44,7 @@ class Generated(NamedTuple):
     error: CacheError | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sequence:
     cache: PromptCache
     waiting: list[int]
@@ -135,25 +135,28 @@ class Many:
         """End a sequence before its time, and return its cache. Raises ValueError for an unknown one."""
         if ticket not in self._sequences:
             raise ValueError(f"no sequence {ticket} is running; there are {sorted(self._sequences)}")
-        sequence = self._sequences.pop(ticket)
-        self._ended.append(Generated(ticket, None, "cancelled"))
-        return sequence.cache
+        cache = self._sequences[ticket].cache
+        self._end(Generated(ticket, None, "cancelled"))
+        return cache
 
     def step(self) -> list[Generated]:
-        """One call of the model: what it gives, and what has ended since the last one."""
-        results, self._ended = self._ended, []
-        chosen = self._chosen(results)
-        if not chosen:
-            return results
-        ready = {
-            ticket: logits for ticket, logits in self._logits(chosen) if not self._sequences[ticket].waiting
-        }
-        if len(ready) < len(chosen):
-            # Blocks of prompts are not part of anybody's logits yet.
-            mx.eval(list(ready.values()), self._pool.buffers)
-        return results + [self._sampled(ticket, logits) for ticket, logits in ready.items()]
+        """One call of the model: what it gives, and what has ended since the last one.
 
-    def _chosen(self, results: list[Generated]) -> dict[int, list[int]]:
+        Where the model or a sampler raises, the tokens of this step wait for the next one. A
+        sequence whose cache cannot go back by them ends.
+        """
+        chosen = self._chosen()
+        begins = {ticket: self._sequences[ticket].cache.position for ticket in chosen}
+        try:
+            after, results = self._computed(chosen)
+        except BaseException as error:
+            self._take_back(begins, error)
+            raise
+        self._sequences, self._ended = after, [*self._ended, *results]
+        results, self._ended = self._ended, []
+        return results
+
+    def _chosen(self) -> dict[int, list[int]]:
         """The next tokens of each sequence: one of those that generate, then blocks of prompts."""
         chosen: dict[int, list[int]] = {}
         room = self._most
@@ -169,18 +172,48 @@ class Many:
                     sequence.cache._conversation.make_room(len(tokens), early=True)
             except CacheError as error:
                 finish: Finish = "full" if isinstance(error, CacheFullError) else "closed"
-                results.append(Generated(ticket, None, finish, error))
-                del self._sequences[ticket]
+                self._end(Generated(ticket, None, finish, error))
                 continue
             chosen[ticket] = tokens
             room -= len(tokens)
-        for ticket, tokens in chosen.items():
-            sequence = self._sequences[ticket]
-            if sequence.pending:
-                sequence.pending = []
-            else:
-                sequence.waiting = sequence.waiting[len(tokens) :]
         return chosen
+
+    def _computed(self, chosen: dict[int, list[int]]) -> tuple[dict[int, _Sequence], list[Generated]]:
+        """The model's call: the sequences after it, and a token for each that has read all it had."""
+        after, results = dict(self._sequences), list[Generated]()
+        for ticket, tokens in chosen.items():
+            sequence = after[ticket]
+            waiting = sequence.waiting if sequence.pending else sequence.waiting[len(tokens) :]
+            after[ticket] = replace(sequence, waiting=waiting, pending=[])
+        logits = dict(self._logits(chosen)) if chosen else {}
+        ready = {ticket: own for ticket, own in logits.items() if not after[ticket].waiting}
+        if len(ready) < len(chosen):
+            # Blocks of prompts are not part of anybody's logits yet.
+            mx.eval(list(ready.values()), self._pool.buffers)
+        for ticket, own in ready.items():
+            generated = _sampled(ticket, after[ticket], own)
+            results.append(generated)
+            if generated.finish:
+                del after[ticket]
+            else:
+                assert generated.token is not None
+                left = after[ticket].left - 1
+                after[ticket] = replace(after[ticket], pending=[generated.token], left=left)
+        return after, results
+
+    def _take_back(self, begins: dict[int, int], error: BaseException) -> None:
+        """Let caches go back to where they were before a step."""
+        for ticket, begin in begins.items():
+            cache = self._sequences[ticket].cache
+            try:
+                cache.rewind_to(begin)
+            except CacheError as refusal:
+                refusal.__cause__ = error
+                self._end(Generated(ticket, None, "interrupted", refusal))
+
+    def _end(self, last: Generated) -> None:
+        others = {ticket: own for ticket, own in self._sequences.items() if ticket != last.ticket}
+        self._sequences, self._ended = others, [*self._ended, last]
 
     def _logits(self, chosen: dict[int, list[int]]) -> Iterator[tuple[int, mx.array]]:
         """For each sequence the logits (1, vocabulary) after its last token."""
@@ -198,22 +231,18 @@ class Many:
             last += len(tokens)
             yield ticket, logits[last]
 
-    def _sampled(self, ticket: int, logits: mx.array) -> Generated:
-        sequence = self._sequences[ticket]
-        logits = logits.astype(mx.float32)
-        drawn: Any = sequence.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
-        token = int(drawn)
-        sequence.left -= 1
-        finish: Finish | None = None
-        if token in sequence.stop:
-            finish = "stop"
-        elif not sequence.left:
-            finish = "length"
-        if finish:
-            del self._sequences[ticket]
-        else:
-            sequence.pending = [token]
-        return Generated(ticket, token, finish)
+
+def _sampled(ticket: int, sequence: _Sequence, logits: mx.array) -> Generated:
+    """A sequence's next token by logits (1, vocabulary)."""
+    logits = logits.astype(mx.float32)
+    drawn: Any = sequence.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
+    token = int(drawn)
+    finish: Finish | None = None
+    if token in sequence.stop:
+        finish = "stop"
+    elif sequence.left == 1:
+        finish = "length"
+    return Generated(ticket, token, finish)
 
 
 def generate_many(

@@ -16,7 +16,9 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin import PromptCache, make_prompt_cache
+from mlx_kvcache.plugin import Many, PromptCache, make_prompt_cache, make_session_pool
+from mlx_kvcache.session import Session
+from mlx_kvcache.sessions import SessionPool
 from tests.interrupts import Tracer, places
 from tests.plugin.configurations import build
 from tests.plugin.tiny import tiny_llama
@@ -221,3 +223,68 @@ def test_rows_of_a_batch_stay_together(subject: tuple[Subject, nn.Module]) -> No
             # What is thrown in a finalizer does not come out.
             tracer.run(partial(call, batch))
             assert look(batch) in (before, after), (name, tracer.places[at])
+
+
+def test_steps_of_many_go_on(subject: tuple[Subject, nn.Module]) -> None:
+    kind, model = subject
+
+    def make() -> Many:
+        many = Many(model, tokens_per_step=6, **kind.options)
+        many.add(PROMPT[:4], max_tokens=4)
+        many.step()
+        many.add(PROMPT, max_tokens=3)
+        return many
+
+    def finished(many: Many) -> list[tuple[int, int | None]]:
+        given = []
+        while len(many):
+            given += [(one.ticket, one.token) for one in many.step()]
+        return sorted(given)
+
+    expected = finished(make())
+    for at in places(make().step, NTH // 3 or 1, SUBJECTS.index(kind)):
+        many = make()
+        tracer = Tracer(at)
+        assert tracer.run(many.step)
+        assert finished(many) == expected, tracer.places[at]
+
+
+def test_a_pool_knows_what_it_holds(subject: tuple[Subject, nn.Module]) -> None:
+    kind, model = subject
+    calls: dict[str, Callable[[SessionPool, Session], Any]] = {
+        "open": lambda pool, session: pool.open(PROMPT[:9]),
+        "close": lambda pool, session: session.close(),
+        "clear": lambda pool, session: pool.clear(),
+        "remove": lambda pool, session: session.remove(1, session.cache.position, "other"),
+    }
+
+    def make() -> tuple[SessionPool, Session]:
+        pool = make_session_pool(model, max_stored=2, **kind.options)
+        for tokens in ([1, 2, 3], PROMPT[:5], PROMPT[:7], [1, 2, 4]):
+            with pool.open(tokens) as session:
+                read(model, session.cache, session.rest)
+        session = pool.open(PROMPT[:8])
+        read(model, session.cache, session.rest)
+        return pool, session
+
+    if make()[1].cache.pool.layout.is_recurrent:
+        del calls["remove"]
+    for name, call in calls.items():
+        for at in places(partial(call, *make()), NTH // 3 or 1, SUBJECTS.index(kind)):
+            pool, session = make()
+            tracer = Tracer(at)
+            tracer.run(partial(call, pool, session))
+            place = name, tracer.places[at]
+            assert session.cache._rows.conversation._release.alive or name == "close", place
+            for entry in pool._stored:
+                assert entry.cache.position == len(entry.tokens), place
+                assert (len(entry.tokens), entry) in list(pool._trees[entry.salt].matches(entry.tokens)), (
+                    place
+                )
+            session.close()
+            with pool.open([*PROMPT[:8], 9, 4, 30]) as again:
+                logits = read(model, again.cache, again.rest)
+            fresh = make_prompt_cache(model, **kind.options)
+            expected = read(model, fresh, [*PROMPT[:8], 9, 4, 30])
+            # Packed keys are read as they were packed, block by block.
+            assert kind.name == "packed" or np.allclose(logits[0, -1], expected[0, -1], atol=1e-4), place
