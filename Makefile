@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models dist release-check audit test-lowest clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,21 @@ screenshots: $(VENV)/dev  ## take the pictures of the chat in docs/, in a conver
 models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
 	$(RUN) -m docs.models
 
+dist: $(VENV)/release  ## build the wheel and the sdist into dist/, and check what is in them
+	rm -rf dist
+	$(BIN)/python -m build --installer uv --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+release-check: dist  ## install from dist/ into a clean environment; run demo and tests there (TESTS=tests: all)
+	.ci/release-check "$(abspath $(BIN))" "$(MODEL_WHEEL)"
+
+audit: $(VENV)/release  ## look for known holes in dependencies, write an SBOM, check workflows and CITATION.cff
+	.ci/audit "$(abspath $(BIN))"
+
+test-lowest: $(VENV)/release  ## the tests with the lowest versions that pyproject.toml allows: core, then plug-in
+	.ci/test-lowest "$(abspath $(BIN))"
+
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
@@ -81,6 +96,10 @@ $(VENV)/demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/bench: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+$(VENV)/release: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo

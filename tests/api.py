@@ -63,33 +63,31 @@ def _member(own: type, name: str) -> str:
     if inspect.isfunction(member):
         return _signature(member)
     if isinstance(member, property):
-        returned = (
-            inspect.signature(member.fget).return_annotation if member.fget else inspect.Signature.empty
-        )
-        return f": {_text(returned)} [property{', can be set' if member.fset else ''}]"
-    annotations = (base.__dict__.get("__annotations__", {}) for base in own.__mro__)
+        assert member.fget
+        returned = _text(inspect.signature(member.fget).return_annotation)
+        return f": {returned} [property{', can be set' if member.fset else ''}]"
+    annotations = map(inspect.get_annotations, own.__mro__)
     return next((f": {_text(found[name])}" for found in annotations if name in found), "")
 
 
 def _signature(thing: Any) -> str:
     """As it is written, however this Python shows it."""
     found = inspect.signature(thing)
-    parts, last = [], inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parts: list[str] = []
+    may_be_by_place = True
     for parameter in found.parameters.values():
-        if parameter.kind == parameter.KEYWORD_ONLY and last not in {
-            parameter.KEYWORD_ONLY,
-            parameter.VAR_POSITIONAL,
-        }:
+        if parameter.kind == parameter.KEYWORD_ONLY and may_be_by_place:
             parts.append("*")
-        last = parameter.kind
+        may_be_by_place = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         parts.append(_parameter(parameter))
     returned = "" if isinstance(thing, type) else f" -> {_text(found.return_annotation)}"
     return f"({', '.join(parts)}){returned}"
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    text = stars + parameter.name
+    text = parameter.name
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        text = ("*" if parameter.kind == parameter.VAR_POSITIONAL else "**") + text
     if parameter.annotation is not parameter.empty:
         text += f": {_text(parameter.annotation)}"
     if parameter.default is not parameter.empty:
@@ -101,16 +99,15 @@ def _default(value: Any) -> str:
     """Functions by name: their repr has an address."""
     if value is Ellipsis:
         return "..."
-    return value.__name__ if inspect.isfunction(value) else repr(value)
+    return str(value.__name__) if inspect.isfunction(value) else repr(value)
 
 
 def _text(annotation: Any) -> str:
     """An annotation as it is in the source."""
     if isinstance(annotation, str):
         return annotation
-    return getattr(annotation, "__forward_arg__", None) or getattr(annotation, "__name__", str(annotation))
+    return str(getattr(annotation, "__forward_arg__", None) or getattr(annotation, "__name__", annotation))
 
 
 if __name__ == "__main__":
     RECORD.write_text("\n".join(lines()) + "\n", encoding="utf-8")
-    print(f"wrote {RECORD}")

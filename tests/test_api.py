@@ -17,10 +17,9 @@ from .api import MODULES, RECORD, lines
 def test_names_and_signatures_are_those_on_record() -> None:
     """A name that goes, or is called otherwise, is a change that CONTRIBUTING.md has rules for."""
     recorded = RECORD.read_text(encoding="utf-8").splitlines()
+    hint = "If this is meant: python -m tests.api, and a line in CHANGELOG.md"
     changes = list(difflib.unified_diff(recorded, list(lines()), "tests/api.txt", "now", lineterm="", n=0))
-    assert not changes, "\n".join(
-        [*changes, "If this is meant: python -m tests.api, and a line in CHANGELOG.md"]
-    )
+    assert not changes, "\n".join([*changes, hint])
 
 
 @pytest.mark.parametrize("name", MODULES)

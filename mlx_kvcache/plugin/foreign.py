@@ -7,6 +7,7 @@ table, the arrays lie where the file's size allows it, and what is not understoo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from ..persist.container import read_metadata
 from ..persist.files import faults_of
 from ..quantisation import checked_codec
 
-_MOST = 10_000
-"""Entries of a list: the names of a file's arrays say how long it is, and may say anything."""
+_MOST = 100_000
+"""Entries of all lists: the names of a file's arrays say how long they are, and may say anything."""
+_DEEPEST = 32
+"""Lists in lists."""
 
 Ranges = tuple[tuple[int, int], ...]
 """(position, length) of neighbouring tokens."""
@@ -92,11 +95,20 @@ def read_foreign(path: Path) -> Foreign:
 
 
 def _unflattened(named: Mapping[str, Any]) -> Any:
-    """The tree of names with full stops. Raises ValueError where a list would be longer than there is."""
+    """The tree of names with full stops. Raises ValueError where its lists would be longer than any are."""
+    lengths: dict[str, int] = {}
+    total = 0
     for name in named:
-        for part in name.split("."):
-            if part.isdecimal() and int(part[:9]) > _MOST:
-                raise ValueError(f"{name[:60]!r} is no place in a list")
+        parts = name.split(".", _DEEPEST)
+        for depth, part in enumerate(parts):
+            # Whatever Python reads as a number is a place to MLX, such as "1_000" or "007".
+            with suppress(ValueError):
+                holder = ".".join(parts[:depth])
+                known = lengths.get(holder, 0)
+                lengths[holder] = max(known, int(part) + 1)
+                total += lengths[holder] - known
+        if len(parts) > _DEEPEST or total > _MOST:
+            raise ValueError(f"{name[:60]!r} is no place in a list")
     return tree_unflatten(list(named.items()))
 
 

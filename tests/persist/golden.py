@@ -60,4 +60,3 @@ def write(path: Path) -> None:
 if __name__ == "__main__":
     assert not place(VERSION).exists(), "what has been written once stays as it is"
     write(place(VERSION))
-    print(f"wrote {place(VERSION)}")

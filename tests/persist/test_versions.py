@@ -1,4 +1,4 @@
-"""Formats change only with their version, and files of earlier versions are read for as long as that is promised."""
+"""Formats change only with their version, and files of all versions so far are read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 
 from mlx_kvcache.persist import load
 from mlx_kvcache.persist.container import read_contents
+from mlx_kvcache.persist.folder import PrefixFolder
 from mlx_kvcache.persist.head import VERSION
 from mlx_kvcache.persist.index import VERSION as TABLES_VERSION
 
-from .filing import PrefixFolder
 from .golden import FOLDER, MODEL, TOKENS, empty, feed, filled, place, write
 
 VERSIONS = sorted(re.findall(r"version_(\d+)", " ".join(path.name for path in FOLDER.iterdir())))
 
 TABLES = {
     1: """
-        entries: name TEXT, digest TEXT, namespace TEXT, salt TEXT, nbytes INTEGER, used INTEGER, is_ready INTEGER,
-            tokens BLOB
+        entries: name TEXT, digest TEXT, namespace TEXT, salt TEXT, nbytes INTEGER, used INTEGER,
+            is_ready INTEGER, tokens BLOB
         state: stamp INTEGER
     """
 }
@@ -66,6 +66,5 @@ def test_tables_are_as_their_version_says(tmp_path: Path) -> None:
         for name in sorted(names)
     }
     connection.close()
-    assert " ".join(f"{name}: {told}" for name, told in columns.items()) == " ".join(
-        TABLES[TABLES_VERSION].split()
-    )
+    told = " ".join(f"{name}: {own}" for name, own in columns.items())
+    assert told == " ".join(TABLES[TABLES_VERSION].split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -225,9 +226,31 @@ def test_nothing_that_a_file_names_is_called(tmp_path: Path) -> None:
         mx.save_safetensors(path, {"0.0": keys, "0.1": keys}, {"0.model": "", "1.0": name, "2.0": ""})
         with pytest.raises(CacheFileError, match="is none of KVCache"):
             PromptCache.load(path, tiny_llama())
-    mx.save_safetensors(path, {"0.99999999999": keys}, {"0.model": "", "1.0": "KVCache", "2.0": ""})
-    with pytest.raises(CacheFileError, match="no place in a list"):
-        PromptCache.load(path, tiny_llama())
+
+
+LONG_LISTS = {
+    "large": ["0.99999999999"],
+    "zeros": ["0.00000000099999999"],
+    "underscores": ["0.99_999_999"],
+    "signed": ["0.+99999999"],
+    "deep": ["0." * 40 + "0"],
+    "many": [".".join(["9999"] * i) for i in range(1, 20)],
+}
+"""Names of arrays by which MLX would make lists of very many entries."""
+
+
+@pytest.mark.parametrize("names", LONG_LISTS.values(), ids=LONG_LISTS)
+def test_names_do_not_make_lists_long(names: list[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "a.safetensors")
+    arrays, model = {name: mx.zeros((1, 2, 5, 8)) for name in names}, tiny_llama()
+    mx.save_safetensors(path, arrays, {"0.model": "", "1.0": "KVCache", "2.0": ""})
+    tracemalloc.start()
+    try:
+        with pytest.raises(CacheFileError, match="no place in a list"):
+            PromptCache.load(path, model)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path: Path) -> None:
