@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models docs clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,8 +67,12 @@ screenshots: $(VENV)/dev  ## take the pictures of the chat in docs/, in a conver
 models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
 	$(RUN) -m docs.models
 
-clean:          ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+# MkDocs' theme announces its successor at every run, which would hide what matters.
+docs: $(VENV)/docs  ## build the documentation site into site/, warnings as errors, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+clean:          ## remove the virtual environment, caches and the site
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache site
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +85,10 @@ $(VENV)/demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/bench: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
