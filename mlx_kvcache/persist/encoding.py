@@ -67,7 +67,9 @@ def kind_of(cache: PlanningCache) -> dict[str, Any]:
         if isinstance(rule, Chunk):
             return {"kind": "chunk", "size": rule.size}
         # A rule of somebody's own is none of these, and would be read back as another.
-        raise NotSupportedError(f"a cache of {type(rule).__name__} cannot be saved: files have no name for it")
+        raise NotSupportedError(
+            f"a cache of {type(rule).__name__} cannot be saved: files have no name for it"
+        )
     for kind, name in ((WrapperCache, "wrapper"), (EncoderCache, "encoder"), (RecurrentCache, "recurrent")):
         if isinstance(cache, kind):
             return {"kind": name}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,14 +30,16 @@ def _placed(hub: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Path]:
     """SmolLM2 under its name, and two random layers with its tokenizer for a larger one."""
     folder: Path = tmp_path_factory.mktemp("hub")
     smollm2.export(_placed(folder, REAL), mx.float32)
     other = _placed(folder, RANDOM)
     other.parent.mkdir()
     other.symlink_to(tiny)
-    return folder
+    yield folder
+    # Half a gigabyte, which pytest would keep for some runs.
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

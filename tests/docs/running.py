@@ -22,8 +22,8 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 from tests.docs.pages import ROOT
 
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-COMMAND_OPTIONS = {"server": ["--help"]}
-"""What ends a command that would run for ever."""
+ENDING = {"server": ["--help"], "examples.smollm2": ["--help"]}
+"""What ends a command that would run for ever, or do again what the tests' hub has been made by."""
 LINES = "Hello\nq\n"
 """What somebody types into a chat."""
 FORM = re.compile(
@@ -97,7 +97,7 @@ class Reader:
 
     def _run(self, arguments: list[str]) -> str:
         placed = [str(self.path) if argument == "PATH" else argument for argument in arguments]
-        ending = [option for name in arguments for option in COMMAND_OPTIONS.get(name, [])]
+        ending = [option for name in arguments for option in ENDING.get(name, [])]
         done = subprocess.run(
             [sys.executable, *placed, *ending],
             cwd=self.folder,
