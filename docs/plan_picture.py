@@ -14,7 +14,7 @@ from mlx_kvcache import Batch, CacheFullError, CausalCache, SlidingWindowCache, 
 from mlx_kvcache.caches.positional import PositionalCache, StepPlan
 
 ROOM = 16
-COLOURS = {"plan": "#a9c7e8", "commit": "#1f5fa8", "refuses": "#c25b12"}
+COLOURS = {"plan": "#a9c7e8", "make": "#1f5fa8", "refuses": "#c25b12"}
 
 
 class Event(NamedTuple):
@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 def watched(child: PositionalCache, number: int, seen: list[Event]) -> PositionalCache:
-    """The same cache, which notes when it plans and when a plan of its is committed."""
+    """The same cache, which notes when it plans and when a change is made."""
     plan_forward = child._plan_forward
 
     def plan(batch: Batch) -> StepPlan:
@@ -36,13 +36,13 @@ def watched(child: PositionalCache, number: int, seen: list[Event]) -> Positiona
             seen.append(Event(number, "refuses", f"{full.needed} needed,\n{full.free} free"))
             raise
         seen.append(Event(number, "plan", f"plan: where\n{len(batch)} tokens go"))
-        commit = made.commit
+        make = made.make
 
-        def committed() -> None:
-            commit()
-            seen.append(Event(number, "commit", f"commit: ends\nat {child.end(0)}"))
+        def watched_make() -> None:
+            make()
+            seen.append(Event(number, "make", f"make: ends\nat {child.end(0)}"))
 
-        made.commit = committed  # type: ignore[method-assign]
+        made.make = watched_make  # type: ignore[method-assign]
         return made
 
     child._plan_forward = plan  # type: ignore[method-assign]
@@ -69,10 +69,11 @@ def events(blocks: list[int]) -> list[list[Event]]:
 def plan() -> Figure:
     """A lane for each child, time from left to right."""
     blocks = [6, 12]
+    figure: Figure
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[4, 2.9])
     titles = (
-        "a batch of 6: all children plan, then all commit",
-        f"12 more in room for {ROOM}: none commits",
+        "a batch of 6: all children plan, then all make",
+        f"12 more in room for {ROOM}: nobody does",
     )
     for axis, title, happened in zip(axes, titles, events(blocks), strict=True):
         _lanes(axis, title, happened)

@@ -86,6 +86,7 @@ def removal() -> Figure:
     """Before, and after by both ways; numbers are tokens, by their positions before."""
     mx.random.seed(0)
     before = Strip("before", list(range(TOKENS)), [False] * TOKENS, TOKENS)
+    figure: Figure
     figure, axes = plt.subplots(3, 1, figsize=(9, 4), sharex=True)
     for axis, strip in zip(axes, (before, engine(), plug_in()), strict=True):
         _draw(axis, strip)
