@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models dist release-check audit test-lowest clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models dist release-check audit test-lowest docs clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,8 +82,12 @@ audit: $(VENV)/release  ## look for known holes in dependencies, write an SBOM, 
 test-lowest: $(VENV)/release  ## the tests with the lowest versions that pyproject.toml allows: core, then plug-in
 	.ci/test-lowest "$(abspath $(BIN))"
 
-clean:          ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+# MkDocs' theme announces its successor at every run, which would hide what matters.
+docs: $(VENV)/docs  ## build the documentation site into site/, warnings as errors, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+clean:          ## remove the virtual environment, caches and the site
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache site
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -100,6 +104,10 @@ $(VENV)/bench: $(VENV)/dev
 
 $(VENV)/release: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[release]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, the figures in README.md and docs/formats.md, and draws their pictures."""
+"""Writes docs/benchmarks.md, the figures in README.md and guides/quantise.md, and draws their pictures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PICTURES = DOCS / "pictures"
 PAGE = DOCS / "benchmarks.md"
+QUANTISE = DOCS / "guides" / "quantise.md"
 BEGIN, END = "<!-- figures: made by `make figures` -->\n", "<!-- end of figures -->\n"
 
 INTRODUCTION = """# Benchmarks
@@ -59,7 +60,7 @@ def written() -> Iterator[tuple[Path, bytes]]:
     first = next(iter(told.values()))
     rows = rows_of(first)
     yield ROOT / "README.md", _placed(ROOT / "README.md", _summary(first, rows))
-    yield DOCS / "formats.md", _placed(DOCS / "formats.md", _bits(first, rows))
+    yield QUANTISE, _placed(QUANTISE, _bits(first, rows))
     yield PICTURES / "bits.svg", _svg(plots.bits(rows))
     for name, found in told.items():
         own = rows_of(found)

@@ -15,7 +15,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from docs.plan_picture import plan
 from docs.pool_picture import pool
+from docs.removal_picture import removal
 from mlx_kvcache import (
     Batch,
     CausalCache,
@@ -121,7 +123,7 @@ def main() -> None:
     chosen = parser.parse_args()
     mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"  # the same picture, the same file
     chosen.out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[], Figure]] = {"pool": pool}
+    figures: dict[str, Callable[[], Figure]] = {"pool": pool, "plan": plan, "removal": removal}
     figures |= {name: functools.partial(of_panels, panels) for name, panels in PICTURES.items()}
     for name, make in figures.items():
         path = chosen.out / f"{name}.{chosen.format}"

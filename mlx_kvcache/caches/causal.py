@@ -1,4 +1,4 @@
-"""The three kinds that hold K and V by position; they differ in who sees whom."""
+"""Full attention."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ class Cache(Protocol):
     get longer. After any error the cache is as it was before the call.
     """
 
-    def set_config(self, config: CacheConfig) -> None: ...
+    def set_config(self, config: CacheConfig) -> None:
+        """Set the form in which history is returned; before `init`."""
+
     def init(
         self,
         dtype: mx.Dtype = ...,
@@ -33,19 +35,49 @@ class Cache(Protocol):
         max_batch: int = ...,
         quantisation: Quantisation | None = ...,
         head_dim: int | None = ...,
-    ) -> None: ...
-    def start_forward(self, batch: Batch, reserve: bool = False) -> None: ...
-    def forward(self, batch: Batch) -> AbstractContextManager[Any]: ...
-    def set_causal(self, options: CausalOptions) -> None: ...
-    def set_layer(self, layer: int) -> None: ...
-    def put(self, keys: mx.array, values: mx.array) -> None: ...
-    def get(self) -> Any: ...
-    def layer(self, layer: int) -> Any: ...
-    def copy_prefix(self, src: int, dst: int, length: int) -> None: ...
-    def can_resume(self, sequence: int, position: int) -> bool: ...
-    def remove(self, sequence: int, begin: int, end: int | None = None) -> None: ...
-    def end(self, sequence: int) -> int: ...
-    def close(self) -> None: ...
+    ) -> None:
+        """Make room for `max_sequences * capacity` tokens, shared by all sequences."""
+
+    def start_forward(self, batch: Batch, reserve: bool = False) -> None:
+        """Take the batch's tokens into their sequences; what belongs to them follows by `put`."""
+
+    def forward(self, batch: Batch) -> AbstractContextManager[Any]:
+        """`start_forward`, with a way back: an exception inside takes the batch's tokens out again."""
+        ...
+
+    def set_causal(self, options: CausalOptions) -> None:
+        """Let some tokens of this batch see later ones, until the next `start_forward`."""
+
+    def set_layer(self, layer: int) -> None:
+        """Choose the model layer for `put` and `get`."""
+
+    def put(self, keys: mx.array, values: mx.array) -> None:
+        """Store the batch's keys and values, each (1, n_kv_heads, n, head_dim), in batch order."""
+
+    def get(self) -> Any:
+        """History for this layer, the batch included: keys, values and mask."""
+        ...
+
+    def layer(self, layer: int) -> Any:
+        """A handle on one model layer, with `put` and `get`."""
+        ...
+
+    def copy_prefix(self, src: int, dst: int, length: int) -> None:
+        """Empty `dst` and let it share the positions of `src` below `length`. Copies no array."""
+
+    def can_resume(self, sequence: int, position: int) -> bool:
+        """Whether all that tokens from `position` on may see below it is held."""
+        ...
+
+    def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
+        """Take out the positions [begin, end), or all from `begin` on; later tokens move down."""
+
+    def end(self, sequence: int) -> int:
+        """The position after the sequence's last token; 0 if it is unknown."""
+        ...
+
+    def close(self) -> None:
+        """Give all memory back."""
 
 
 def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None) -> int:

@@ -12,7 +12,7 @@ from ..caches.encoder import EncoderCache
 from ..caches.positional import PositionalCache
 from ..caches.recurrent import RecurrentCache
 from ..caches.wrapper import WrapperCache
-from ..cells.rules import Causal, Window
+from ..cells.rules import Causal, Chunk, Window
 from ..errors import NotSupportedError
 from . import positional, streams
 from .checks import listing, mapping
@@ -64,7 +64,12 @@ def kind_of(cache: PlanningCache) -> dict[str, Any]:
             return {"kind": "causal"}
         if isinstance(rule, Window):
             return {"kind": "window", "size": rule.size, "sinks": rule.sinks}
-        return {"kind": "chunk", "size": rule.size}
+        if isinstance(rule, Chunk):
+            return {"kind": "chunk", "size": rule.size}
+        # A rule of somebody's own is none of these, and would be read back as another.
+        raise NotSupportedError(
+            f"a cache of {type(rule).__name__} cannot be saved: files have no name for it"
+        )
     for kind, name in ((WrapperCache, "wrapper"), (EncoderCache, "encoder"), (RecurrentCache, "recurrent")):
         if isinstance(cache, kind):
             return {"kind": name}

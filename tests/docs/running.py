@@ -1,0 +1,130 @@
+"""How a code block is run: by its language, as a reader would."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from sybil import Document, Example
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
+
+from tests.docs.pages import ROOT
+
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+ENDING = {"server": ["--help"], "examples.smollm2": ["--help"]}
+"""What ends a command that would run for ever, or do again what the tests' hub has been made by."""
+LINES = "Hello\nq\n"
+"""What somebody types into a chat."""
+FORM = re.compile(
+    r"(pip|python3? -m pip) install( -e| --editable| --no-deps| --upgrade)*( [\w.\[\],=<>-]+)+"
+    r"|python3? -m venv [.\w]+"
+    r"|(sudo )?apt-get install( -y)?( [\w.-]+)+"
+    r"|git clone [\w.:/-]+"
+    r"|cd [\w./-]+"
+)
+"""Commands that would change the machine, or need a network: only their form is looked at."""
+
+
+class Reader:
+    """Somebody who tries the blocks of one page, in order.
+
+    Args:
+        folder: where the page's commands run.
+        environment: of these commands.
+        path: the folder of a model, for commands that say PATH.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str], path: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | environment
+        self.path = path
+        self.printed = ""
+        self._python = PythonEvaluator()
+
+    def document(self, page: Path) -> Document:
+        """The page, its blocks bound to this reader."""
+        return Document.parse(
+            str(page),
+            CodeBlockParser("python", self.python),
+            CodeBlockParser("sh", self.shell),
+            CodeBlockParser("text", self.text),
+            CodeBlockParser("toml", parsed_by(_toml)),
+            CodeBlockParser("json", parsed_by(json.loads)),
+            CodeBlockParser("yaml", parsed_by(yaml.safe_load)),
+            SkipParser(),
+        )
+
+    def python(self, example: Example) -> None:
+        """Run it in the page's namespace."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self._python(example)
+        self.printed = out.getvalue()
+
+    def text(self, example: Example) -> None:
+        """It is what the block before it printed, where "..." stands for anything."""
+        told = re.escape(_trimmed(example.parsed)).replace(r"\.\.\.", ".*")
+        printed, self.printed = _trimmed(self.printed), ""
+        assert re.fullmatch(told, printed, re.DOTALL), f"printed:\n{printed}"
+
+    def shell(self, example: Example) -> None:
+        """Run its commands, without a shell."""
+        self.printed = ""
+        for line in example.parsed.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                self._command(words)
+
+    def _command(self, words: list[str]) -> None:
+        name, *arguments = words[0].removeprefix(".venv/bin/"), *words[1:]
+        if FORM.fullmatch(" ".join([name, *arguments])):
+            return
+        if name == "make":
+            assert set(arguments) <= TARGETS, f"no make target {arguments}"
+        else:
+            assert name in {"python", "python3"}, f"no rule for the command {name}"
+            self.printed += self._run(arguments)
+
+    def _run(self, arguments: list[str]) -> str:
+        placed = [str(self.path) if argument == "PATH" else argument for argument in arguments]
+        ending = [option for name in arguments for option in ENDING.get(name, [])]
+        done = subprocess.run(
+            [sys.executable, *placed, *ending],
+            cwd=self.folder,
+            env=self.environment,
+            input=LINES,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+def parsed_by(parse: Callable[[str], object]) -> Callable[[Example], None]:
+    """Whether a block can be read."""
+
+    def evaluate(example: Example) -> None:
+        parse(example.parsed)
+
+    return evaluate
+
+
+def _toml(text: str) -> object:
+    # Part of Python since 3.11, which mlx-lm needs, too.
+    return importlib.import_module("tomllib").loads(text)
+
+
+def _trimmed(text: str) -> str:
+    """Without spaces at the ends of lines, and empty lines around."""
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
