@@ -42,12 +42,12 @@ def new_conversation(
 
 def _told(model: nn.Module, limits: Limits, storage: Storage) -> str:
     """What ranks must have in common, in words. Functions differ from rank to rank in their addresses."""
-    bits = "by layer" if callable(storage.kv_bits) else storage.kv_bits
-    options = ", ".join(
-        f"{k}={v}" for k, v in [*limits._asdict().items(), *storage._replace(kv_bits=bits)._asdict().items()]
-    )
+    options = limits._asdict() | storage._asdict()
+    if callable(storage.kv_bits):
+        options["kv_bits"] = "by layer"
+    listed = ", ".join(f"{name}={value}" for name, value in options.items())
     model_is = ", ".join(identity(model).values()) if isinstance(model, nn.Module) else type(model).__name__
-    return f"make a cache with {options} of {model_is}"
+    return f"make a cache with {listed} of {model_is}"
 
 
 def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:

@@ -1,9 +1,9 @@
 """Processes that run one model together, and agree on what they do to its caches.
 
 Each has its own layers or heads, and makes the same calls as the others. Before anything changes
-they tell each other what they are about to do and whether they can, by one `all_gather` of a few
-hundred bytes. So a rank that is about to do something else, or cannot, stops all of them while
-their caches still are alike. MLX's collectives are paired by order alone: without this, ranks that
+they tell each other what they are about to do and whether they can, by one `all_gather` of a
+kilobyte. So a rank that is about to do something else, or cannot, stops all of them while their
+caches still are alike. MLX's collectives are paired by order alone: without this, ranks that
 differ would wait for each other without end, or add up arrays that do not belong together.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 
 from ..errors import CacheError, RanksDisagreeError
 
-RECORD = 512
+RECORD = 1024
 """Bytes that each rank tells the others."""
 SHOWN = 8
 """So many tokens of an input are told in words; all of them are in the digest."""
 _DIGEST = 8
-_ABOUT, _FED, _FAULT = 248, 120, 119
+_ABOUT, _FED, _FAULT = 400, 120, 480
 """Bytes of the texts in a record, which end in a zero each."""
 _KNOWN = "_is_known_to_all_ranks"
 """An attribute of exceptions that need not be told to the other ranks any more."""
@@ -165,7 +165,7 @@ class Ranks:
         return min(int(text) for text in self.share("compare numbers", str(int(number))))
 
     def share(self, about: str, text: str) -> list[str]:
-        """The texts of all ranks, of at most 119 bytes. Raises as `agree`."""
+        """The texts of all ranks, of at most 480 bytes. Raises as `agree`."""
         if self.is_alone:
             return [text]
         told = [_decoded(record) for record in self._exchange(_encoded(about, "", text))]
