@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .pool import Pool
 from .ranks import spelled, told_tokens
-from .written import keep, put_back
+from .written import arrays_of, keep, put_back
 
 if TYPE_CHECKING:
     from .rows import Rows
@@ -30,7 +30,7 @@ def forward_together(
     ranks = rows.pool.ranks
     if ranks.is_alone:
         return act()
-    ranks.enqueue(rows.pool.buffers)
+    ranks.enqueue(arrays_of(rows.pool))
     positions, tokens = rows.positions, _tokens_of(given)
     about = f"take in {n} tokens at {spelled(positions)} of {named(rows)}"
     if tokens is not None and n > 1:
@@ -69,7 +69,7 @@ def edit_together(rows: Rows, about: str, is_sure: bool) -> Iterator[None]:
     if ranks.is_alone:
         yield
         return
-    ranks.enqueue(rows.pool.buffers)
+    ranks.enqueue(arrays_of(rows.pool))
     with ranks.together(f"{about} at {spelled(rows.positions)} of {named(rows)}"):
         if is_sure:
             ranks.ready()

@@ -7,9 +7,27 @@ and whoever evaluates an array later would wait for what the others never send.
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from ..arrays.pairs import AnyPair
 from ..arrays.store import Buffers
+from ..caches.recurrent import RecurrentCache
 from .pool import Pool
+
+
+def arrays_of(pool: Pool) -> list[mx.array]:
+    """All that the model's last calls have written: keys, values, and the newest state of each recurrence."""
+    states = [
+        array
+        for cache in pool.caches
+        if isinstance(cache, RecurrentCache)
+        for stream in cache._streams.values()
+        for arrays in stream.states.get(stream.end, {}).values()
+        for array in arrays
+        if array is not None
+    ]
+    return pool.buffers + states
+
 
 Kept = dict[int, tuple[Buffers, dict[int, AnyPair]]]
 """By leaf: its buffers, and copies of their pairs by segment."""

@@ -15,16 +15,20 @@ TIMEOUT = 240
 """Seconds after which ranks are taken to hang."""
 
 
-def launch(size: int, folder: Path, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """Run the worker as so many ranks. Raises TimeoutExpired where they hang; none is left running."""
+def launch(
+    size: int, folder: Path, *arguments: str, module: str = "tests.plugin.ranks.worker"
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a module as so many ranks. Raises TimeoutExpired where they hang; none is left running."""
     with _addresses(size) as addresses:
         hosts = folder / "hosts.json"
         hosts.write_text(json.dumps([[address] for address in addresses]), encoding="utf-8")
-        command = [sys.executable, "-m", "tests.plugin.ranks.worker", str(folder), *arguments]
+        # One rank alone is no ring, and `mlx.launch` gives it no hosts.
+        ring = {"MLX_HOSTFILE": str(hosts)} if size > 1 else {}
+        command = [sys.executable, "-m", module, str(folder), *arguments]
         processes = [
             subprocess.Popen(
                 command,
-                env=os.environ | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+                env=os.environ | ring | {"MLX_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
