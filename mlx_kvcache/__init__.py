@@ -10,7 +10,7 @@ from .caches.interface import Cache, slide
 from .caches.recurrent import RecurrentCache
 from .caches.sliding import SlidingWindowCache
 from .caches.wrapper import WrapperCache
-from .errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
+from .errors import CacheError, CacheFileError, CacheFullError, NotSupportedError, RanksDisagreeError
 from .quantisation import Quantisation
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "EncoderCache",
     "NotSupportedError",
     "Quantisation",
+    "RanksDisagreeError",
     "RecurrentCache",
     "SlidingWindowCache",
     "WrapperCache",

@@ -33,6 +33,23 @@ class NotSupportedError(CacheError):
     """The cache, as it was built or with what it holds now, cannot do this exactly."""
 
 
+class RanksDisagreeError(CacheError):
+    """Processes that run one model together were about to do different things, or not all of them could.
+
+    It is raised on every rank but those that raise an error of their own, before anything has changed.
+
+    Attributes:
+        told: what each rank has told about itself, by rank.
+    """
+
+    def __init__(self, message: str, told: tuple[str, ...] = ()) -> None:
+        self.told = told
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.told)
+
+
 class CacheFileError(CacheError):
     """A file cannot be written or read, or what is in it cannot be used here.
 

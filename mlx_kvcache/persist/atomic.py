@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,8 +15,11 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.part", re.DOTALL)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its place at the end; an exception inside removes it.
+
+    Args:
+        ready: called when it is on the disk, before it takes its place.
 
     Raises:
         OSError: as opening, writing and renaming do.
@@ -30,6 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+                ready()
                 temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -64,13 +64,19 @@ class Contents:
     digest: bytes
 
 
-def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Stored]) -> int:
+def write(
+    path: Path,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, Stored],
+    ready: Callable[[], None] = lambda: None,
+) -> int:
     """Write a file, whole or not at all, and return its size in bytes.
 
     Args:
         path: where; a file that is there is replaced.
         header: anything that JSON can hold.
         arrays: by any names but "checksum" and "__metadata__".
+        ready: called when all is on the disk, before it takes the place of what is there.
 
     Raises:
         CacheFileError: it cannot be written; a file that was there still is.
@@ -81,7 +87,7 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Stored]) -
     if len(head) - heads.LENGTH > heads.MOST:
         raise CacheFileError(path, f"its head would take {len(head)} bytes, at most {heads.MOST} can be read")
     size = len(head) + sum(stored.data.nbytes for stored in arrays.values()) + heads.DIGEST
-    with _named(path, f"written ({size} bytes)"), replacing(path) as file:
+    with _named(path, f"written ({size} bytes)"), replacing(path, ready) as file:
         file.write(head)
         for name in entries:
             file.write(arrays[name].data.data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import index
@@ -33,9 +33,13 @@ class Prepared(NamedTuple):
         """Bytes of the arrays."""
         return sum(stored.data.nbytes for stored in self.arrays.values())
 
-    def write(self, path: str | PathLike[str]) -> int:
-        """Write it, and return the bytes. Raises CacheFileError; what was there still is."""
-        return container.write(Path(path), self.header, self.arrays)
+    def write(self, path: str | PathLike[str], ready: Callable[[], None] = lambda: None) -> int:
+        """Write it, and return the bytes. Raises CacheFileError; what was there still is.
+
+        Args:
+            ready: called when all is on the disk, before it takes the place of what is there.
+        """
+        return container.write(Path(path), self.header, self.arrays, ready)
 
 
 def prepare(

@@ -59,6 +59,7 @@ class Conversation:
     def __init__(self, pool: Pool, limits: Limits) -> None:
         self.pool = pool
         self.sequence = pool.new_sequence()
+        self.name = pool.ranks.new_name()
         self.limits = limits
         self.head = Head()
         self._release = weakref.finalize(self, pool.drop, self.sequence)
@@ -108,7 +109,7 @@ class Conversation:
 
     def rewind_to(self, position: int) -> None:
         """Drop the tokens from `position` on. Raises NotSupportedError where that cannot be done."""
-        self.plan_rewind(position).commit()
+        self.pool.commit(self.plan_rewind(position))
 
     def plan_rewind(self, position: int) -> Plan:
         """Plan what `rewind_to` does. Raises as it."""
@@ -132,11 +133,19 @@ class Conversation:
         if scheme.refusal:
             raise NotSupportedError(f"removing [{begin}, {end}) of {self.position} tokens: {scheme.refusal}")
         if not scheme.ahead:
-            self._plan_tail(begin, end).commit()
+            pool.commit(self._plan_tail(begin, end))
             return
+        plan = self._plan_head(begin, end)
+        pool.ranks.ready()
         if self.head.lead + gap > FARTHEST:
+            # Only now, as nothing changes where the removal is refused.
             self._renormalise()
-        self._plan_head(begin, end).commit()
+            plan = self._plan_head(begin, end)
+        plan.commit()
+
+    def has_room(self, n: int) -> bool:
+        """Whether n more tokens are within the capacity."""
+        return self.limits.capacity is None or self.position + n <= self.limits.capacity
 
     def make_room(self, n: int, early: bool) -> None:
         """Make room for n tokens, before anything is computed.

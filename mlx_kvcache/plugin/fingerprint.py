@@ -19,16 +19,20 @@ NUMBERS = 64
 
 def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
     """Digests of a model's configuration and weights, and of a tokenizer where one is given."""
-    arguments = getattr(model, "args", None)
-    is_plain = is_dataclass(arguments) and not isinstance(arguments, type)
-    found = {
-        "architecture": type(model).__module__,
-        "configuration": _digest(_text(asdict(arguments) if is_plain else {})),  # type: ignore[arg-type]
-        "weights": _weights(model),
-    }
+    found = identity(model) | {"weights": _weights(model)}
     if tokenizer is not None:
         found["tokenizer"] = _digest(_tokenizer(tokenizer))
     return found
+
+
+def identity(model: nn.Module) -> dict[str, str]:
+    """The part of it that is the same for every shard of a model."""
+    arguments = getattr(model, "args", None)
+    is_plain = is_dataclass(arguments) and not isinstance(arguments, type)
+    return {
+        "architecture": type(model).__module__,
+        "configuration": _digest(_text(asdict(arguments) if is_plain else {})),  # type: ignore[arg-type]
+    }
 
 
 def _weights(model: nn.Module) -> str:

@@ -21,25 +21,48 @@ from .files import restore
 from .foreign import read_foreign
 from .layers.keyvalue import QuantizedKVCache
 from .making import Storage, by_layer, new_conversation
+from .ranks import ALONE, Ranks, ranks_of
 from .rows import Rows
+from .shards import check_rank, path_of
 
 
 def loaded(
     path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any]
 ) -> tuple[Rows, Opened | None]:
     """What is in a file, made with the file's own options where there are no others. Raises as `load`."""
+    own = {name: value for name, value in options.items() if name != "group"}
+    ranks = ranks_of(options.get("group"))
+    if not ranks.is_alone:
+        return _loaded_together(path, model, tokenizer, verify, own, ranks)
     try:
         opened = open_file(path, verify)
     except NotOursError:
         foreign = read_foreign(path)
-        rows = _made(model, storage_of(foreign) | dict(options))
-        with rows.edit():
+        rows = _made(model, storage_of(foreign) | own)
+        with rows.edit(f"adopt {path.name}"):
             adopt(rows.conversation, foreign)
         return rows, None
+    check_rank(opened, ranks)
     # Whatever is wrong with options is the file's fault unless they were given.
-    with nullcontext() if options else faults_of(path):
-        rows = _made(model, _saved_options(opened) | dict(options))
-    with rows.edit():
+    with nullcontext() if own else faults_of(path):
+        rows = _made(model, _saved_options(opened) | own)
+    with rows.edit(f"restore {path.name}"):
+        restore(rows.conversation, opened, tokenizer)
+    return rows, opened
+
+
+def _loaded_together(
+    path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any], ranks: Ranks
+) -> tuple[Rows, Opened]:
+    """What is in the files of all ranks, if each has its own and all are of one save."""
+    with ranks.together(f"load {path.name}"):
+        opened = open_file(path_of(path, ranks), verify)
+        save, chosen = check_rank(opened, ranks), _saved_options(opened) | dict(options)
+    ranks.agree(f"load {opened.end} tokens of save {save}")
+    faults = nullcontext() if options else faults_of(opened.path)
+    with ranks.together(f"make a cache for {path.name}"), faults:
+        rows = _made(model, chosen, ranks)
+    with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
     return rows, opened
 
@@ -58,10 +81,10 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
     return options
 
 
-def _made(model: nn.Module, options: Mapping[str, Any]) -> Rows:
+def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) -> Rows:
     limits = {name: value for name, value in options.items() if name in Limits._fields}
     storage = {name: value for name, value in options.items() if name not in Limits._fields}
-    return alone(new_conversation(model, Limits(**limits), Storage(**storage)))
+    return alone(new_conversation(model, Limits(**limits), Storage(**storage), ranks))
 
 
 def alone(conversation: Conversation) -> Rows:

@@ -12,8 +12,10 @@ from ..errors import NotSupportedError
 from ..quantisation import Bits
 from .bits import KvBits, KvFloat, quantisation_of
 from .conversation import Conversation, Limits
+from .fingerprint import identity
 from .layout import layout_of
 from .pool import pool_for
+from .ranks import ALONE, Ranks
 from .trial import try_out
 
 
@@ -26,8 +28,29 @@ class Storage(NamedTuple):
     quantise_after: int = 0
 
 
-def new_conversation(model: nn.Module, limits: Limits, storage: Storage) -> Conversation:
-    """An empty conversation of a model. Raises as `make_prompt_cache`."""
+def new_conversation(
+    model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks = ALONE
+) -> Conversation:
+    """An empty conversation of a model, on all ranks or none. Raises as `make_prompt_cache`."""
+    if ranks.is_alone:
+        return _made(model, limits, storage, ranks)
+    # Before anything runs the model: what it tries depends on the options.
+    ranks.agree(_told(model, limits, storage))
+    with ranks.together("make a cache"):
+        return _made(model, limits, storage, ranks)
+
+
+def _told(model: nn.Module, limits: Limits, storage: Storage) -> str:
+    """What ranks must have in common, in words. Functions differ from rank to rank in their addresses."""
+    options = limits._asdict() | storage._asdict()
+    if callable(storage.kv_bits):
+        options["kv_bits"] = "by layer"
+    listed = ", ".join(f"{name}={value}" for name, value in options.items())
+    model_is = ", ".join(identity(model).values()) if isinstance(model, nn.Module) else type(model).__name__
+    return f"make a cache with {listed} of {model_is}"
+
+
+def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
     limits.check()
@@ -38,8 +61,12 @@ def new_conversation(model: nn.Module, limits: Limits, storage: Storage) -> Conv
             f'overflow="{limits.overflow}" with sinks={limits.sinks} on {type(model).__module__}: '
             "a recurrent state cannot forget tokens that later ones were added to, nor keep some of them"
         )
-    pool = pool_for(model, layout, [_rewind(rule, limits.rewind, shifts) for rule in layout.rules], None)
+    rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
+    pool = pool_for(model, layout, rewinds, None, ranks)
     try_out(pool)
+    if not ranks.is_alone:
+        # Tried by all now, as ranks of a pipeline with other layers would need it at other times.
+        _ = pool.batching
     quantisation = quantisation_of(layout, pool.mirrored, *storage)
     if quantisation:
         pool = pool.sibling(quantisation)

@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..errors import CacheError, CacheFullError
+from ..errors import CacheError, CacheFullError, NotSupportedError
 from .layers import entries_of
 from .prompt_cache import PromptCache, make_prompt_cache
+from .ranks import ranks_of
 from .tokens import TokenRows
 
 Sampler = Callable[[mx.array], mx.array]
@@ -70,6 +71,8 @@ class Many:
     def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
         if tokens_per_step < 1:
             raise ValueError(f"tokens_per_step must be 1 or more, got {tokens_per_step}")
+        if not ranks_of(options.get("group")).is_alone:
+            raise NotSupportedError("sequences that come and go are not agreed on by the ranks of a group")
         self._model = model
         self._most = tokens_per_step
         self._options = options
@@ -168,7 +171,7 @@ class Many:
             if not tokens:
                 continue
             try:
-                with sequence.cache._rows.edit():
+                with sequence.cache._rows.edit(f"make room for {len(tokens)} tokens"):
                     sequence.cache._conversation.make_room(len(tokens), early=True)
             except CacheError as error:
                 finish: Finish = "full" if isinstance(error, CacheFullError) else "closed"

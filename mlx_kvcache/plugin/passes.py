@@ -94,7 +94,11 @@ class Passes:
         # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
         is_ragged = is_called and self._may_be_ragged
         for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
-            conversation.make_room(stop - first, early=is_called)
+            if conversation.has_room(stop - first):
+                continue
+            about = f"make room for {stop - first} tokens in conversation {conversation.name}"
+            with self.pool.ranks.together(about):
+                conversation.make_room(stop - first, early=is_called)
         forward = self._forward_of(columns, n, is_ragged)
         try:
             self.forward = forward

@@ -25,6 +25,7 @@ from .layout import Layout, Leaf
 from .observe import observe, unobserve
 from .probe import scheme_of
 from .ragged import serve
+from .ranks import ALONE, Ranks
 from .rotation import Scheme
 
 Batching = Literal["ragged", "gathered", "apart"]
@@ -52,6 +53,7 @@ class Pool:
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
         quantisation: how keys and values are stored, by leaf; None for the model's own precision.
+        ranks: the processes that run the model together.
         forms: what the model writes, by leaf: the form of keys and values, None for arrays.
         mirrored: leaves whose values the model replaces by arrays like their keys.
         ask: finds out by trying what the model can do; `batching` and `mixes` are asked.
@@ -63,8 +65,10 @@ class Pool:
         layout: Layout,
         rewinds: Sequence[int],
         quantisation: Quantisation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
+        self.ranks = ranks
         self.layout = layout
         self.rewinds = tuple(rewinds)
         self.quantisation = quantisation
@@ -99,7 +103,7 @@ class Pool:
     @property
     def scheme(self) -> Scheme:
         """How the model tells positions apart; the first call runs the model on a few tokens."""
-        return scheme_of(self.model)
+        return scheme_of(self.model, self.ranks)
 
     @cached_property
     def batching(self) -> Batching:
@@ -127,7 +131,7 @@ class Pool:
             form = self.forms.get(leaf.index)
             if form and quantisation:
                 form.packed_by(quantisation.of(leaf.index), f"layer {leaf.name}")
-        pool = pool_for(self.model, self.layout, self.rewinds, quantisation)
+        pool = pool_for(self.model, self.layout, self.rewinds, quantisation, self.ranks)
         pool.forms, pool.mirrored, pool.ask = self.forms, self.mirrored, self.ask
         return pool
 
@@ -166,6 +170,11 @@ class Pool:
             self._user = weakref.ref(user)
         self._sweep()
 
+    def commit(self, plan: Plan) -> None:
+        """Make an edit, if all ranks are ready for it."""
+        self.ranks.ready()
+        plan.commit()
+
     def plan_forward(self, batch: Batch | None) -> Plan:
         """Plan to take a batch's tokens into all caches. Raises what `start_forward` does."""
         return JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
@@ -184,13 +193,12 @@ class Pool:
 
     def copy(self, src: int, dst: int) -> None:
         """Let `dst` share all of `src`."""
-        plans = [cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]
-        JointPlan(plans).commit()
+        self.commit(JointPlan([cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]))
 
     def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
         """Let a sequence be what these say, one for each cache. Raises ValueError for other heads."""
         pairs = zip(self.caches, snapshots, strict=True)
-        JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs]).commit()
+        self.commit(JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs]))
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache._can_resume(sequence, position) for cache in self.caches)
@@ -231,12 +239,16 @@ _lock = threading.Lock()
 
 
 def pool_for(
-    model: nn.Module, layout: Layout, rewinds: Sequence[int], quantisation: Quantisation | None
+    model: nn.Module,
+    layout: Layout,
+    rewinds: Sequence[int],
+    quantisation: Quantisation | None,
+    ranks: Ranks,
 ) -> Pool:
     """The model's pool of this form: prompt caches that are made alike can join one batch."""
-    key = (id(model), layout, tuple(rewinds), quantisation)
+    key = (id(model), layout, tuple(rewinds), quantisation, ranks)
     with _lock:
         pool = _pools.get(key)
         if pool is None:
-            pool = _pools[key] = Pool(model, layout, rewinds, quantisation)
+            pool = _pools[key] = Pool(model, layout, rewinds, quantisation, ranks)
         return pool

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..errors import NotSupportedError
 from ..persist.files import Prepared
 from ..persist.folder import PrefixFolder
 from ..persist.tier import DiskTier
@@ -18,6 +19,7 @@ from ..sessions import SessionPool
 from .fingerprint import fingerprint
 from .making import options_of
 from .prompt_cache import PromptCache, make_prompt_cache
+from .ranks import ranks_of
 
 
 def make_session_pool(
@@ -45,6 +47,8 @@ def make_session_pool(
         TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
         CacheFileError: the folder cannot be used.
     """
+    if not ranks_of(options.get("group")).is_alone:
+        raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
 
     def make() -> PromptCache:
         return make_prompt_cache(model, **options)

@@ -23,6 +23,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..arrays.rope import RopeShift
 from ..cells.rules import Chunk
 from .layout import Entry, Layout, Leaf, layout_of
+from .ranks import ALONE, Ranks
 from .rotation import Rotation, Scheme, Slot
 
 TOKENS = 7
@@ -34,16 +35,16 @@ _SLOTS: tuple[Slot, Slot] = (0, 1)
 _NAMES = ("keys", "values")
 _ABOUT_POSITIONS = re.compile("position|original|window|chunk|floor|context|seq")
 
-_schemes: dict[int, Scheme] = {}
+_schemes: dict[tuple[int, int], Scheme] = {}
 _lock = threading.Lock()
 
 
-def scheme_of(model: nn.Module) -> Scheme:
-    """The model's position scheme, found once for each model."""
-    key = id(model)
+def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
+    """The model's position scheme, found once for each model and number of ranks."""
+    key = id(model), ranks.size
     if key not in _schemes:
         with _lock:
-            _schemes[key] = _probe(model)
+            _schemes[key] = _agreed(_probe(model, ranks), ranks)
         weakref.finalize(model, _schemes.pop, key, None)
     return _schemes[key]
 
@@ -79,7 +80,7 @@ Stored = tuple[mx.array, mx.array] | None
 Run = tuple[mx.array, list[Stored]]
 
 
-def _run(model: nn.Module, layout: Layout, offset: int) -> Run:
+def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> Run:
     leaves: list[Any] = []
 
     def stand_in(entry: Entry) -> Any:
@@ -88,19 +89,35 @@ def _run(model: nn.Module, layout: Layout, offset: int) -> Run:
         leaves.append(mlx_lm_cache.ArraysCache(entry.slots) if entry.rule is None else _Probe(offset))
         return leaves[-1]
 
-    logits = model(mx.arange(1, TOKENS + 1)[None], cache=[stand_in(entry) for entry in layout.entries])
-    return logits, [getattr(leaf, "stored", None) for leaf in leaves]
+    with ranks.together(f"look for rotations, {offset} tokens away"):
+        logits = model(mx.arange(1, TOKENS + 1)[None], cache=[stand_in(entry) for entry in layout.entries])
+    stored = [getattr(leaf, "stored", None) for leaf in leaves]
+    # In one go: of a pipeline, a rank that evaluated its keys first would not send what the next one needs.
+    mx.eval(logits, stored)
+    return logits, stored
 
 
-def _probe(model: nn.Module) -> Scheme:
+def _agreed(scheme: Scheme, ranks: Ranks) -> Scheme:
+    """One that all ranks can rely on: each has looked at its own layers or heads."""
+    if ranks.is_alone:
+        return scheme
+    ahead = ranks.least(int(scheme.ahead))
+    refusals = ranks.share("tell what keeps tokens from being moved", scheme.refusal or "")
+    refusal = next(
+        (f"of rank {rank}, {found}" for rank, found in enumerate(refusals) if found), scheme.refusal
+    )
+    return Scheme(scheme.rotations, bool(ahead), refusal)
+
+
+def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     layout = layout_of(model)
     layers = len(layout.leaves)
     distance = _near(layout)
     with _recorded() as shifts:
-        here = _run(model, layout, 0)
-        near = _run(model, layout, distance)
+        here = _run(model, layout, 0, ranks)
+        near = _run(model, layout, distance, ranks)
     with _recorded() as far_shifts:
-        far = {distance: _run(model, layout, distance)[0] for distance in _beyond(model)}
+        far = {distance: _run(model, layout, distance, ranks)[0] for distance in _beyond(model)}
     rotations: list[Rotation | None] = []
     for index, (first, second) in enumerate(zip(here[1], near[1], strict=True)):
         found, refusal = _layer_rotation(index, shifts, distance, first, second)

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotSupportedError
@@ -18,7 +19,9 @@ from .layers import entries_of
 from .loading import alone, loaded, save_for_mlx_lm
 from .making import Storage, new_conversation
 from .pool import Pool
+from .ranks import ranks_of
 from .rows import Rows
+from .shards import write
 
 
 class PromptCache(list[Any]):
@@ -105,7 +108,7 @@ class PromptCache(list[Any]):
         if stop == self.position:
             self._rewind_to(begin)
         else:
-            with self._rows.edit():
+            with self._rows.edit(f"remove [{begin}, {stop})"):
                 self._conversation.remove(begin, stop)
 
     def fork(self) -> PromptCache:
@@ -121,6 +124,9 @@ class PromptCache(list[Any]):
     ) -> None:
         """Save what is held, without slack. The file is there whole or not at all.
 
+        Each rank of a group writes its own, which is named `chat.rank0of2.safetensors` and so on
+        where `path` is `chat.safetensors`; all are replaced, or none.
+
         Args:
             tokens: those in the cache; `load` gives them back.
             tokenizer: notes which one the tokens are of.
@@ -130,13 +136,20 @@ class PromptCache(list[Any]):
         Raises:
             CacheFileError: it cannot be written; a file that was there still is.
             ValueError: another number of tokens than are in the cache, or an unknown format.
+            NotSupportedError: ranks of a group, in mlx-lm's format.
         """
         if format not in ("mlx_kvcache", "mlx-lm"):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
+        ranks = self.pool.ranks
         if format == "mlx_kvcache":
-            self._prepared(tokens, tokenizer).write(path)
+            if ranks.is_alone:
+                self._prepared(tokens, tokenizer).write(path)
+            else:
+                write(ranks, Path(path), lambda: self._prepared(tokens, tokenizer))
             return
-        with self._rows.edit():
+        if not ranks.is_alone:
+            raise NotSupportedError('format="mlx-lm" cannot say which of several ranks a file is of')
+        with self._rows.edit("save"):
             save_for_mlx_lm(Path(path), self)
 
     @classmethod
@@ -154,7 +167,8 @@ class PromptCache(list[Any]):
             tokenizer: refuses a file that was saved with another one.
             verify: compare all checksums. Otherwise arrays are read when they are first needed,
                 damage in them goes unseen, and `is_verified` says so.
-            options: of `make_prompt_cache`, in the place of those that the cache had.
+            options: of `make_prompt_cache`, in the place of those that the cache had. With a `group`
+                each rank loads its own file, and all must be of the same save.
 
         Raises:
             CacheFileError: the file cannot be read, is damaged, or is of another model.
@@ -169,7 +183,10 @@ class PromptCache(list[Any]):
 
     def close(self) -> None:
         """Give the memory back that no fork shares. Further use is a CacheError."""
-        self._conversation.close()
+        conversation = self._conversation
+        with conversation.pool.ranks.together(f"close conversation {conversation.name}"):
+            conversation.pool.ranks.ready()
+            conversation.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         return self.fork()
@@ -183,7 +200,7 @@ class PromptCache(list[Any]):
 
     def _prepared(self, tokens: Sequence[int] | None, tokenizer: Any) -> Prepared:
         """What `save` writes, in memory that is not MLX's."""
-        with self._rows.edit():
+        with self._rows.edit("copy"):
             return prepared(self._conversation, tokens, tokenizer)
 
     @property
@@ -191,7 +208,7 @@ class PromptCache(list[Any]):
         return self._rows.conversation
 
     def _rewind_to(self, position: int) -> None:
-        with self._rows.edit():
+        with self._rows.edit(f"go back to {position}"):
             self._conversation.rewind_to(position)
 
 
@@ -205,6 +222,7 @@ def make_prompt_cache(
     kv_group_size: int = 64,
     kv_float: KvFloat = (),
     quantise_after: int = 0,
+    group: mx.distributed.Group | None = None,
 ) -> PromptCache:
     """A prompt cache for an mlx-lm model, which answers every entry of the model's own in kind.
 
@@ -221,6 +239,10 @@ def make_prompt_cache(
         kv_group_size: 32, 64 or 128 features share a scale and a bias; heads must be multiples.
         kv_float: layers that stay in float all the same: indices, or "last".
         quantise_after: a cache stays in float until it holds more tokens than this.
+        group: the processes that the model is sharded over, as of `mx.distributed.init()`. Each
+            makes the same calls; before anything changes they compare what they are about to do.
+            Layers are then counted in each rank's own cache list. None, or a group of one, compares
+            nothing.
 
     Raises:
         TypeError: not an mlx-lm model.
@@ -228,7 +250,10 @@ def make_prompt_cache(
         NotSupportedError: a layer of unknown kind, a model that asks more of its caches than
             these give, "shift" on a model whose tokens cannot be moved, sinks on one with
             recurrent layers.
+        RanksDisagreeError: ranks of the group give other options, or cannot. So does from then on
+            every method that changes the cache, and every call of the model with it, where ranks
+            are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind)
     storage = Storage(kv_bits, kv_group_size, kv_float, quantise_after)
-    return PromptCache(alone(new_conversation(model, limits, storage)))
+    return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

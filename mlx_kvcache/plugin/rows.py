@@ -14,6 +14,7 @@ from ..quantisation import Quantisation
 from .apart import groups, is_one_input, run_apart
 from .observe import Call, Caller
 from .passes import Passes
+from .together import edit_together, forward_together, named, unless_all_can
 
 
 class Rows(Passes, Caller):
@@ -42,22 +43,46 @@ class Rows(Passes, Caller):
                     output = run_apart(self, together, columns, n, call, args, kwargs)
                     self.padding = self.padding.passed(columns)
                     return output
+
+            def called() -> Any:
+                try:
+                    super(Rows, self).begin(n, is_called=True)
+                    with unless_all_can(self.pool):
+                        output = call(*args, **kwargs)
+                    self.finish()
+                except BaseException:
+                    self.settle()
+                    raise
+                return output
+
+            return forward_together(self, n, (*args, *kwargs.values()), called)
+
+    def begin(self, n: int, is_called: bool = False) -> None:
+        """Start a forward that no call of the model ends: all ranks do, or none."""
+
+        def begun() -> None:
             try:
-                self.begin(n, is_called=True)
-                output = call(*args, **kwargs)
-                self.finish()
+                super(Rows, self).begin(n, is_called)
+                self.pool.ranks.ready()
             except BaseException:
                 self.settle()
                 raise
-            return output
+
+        forward_together(self, n, (), begun)
 
     def can_resume(self, position: int) -> bool:
-        """Whether the only conversation can go on from `position`."""
-        return self.pool.can_resume(self.conversation.sequence, position)
+        """Whether the only conversation can go on from `position`, on every rank."""
+        return bool(self.pool.ranks.least(self.pool.can_resume(self.conversation.sequence, position)))
 
     def resume_point(self, position: int) -> int:
-        """The newest position <= `position` that the only conversation can go on from."""
-        return self.pool.resume_point(self.conversation.sequence, position)
+        """The newest position <= `position` that the only conversation can go on from, on every rank."""
+        ranks = self.pool.ranks
+        while True:
+            point = ranks.least(self.pool.resume_point(self.conversation.sequence, position))
+            # A rank with other layers may have to go back further from where this one can.
+            if point == position or ranks.is_alone:
+                return point
+            position = point
 
     def trim(self, n: int) -> int:
         """Drop the newest n tokens of every row, or all of them where there are fewer.
@@ -65,36 +90,36 @@ class Rows(Passes, Caller):
         Raises:
             NotSupportedError: a row cannot go back as far; none has changed.
         """
-        with self.edit():
+        with self.edit(f"trim {n} tokens"):
             before = self.positions
             plans = [
                 conversation.plan_rewind(max(0, position - n))
                 for conversation, position in zip(self.conversations, before, strict=True)
             ]
-            JointPlan(plans).commit()
+            self.pool.commit(JointPlan(plans))
             return min(n, max(before, default=0))
 
     def prepare(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
     ) -> None:
         """As `Padding.prepared`."""
-        with self.edit():
+        with self.edit(f"prepare for {left}, {lengths}, {right}", is_sure=True):
             self.padding = self.padding.prepared(left, lengths, right)
 
     def finalize(self) -> None:
         """As `Padding.finalized`."""
-        with self.edit():
+        with self.edit("finalize", is_sure=True):
             self.padding = self.padding.finalized()
 
     def filter(self, keep: Sequence[int]) -> None:
         """Let go of all rows but these."""
-        with self.edit():
+        with self.edit(f"keep rows {keep}", is_sure=True):
             kept = [self.conversations[row] for row in keep]
             self.conversations, self.padding = kept, self.padding.filtered(keep)
 
     def extend(self, other: Rows) -> None:
         """Take forks of another's rows behind these. Raises ValueError for one of another pool."""
-        with self.edit():
+        with self.edit(f"take in {named(other)}"):
             self._check_joins(other)
             forks = [conversation.fork() for conversation in other.conversations]
             joined = [*self.conversations, *forks]
@@ -102,7 +127,7 @@ class Rows(Passes, Caller):
 
     def merged(self, all_rows: Sequence[Rows]) -> Rows:
         """A batch of forks of all these, self among them. Raises ValueError for one of another pool."""
-        with self.edit():
+        with self.edit("join " + ", ".join(map(named, all_rows))):
             for other in all_rows:
                 self._check_joins(other)
             forks = [conversation.fork() for other in all_rows for conversation in other.conversations]
@@ -110,12 +135,12 @@ class Rows(Passes, Caller):
 
     def extracted(self, row: int) -> Rows:
         """A fork of one row, no batch any more."""
-        with self.edit():
+        with self.edit(f"fork row {row}"):
             return Rows(self.pool, [self.conversations[row].fork()], is_batch=False)
 
     def fork(self) -> Rows:
         """The same rows, to go their own way. Copies no array."""
-        with self.edit():
+        with self.edit("fork"):
             other = self.subset(range(len(self.conversations)), is_fork=True)
             other.padding = self.padding.filtered(range(len(self.conversations)))
             return other
@@ -127,11 +152,20 @@ class Rows(Passes, Caller):
         return Rows(self.pool, [c.fork() for c in chosen] if is_fork else chosen, is_batch)
 
     @contextmanager
-    def edit(self) -> Iterator[None]:
-        """Between forwards: what was left unfinished is undone, and no other thread is at work."""
+    def edit(self, about: str, is_sure: bool = False) -> Iterator[None]:
+        """Between forwards: what was left unfinished is undone, and no other thread is at work.
+
+        Args:
+            about: what is about to be done, for the other ranks; see `Ranks.together`.
+            is_sure: it can be done, so that ranks need no more than to agree on it.
+
+        Raises:
+            RanksDisagreeError: another rank does something else, or cannot; nothing has changed.
+        """
         with self.pool.lock:
             self.settle()
-            yield
+            with edit_together(self, about, is_sure):
+                yield
 
     def quantise(self, quantisation: Quantisation) -> None:
         """Store keys and values in fewer bits from here on, if they are in the model's precision.
@@ -139,7 +173,7 @@ class Rows(Passes, Caller):
         Raises:
             ValueError: heads that groups do not divide; nothing has changed.
         """
-        with self.edit():
+        with self.edit(f"store in fewer bits: {quantisation}"):
             if self.pool.quantisation is None:
                 pool = self.pool.sibling(quantisation)
                 moved = [conversation.moved(pool) for conversation in self.conversations]

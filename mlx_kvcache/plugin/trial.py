@@ -30,8 +30,8 @@ BY_COLUMN = frozenset({"minimax_m3_vl"})
 NOISE = 0.1
 """Logits that differ by more of their spread are not the same, in 16 bits either."""
 
-_findings: dict[tuple[str, int], Any] = {}
-"""What has been found out, by question and id of the model."""
+_findings: dict[tuple[str, int, int], Any] = {}
+"""What has been found out, by question, id of the model and number of ranks."""
 _lock = threading.RLock()
 
 
@@ -43,12 +43,15 @@ def try_out(pool: Pool) -> None:
 
 def _answer(pool: Pool, question: str) -> Any:
     """What is known of the pool's model, found once for each model, in a pool of its own."""
-    key = question, id(pool.model)
+    key = question, id(pool.model), pool.ranks.size
     with _lock:
         if key not in _findings:
-            scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches))
+            scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches), ranks=pool.ranks)
             scratch.ask = _answer
-            _findings[key] = _QUESTIONS[question](scratch)
+            found = _QUESTIONS[question](scratch)
+            if question != "forms":
+                pool.ranks.agree(f"go on with {question}: {found}")
+            _findings[key] = found
             weakref.finalize(pool.model, _findings.pop, key, None)
         return _findings[key]
 
@@ -107,9 +110,7 @@ def _mixes(pool: Pool) -> bool:
     if pool.layout.is_recurrent or pool.batching != "ragged":
         return False
     texts = [list(range(1, length + 3)) for length in LENGTHS]
-    expected = mx.concatenate(
-        [pool.model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1] for text in texts]
-    ).astype(mx.float32)
+    expected = mx.concatenate([_whole(pool, text) for text in texts]).astype(mx.float32)
     conversations = [Conversation(pool, Limits()) for _ in LENGTHS]
     steps = [
         [text[:length] for text, length in zip(texts, LENGTHS, strict=True)],
@@ -119,6 +120,7 @@ def _mixes(pool: Pool) -> bool:
         for parts in steps:
             cache = entries_of(TokenRows(pool, conversations, [len(part) for part in parts]))
             logits = pool.model(mx.array([[token] for part in parts for token in part]), cache=cache)
+            mx.eval(logits)
     except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
         return False
     found = mx.stack([logits[1, -1], logits[3, -1]]).astype(mx.float32)
@@ -131,10 +133,19 @@ _QUESTIONS: dict[str, Callable[[Pool], Any]] = {"forms": _written, "batching": _
 def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:
     """Those of one token after a block."""
     cache = entries_of(rows)
-    pool.model(block, cache=cache)
+    # One after the other: of two calls at once, ranks of a pipeline would order the collectives differently.
+    mx.eval(pool.model(block, cache=cache))
     rows.padding = rows.padding.finalized()
     logits: mx.array = pool.model(token, cache=cache)
+    mx.eval(logits)
     return logits[:, -1].astype(mx.float32)
+
+
+def _whole(pool: Pool, text: list[int]) -> mx.array:
+    """Those of the last token of a text in one block."""
+    logits: mx.array = pool.model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1]
+    mx.eval(logits)
+    return logits
 
 
 def _rows(pool: Pool, n: int) -> Rows:

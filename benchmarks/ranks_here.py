@@ -1,0 +1,105 @@
+"""Times of ranks on this machine, over loopback, beside what `ranks.py` says that they should be.
+
+    python -m benchmarks.ranks_here
+
+measures with 1, 2 and 4 ranks and writes benchmarks/results/ranks/MACHINE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import llama, qwen2
+
+from benchmarks import ranks
+from benchmarks.machine import machine, name
+from mlx_kvcache.plugin import make_prompt_cache
+from tests.plugin.ranks.launch import launch
+from tests.plugin.ranks.setting import split
+
+FOLDER = Path(__file__).parent / "results" / "ranks"
+MODEL = ranks.Model(4, 1024, 16, 8, 64, 2816, 2048, weight_bytes=4, cache_bytes=4, sent_bytes=4)
+CONTEXT, TOKENS, REPEATS = 256, 8, 15
+LARGE = 1 << 20
+SIZES = (1, 2, 4)
+
+
+def main() -> None:
+    # A rank is one core: otherwise one process would have all of them, as several do.
+    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    told: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "ranks": {}}
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            for done in launch(size, Path(folder), module="benchmarks.ranks_here"):
+                if done.returncode:
+                    raise SystemExit(done.stdout)
+            told["ranks"][size] = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{name()}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(told, indent=1))
+
+
+def rank(folder: Path) -> None:
+    """What one rank does; the first one writes what it has found."""
+    mx.set_default_device(mx.cpu)
+    group = mx.distributed.init()
+    found: dict[str, float] = {}
+    if group.size() > 1:
+        small, large = mx.zeros(MODEL.hidden), mx.zeros(LARGE // 4)
+        record = mx.zeros(ranks.RECORD, mx.uint8)
+        found["all_sum"] = _median(lambda: mx.distributed.all_sum(small, group=group))
+        found["all_sum of 1 MB"] = _median(lambda: mx.distributed.all_sum(large, group=group))
+        found["vote"] = _median(lambda: mx.distributed.all_gather(record, group=group))
+    for way, module in (("tensor", llama), ("pipeline", qwen2)):
+        found[way] = _token(way, module, group, is_checked=True)
+        found[f"{way}, nothing compared"] = _token(way, module, group, is_checked=False)
+    if group.rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def _token(way: str, module: Any, group: mx.distributed.Group, is_checked: bool) -> float:
+    """Seconds of a token after a prompt."""
+    mx.random.seed(0)
+    arguments = {
+        "model_type": way,
+        "num_hidden_layers": MODEL.layers,
+        "hidden_size": MODEL.hidden,
+        "intermediate_size": MODEL.intermediate,
+        "num_attention_heads": MODEL.heads,
+        "num_key_value_heads": MODEL.kv_heads,
+        "vocab_size": MODEL.vocabulary,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    }
+    model = split(module.Model(module.ModelArgs.from_dict(arguments)), way, group)
+    cache = make_prompt_cache(model, group=group if is_checked else None)
+    mx.eval(model(mx.arange(CONTEXT)[None], cache=cache))
+    token = mx.array([[1]])
+    return _median(lambda: model(token, cache=cache), TOKENS)
+
+
+def _median(work: Callable[[], mx.array], times: int = REPEATS) -> float:
+    """Seconds of the middle one of several runs, after three that do not count."""
+    seconds = []
+    for _ in range(3 + times):
+        start = time.perf_counter()
+        mx.eval(work())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[3:])
+
+
+if __name__ == "__main__":
+    if "MLX_RANK" in os.environ:
+        rank(Path(sys.argv[1]))
+    else:
+        main()
