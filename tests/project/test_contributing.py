@@ -15,6 +15,7 @@ import pytest
 import mlx_kvcache
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = Path(mlx_kvcache.__file__).parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CHANGELOG = """# Changelog
 ## [Unreleased]
@@ -75,7 +76,7 @@ def test_the_lowest_versions_are_those_of_the_table() -> None:
 def test_versions_agree() -> None:
     cited = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert cited == [mlx_kvcache.__version__]
-    found = (ROOT / "mlx_kvcache" / "__init__.py").read_text(encoding="utf-8")
+    found = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
     assert release_notes().version_of(found) == mlx_kvcache.__version__
 
 
