@@ -28,7 +28,7 @@ from tests.plugin.ranks.setting import split
 
 FOLDER = Path(__file__).parent / "results" / "ranks"
 MODEL = ranks.Model(4, 1024, 16, 8, 64, 2816, 2048, weight_bytes=4, cache_bytes=4, sent_bytes=4)
-CONTEXT, TOKENS, REPEATS = 256, 8, 15
+CONTEXT, TOKENS, REPEATS = 256, 5, 7
 LARGE = 1 << 20
 SIZES = (1, 2, 4)
 
