@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check figures pictures screenshots models dist release-check audit test-lowest docs clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ soak: $(VENV)/dev  ## a million random calls with faults against the oracle, and
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
 	INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
 
+ranks: $(VENV)/dev  ## the example with 2 and 4 processes, and every architecture that can be split
+	for n in 2 4; do for way in tensor pipeline; do \
+	$(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/mlx.launch -n $$n --backend ring -- \
+	$(BIN)/python -m examples.10_ranks $$way < /dev/null || exit 1; done; done
+	RANKS_MATRIX=1 $(RUN) -m pytest tests/plugin/ranks
+
 soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
 
@@ -57,6 +63,7 @@ bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
 
 figures: $(VENV)/dev  ## write docs/benchmarks.md and all figures from benchmarks/results
 	$(BIN)/python -m docs.benchmarks
+	$(BIN)/python -m docs.ranks
 
 pictures: $(VENV)/dev  ## draw the pictures in docs/
 	$(BIN)/python -m docs.draw

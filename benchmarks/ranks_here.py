@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import llama, qwen2
 
 from benchmarks import ranks
@@ -27,8 +28,8 @@ from tests.plugin.ranks.launch import launch
 from tests.plugin.ranks.setting import split
 
 FOLDER = Path(__file__).parent / "results" / "ranks"
-MODEL = ranks.Model(4, 1024, 16, 8, 64, 2816, 2048, weight_bytes=4, cache_bytes=4, sent_bytes=4)
-CONTEXT, TOKENS, REPEATS = 256, 8, 15
+MODEL = ranks.Model(4, 512, 8, 8, 64, 1408, 2048, weight_bytes=4, cache_bytes=4, sent_bytes=4)
+CONTEXT, TOKENS, REPEATS = 256, 5, 7
 LARGE = 1 << 20
 SIZES = (1, 2, 4)
 
@@ -60,14 +61,15 @@ def rank(folder: Path) -> None:
         found["all_sum of 1 MB"] = _median(lambda: mx.distributed.all_sum(large, group=group))
         found["vote"] = _median(lambda: mx.distributed.all_gather(record, group=group))
     for way, module in (("tensor", llama), ("pipeline", qwen2)):
-        found[way] = _token(way, module, group, is_checked=True)
-        found[f"{way}, nothing compared"] = _token(way, module, group, is_checked=False)
+        model = _model(way, module, group)
+        found[way] = _token(model, group)
+        found[f"{way}, nothing compared"] = _token(model, None)
     if group.rank() == 0:
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def _token(way: str, module: Any, group: mx.distributed.Group, is_checked: bool) -> float:
-    """Seconds of a token after a prompt."""
+def _model(way: str, module: Any, group: mx.distributed.Group) -> nn.Module:
+    """This rank's part of a model with random weights."""
     mx.random.seed(0)
     arguments = {
         "model_type": way,
@@ -81,8 +83,12 @@ def _token(way: str, module: Any, group: mx.distributed.Group, is_checked: bool)
         "tie_word_embeddings": False,
         "max_position_embeddings": 4096,
     }
-    model = split(module.Model(module.ModelArgs.from_dict(arguments)), way, group)
-    cache = make_prompt_cache(model, group=group if is_checked else None)
+    return split(module.Model(module.ModelArgs.from_dict(arguments)), way, group)
+
+
+def _token(model: nn.Module, group: mx.distributed.Group | None) -> float:
+    """Seconds of a token after a prompt."""
+    cache = make_prompt_cache(model, group=group)
     mx.eval(model(mx.arange(CONTEXT)[None], cache=cache))
     token = mx.array([[1]])
     return _median(lambda: model(token, cache=cache), TOKENS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from tests.docs.pages import ROOT
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 ENDING = {"server": ["--help"], "examples.smollm2": ["--help"]}
 """What ends a command that would run for ever, or do again what the tests' hub has been made by."""
+LAUNCHERS = {"mlx.launch", "mlx.distributed_config"}
 LINES = "Hello\nq\n"
 """What somebody types into a chat."""
 FORM = re.compile(
@@ -89,11 +91,26 @@ class Reader:
         name, *arguments = words[0].removeprefix(".venv/bin/"), *words[1:]
         if FORM.fullmatch(" ".join([name, *arguments])):
             return
-        if name == "make":
+        if name in LAUNCHERS:
+            self._check_options(name, arguments)
+        elif name == "make":
             assert set(arguments) <= TARGETS, f"no make target {arguments}"
         else:
             assert name in {"python", "python3"}, f"no rule for the command {name}"
             self.printed += self._run(arguments)
+
+    def _check_options(self, name: str, arguments: list[str]) -> None:
+        """Other machines cannot be reached from here: whether there are such options, and what they start."""
+        own, _, started = " ".join(arguments).partition(" -- ")
+        command = [str(Path(sys.executable).parent / name), "--help"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert all(
+            word in re.findall(r"(?<!\S)\[?(--?[\w-]+)", told.replace(",", " "))
+            for word in own.split()
+            if word[0] == "-"
+        ), own
+        module = started.partition(" -m ")[2].split()
+        assert not module or importlib.util.find_spec(module[0]), module
 
     def _run(self, arguments: list[str]) -> str:
         placed = [str(self.path) if argument == "PATH" else argument for argument in arguments]
