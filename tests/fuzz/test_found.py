@@ -26,6 +26,7 @@ from mlx_kvcache import (
     attention,
     slide,
 )
+from mlx_kvcache.persist import save
 from mlx_kvcache.persist.container import Stored
 from mlx_kvcache.persist.folder import PrefixFolder
 from mlx_kvcache.plugin import Many, PromptCache, make_prompt_cache, make_session_pool
@@ -218,6 +219,14 @@ def test_fractions_leave_layers_and_sessions_as_they_were() -> None:
 def test_options_that_are_fractions(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"must be a whole number, got .*5"):
         make_prompt_cache(held("llama").model, **options)
+
+
+@pytest.mark.parametrize("token", [-1, 2**63, 2**70])
+def test_tokens_that_no_file_can_hold(token: int, tmp_path: Path) -> None:
+    cache = _causal()
+    with pytest.raises(ValueError, match=f"token {token} is negative, or not below"):
+        save(tmp_path / "a", cache, 0, [0] * 8 + [token])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 2, 4), (1, 2, 2, 0)])
