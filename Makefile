@@ -11,7 +11,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 FUZZ_SECONDS ?= 300
 # Of other things, or with a tracer of their own, which ends coverage's.
-UNTRACED := --ignore=tests/chat --ignore=tests/benchmarks --ignore=tests/examples --ignore=tests/caches/test_interrupts.py
+UNTRACED := $(addprefix --ignore=tests/,chat benchmarks examples docs caches/test_interrupts.py plugin/test_interrupts.py)
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
