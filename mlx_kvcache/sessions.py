@@ -10,6 +10,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
+from .arguments import whole
 from .errors import CacheError
 from .persist.tier import DiskTier
 from .prefixes import PrefixTree
@@ -69,9 +70,7 @@ class SessionPool:
         max_stored: int | None = None,
         disk: DiskTier | None = None,
     ) -> None:
-        for name, bound in (("max_bytes", max_bytes), ("max_stored", max_stored)):
-            if bound is not None and bound < 0:
-                raise ValueError(f"{name} must be 0 or more, got {bound}")
+        whole(**{n: b for n, b in (("max_bytes", max_bytes), ("max_stored", max_stored)) if b is not None})
         self.counts = Counts()
         self._make = make
         self._max_bytes = max_bytes

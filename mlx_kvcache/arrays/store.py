@@ -92,10 +92,15 @@ class Store:
         """The form of a layer that begins with these.
 
         Raises:
-            ValueError: they have not four axes, or heads of a size that is not to be divided into groups.
+            ValueError: they have not four axes, no heads, or heads of a size that is not to be divided
+                into groups.
         """
         if keys.ndim != 4 or values.ndim != 4:
             raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected four axes")
+        if not keys.shape[1] or not keys.shape[3]:
+            raise ValueError(
+                f"keys of layer {layer} are {keys.shape}: at least 1 head of 1 feature is needed"
+            )
         return self._with_codecs(
             layer, Form(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
         )

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from ..arguments import whole
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
 from ..quantisation import Quantisation
-from .interface import check_numbers, check_range
+from .interface import checked_range
 from .plan import Plan
 
 Self = TypeVar("Self", bound="PlanningCache")
@@ -108,13 +109,9 @@ class PlanningCache(ABC):
         self._check_open()
         if self._ready:
             raise CacheError("init was called before")
-        for name, number in (
-            ("max_sequences", max_sequences),
-            ("capacity", capacity),
-            ("max_batch", max_batch),
-        ):
-            if number < 1:
-                raise ValueError(f"{name} must be 1 or more, got {number}")
+        max_sequences, capacity, max_batch = whole(
+            1, max_sequences=max_sequences, capacity=capacity, max_batch=max_batch
+        )
         if dtype is not None and not mx.issubdtype(dtype, mx.floating):
             raise ValueError(f"dtype must be a float type, got {dtype}")
         self._max_batch = max_batch
@@ -182,7 +179,7 @@ class PlanningCache(ABC):
             ValueError: a negative number, or `src` and `dst` the same.
         """
         self._check_ready()
-        check_numbers(src=src, dst=dst, length=length)
+        src, dst, length = whole(src=src, dst=dst, length=length)
         if src == dst:
             raise ValueError(f"cannot copy sequence {src} onto itself")
         self._plan_copy(src, dst, length).commit()
@@ -194,7 +191,7 @@ class PlanningCache(ABC):
             ValueError: a negative number.
         """
         self._check_ready()
-        check_numbers(sequence=sequence, position=position)
+        sequence, position = whole(sequence=sequence, position=position)
         return self._can_resume(sequence, position)
 
     def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
@@ -210,7 +207,7 @@ class PlanningCache(ABC):
             CacheFullError: shared cells have to be copied and there is no room.
         """
         self._check_ready()
-        check_range(sequence, begin, end)
+        sequence, begin, end = checked_range(sequence, begin, end)
         self._plan_remove(sequence, begin, end).commit()
 
     def end(self, sequence: int) -> int:
@@ -265,6 +262,5 @@ class PlanningCache(ABC):
 
 def checked_layer(layer: int) -> int:
     """The layer itself. Raises ValueError below 0."""
-    if layer < 0:
-        raise ValueError(f"layer must be 0 or more, got {layer}")
+    (layer,) = whole(layer=layer)
     return layer

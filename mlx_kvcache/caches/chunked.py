@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..arguments import whole
 from ..cells.rules import Chunk
 from .positional import PositionalCache, Shift
 
@@ -22,8 +23,6 @@ class ChunkedAttentionCache(PositionalCache):
     """
 
     def __init__(self, chunk_size: int, rewind: int = 1, shift: Shift | None = None) -> None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
-        if rewind < 0:
-            raise ValueError(f"rewind must be 0 or more, got {rewind}")
+        (chunk_size,) = whole(1, chunk_size=chunk_size)
+        (rewind,) = whole(rewind=rewind)
         super().__init__(Chunk(chunk_size), rewind, shift)

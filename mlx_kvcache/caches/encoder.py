@@ -131,4 +131,7 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         if new_keys is not None and new_values is not None:
             self._put(layer, new_keys, new_values)
         keys, values, _ = self._get(layer)
+        if keys.ndim != 4 or not keys.shape[1]:
+            # For want of heads MLX divides by zero, which ends the process.
+            raise ValueError(f"keys of layer {layer} are {keys.shape}, expected (1, n_kv_heads, S, head_dim)")
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)

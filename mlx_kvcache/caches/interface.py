@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
+from ..arguments import whole
 from ..arrays.mask import Mask
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..quantisation import Quantisation
@@ -93,10 +94,11 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
         ValueError: a negative number.
         NotSupportedError, CacheFullError: as `Cache.remove`.
     """
-    check_numbers(sequence=sequence, keep=keep, discard=discard or 0)
+    sequence, keep = whole(sequence=sequence, keep=keep)
     end = cache.end(sequence)
     if discard is None:
         discard = max(0, end - keep) // 2
+    (discard,) = whole(discard=discard)
     stop = min(keep + discard, end)
     if stop <= keep:
         return 0
@@ -104,15 +106,12 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
     return stop - keep
 
 
-def check_numbers(**numbers: int) -> None:
-    """Raise ValueError that names the first negative one."""
-    for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
-
-
-def check_range(sequence: int, begin: int, end: int | None) -> None:
-    """Raise ValueError unless [begin, end) can be a range of positions; None is the end."""
-    check_numbers(sequence=sequence, begin=begin)
-    if end is not None and end < begin:
+def checked_range(sequence: int, begin: int, end: int | None) -> tuple[int, int, int | None]:
+    """All three as ints. Raises ValueError unless [begin, end) can be positions; None is the end."""
+    sequence, begin = whole(sequence=sequence, begin=begin)
+    if end is None:
+        return sequence, begin, None
+    (end,) = whole(end=end)
+    if end < begin:
         raise ValueError(f"cannot remove [{begin}, {end}): it ends before it begins")
+    return sequence, begin, end

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..arguments import whole
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError, NotSupportedError
 from .base import checked_layer
-from .interface import check_numbers
 from .plan import Plan
 from .streams import Pass, StreamCache, StreamPlan
 
@@ -74,13 +74,9 @@ class RecurrentCache(StreamCache[Stream]):
 
     def __init__(self, interval: int = 64, max_checkpoints: int = 16, max_bytes: int | None = None) -> None:
         super().__init__()
-        if interval < 1:
-            raise ValueError(f"interval must be 1 or more, got {interval}")
-        if max_checkpoints < 0 or (max_bytes is not None and max_bytes < 0):
-            raise ValueError(f"max_checkpoints={max_checkpoints} and max_bytes={max_bytes} must be 0 or more")
-        self._interval = interval
-        self._max_checkpoints = max_checkpoints
-        self._max_bytes = max_bytes
+        (self._interval,) = whole(1, interval=interval)
+        (self._max_checkpoints,) = whole(max_checkpoints=max_checkpoints)
+        self._max_bytes = None if max_bytes is None else whole(max_bytes=max_bytes)[0]
         self._forms: dict[int, Form] = {}
 
     @property
@@ -150,7 +146,7 @@ class RecurrentCache(StreamCache[Stream]):
             ValueError: a negative number.
         """
         self._check_ready()
-        check_numbers(sequence=sequence, position=position)
+        sequence, position = whole(sequence=sequence, position=position)
         stream = self._streams.get(sequence)
         if stream is None:
             return None
@@ -242,7 +238,7 @@ class RecurrentCache(StreamCache[Stream]):
             mx.eval([array for array in scratch[layer] if array is not None])
             return
         end, states, keeps = self._streams[sequence]
-        position = end if at is None else at
+        position = end if at is None else whole(at=at)[0]
         if not begins[sequence] < position <= end:
             raise ValueError(
                 f"at={at} is not inside the batch, which takes sequence {sequence} "

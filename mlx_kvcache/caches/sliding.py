@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..arguments import whole
 from ..cells.rules import Window
 from .positional import PositionalCache, Shift
 
@@ -23,11 +24,9 @@ class SlidingWindowCache(PositionalCache):
     """
 
     def __init__(self, window_size: int, rewind: int = 1, sinks: int = 0, shift: Shift | None = None) -> None:
-        if window_size < 1:
-            raise ValueError(f"window_size must be 1 or more, got {window_size}")
-        if rewind < 0:
-            raise ValueError(f"rewind must be 0 or more, got {rewind}")
-        if not 0 <= sinks < window_size:
+        (window_size,) = whole(1, window_size=window_size)
+        rewind, sinks = whole(rewind=rewind, sinks=sinks)
+        if sinks >= window_size:
             raise ValueError(
                 f"sinks must be 0 to {window_size - 1} in a window of {window_size}, got {sinks}"
             )

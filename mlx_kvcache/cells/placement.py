@@ -87,7 +87,8 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
     spread = {s: _Tokens.next_of(table, s, len(own), rule, rewind) for s, own in rows.items()}
     _check_room(table, spread)
     new = sum(tokens.stored for tokens in spread.values())
-    spare = max(0, table.room - table.allocated - new) // max(1, len(table.sequences))
+    # Those that begin here borrow free room, too.
+    spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
     placement = Placement()
     for sequence, tokens in spread.items():
         _place_one(table, placement, sequence, rows[sequence], tokens, spare)

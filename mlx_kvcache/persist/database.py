@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Database:
                 connection.raw.close()
                 raise
             self._give_back(connection)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
             if _is_damage(error):
                 self._is_checked = False
             reason = error.strerror if isinstance(error, OSError) else None
@@ -93,7 +94,7 @@ class Database:
         with _alone(self._path.parent):
             try:
                 return self._open()
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if not _is_damage(error):
                     raise
                 self._set_aside()
@@ -107,6 +108,8 @@ class Database:
 
     def _open(self) -> _Connection:
         raw = sqlite3.connect(self._path, _PATIENCE, isolation_level=None, check_same_thread=False)
+        # Damaged text is for the reader to refuse, not for the connection.
+        raw.text_factory = partial(str, encoding="utf-8", errors="replace")
         try:
             self._prepare(raw)
         except BaseException:
@@ -161,5 +164,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether the file's bytes are not what they should be; all else comes as a subclass."""
-    return type(error) is sqlite3.DatabaseError
+    """Whether the file's bytes are not what they should be; all else comes as a subclass.
+
+    Damage can be such that SQLite's message about it is no text.
+    """
+    return type(error) in {sqlite3.DatabaseError, UnicodeDecodeError}

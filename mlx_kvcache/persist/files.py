@@ -59,18 +59,18 @@ def prepare(
         extra: more arrays, by names that begin with a letter.
 
     Raises:
-        ValueError: another number of tokens than the sequence is long, or negative ones.
+        ValueError: another number of tokens than the sequence is long, or ones outside [0, 2**63).
     """
     end = caches[0]._end(sequence)
     if tokens is not None and len(tokens) != end:
         raise ValueError(f"{len(tokens)} tokens for a sequence of {end}")
-    numbers = None if tokens is None else np.array([index(token) for token in tokens], np.int64)
-    if numbers is not None and (numbers < 0).any():
-        raise ValueError(f"token {numbers.min()} is negative")
+    numbers = None if tokens is None else [index(token) for token in tokens]
+    if outside := [token for token in numbers or () if not 0 <= token < 2**63]:
+        raise ValueError(f"token {outside[0]} is negative, or not below 2**63")
     arrays = dict(extra or {})
     encoded = [encode(cache, sequence, arrays, f"{i}.") for i, cache in enumerate(caches)]
     if numbers is not None:
-        arrays[_TOKENS] = mx.array(numbers)
+        arrays[_TOKENS] = mx.array(np.array(numbers, np.int64))
     header = {
         "end": end,
         "caches": encoded,

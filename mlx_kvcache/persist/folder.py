@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from ..arguments import whole
 from ..errors import CacheError, CacheFileError
 from ..prefixes import PrefixTree
 from . import atomic
@@ -55,9 +56,7 @@ class PrefixFolder:
     def __init__(
         self, folder: Path | str, max_bytes: int, namespace: str, max_pending: int = 256 * 2**20
     ) -> None:
-        for name, bound in (("max_bytes", max_bytes), ("max_pending", max_pending)):
-            if bound < 0:
-                raise ValueError(f"{name} must be 0 or more, got {bound}")
+        max_bytes, max_pending = whole(max_bytes=max_bytes, max_pending=max_pending)
         self.counts: Counter[str] = Counter()
         self._folder = Path(folder).absolute()
         self._max_bytes = max_bytes

@@ -18,6 +18,9 @@ VERSION = 1
 # So narrow that a file which a user keeps in the folder is never taken for one of ours.
 _NAME = re.compile(r"[0-9a-f]{32}\.kvcache")
 
+_MOST = 2**53
+"""Of bytes and uses: sums of such do not overflow."""
+
 _TABLES = (
     """CREATE TABLE entries (
         name TEXT PRIMARY KEY,
@@ -158,6 +161,7 @@ class Index:
         transaction. So a file without an entry is nobody's, such as after a power cut.
         """
         atomic.sweep(self._folder)
+        _mend(connection)
         files = {path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
         entries = dict(connection.execute("SELECT name, is_ready FROM entries"))
         for name, is_ready in entries.items():
@@ -180,8 +184,31 @@ class Index:
 
     def _remove(self, connection: sqlite3.Connection, name: str) -> None:
         """The file first: an entry without a file is found out by its reader, a stray file by nobody."""
-        (self._folder / name).unlink(missing_ok=True)
+        # Whatever an index tells, nothing else is removed.
+        if _NAME.fullmatch(name):
+            (self._folder / name).unlink(missing_ok=True)
         connection.execute("DELETE FROM entries WHERE name = ?", (name,))
+
+
+def _mend(connection: sqlite3.Connection) -> None:
+    """Forget entries that are not as they were entered: SQLite has no checksums, and names become paths."""
+    columns = "rowid, name, digest, namespace, salt, tokens, nbytes, used, is_ready"
+    for row, *entry in connection.execute(f"SELECT {columns} FROM entries").fetchall():  # noqa: S608
+        if not _is_sound(*entry):
+            connection.execute("DELETE FROM entries WHERE rowid = ?", (row,))
+    connection.execute("DELETE FROM state")
+    connection.execute("INSERT INTO state VALUES (random())")
+
+
+def _is_sound(
+    name: object, digest: object, namespace: object, salt: object, tokens: object, *numbers: object
+) -> bool:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return False
+    if not (isinstance(namespace, str) and isinstance(salt, str) and isinstance(tokens, bytes)):
+        return False
+    are_counts = all(isinstance(number, int) and 0 <= number < _MOST for number in numbers)
+    return are_counts and Key(namespace, salt, tokens).digest == digest
 
 
 def _use(connection: sqlite3.Connection, name: str) -> None:

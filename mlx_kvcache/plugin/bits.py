@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ..arguments import whole
 from ..quantisation import Bits, Quantisation
 from .layout import Layout, Leaf
 
@@ -42,16 +43,17 @@ def quantisation_of(
     Raises:
         ValueError: as `Quantisation`, or a layer that the model does not have.
     """
-    whole = _float_layers(layout, kv_float)
+    (after,) = whole(quantise_after=after)
+    in_float = _float_layers(layout, kv_float)
     bits = tuple(
-        None if leaf.rule is None or leaf.layer in whole else _bits_of(leaf, kv_bits, mirrored)
+        None if leaf.rule is None or leaf.layer in in_float else _bits_of(leaf, kv_bits, mirrored)
         for leaf in layout.leaves
     )
-    keyed = {own for own, leaf in zip(bits, layout.leaves, strict=True) if leaf.rule is not None}
     # Checks all of them, also those that are to be float.
     by_leaf = Quantisation(_ByLeaf(bits), group_size, after)
     for leaf in layout.leaves:
         by_leaf.of(leaf.index)
+    keyed = {own for own, leaf in zip(bits, layout.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
     return Quantisation(keyed.pop(), group_size, after) if len(keyed) == 1 else by_leaf

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from ..arguments import whole
 from ..arrays.store import Rebase
 from ..caches.plan import JointPlan, Plan
 from ..cells.removal import rebase_all, remove_range
@@ -36,18 +37,17 @@ class Limits(NamedTuple):
     sinks: int = 0
     rewind: int = 64
 
-    def check(self) -> None:
-        """Raise ValueError where one of them is out of range."""
-        if self.capacity is not None and self.capacity < 1:
-            raise ValueError(f"capacity must be 1 or more, got {self.capacity}")
-        if self.overflow not in ("error", "shift"):
-            raise ValueError(f'overflow must be "error" or "shift", got {self.overflow!r}')
-        if self.rewind < 0:
-            raise ValueError(f"rewind must be 0 or more, got {self.rewind}")
-        if not 0 <= self.sinks < (self.capacity or self.sinks + 1):
-            raise ValueError(
-                f"sinks must be 0 or more and below the capacity of {self.capacity}, got {self.sinks}"
-            )
+    def checked(self) -> Limits:
+        """The same in plain ints. Raises ValueError where one is out of range, TypeError for no number."""
+        capacity, overflow, sinks, rewind = self
+        if capacity is not None:
+            (capacity,) = whole(1, capacity=capacity)
+        if overflow not in ("error", "shift"):
+            raise ValueError(f'overflow must be "error" or "shift", got {overflow!r}')
+        rewind, sinks = whole(rewind=rewind, sinks=sinks)
+        if capacity is not None and sinks >= capacity:
+            raise ValueError(f"sinks must be below the capacity of {capacity}, got {sinks}")
+        return Limits(capacity, overflow, sinks, rewind)
 
 
 class Conversation:

@@ -26,6 +26,17 @@ _MOST = 100_000
 _DEEPEST = 32
 """Lists in lists."""
 
+_FAULTS = (
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+)
+"""What comes of data that are not what they should be: numbers that are no letters, trees too deep."""
+
 Ranges = tuple[tuple[int, int], ...]
 """(position, length) of neighbouring tokens."""
 
@@ -84,7 +95,7 @@ def read_foreign(path: Path) -> Foreign:
             else:
                 states, own = _states_of_0_32(arrays, second, third), first
             entries = [entry for name, state in states for entry in _entries(name, state)]
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        except _FAULTS as error:
             raise ValueError(f"not a prompt cache as mlx-lm 0.31 or 0.32 writes it: {error}") from error
         offsets = {entry.offset for entry in entries if entry.offset is not None}
         if not offsets:

@@ -53,7 +53,7 @@ def _told(model: nn.Module, limits: Limits, storage: Storage) -> str:
 def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
-    limits.check()
+    limits = limits.checked()
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None
     if (shifts or limits.sinks) and layout.is_recurrent:

@@ -7,6 +7,7 @@ longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -16,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from ..arguments import whole
 from ..errors import CacheError, CacheFullError, NotSupportedError
 from .layers import entries_of
 from .prompt_cache import PromptCache, make_prompt_cache
@@ -69,12 +71,10 @@ class Many:
     """
 
     def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
-        if tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step must be 1 or more, got {tokens_per_step}")
+        (self._most,) = whole(1, tokens_per_step=tokens_per_step)
         if not ranks_of(options.get("group")).is_alone:
             raise NotSupportedError("sequences that come and go are not agreed on by the ranks of a group")
         self._model = model
-        self._most = tokens_per_step
         self._options = options
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
@@ -114,14 +114,13 @@ class Many:
                 a cache of another pool.
             CacheError: the cache is in use here already, or closed.
         """
-        tokens = list(prompt)
+        tokens = [operator.index(token) for token in prompt]
         if not tokens:
             raise ValueError("the prompt is empty: at least 1 token is needed")
         outside = [token for token in tokens if not 0 <= token < self._vocabulary]
         if outside:
             raise ValueError(f"token {outside[0]} is outside the vocabulary of {self._vocabulary}")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, got {max_tokens}")
+        (max_tokens,) = whole(1, max_tokens=max_tokens)
         if cache is None:
             cache = make_prompt_cache(self._model, **self._options)
         if cache.pool is not self._pool:

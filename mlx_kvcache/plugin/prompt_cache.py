@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..arguments import whole
 from ..errors import NotSupportedError
 from ..persist.files import Prepared
 from .bits import KvBits, KvFloat
@@ -67,12 +69,12 @@ class PromptCache(list[Any]):
 
     def can_resume(self, position: int) -> bool:
         """Whether generation can go on from `position`, the tokens from there on dropped."""
+        position = operator.index(position)
         return 0 <= position <= self.position and self._rows.can_resume(position)
 
     def resume_point(self, position: int) -> int:
         """The newest position <= `position` to continue from. Raises ValueError below 0."""
-        if position < 0:
-            raise ValueError(f"position must be 0 or more, got {position}")
+        (position,) = whole(position=position)
         return self._rows.resume_point(min(position, self.position))
 
     def rewind(self, n: int) -> None:
@@ -82,12 +84,14 @@ class PromptCache(list[Any]):
             ValueError: not 0 <= n <= position.
             NotSupportedError: what the tokens before those need is not held; see `resume_point`.
         """
+        n = operator.index(n)
         if not 0 <= n <= self.position:
             raise ValueError(f"cannot rewind {n} of {self.position} tokens")
         self._rewind_to(self.position - n)
 
     def rewind_to(self, position: int) -> None:
         """Drop the tokens from `position` on. Raises as `rewind`."""
+        position = operator.index(position)
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind {self.position} tokens to position {position}")
         self._rewind_to(position)
@@ -100,6 +104,7 @@ class PromptCache(list[Any]):
             NotSupportedError: the model's position scheme is not understood, it has recurrent
                 layers, or what the next token sees would not be held.
         """
+        begin, end = operator.index(begin), end if end is None else operator.index(end)
         if begin < 0 or (end is not None and end < begin):
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.position} tokens")
         stop = self.position if end is None else min(end, self.position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,6 +91,7 @@ class Rows(Passes, Caller):
         Raises:
             NotSupportedError: a row cannot go back as far; none has changed.
         """
+        n = operator.index(n)
         with self.edit(f"trim {n} tokens"):
             before = self.positions
             plans = [

@@ -1,0 +1,147 @@
+"""Where tokens go that are moved, and what cannot be taken out."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_kvcache.cells.removal import Rebased, Removal, Target, drop_tail, remove_range
+from mlx_kvcache.cells.rules import Causal, Chunk, Window
+from mlx_kvcache.cells.spans import Sequence, Span
+from mlx_kvcache.cells.table import CellTable
+from mlx_kvcache.errors import CacheFullError, NotSupportedError
+
+
+def table_of(n: int = 10, room: int = 100, capacity: int = 20, start: int = 0, sharers: int = 0) -> CellTable:
+    """A sequence of n tokens in one segment, shared by some others."""
+    table = CellTable(room)
+    table.capacity[table.new_segment()] = capacity
+    own = Sequence(n, (Span(1, start, 0, n),))
+    table.assign(dict.fromkeys(range(sharers + 1), own))
+    return table
+
+
+def test_the_tail() -> None:
+    table = table_of()
+    assert drop_tail(table, 0, 4) == Removal({0: Sequence(4, (Span(1, 0, 0, 4),))}, None)
+    assert drop_tail(table, 0, 0) == Removal({0: None}, None)
+    assert drop_tail(table, 7, 0) == Removal({7: None}, None)
+
+
+def test_later_tokens_move_to_the_gap() -> None:
+    removal = remove_range(table_of(), 0, 3, 5, Causal())
+    assert removal.changes == {0: Sequence(8, (Span(1, 0, 0, 8),))}
+    assert removal.rebased == Rebased((Span(1, 5, 5, 5),), -2, Target(1, 3, 20, False, False))
+
+
+def test_nothing_moves_where_nothing_follows_or_nothing_goes() -> None:
+    table = table_of()
+    assert remove_range(table, 0, 7, 10, Causal()) == drop_tail(table, 0, 7)
+    assert remove_range(table, 0, 4, 4, Causal()).rebased is None
+    assert remove_range(table, 0, 0, 10, Causal()) == Removal({0: None}, None)
+    assert remove_range(table, 0, 0, 4, Causal(), rebase_head=True).rebased is None
+
+
+def test_earlier_tokens_move_up_to_the_gap() -> None:
+    removal = remove_range(table_of(), 0, 3, 5, Causal(), rebase_head=True)
+    assert removal.changes == {0: Sequence(8, (Span(1, 2, 0, 8),))}
+    assert removal.rebased == Rebased((Span(1, 0, 0, 3),), 2, Target(1, 2, 20, False, False))
+
+
+def test_what_follows_a_removed_beginning_stays_in_its_first_cells() -> None:
+    removal = remove_range(table_of(start=4), 0, 0, 3, Causal())
+    assert removal.rebased == Rebased((Span(1, 7, 3, 7),), -3, Target(1, 7, 20, False, False))
+    assert removal.changes == {0: Sequence(7, (Span(1, 7, 0, 7),))}
+
+
+def test_shared_cells_are_copied() -> None:
+    """To a segment of its own, which has slack where there is room."""
+    table = table_of(sharers=1)
+    removal = remove_range(table, 0, 3, 5, Causal())
+    assert removal.rebased == Rebased((Span(1, 5, 5, 5),), -2, Target(2, 0, 42, False, True))
+    assert removal.changes == {0: Sequence(8, (Span(1, 0, 0, 3), Span(2, 0, 3, 5)))}
+    assert table.capacity == {1: 20}, "nothing has changed"
+
+
+def test_room_for_copies_of_shared_cells() -> None:
+    assert remove_range(table_of(room=15, capacity=15, sharers=1), 0, 3, 5, Causal()).rebased is not None
+    with pytest.raises(CacheFullError, match="shared cells must be copied") as caught:
+        remove_range(table_of(room=14, capacity=14, sharers=1), 0, 3, 5, Causal())
+    assert (caught.value.needed, caught.value.free, caught.value.capacity) == (5, 4, 14)
+
+
+@pytest.mark.parametrize(("taken", "is_new"), [(None, False), (8, False), (7, True), (3, True), (2, False)])
+def test_cells_behind_are_used_up_to_the_next_that_is_taken(taken: int | None, is_new: bool) -> None:
+    """Five tokens go behind three, into the cells 3 to 7."""
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20, table.new_segment(): 20})
+    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, 0, 5, 5)))})
+    if taken is not None:
+        table.assign({1: Sequence(1, (Span(1, taken, 0, 1),))})
+    target = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert target is not None and target.target.is_new == is_new
+    assert target.target[:2] == ((3, 0) if is_new else (1, 3))
+
+
+@pytest.mark.parametrize(("capacity", "is_new"), [(8, False), (7, True)])
+def test_cells_behind_must_be_there(capacity: int, is_new: bool) -> None:
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): capacity, table.new_segment(): 20})
+    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, 0, 5, 5)))})
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target.is_new == is_new
+
+
+@pytest.mark.parametrize(("start", "is_new"), [(3, False), (2, True)])
+def test_cells_before_must_be_there(start: int, is_new: bool) -> None:
+    """Three tokens go before five that begin at a cell."""
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20, table.new_segment(): 20})
+    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, start, 5, 5)))})
+    rebased = remove_range(table, 0, 3, 5, Causal(), rebase_head=True).rebased
+    assert rebased is not None and rebased.target.is_new == is_new
+    assert rebased.target[:2] == ((3, 0) if is_new else (2, 0))
+
+
+def test_a_copy_of_packed_cells_is_packed() -> None:
+    table = table_of(sharers=1)
+    table.packed.add(1)
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target.is_packed and rebased.target.is_new
+    table.assign({1: None})
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target.is_packed and not rebased.target.is_new
+
+
+def test_slack_of_a_copy_is_shared_by_all_sequences() -> None:
+    table = table_of(room=49, sharers=3)
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target.capacity == 5 + (49 - 20 - 5) // 4
+    table.room = 24
+    table.capacity[1] = 24
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target.capacity == 5
+
+
+@pytest.mark.parametrize(
+    ("rule", "spans", "refused"),
+    [
+        (Window(4), (Span(1, 0, 6, 4),), "next token at 8 would see positions from 5 on that are not held"),
+        (Window(4), (Span(1, 0, 3, 7),), ""),
+        (Window(4, 2), (Span(1, 0, 3, 7),), "from 5 on"),
+        (Chunk(8), (Span(1, 0, 8, 2),), ""),
+        (Chunk(5), (Span(1, 0, 5, 5),), ""),
+        (Chunk(5), (Span(1, 0, 9, 1),), "from 5 on"),
+    ],
+)
+def test_what_the_next_token_sees_must_be_held(
+    rule: Window | Chunk, spans: tuple[Span, ...], refused: str
+) -> None:
+    """Two of ten tokens go that lie before what is held, or in it."""
+    table = CellTable(100)
+    table.capacity[table.new_segment()] = 20
+    table.assign({0: Sequence(10, spans)})
+    if refused:
+        with pytest.raises(NotSupportedError, match=rf"after removing \[6, 8\) .* of length 10, .*{refused}"):
+            remove_range(table, 0, 6, 8, rule)
+    else:
+        assert remove_range(table, 0, 6, 8, rule).changes[0] is not None
