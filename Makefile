@@ -24,8 +24,9 @@ demo: $(VENV)/demo  ## chat with SmolLM2 and see its cache; without a terminal, 
 	@if [ -t 0 ] && [ -t 1 ]; then $(RUN) -m examples.chat; \
 	else $(RUN) -m examples.chat --script examples/chat/demo.txt --capacity 192 --max-tokens 48; fi
 
+# Two processes of one thread each: threads of OpenBLAS wait for each other by spinning.
 test: check     ## all checks and tests
-	$(RUN) -m pytest -n 2
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 check: $(VENV)/dev  ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

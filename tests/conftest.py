@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,3 +26,21 @@ def chat_model() -> tuple[nn.Module, Any]:
     from examples import smollm2
 
     return smollm2.load(mx.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """SmolLM2's."""
+    from examples import smollm2
+
+    meta: Any
+    _, meta = mx.load(str(smollm2.find()), return_metadata=True)
+    return smollm2._tokenizer(meta)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a random model of two layers, and SmolLM2's tokenizer."""
+    from tests.folders import written
+
+    return written(tmp_path_factory.mktemp("models") / "tiny", tokenizer, layers=2)

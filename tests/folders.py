@@ -1,0 +1,35 @@
+"""Models as folders, as mlx-lm loads them: a random llama with a real tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.utils import save_config, save_model
+
+
+def written(folder: Path, tokenizer: Any, layers: int, head_dim: int = 64) -> Path:
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=layers,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        vocab_size=49152,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    )
+    mx.random.seed(7)
+    model = llama.Model(arguments)
+    mx.eval(model.parameters())
+    save_model(folder, model)
+    save_config(asdict(arguments), folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    return folder
