@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hypothesis  # noqa: F401  # imported for the forks
-import mlx.core as mx  # noqa: F401
+import mlx.core as mx  # noqa: F401  # imported for the forks
 import mlx.nn as nn  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest
@@ -29,7 +28,12 @@ from cosmic_ray.mutating import use_mutation
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
+from hypothesis import Phase, settings
 from tqdm import tqdm
+
+# That an example fails is enough; it need not become a small one.
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("mutants")
 
 PATIENCE = 120
 """Seconds of a mutant's tests; what takes longer has been noticed."""

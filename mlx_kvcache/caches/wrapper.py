@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import mlx.core as mx
 
-from ..arguments import whole
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError, NotSupportedError
 from ..quantisation import Quantisation
@@ -38,8 +38,8 @@ class WrapperCache(PlanningCache):
     def set_layer_type(self, layer_type: int) -> None:
         """Choose the underlying cache. Raises ValueError for an index that no child has."""
         self._check_open()
-        (layer_type,) = whole(layer_type=layer_type)
-        if layer_type >= len(self._children):
+        layer_type = operator.index(layer_type)
+        if not 0 <= layer_type < len(self._children):
             raise ValueError(f"layer type {layer_type}: there are 0 to {len(self._children) - 1}")
         self._type = layer_type
 

@@ -184,6 +184,7 @@ def _with(spans: Spans, end: int = 6) -> Callable[[CellTable], object]:
         _with((Span(1, 0, 0, 3), Span(2, 0, 2, 3))),
         _with((Span(1, 0, 3, 3), Span(2, 0, 0, 3))),
         _with((Span(1, 0, 0, 3), Span(2, 0, 3, 0))),
+        _with((Span(1, 0, 0, 3), Span(2, 0, 3, 3), Span(2, 3, 6, 0))),
         _with((Span(1, -1, 0, 3), Span(2, 0, 3, 3))),
         _with((Span(1, 0, 0, 3), Span(2, CAPACITY - 2, 3, 3))),
         _with((Span(1, 0, 0, 3), Span(2, 0, 3, 3)), end=5),
