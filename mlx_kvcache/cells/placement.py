@@ -178,7 +178,7 @@ def append(
         position + length != begin
         or position > max(0, rule.lower(begin))
         or low > begin
-        or (rule.sinks and low > position)
+        or (rule.sinks and max(low, position) > 0)
         or stop + n > table.capacity[segment]
         or table.live + n > table.room
         or len(table.owners(segment)) > 1

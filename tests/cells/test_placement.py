@@ -175,6 +175,17 @@ def test_what_cannot_go_on() -> None:
     assert (caught.value.needed, caught.value.free, caught.value.capacity) == (5, 4, 10)
 
 
+def test_sinks_that_are_not_held() -> None:
+    """As a file may say: what a window needs is there, in one run, and its first tokens are not."""
+    table = CellTable(100)
+    table.capacity[1] = 20
+    table.assign({0: Sequence(9, (Span(1, 0, 5, 4),))})
+    with pytest.raises(NotSupportedError, match="sequence 0 cannot go on at position 9"):
+        place(table, {0: (0,)}, Window(4, 2), 1)
+    assert append(table, 0, (0,), Window(4, 2), 9) is None
+    assert append(table, 0, (0,), Window(4), 1) is not None
+
+
 def _one(end: int = 6, start: int = 0, position: int = 0, room: int = 100, pack_after: int = 99) -> CellTable:
     table = CellTable(room, pack_after)
     table.capacity[1] = 10

@@ -102,6 +102,16 @@ def test_cells_before_must_be_there(start: int, is_new: bool) -> None:
     assert rebased.target[:2] == ((3, 0) if is_new else (2, 0))
 
 
+def test_moved_tokens_go_behind_the_last_of_several_runs() -> None:
+    """Cells of other segments are not in the way."""
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20 for _ in range(3)})
+    table.assign({0: Sequence(10, (Span(1, 1, 0, 2), Span(2, 0, 2, 1), Span(3, 0, 5, 5)))})
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None
+    assert rebased.target == Target(2, 1, 20, False, False)
+
+
 def test_a_copy_of_packed_cells_is_packed() -> None:
     table = table_of(sharers=1)
     table.packed.add(1)

@@ -195,6 +195,7 @@ def _with(spans: Spans, end: int = 6) -> Callable[[CellTable], object]:
         lambda table: setattr(table, "room", 5),
         lambda table: table._live.update({1: 4}),
         lambda table: table.orphans.add(1),
+        lambda table: table.orphans.add(9),
         lambda table: table.orphans.discard(3),
         lambda table: table.capacity.update({4: 1}),
         lambda table: table.packed.add(9),
