@@ -112,6 +112,16 @@ def test_moved_tokens_go_behind_the_last_of_several_runs() -> None:
     assert rebased.target == Target(2, 1, 20, False, False)
 
 
+@pytest.mark.parametrize(("cell", "is_new"), [(3, True), (5, True), (6, False)])
+def test_moved_tokens_do_not_go_where_earlier_ones_stay(cell: int, is_new: bool) -> None:
+    """Five of them, behind a token in the first cell, whose predecessors lie further on."""
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20 for _ in range(2)})
+    table.assign({0: Sequence(10, (Span(1, cell, 0, 2), Span(1, 0, 2, 1), Span(2, 0, 5, 5)))})
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target.is_new == is_new
+
+
 def test_a_copy_of_packed_cells_is_packed() -> None:
     table = table_of(sharers=1)
     table.packed.add(1)
