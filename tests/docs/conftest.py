@@ -11,14 +11,10 @@ import pytest
 from huggingface_hub import constants
 
 from examples import smollm2
-from tests.chat import conftest as chat
 
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANDOM = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 REVISION = "0" * 40
-
-tiny, tokenizer = chat.tiny, chat.tokenizer
-"""The chat's own fixtures."""
 
 
 def _placed(hub: Path, name: str) -> Path:
