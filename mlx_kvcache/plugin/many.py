@@ -151,10 +151,10 @@ class Many:
         begins = {ticket: self._sequences[ticket].cache.position for ticket in chosen}
         try:
             after, results = self._computed(chosen)
+            self._sequences, self._ended = after, [*self._ended, *results]
         except BaseException as error:
             self._take_back(begins, error)
             raise
-        self._sequences, self._ended = after, [*self._ended, *results]
         results, self._ended = self._ended, []
         return results
 
