@@ -30,7 +30,7 @@ from mlx_kvcache.cells.spans import clip
 from tests.interrupts import Tracer, places
 from tests.kinds import KINDS, STORES, add_offsets
 
-NTH = int(os.environ.get("INTERRUPTS_NTH", "100"))
+NTH = int(os.environ.get("INTERRUPTS_NTH", "200"))
 """Of the lines of a call every so-manieth is tried, on each kind and store another one."""
 
 ROOM = 36

@@ -21,7 +21,7 @@ from tests.interrupts import Planted, Tracer
 from tests.kinds import KINDS, STORES, Kind, add_offsets
 from tests.oracle import Oracle, Stream
 
-SEEDS = int(os.environ.get("MACHINE_SEEDS", "8"))
+SEEDS = int(os.environ.get("MACHINE_SEEDS", "4"))
 STEPS = int(os.environ.get("MACHINE_STEPS", "500"))
 FAULTS = float(os.environ.get("MACHINE_FAULTS", "0.04"))
 """How many of the calls are interrupted at some line, or by the shift hook."""

@@ -15,7 +15,7 @@ from mlx_kvcache import Batch, CausalCache, EncoderCache, NotSupportedError, Rec
 from tests.interrupts import Planted, Tracer
 from tests.kinds import add_offsets
 
-SEEDS = int(os.environ.get("MACHINE_SEEDS", "8")) // 10 or 1
+SEEDS = int(os.environ.get("MACHINE_SEEDS", "4")) // 10 or 1
 STEPS = int(os.environ.get("MACHINE_STEPS", "500"))
 FAULTS = float(os.environ.get("MACHINE_FAULTS", "0.04"))
 SEQUENCES = range(4)

@@ -12,8 +12,8 @@ from examples.chat.settings import Settings
 
 from .life import Life
 
-TURNS = int(os.environ.get("CHAT_TURNS", "80"))
-CHECKS = int(os.environ.get("CHAT_CHECKS", "16"))
+TURNS = int(os.environ.get("CHAT_TURNS", "50"))
+CHECKS = int(os.environ.get("CHAT_CHECKS", "10"))
 ALLOWED = ("and the capacity is", "a conversation needs", "there is nothing")
 """What may be refused: the whole book, and what is not there."""
 
