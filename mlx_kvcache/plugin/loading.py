@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..errors import CacheFileError
+from ..errors import CacheFileError, NotSupportedError
 from ..persist.atomic import replacing
 from ..persist.checks import integer, listing
 from ..persist.container import NotOursError
@@ -43,8 +43,7 @@ def loaded(
             adopt(rows.conversation, foreign)
         return rows, None
     check_rank(opened, ranks)
-    # Whatever is wrong with options is the file's fault unless they were given.
-    with nullcontext() if own else faults_of(path):
+    with _blamed(path, own):
         rows = _made(model, _saved_options(opened) | own)
     with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
@@ -59,8 +58,7 @@ def _loaded_together(
         opened = open_file(path_of(path, ranks), verify)
         save, chosen = check_rank(opened, ranks), _saved_options(opened) | dict(options)
     ranks.agree(f"load {opened.end} tokens of save {save}")
-    faults = nullcontext() if options else faults_of(opened.path)
-    with ranks.together(f"make a cache for {path.name}"), faults:
+    with ranks.together(f"make a cache for {path.name}"), _blamed(opened.path, options):
         rows = _made(model, chosen, ranks)
     with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
@@ -79,6 +77,17 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
             bits = listing(told["kv_bits"], "kv_bits")
             options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
     return options
+
+
+@contextmanager
+def _blamed(path: Path, given: Mapping[str, Any]) -> Iterator[None]:
+    """Options that do not suit the model are the file's fault unless some were given."""
+    try:
+        yield
+    except (ValueError, NotSupportedError) as error:
+        if given:
+            raise
+        raise CacheFileError(path, str(error)) from error
 
 
 def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) -> Rows:

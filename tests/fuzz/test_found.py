@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_bits_in_a_file_that_are_lists(tmp_path: Path) -> None:
     path.write_bytes(own_file(source.told | {"options": options}, source.arrays))
     with pytest.raises(CacheFileError, match=r"keys or values in \[8\] bits"):
         PromptCache.load(path, held("llama").model)
+
+
+def test_saved_options_that_the_model_cannot_have(tmp_path: Path) -> None:
+    """A recurrent state keeps no sinks, whatever the file says."""
+    source, path = ours("qwen3_next", 0), tmp_path / "sinks.safetensors"
+    told = deepcopy(source.told)
+    told["options"]["sinks"] = 1
+    path.write_bytes(own_file(told, source.arrays))
+    with pytest.raises(CacheFileError, match="with sinks=1 on"):
+        PromptCache.load(path, held("qwen3_next")[0])
 
 
 @pytest.mark.parametrize("letters", [[2**40, 3], [2**31], [-1], [0x110000]])
