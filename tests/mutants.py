@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument(
         "--tests", nargs="+", default=["tests/cells"], help="files that notice most come first"
     )
+    parser.add_argument("--of", default="", help="only modules below this path")
     parser.add_argument("--sample", type=int, help="only so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -69,9 +70,15 @@ def main() -> int:
             if not _passes(chosen.tests):
                 sys.stderr.write("the tests fail without any mutant\n")
                 return 1
-            _run(db, _drawn(list(db.pending_work_items), chosen.sample, chosen.seed), chosen.tests)
+            items = [item for item in db.pending_work_items if _path(item).startswith(chosen.of)]
+            _run(db, _drawn(items, chosen.sample, chosen.seed), chosen.tests)
         _report(db)
     return 0
+
+
+def _path(item: WorkItem) -> str:
+    [mutation] = item.mutations
+    return mutation.module_path.as_posix()
 
 
 def _drawn(items: list[WorkItem], sample: int | None, seed: int) -> list[WorkItem]:

@@ -9,6 +9,7 @@ from mlx_kvcache.cells.placement import (
     DEAD,
     SMALL_STEP,
     STEP,
+    Move,
     Placement,
     Write,
     append,
@@ -301,3 +302,22 @@ def test_compaction_keeps_packed_segments_packed() -> None:
     ledger.forward({0: 6})
     plan = compact(ledger.table)
     assert plan.packed == {move.segment for move in plan.moves} != set()
+
+
+def test_compaction_closes_every_gap() -> None:
+    """Three runs of one segment, which two sequences hold, in no order of position."""
+    table = CellTable(100)
+    table.capacity[table.new_segment()] = 30
+    table.assign(
+        {
+            0: Sequence(9, (Span(1, 20, 0, 4), Span(1, 3, 4, 2), Span(1, 10, 6, 3))),
+            1: Sequence(3, (Span(1, 11, 1, 2),)),
+        }
+    )
+    plan = compact(table)
+    assert plan.moves == [Move(2, (Span(1, 3, 0, 2), Span(1, 10, 0, 3), Span(1, 20, 0, 4)))]
+    assert plan.capacity == {2: 9}
+    assert plan.changes == {
+        0: Sequence(9, (Span(2, 5, 0, 4), Span(2, 0, 4, 2), Span(2, 2, 6, 3))),
+        1: Sequence(3, (Span(2, 3, 1, 2),)),
+    }

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from tests.plugin.tiny import tiny_llama
 
-STEPS = int(os.environ.get("FLAT_STEPS", "3000"))
+STEPS = int(os.environ.get("FLAT_STEPS", "2000"))
 FIRST = 1000
 CYCLE = 256
 """Tokens in which room is made a few times: the largest size in so many counts."""

@@ -9,10 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheFullError
 from mlx_kvcache.plugin import PromptCache, forward, make_prompt_cache
-from tests.plugin.running import difference, logits_of, plain
+from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
 
 MODEL = tiny_llama()
@@ -45,13 +46,8 @@ class Chat:
         found = logits_of(model, self.cache, tokens)
         self.text = self.text + tokens
         assert self.cache.position == len(self.text)
-        if model is MODEL:
-            assert difference(found[-1], logits_of(model, plain(model), self.text)[-1]) <= 1e-4
-        else:
-            theirs = model.make_cache()
-            for token in self.text:
-                expected = model(mx.array([[token]]), cache=theirs)
-            assert difference(found[-1], expected[0, -1]) <= 1e-4
+        expected = logits_of(model, make_theirs(model), self.text)[-1]
+        assert difference(found[-1], expected) <= 1e-4
 
 
 @pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["full", "window"])
