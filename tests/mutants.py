@@ -78,7 +78,8 @@ def main() -> int:
 
 def _path(item: WorkItem) -> str:
     [mutation] = item.mutations
-    return mutation.module_path.as_posix()
+    path: str = mutation.module_path.as_posix()
+    return path
 
 
 def _drawn(items: list[WorkItem], sample: int | None, seed: int) -> list[WorkItem]:

@@ -1,0 +1,83 @@
+"""What entries of a model's cache list answer, beside mlx-lm's own that have read the same."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache as make_theirs
+
+from mlx_kvcache import CacheError
+from mlx_kvcache.plugin import make_prompt_cache
+from tests.plugin.configurations import build
+from tests.plugin.running import difference, logits_of
+from tests.plugin.tiny import tiny_llama
+
+TEXT = [(5 * i + 3 * i * i) % 90 for i in range(20)]
+NAMES = ["llama", "gemma3_text", "llama4", "mamba2", "falcon_h1", "deepseek_v32"]
+"""Full, windows, chunks, recurrences, and several layers in one entry with and without a recurrence."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_questions(name: str) -> None:
+    """Before the first token, after some, and, where that can be, after fewer."""
+    model = build(name)
+    ours, theirs = make_prompt_cache(model, rewind=3), make_theirs(model)
+
+    def compare() -> None:
+        for own, other in zip(ours, theirs, strict=True):
+            assert own.is_trimmable() == other.is_trimmable()
+            assert own.empty() == other.empty()
+            if hasattr(other, "caches"):
+                assert [child.empty() for child in own.caches] == [child.empty() for child in other.caches]
+            if hasattr(other, "offset"):
+                assert own.offset == other.offset
+            assert (own.nbytes > 0) == (other.nbytes > 0)
+
+    compare()
+    for tokens in (TEXT[:5], TEXT[5:6]):
+        found, expected = logits_of(model, ours, tokens), logits_of(model, theirs, tokens)
+        assert difference(found, expected) <= 1e-4
+        compare()
+    if all(entry.is_trimmable() for entry in theirs):
+        assert [entry.trim(2) for entry in ours] == [entry.trim(2) for entry in theirs]
+        compare()
+        assert difference(logits_of(model, ours, TEXT[6:9]), logits_of(model, theirs, TEXT[6:9])) <= 1e-4
+        compare()
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "deepseek_v32"])
+def test_several_layers_in_one_entry(name: str) -> None:
+    """They hold as many tokens as the fullest of them, join with others, and are packed where they can be."""
+    model = build(name, is_wide=True)
+    one, two = make_prompt_cache(model), make_prompt_cache(model)
+    logits_of(model, one, TEXT[:6])
+    logits_of(model, two, TEXT[:9])
+    assert [entry.size() for entry in one] == [6] * len(one)
+    both = [a.merge([a, b]) for a, b in zip(one, two, strict=True)]
+    third = make_prompt_cache(model)
+    logits_of(model, third, TEXT[:4])
+    for entry, more in zip(both, [entry.merge([entry]) for entry in third], strict=True):
+        entry.extend(more)
+    assert [entry.extract(1)[0].rows.positions for entry in both] == [[9]] * len(both)
+    packed = make_prompt_cache(model)
+    layers = [entry.to_quantized(32, 8) for entry in packed]
+    logits_of(model, layers, TEXT[:6])
+    assert 0 < sum(entry.nbytes for entry in layers) < sum(entry.nbytes for entry in one)
+
+
+def test_a_state_changes_in_a_call_only() -> None:
+    model = build("mamba2")
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:4])
+    assert cache[0][0].shape[0] == cache[0].batch_size == 1
+    with pytest.raises(CacheError, match="layer 0 can change only while the model is called"):
+        cache[0][0] = mx.zeros(3)
+
+
+def test_input_of_another_number_of_rows() -> None:
+    model = tiny_llama()
+    cache = make_prompt_cache(model)
+    for tokens, message in (([[1], [2]], "2 rows of input for a cache of 1"), ([[]], "without tokens")):
+        with pytest.raises(ValueError, match=message):
+            model(mx.array(tokens, mx.int32), cache=cache)
+    assert cache.position == 0
