@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_kvcache.cells.compaction import compact
 from mlx_kvcache.cells.placement import (
     DEAD,
     SMALL_STEP,
     STEP,
-    Move,
     Placement,
     Write,
     append,
@@ -20,8 +18,6 @@ from mlx_kvcache.cells.rules import Causal, Rule, Window
 from mlx_kvcache.cells.spans import Sequence, Span
 from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.errors import CacheFullError, NotSupportedError
-
-from .ledger import Ledger
 
 
 def test_the_steps() -> None:
@@ -51,7 +47,7 @@ def test_the_capacity_of_a_segment(
 ) -> None:
     assert capacity_for(required, spare, reserve, is_shared) == capacity
     assert capacity_for(5, 0) == 5, "without a reserve, and alone"
-    assert capacity_for(300, 1000) == 512
+    assert [capacity_for(n, 1000) for n in (64, 65, 256, 257, 300)] == [64, 128, 256, 512, 512]
 
 
 def placed(table: CellTable, rule: Rule, rewind: int, **sizes: int) -> Placement:
@@ -161,6 +157,73 @@ def test_how_many_dead_cells_let_a_segment_move(dead: int, grows: bool) -> None:
     assert placement.moves
 
 
+@pytest.mark.parametrize(("n", "capacity"), [(64, 64), (65, 128), (256, 256), (257, 512)])
+def test_a_segment_that_begins_has_no_reserve(n: int, capacity: int) -> None:
+    table = CellTable(10_000)
+    placed(table, Causal(), 0, s0=n)
+    assert table.capacity == {1: capacity}
+
+
+def test_one_goes_on_in_its_place_beside_one_that_begins() -> None:
+    table = CellTable(100)
+    placed(table, Causal(), 0, s1=3)
+    begins, goes_on = placed(table, Causal(), 0, s0=2, s1=1).placed
+    assert (begins.writes, goes_on.writes) == ((Write(0, 2, 2, 0),), (Write(0, 1, 1, 3),))
+
+
+def _full(*spans: Span, room: int = 1000, shared: tuple[Span, ...] = ()) -> CellTable:
+    """A sequence whose last segment is full, and another that has some of its spans."""
+    table = CellTable(room)
+    table.capacity.update({table.new_segment(): 40 for _ in {span.segment for span in spans}})
+    table.capacity[spans[-1].segment] = spans[-1].stop
+    table.assign({0: Sequence(spans[-1].end, spans)})
+    if shared:
+        table.assign({1: Sequence(shared[-1].end, shared)})
+    return table
+
+
+BEFORE, LAST = Span(1, 0, 0, 3), Span(2, 0, 3, 61)
+
+
+@pytest.mark.parametrize(("shared", "moves"), [((), True), ((BEFORE,), False)], ids=["own", "shared"])
+def test_a_run_before_the_last_one_is_taken_along_where_it_is_its_own(
+    shared: tuple[Span, ...], moves: bool
+) -> None:
+    table = _full(BEFORE, LAST, shared=shared)
+    placement = place(table, {0: (0,)}, Causal(), 0)
+    assert [move.pieces for move in placement.moves] == ([(BEFORE, LAST)] if moves else [])
+    assert placement.capacity == ({3: 128} if moves else {2: 64})
+
+
+def test_dead_cells_are_those_of_the_last_segment() -> None:
+    """What is held in others, before or behind it by number, does not count."""
+    before, last = Span(2, 0, 0, 30), Span(1, DEAD, 30, 20)
+    table = _full(before, last, shared=(before,))
+    [move] = place(table, {0: (0,)}, Causal(), 0).moves
+    assert move.pieces == (last,)
+
+
+@pytest.mark.parametrize(("dead", "grows"), [(0, True), (1, False)])
+def test_no_dead_cell_is_left_where_room_is_tight(dead: int, grows: bool) -> None:
+    """It is allocated, to one that does not use it."""
+    table = _full(Span(1, dead, dead, 30), room=40 + dead)
+    table.capacity[table.new_segment()] = 10
+    table.assign({1: Sequence(1, (Span(2, 0, 0, 1),))})
+    placement = place(table, {0: (0,)}, Window(31), 1)
+    assert placement.capacity == ({1: 31} if grows else {3: 31})
+    assert bool(placement.moves) != grows
+
+
+def test_a_move_is_undone_in_the_new_place() -> None:
+    """Unless something is evicted or changes its bits, which only the old cells have."""
+    placement = place(_full(BEFORE, LAST), {0: (0,)}, Causal(), 0)
+    assert placement.undo == {0: Sequence(64, (Span(3, 0, 0, 64),))}
+    table = _full(BEFORE, LAST)
+    table.pack_after = 64
+    placement = place(table, {0: (0,)}, Causal(), 0)
+    assert (placement.undo, placement.packed) == ({0: table[0]}, {3})
+
+
 def test_what_cannot_go_on() -> None:
     table = CellTable(100)
     placed(table, Window(4), 1, s0=10)
@@ -168,6 +231,9 @@ def test_what_cannot_go_on() -> None:
     with pytest.raises(
         NotSupportedError, match=r"sequence 0 cannot go on at position 9: .*from position 6 on"
     ):
+        place(table, {0: (0,)}, Window(4), 1)
+    table.assign({0: Sequence(2, (Span(1, 0, 1, 1),))})
+    with pytest.raises(NotSupportedError, match="from position 0 on"):
         place(table, {0: (0,)}, Window(4), 1)
     table = CellTable(10)
     placed(table, Causal(), 0, s0=6)
@@ -185,139 +251,3 @@ def test_sinks_that_are_not_held() -> None:
         place(table, {0: (0,)}, Window(4, 2), 1)
     assert append(table, 0, (0,), Window(4, 2), 9) is None
     assert append(table, 0, (0,), Window(4), 1) is not None
-
-
-def _one(end: int = 6, start: int = 0, position: int = 0, room: int = 100, pack_after: int = 99) -> CellTable:
-    table = CellTable(room, pack_after)
-    table.capacity[1] = 10
-    table.assign({0: Sequence(end, (Span(1, start, position, end - position),))})
-    return table
-
-
-def test_the_way_that_decoding_takes() -> None:
-    table = _one()
-    placement = append(table, 0, (0, 1, 2, 3), Causal(), 0)
-    assert placement is not None and placement == place(table, {0: (0, 1, 2, 3)}, Causal(), 0)
-    [own] = placement.placed
-    assert (own.begin, own.end, own.writes, own.fresh) == (6, 10, (Write(0, 4, 1, 6),), False)
-    assert own.reads == (Span(1, 0, 0, 10),) and placement.changes == {0: Sequence(10, own.reads)}
-    assert placement.undo == {0: table[0]}
-    windowed = append(table, 0, (0,), Window(3), 1)
-    assert windowed is not None
-    assert windowed.placed[0].reads == (Span(1, 4, 4, 3),)
-    assert windowed.changes == {0: Sequence(7, (Span(1, 4, 4, 3),))}
-
-
-def _shared() -> CellTable:
-    table = _one()
-    table.assign({1: table[0]})
-    return table
-
-
-def _two() -> CellTable:
-    table = _one()
-    table.assign({0: Sequence(6, (Span(1, 0, 0, 3), Span(1, 5, 3, 3)))})
-    return table
-
-
-def _short() -> CellTable:
-    table = _one()
-    table.assign({0: Sequence(6, (Span(1, 0, 0, 5),))})
-    return table
-
-
-@pytest.mark.parametrize(
-    ("table", "n", "rule", "rewind"),
-    [
-        (_two(), 1, Causal(), 0),
-        (_short(), 1, Window(1), 0),
-        (_shared(), 1, Causal(), 0),
-        (_one(), 5, Causal(), 0),
-        (_one(room=7), 2, Causal(), 0),
-        (_one(pack_after=6), 1, Causal(), 0),
-        (_one(position=1), 1, Causal(), 0),
-        (_one(position=3), 1, Window(5), 0),
-        (_one(), 4, Window(2), 0),
-        (_one(), 1, Window(3, 1), 1),
-        (CellTable(9), 1, Causal(), 0),
-    ],
-    ids=[
-        "two runs",
-        "end not held",
-        "shared",
-        "full",
-        "no room",
-        "to be packed",
-        "beginning not held",
-        "window not held",
-        "not all held",
-        "sinks apart",
-        "nothing",
-    ],
-)
-def test_where_decoding_takes_another_way(table: CellTable, n: int, rule: Rule, rewind: int) -> None:
-    assert append(table, 0, tuple(range(n)), rule, rewind) is None
-
-
-@pytest.mark.parametrize(
-    ("table", "n", "rule", "rewind"),
-    [
-        (_one(), 4, Causal(), 0),
-        (_one(room=8), 2, Causal(), 0),
-        (_one(pack_after=7), 1, Causal(), 0),
-        (_one(position=4), 1, Window(3), 0),
-        (_one(), 4, Window(2), 3),
-        (_one(end=3), 1, Window(5, 2), 1),
-    ],
-    ids=["to the last cell", "to the last room", "just in float", "window held", "all held", "sinks near"],
-)
-def test_where_it_still_takes_this_one(table: CellTable, n: int, rule: Rule, rewind: int) -> None:
-    assert append(table, 0, tuple(range(n)), rule, rewind) is not None
-
-
-def test_compaction_leaves_no_unused_cell() -> None:
-    """Shared cells move once, packed ones stay packed, and full segments stay where they are."""
-    ledger = Ledger(Causal(), 0, 1000, pack_after=8)
-    for sequence, n in ((0, 6), (1, 12)):
-        ledger.forward({sequence: n})
-    ledger.copy(0, 2, 4)
-    ledger.truncate(0, 5)
-    ledger.forward({0: 1, 2: 1})
-    full = ledger.table[1].spans[0].segment
-    ledger.table.capacity[full] = 12
-    before = ledger.table.allocated
-    plan = compact(ledger.table)
-    assert all(move.segment not in ledger.table.capacity for move in plan.moves)
-    assert full not in {span.segment for move in plan.moves for span in move.pieces}
-    ledger.apply(plan)
-    ledger.sweep(plan)
-    ledger.check()
-    assert ledger.table.allocated == ledger.table.live < before
-    assert not compact(ledger.table).changes
-    assert ledger.table.packed == {full}
-
-
-def test_compaction_keeps_packed_segments_packed() -> None:
-    ledger = Ledger(Causal(), 0, 1000, pack_after=0)
-    ledger.forward({0: 6})
-    plan = compact(ledger.table)
-    assert plan.packed == {move.segment for move in plan.moves} != set()
-
-
-def test_compaction_closes_every_gap() -> None:
-    """Three runs of one segment, which two sequences hold, in no order of position."""
-    table = CellTable(100)
-    table.capacity[table.new_segment()] = 30
-    table.assign(
-        {
-            0: Sequence(9, (Span(1, 20, 0, 4), Span(1, 3, 4, 2), Span(1, 10, 6, 3))),
-            1: Sequence(3, (Span(1, 11, 1, 2),)),
-        }
-    )
-    plan = compact(table)
-    assert plan.moves == [Move(2, (Span(1, 3, 0, 2), Span(1, 10, 0, 3), Span(1, 20, 0, 4)))]
-    assert plan.capacity == {2: 9}
-    assert plan.changes == {
-        0: Sequence(9, (Span(2, 5, 0, 4), Span(2, 0, 4, 2), Span(2, 2, 6, 3))),
-        1: Sequence(3, (Span(2, 3, 1, 2),)),
-    }

@@ -191,6 +191,7 @@ def test_damage_in_files_of_mlx_lm_is_a_cache_error(tmp_path: Path) -> None:
 def theirs_with(place: str, value: int, folder: Path) -> Path:
     """The file of every class as 0.32.2 wrote it, with another number at one place."""
     arrays: Any
+    metadata: Any
     arrays, metadata = mx.load(str(path_of("0.32.2", "every")), return_metadata=True)
     path = folder / "changed.safetensors"
     mx.save_safetensors(str(path), arrays | {place: mx.array(value)}, metadata)
