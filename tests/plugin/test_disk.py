@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, CacheFileError
 from mlx_kvcache.plugin import make_session_pool
+from mlx_kvcache.prefixes import PrefixTree
 from mlx_kvcache.sessions import SessionPool
+from tests.interrupts import Planted
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
@@ -178,3 +180,40 @@ def test_a_pool_that_is_closed_twice(tmp_path: Path) -> None:
     pool.close()
     assert isinstance(CacheFileError("a", "b"), CacheError)
     assert len(list(tmp_path.glob("*.kvcache"))) == 1
+
+
+def test_what_cannot_be_written_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves memory all the same, and the conversation goes on."""
+    with make_session_pool(MODEL, max_stored=1, folder=tmp_path) as pool:
+
+        def full(*_: object) -> NoReturn:
+            raise CacheFileError(tmp_path, "no space left")
+
+        monkeypatch.setattr(pool._disk, "put", full)
+        say(pool, TEXT[:20])
+        say(pool, TEXT[40:60])
+        assert (len(pool), pool.counts.to_disk) == (1, 0)
+        assert [reason for reason in pool.counts.rejected if "no space left" in reason]
+        assert say(pool, TEXT[:20]) == 0
+
+
+@pytest.mark.parametrize("method", ["put", "pop"])
+def test_a_tree_that_fails_is_grown_anew(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been stored, or given up; what else is stored is found."""
+    pool = make_session_pool(MODEL, max_stored=2)
+    say(pool, TEXT[:20])
+    say(pool, TEXT[40:60])
+    with monkeypatch.context() as patched:
+        original = getattr(PrefixTree, method)
+
+        def late(self: PrefixTree[Any], *given: Any) -> NoReturn:
+            original(self, *given)
+            patched.undo()
+            raise Planted
+
+        patched.setattr(PrefixTree, method, late)
+        with pytest.raises(Planted):
+            say(pool, TEXT[80:100])
+    assert say(pool, TEXT[40:65]) == 20
+    assert say(pool, TEXT[80:100]) == (19 if method == "pop" else 0)
+    assert len(pool) == 2

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import NoReturn
 
 import mlx.core as mx
 import pytest
 
 from mlx_kvcache import CacheError
 from mlx_kvcache.plugin import Generated, Many, generate_many, make_prompt_cache
+from tests.interrupts import Planted
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.running import greedy, logits_of
 from tests.plugin.test_architectures import REFUSED
@@ -143,3 +146,52 @@ def test_samplers() -> None:
     tokens = collected(result for _ in range(5) for result in many.step())
     assert tokens[1] == greedy(model, PROMPTS[0], 4)
     assert tokens[0][0] != tokens[1][0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_step_in_which_the_model_raises_is_made_again(name: str) -> None:
+    model = build(name)
+    many, results = Many(model, tokens_per_step=8), list[Generated]()
+    for prompt in PROMPTS[:3]:
+        many.add(prompt, max_tokens=7)
+    attention = model.layers[1].self_attn
+    whole = attention.o_proj
+
+    def throw(x: mx.array) -> NoReturn:
+        raise Planted
+
+    for _ in range(40):
+        attention.o_proj = throw
+        with suppress(Planted):
+            assert not many.step()
+        attention.o_proj = whole
+        results += many.step()
+    assert collected(results) == {i: greedy(model, PROMPTS[i], 7) for i in range(3)}
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("llama", True), ("mamba2", False)])
+def test_a_sampler_that_raises(name: str, goes_on: bool) -> None:
+    """Its tokens wait for the next step; a recurrence that cannot go back by them ends, and says so."""
+    model, fails = build(name), False
+
+    def sampler(logits: mx.array) -> mx.array:
+        if fails:
+            raise Planted
+        return mx.argmax(logits, axis=-1)
+
+    many = Many(model)
+    many.add(PROMPTS[1], max_tokens=5, sampler=sampler)
+    results, fails = many.step(), True
+    with pytest.raises(Planted):
+        many.step()
+    fails = False
+    results += [result for _ in range(8) for result in many.step()]
+    expected = greedy(model, PROMPTS[1], 5)
+    if goes_on:
+        assert collected(results) == {0: expected}
+    else:
+        first, interrupted = results
+        assert first.token == expected[0]
+        assert (interrupted.ticket, interrupted.token, interrupted.finish) == (0, None, "interrupted")
+        assert isinstance(interrupted.error, CacheError) and isinstance(interrupted.error.__cause__, Planted)
+    assert len(many) == 0
