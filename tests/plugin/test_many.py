@@ -169,29 +169,32 @@ def test_a_step_in_which_the_model_raises_is_made_again(name: str) -> None:
     assert collected(results) == {i: greedy(model, PROMPTS[i], 7) for i in range(3)}
 
 
-@pytest.mark.parametrize(("name", "goes_on"), [("llama", True), ("mamba2", False)])
-def test_a_sampler_that_raises(name: str, goes_on: bool) -> None:
-    """Its tokens wait for the next step; a recurrence that cannot go back by them ends, and says so."""
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mamba2"])
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_sampler_that_raises(name: str, closes: bool) -> None:
+    """Its tokens wait for the next step. A sequence whose cache cannot go back by them ends, and says so."""
     model, fails = build(name), False
+    cache = make_prompt_cache(model)
 
     def sampler(logits: mx.array) -> mx.array:
         if fails:
+            if closes:
+                cache.close()
             raise Planted
         return mx.argmax(logits, axis=-1)
 
     many = Many(model)
-    many.add(PROMPTS[1], max_tokens=5, sampler=sampler)
+    many.add(PROMPTS[1], max_tokens=5, sampler=sampler, cache=cache)
     results, fails = many.step(), True
     with pytest.raises(Planted):
         many.step()
     fails = False
     results += [result for _ in range(8) for result in many.step()]
     expected = greedy(model, PROMPTS[1], 5)
-    if goes_on:
-        assert collected(results) == {0: expected}
+    if closes:
+        first, last = results
+        assert (first.token, last.token, last.finish) == (expected[0], None, "interrupted")
+        assert isinstance(last.error, CacheError) and isinstance(last.error.__cause__, Planted)
     else:
-        first, interrupted = results
-        assert first.token == expected[0]
-        assert (interrupted.ticket, interrupted.token, interrupted.finish) == (0, None, "interrupted")
-        assert isinstance(interrupted.error, CacheError) and isinstance(interrupted.error.__cause__, Planted)
+        assert collected(results) == {0: expected}
     assert len(many) == 0
