@@ -15,7 +15,11 @@ UNTRACED := $(addprefix --ignore=tests/,chat benchmarks examples docs caches/tes
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz coverage mutants clean
+# Files that notice most in little time come first.
+CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface attention growth quantised ancestor faults machine stream_machine)
+MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
+
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,10 +64,11 @@ fuzz: $(VENV)/proof  ## fuzz files, options and calls; FUZZ_SECONDS for each of 
 coverage: $(VENV)/dev  ## lines and branches of the package that tests run; fails below 97 %
 	MACHINE_SEEDS=3 $(RUN) -m pytest -n 2 $(UNTRACED) --cov --cov-report=term-missing tests
 
-mutants: $(VENV)/proof  ## change the bookkeeping line by line, in a copy, and print what no test notices; an hour
+mutants: $(VENV)/proof  ## change the bookkeeping and the caches line by line, in a copy, and print what no test notices
 	rm -rf build/mutants && mkdir -p build/mutants
 	cp -r mlx_kvcache tests pyproject.toml mutants.toml build/mutants
-	cd build/mutants && PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(abspath $(BIN))/python -m tests.mutants cells.sqlite
+	cd build/mutants && $(MUTANTS) --of mlx_kvcache/cells --tests tests/cells
+	cd build/mutants && MACHINE_SEEDS=1 MACHINE_STEPS=60 $(MUTANTS) --of mlx_kvcache/caches --tests $(CACHES_TESTS)
 
 bench: $(VENV)/bench  ## every benchmark but endless text and the chat, into benchmarks/results
 	$(RUN) -m benchmarks --all --json benchmarks/results
@@ -73,6 +78,9 @@ bench-endless: $(VENV)/bench  ## the loss on 16,384 tokens of text, with room fo
 
 bench-chat: $(VENV)/dev  ## how long the chat lets its user wait
 	$(RUN) -m benchmarks chat --json benchmarks/results
+
+bench-ranks: $(VENV)/dev  ## a token on 1, 2 and 4 local ranks, for docs/ranks.md
+	$(RUN) -m benchmarks.ranks_here
 
 bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
 	$(RUN) -m benchmarks --all --quick --check

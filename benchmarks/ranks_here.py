@@ -1,6 +1,6 @@
 """Times of ranks on this machine, over loopback, beside what `ranks.py` says that they should be.
 
-    python -m benchmarks.ranks_here
+    make bench-ranks
 
 measures with 1, 2 and 4 ranks and writes benchmarks/results/ranks/MACHINE.json.
 """

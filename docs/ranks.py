@@ -75,7 +75,7 @@ def _measured(told: dict[str, Any]) -> Iterator[str]:
     found = told["ranks"]
     cores = 2
     yield (
-        f"\nMeasured over loopback by `python -m benchmarks.ranks_here`: {described(told['machine'])}; "
+        f"\nMeasured over loopback by `make bench-ranks`: {described(told['machine'])}; "
         f"load average before it {told['load']:.1f}. Each rank has one thread for products.\n"
     )
     yield "| ranks | `all_sum` of 4 kB | of 1 MB | a vote |"

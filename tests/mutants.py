@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--of", default="", help="only modules below this path")
     parser.add_argument("--sample", type=int, help="only so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--again", action="store_true", help="run what has survived, too")
     parser.add_argument("--report", action="store_true", help="run nothing")
     chosen = parser.parse_args()
     if not chosen.session.exists():
@@ -70,9 +71,10 @@ def main() -> int:
             if not _passes(chosen.tests):
                 sys.stderr.write("the tests fail without any mutant\n")
                 return 1
-            items = [item for item in db.pending_work_items if _path(item).startswith(chosen.of)]
+            items = [*db.pending_work_items, *(_survivors(db) if chosen.again else ())]
+            items = [item for item in items if _path(item).startswith(chosen.of)]
             _run(db, _drawn(items, chosen.sample, chosen.seed), chosen.tests)
-        _report(db)
+        _report(db, chosen.of)
     return 0
 
 
@@ -119,25 +121,30 @@ def _passes(tests: Sequence[str]) -> bool:
     return status == 0
 
 
-def _report(db: WorkDB) -> None:
+def _survivors(db: WorkDB) -> list[WorkItem]:
+    jobs = {job for job, result in db.results if result.test_outcome == TestOutcome.SURVIVED}
+    return [item for item in db.work_items if item.job_id in jobs]
+
+
+def _report(db: WorkDB, below: str) -> None:
     """Counts by module, and each survivor with its place."""
     items: dict[str, WorkItem] = {item.job_id: item for item in db.work_items}
     counts: dict[str, Counter[Any]] = {}
-    survivors = []
     for job, result in db.results:
-        [mutation] = items[job].mutations
-        if result.test_outcome is None:
-            continue
-        counts.setdefault(str(mutation.module_path), Counter())[result.test_outcome.value] += 1
-        if result.test_outcome == TestOutcome.SURVIVED:
-            survivors.append((str(mutation.module_path), mutation))
+        path = _path(items[job])
+        if result.test_outcome is not None and path.startswith(below):
+            counts.setdefault(path, Counter())[result.test_outcome.value] += 1
     for path, own in sorted(counts.items()):
         sys.stdout.write(f"{path}: {own['killed']} killed, {own['survived']} survived\n")
-    for path, mutation in sorted(survivors, key=lambda pair: (pair[0], pair[1].start_pos)):
-        line = Path(path).read_text(encoding="utf-8").splitlines()[mutation.start_pos[0] - 1].strip()
-        name = mutation.operator_name.removeprefix("core/")
-        place = f"{mutation.start_pos[0]}:{mutation.start_pos[1]}"
-        sys.stdout.write(f"{path}:{place} {name} {mutation.operator_args or ''}  {line}\n")
+    for item in sorted(_survivors(db), key=lambda item: (_path(item), item.mutations[0].start_pos)):
+        path, [mutation] = _path(item), item.mutations
+        if path.startswith(below):
+            line = Path(path).read_text(encoding="utf-8").splitlines()[mutation.start_pos[0] - 1].strip()
+            name = mutation.operator_name.removeprefix("core/")
+            place = f"{mutation.start_pos[0]}:{mutation.start_pos[1]}"
+            sys.stdout.write(
+                f"{path}:{place} {name} {mutation.operator_args or ''} #{mutation.occurrence}  {line}\n"
+            )
 
 
 if __name__ == "__main__":

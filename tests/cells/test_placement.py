@@ -185,14 +185,17 @@ def _full(*spans: Span, room: int = 1000, shared: tuple[Span, ...] = ()) -> Cell
 BEFORE, LAST = Span(1, 0, 0, 3), Span(2, 0, 3, 61)
 
 
-@pytest.mark.parametrize(("shared", "moves"), [((), True), ((BEFORE,), False)], ids=["own", "shared"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("is_shared", "moves"), [(False, True), (True, False)])
 def test_a_run_before_the_last_one_is_taken_along_where_it_is_its_own(
-    shared: tuple[Span, ...], moves: bool
+    is_shared: bool, moves: bool, swapped: bool
 ) -> None:
-    table = _full(BEFORE, LAST, shared=shared)
+    """In a segment of a lower number or of a higher one."""
+    before, last = (BEFORE._replace(segment=2), LAST._replace(segment=1)) if swapped else (BEFORE, LAST)
+    table = _full(before, last, shared=(before,) if is_shared else ())
     placement = place(table, {0: (0,)}, Causal(), 0)
-    assert [move.pieces for move in placement.moves] == ([(BEFORE, LAST)] if moves else [])
-    assert placement.capacity == ({3: 128} if moves else {2: 64})
+    assert [move.pieces for move in placement.moves] == ([(before, last)] if moves else [])
+    assert placement.capacity == ({3: 128} if moves else {last.segment: 64})
 
 
 def test_dead_cells_are_those_of_the_last_segment() -> None:
@@ -203,14 +206,14 @@ def test_dead_cells_are_those_of_the_last_segment() -> None:
     assert move.pieces == (last,)
 
 
-@pytest.mark.parametrize(("dead", "grows"), [(0, True), (1, False)])
-def test_no_dead_cell_is_left_where_room_is_tight(dead: int, grows: bool) -> None:
-    """It is allocated, to one that does not use it."""
-    table = _full(Span(1, dead, dead, 30), room=40 + dead)
+@pytest.mark.parametrize(("dead", "free", "grows"), [(0, 0, True), (1, 0, False), (1, 1, True)])
+def test_no_dead_cell_is_left_where_room_is_tight(dead: int, free: int, grows: bool) -> None:
+    """All but `free` cells are allocated, some to one that does not use them."""
+    table = _full(Span(1, dead, dead, 30), room=40 + dead + free)
     table.capacity[table.new_segment()] = 10
     table.assign({1: Sequence(1, (Span(2, 0, 0, 1),))})
     placement = place(table, {0: (0,)}, Window(31), 1)
-    assert placement.capacity == ({1: 31} if grows else {3: 31})
+    assert placement.capacity == ({1: 31 + dead} if grows else {3: 31})
     assert bool(placement.moves) != grows
 
 
