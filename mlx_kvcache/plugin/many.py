@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, repeat
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -155,8 +155,8 @@ class Many:
         except BaseException as error:
             self._take_back(begins, error)
             raise
-        results, self._ended = self._ended, []
-        return results
+        # In one line, so that what is interrupted before it gives them with the next step.
+        return list(map(self._ended.pop, repeat(0, len(self._ended))))
 
     def _chosen(self) -> dict[int, list[int]]:
         """The next tokens of each sequence: one of those that generate, then blocks of prompts."""

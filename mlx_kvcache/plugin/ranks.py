@@ -9,41 +9,20 @@ differ would wait for each other without end, or add up arrays that do not belon
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheError, RanksDisagreeError
+from .records import RECORD, Record, by_rank, decoded, encoded, spelled, told_tokens
 
-RECORD = 1024
-"""Bytes that each rank tells the others."""
-SHOWN = 8
-"""So many tokens of an input are told in words; all of them are in the digest."""
-_DIGEST = 8
-_ABOUT, _FED, _FAULT = 400, 120, 480
-"""Bytes of the texts in a record, which end in a zero each."""
 _KNOWN = "_is_known_to_all_ranks"
 """An attribute of exceptions that need not be told to the other ranks any more."""
-
-
-class _Told(NamedTuple):
-    """What one rank has told.
-
-    Attributes:
-        keys: digests of what it is about to do, and of the tokens that it was fed before.
-        fault: why it cannot, or "".
-    """
-
-    keys: tuple[bytes, bytes]
-    about: str
-    fed: str
-    fault: str
 
 
 class Ranks:
@@ -95,7 +74,7 @@ class Ranks:
                 raise error
             return
         fault = f"{type(error).__name__}: {error}" if error else ""
-        told = [_decoded(record) for record in self._exchange(_encoded(about, self._fed_text(), fault))]
+        told = [decoded(record) for record in self._exchange(encoded(about, self._fed_text(), fault))]
         failure = self._failure(told, error)
         if failure is not None:
             vars(failure)[_KNOWN] = True
@@ -168,19 +147,19 @@ class Ranks:
         """The texts of all ranks, of at most 480 bytes. Raises as `agree`."""
         if self.is_alone:
             return [text]
-        told = [_decoded(record) for record in self._exchange(_encoded(about, "", text))]
+        told = [decoded(record) for record in self._exchange(encoded(about, "", text))]
         if len({one.keys for one in told}) > 1:
             failure = self._disagreement([one.about for one in told], "is about to")
             vars(failure)[_KNOWN] = True
             raise failure
         return [one.fault for one in told]
 
-    def _failure(self, told: Sequence[_Told], error: Exception | None) -> Exception | None:
+    def _failure(self, told: Sequence[Record], error: Exception | None) -> Exception | None:
         """What is wrong with what the ranks have told."""
         abouts, feds = ([one.keys[i] for one in told] for i in range(2))
         before = ""
         if len(set(feds)) > 1:
-            before = _by_rank([one.fed for one in told], "was fed")
+            before = by_rank([one.fed for one in told], "was fed")
         if len(set(abouts)) > 1:
             return self._disagreement(
                 [one.about for one in told], "is about to", before and f" Before that {before}."
@@ -203,7 +182,7 @@ class Ranks:
         return None
 
     def _disagreement(self, texts: Sequence[str], verb: str, more: str = "") -> RanksDisagreeError:
-        return RanksDisagreeError(f"ranks disagree: {_by_rank(texts, verb)}{more}", tuple(texts))
+        return RanksDisagreeError(f"ranks disagree: {by_rank(texts, verb)}{more}", tuple(texts))
 
     def _fed_text(self) -> str:
         """The tokens that nobody has compared yet."""
@@ -254,49 +233,3 @@ def ranks_of(group: mx.distributed.Group | None) -> Ranks:
     with _lock:
         # MLX makes an object at each `init`; a process is in one group of each size.
         return _groups.setdefault((group.rank(), group.size()), Ranks(group))
-
-
-def told_tokens(tokens: mx.array) -> str:
-    """Tokens in words: the first of them, and a digest of all."""
-    # Widened on the host: an operation would wait for what a stream has to do before it.
-    numbers = np.array(tokens).astype(np.int64).ravel()
-    if numbers.size <= SHOWN:
-        return str(numbers.tolist())
-    first = ", ".join(map(str, numbers[:SHOWN].tolist()))
-    return f"[{first}, ...] of {numbers.size} tokens with digest {_digest(numbers.tobytes()).hex()}"
-
-
-def spelled(numbers: Sequence[int]) -> str:
-    """A number, or several."""
-    return str(numbers[0]) if len(numbers) == 1 else str(list(numbers))
-
-
-def _by_rank(texts: Sequence[str], verb: str) -> str:
-    """What each rank said, those that said the same together."""
-    ranks: dict[str, list[int]] = {}
-    for rank, text in enumerate(texts):
-        ranks.setdefault(text, []).append(rank)
-    if len(ranks) == 1:
-        # Only in what is too long to be shown.
-        return f"each rank {verb} {texts[0]}, which differs further on"
-    return "; ".join(
-        f"rank {', '.join(map(str, own))} {verb} {text or 'nothing'}" for text, own in ranks.items()
-    )
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
-
-
-def _encoded(about: str, fed: str, fault: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    texts = about.encode(), fed.encode(), fault.encode()
-    data = _digest(texts[0]) + _digest(texts[1])
-    for text, most in zip(texts, (_ABOUT, _FED, _FAULT), strict=True):
-        data += text[:most].replace(b"\0", b" ") + b"\0"
-    return np.frombuffer(data.ljust(RECORD, b"\0"), np.uint8)
-
-
-def _decoded(record: bytes) -> _Told:
-    texts = record[2 * _DIGEST :].split(b"\0")
-    about, fed, fault = (text.decode(errors="replace") for text in texts[:3])
-    return _Told((record[:_DIGEST], record[_DIGEST : 2 * _DIGEST]), about, fed, fault)

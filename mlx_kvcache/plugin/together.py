@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .pool import Pool
-from .ranks import spelled, told_tokens
+from .records import spelled, told_tokens
 from .written import arrays_of, keep, put_back
 
 if TYPE_CHECKING:

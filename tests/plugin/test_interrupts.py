@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin import Many, PromptCache, make_prompt_cache, make_session_pool
+from mlx_kvcache.plugin import Generated, Many, PromptCache, make_prompt_cache, make_session_pool
 from mlx_kvcache.session import Session
 from mlx_kvcache.sessions import SessionPool
 from tests.interrupts import Tracer, places
@@ -235,19 +236,22 @@ def test_steps_of_many_go_on(subject: tuple[Subject, nn.Module]) -> None:
         many.add(PROMPT, max_tokens=3)
         return many
 
-    def finished(many: Many) -> list[tuple[int, int | None]]:
-        given = []
+    def finished(many: Many, given: Sequence[Generated] = ()) -> list[tuple[int, int | None]]:
+        results = [*given]
         while len(many):
-            given += [(one.ticket, one.token) for one in many.step()]
-        return sorted(given)
+            results += many.step()
+        return sorted((one.ticket, one.token) for one in results)
 
+    lines, first = inspect.getsourcelines(Many.step)
+    handed_over = inspect.getsourcefile(Many), first + len(lines) - 1, "return"
     expected = finished(make())
     for at in places(make().step, NTH, SUBJECTS.index(kind)):
-        many = make()
+        many, given = make(), list[Generated]()
         tracer = Tracer(at)
-        # What is thrown in a finalizer does not come out.
-        tracer.run(many.step)
-        assert finished(many) == expected, tracer.places[at]
+        # What is thrown in a finalizer does not come out, and a step may have fewer lines than the first one.
+        tracer.run(lambda many=many, given=given: given.extend(many.step()))  # type: ignore[misc]
+        place = tracer.places[-1]
+        assert place == handed_over or finished(many, given) == expected, place
 
 
 def test_a_pool_knows_what_it_holds(subject: tuple[Subject, nn.Module]) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from mlx_kvcache import CacheFileError, RanksDisagreeError
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
-from mlx_kvcache.plugin.ranks import ALONE, RECORD, _decoded, _encoded, ranks_of, told_tokens
+from mlx_kvcache.plugin.ranks import ALONE, ranks_of
+from mlx_kvcache.plugin.records import RECORD, by_rank, decoded, encoded, told_tokens
 from tests.plugin.tiny import tiny_llama
 
 
@@ -47,12 +48,21 @@ def test_a_rank_s_file_is_for_that_rank(tmp_path: Path) -> None:
 
 
 def test_a_record_holds_what_fits() -> None:
-    record = bytes(_encoded("é" * 1000, "fed\0more", "why"))
+    record = bytes(encoded("é" * 1000, "fed\0more", "why"))
     assert len(record) == RECORD
-    told, other = _decoded(record), _decoded(bytes(_encoded("é" * 999, "fed\0more", "why")))
+    told, other = decoded(record), decoded(bytes(encoded("é" * 999, "fed\0more", "why")))
     assert told.about == other.about == "é" * 200
     assert told.keys[0] != other.keys[0] and told.keys[1] == other.keys[1]
     assert (told.fed, told.fault) == ("fed more", "why")
+
+
+def test_ranks_that_say_the_same_are_named_together() -> None:
+    assert (
+        by_rank(["a", "a", "b", "a"], "is about to")
+        == "ranks 0, 1 and 3 are about to a; rank 2 is about to b"
+    )
+    assert by_rank(["", "x", "x"], "was fed") == "rank 0 was fed nothing; ranks 1 and 2 were fed x"
+    assert by_rank(["x", "x"], "was fed") == "each rank was fed x, which differs further on"
 
 
 def test_all_tokens_are_in_what_is_told() -> None:
