@@ -69,7 +69,9 @@ def test_room_for_copies_of_shared_cells() -> None:
     assert (caught.value.needed, caught.value.free, caught.value.capacity) == (5, 4, 14)
 
 
-@pytest.mark.parametrize(("taken", "is_new"), [(None, False), (8, False), (7, True), (3, True), (2, False)])
+@pytest.mark.parametrize(
+    ("taken", "is_new"), [(None, False), (9, False), (8, False), (7, True), (3, True), (2, False)]
+)
 def test_cells_behind_are_used_up_to_the_next_that_is_taken(taken: int | None, is_new: bool) -> None:
     """Five tokens go behind three, into the cells 3 to 7."""
     table = CellTable(100)
@@ -102,14 +104,49 @@ def test_cells_before_must_be_there(start: int, is_new: bool) -> None:
     assert rebased.target[:2] == ((3, 0) if is_new else (2, 0))
 
 
-def test_moved_tokens_go_behind_the_last_of_several_runs() -> None:
+@pytest.mark.parametrize("other", [1, 3])
+def test_moved_tokens_go_behind_the_last_of_several_runs(other: int) -> None:
     """Cells of other segments are not in the way."""
     table = CellTable(100)
     table.capacity.update({table.new_segment(): 20 for _ in range(3)})
-    table.assign({0: Sequence(10, (Span(1, 1, 0, 2), Span(2, 0, 2, 1), Span(3, 0, 5, 5)))})
+    table.assign({0: Sequence(10, (Span(other, 1, 0, 2), Span(2, 0, 2, 1), Span(4 - other, 0, 5, 5)))})
     rebased = remove_range(table, 0, 3, 5, Causal()).rebased
     assert rebased is not None
     assert rebased.target == Target(2, 1, 20, False, False)
+
+
+def test_earlier_tokens_go_before_the_first_of_several_runs() -> None:
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20 for _ in range(3)})
+    table.assign({0: Sequence(10, (Span(3, 0, 0, 3), Span(1, 5, 5, 3), Span(2, 9, 8, 2)))})
+    removal = remove_range(table, 0, 3, 5, Causal(), rebase_head=True)
+    assert removal.rebased == Rebased((Span(3, 0, 0, 3),), 2, Target(1, 2, 20, False, False))
+    assert removal.changes == {0: Sequence(8, (Span(1, 2, 0, 6), Span(2, 9, 6, 2)))}
+
+
+def test_what_follows_a_removed_beginning_in_several_runs_becomes_one() -> None:
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20 for _ in range(2)})
+    table.assign({0: Sequence(10, (Span(1, 4, 0, 6), Span(2, 9, 6, 4)))})
+    removal = remove_range(table, 0, 0, 2, Causal())
+    assert removal.rebased is not None and removal.rebased.target == Target(1, 6, 20, False, False)
+    assert removal.changes == {0: Sequence(8, (Span(1, 6, 0, 8),))}
+
+
+def test_what_others_hold_further_down_is_not_in_the_way() -> None:
+    table = CellTable(100)
+    table.capacity.update({table.new_segment(): 20, table.new_segment(): 20})
+    table.assign({0: Sequence(10, (Span(1, 4, 0, 3), Span(2, 0, 5, 5))), 1: Sequence(1, (Span(1, 1, 0, 1),))})
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target == Target(1, 7, 20, False, False)
+
+
+def test_a_copy_has_no_slack_where_there_is_no_room() -> None:
+    table = CellTable(27)
+    table.capacity.update({table.new_segment(): 7, table.new_segment(): 20})
+    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, 0, 5, 5)))})
+    rebased = remove_range(table, 0, 3, 5, Causal()).rebased
+    assert rebased is not None and rebased.target == Target(3, 0, 5, False, True)
 
 
 @pytest.mark.parametrize(("cell", "is_new"), [(3, True), (5, True), (6, False)])
@@ -165,3 +202,11 @@ def test_what_the_next_token_sees_must_be_held(
             remove_range(table, 0, 6, 8, rule)
     else:
         assert remove_range(table, 0, 6, 8, rule).changes[0] is not None
+
+
+def test_what_is_missing_is_told_from_the_first_position_on() -> None:
+    table = CellTable(100)
+    table.capacity[table.new_segment()] = 20
+    table.assign({0: Sequence(4, (Span(1, 0, 2, 2),))})
+    with pytest.raises(NotSupportedError, match="next token at 2 would see positions from 0 on"):
+        remove_range(table, 0, 2, 4, Window(4))
