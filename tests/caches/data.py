@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import mlx.core as mx
+import pytest
 
-from mlx_kvcache import Batch
+from mlx_kvcache import Batch, CacheConfig, CausalCache
 from mlx_kvcache.caches.interface import History
 from mlx_kvcache.caches.keyvalue import KeyValueCache
+from tests.kinds import add_offsets
 
 
 def coded(
@@ -33,3 +36,22 @@ def column(array: mx.array) -> list[float]:
     """The first feature of the first head."""
     numbers: list[float] = array[0, 0, :, 0].tolist()  # type: ignore[assignment]
     return numbers
+
+
+def causal(shift: Any = add_offsets, room: int = 32, config: CacheConfig | None = None) -> CausalCache:
+    made = CausalCache(shift)
+    if config:
+        made.set_config(config)
+    made.init(mx.float32, capacity=room, max_batch=room)
+    return made
+
+
+def refused(cache: Any, call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """The call raises, says so, and changes nothing."""
+    table = cache._table
+    before = dict(table.sequences), table.live, dict(table.capacity), cache.nbytes
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert type(caught.value) is error
+    assert (dict(table.sequences), table.live, dict(table.capacity), cache.nbytes) == before
+    cache.check()

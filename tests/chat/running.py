@@ -13,6 +13,7 @@ from typing import Any
 
 from examples.chat.settings import Settings
 from examples.chat.ui.app import Chat
+from examples.chat.ui.transcript import MessageView
 
 SETTINGS = Settings(capacity=512, temperature=0.0, max_tokens=8, memory=64)
 
@@ -79,3 +80,15 @@ async def say(pilot: Any, text: str) -> None:
 async def write(pilot: Any, text: str) -> None:
     pilot.app.query_one("#composer").focus()
     await pilot.press(*("space" if c == " " else c for c in text), "enter")
+
+
+def texts(pilot: Any) -> list[str]:
+    return [message.text for message in pilot.app.desk.current.path if message.role == "user"]
+
+
+def shown(pilot: Any) -> list[str]:
+    return [view.message.text for view in pilot.app.query(MessageView)]
+
+
+def notices(pilot: Any) -> str:
+    return "\n".join(pilot.app.notices)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from mlx_kvcache.persist.atomic import replacing
 from mlx_kvcache.persist.folder import Found, PrefixFolder
 
 SIZE = 2000
+PLENTY = 10**9
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,6 +58,37 @@ def sequences(seed: int, number: int) -> Iterator[list[int]]:
     rng = random.Random(seed)
     for serial in range(number):
         yield [seed, *rng.choices(range(3), k=5), serial]
+
+
+def folder_at(path: Path, max_bytes: int = PLENTY, namespace: str = "model", **options: Any) -> PrefixFolder:
+    return PrefixFolder(path, max_bytes, namespace, **options)
+
+
+def child(path: Path, action: str, argument: object, budget: int = PLENTY) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.persist.filing", str(path), str(budget), action, str(argument)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def lengths(
+    folder: PrefixFolder, tokens: Sequence[int], salt: Hashable = None
+) -> list[tuple[int, tuple[int, ...]]]:
+    return [(length, found.tokens) for length, found in folder.matches(tokens, salt)]
+
+
+def check_all(path: Path, count: int | None = None) -> set[tuple[int, ...]]:
+    """After a new start: each entry's file is there and whole, and nothing else is in the folder."""
+    with folder_at(path) as folder:
+        entries = [
+            Found(folder._index.tokens(name) or (), path / name) for name in folder._index.salts("model")
+        ]
+        assert all(is_whole(found) and exact(folder, found.tokens) == found for found in entries)
+        assert folder.nbytes == SIZE * len(entries)
+        assert count is None or len(entries) == count
+    assert {entry.name for entry in path.iterdir()} == {
+        "index.sqlite",
+        *(found.path.name for found in entries),
+    }
+    return {found.tokens for found in entries}
 
 
 def main(place: str, budget: str, action: str, argument: str) -> None:
