@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
@@ -125,6 +125,7 @@ def test_what_is_packed() -> None:
     assert [table.packs(plain, length) for length in (0, 3, 4)] == [False, False, True]
     assert table.packs(packed) and not table.packs(plain) and not table.packs(())
     assert not CellTable(5).packs(plain, FOREVER)
+    assert not CellTable(5, pack_after=0).packs(plain)
 
 
 def test_forgotten_segments() -> None:
@@ -137,6 +138,23 @@ def test_forgotten_segments() -> None:
     assert table.orphans == {1, 2}
     table.forget([1])
     assert (table.orphans, set(table.capacity), table.packed) == ({2}, {2, 3}, {2, 3})
+    table.check()
+
+
+def test_an_exception_among_forgotten_segments() -> None:
+    """Those that are gone are no orphans any more."""
+    table = CellTable(50)
+    table.capacity.update({1: CAPACITY, 2: CAPACITY})
+    table.orphans.update({1, 2})
+
+    class Failing(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.forget(Failing())
+    assert (table.orphans, set(table.capacity)) == ({2}, {2})
     table.check()
 
 
@@ -185,13 +203,17 @@ def _with(spans: Spans, end: int = 6) -> Callable[[CellTable], object]:
         _with((Span(1, 0, 3, 3), Span(2, 0, 0, 3))),
         _with((Span(1, 0, 0, 3), Span(2, 0, 3, 0))),
         _with((Span(1, 0, 0, 3), Span(2, 0, 3, 3), Span(2, 3, 6, 0))),
+        _with((Span(1, 0, 0, 3), Span(2, 0, 3, 3), Span(2, 3, 6, -1))),
+        _with((Span(1, 0, -1, 3), Span(2, 0, 3, 3))),
         _with((Span(1, -1, 0, 3), Span(2, 0, 3, 3))),
+        _with((Span(1, 0, 0, 3), Span(2, -1, 3, 3))),
         _with((Span(1, 0, 0, 3), Span(2, CAPACITY - 2, 3, 3))),
         _with((Span(1, 0, 0, 3), Span(2, 0, 3, 3)), end=5),
         _with((Span(1, 0, 0, 3), Span(2, 0, 3, 2))),
         lambda table: table._owners[1].discard(1),
         lambda table: table._owners.update({3: {0}}),
         lambda table: setattr(table, "live", 5),
+        lambda table: setattr(table, "live", 7),
         lambda table: setattr(table, "room", 5),
         lambda table: table._live.update({1: 4}),
         lambda table: table.orphans.add(1),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from tests.plugin.configurations import dense, experts, recurrent, wrappers
 from tests.plugin.configurations.common import Configuration
 
-# "module" or "module:variant".
-CONFIGURATIONS: dict[str, Configuration] = (
+_ALL: dict[str, Configuration] = (
     dense.FULL_ATTENTION
     | dense.WINDOWED
     | dense.SHARING
@@ -18,6 +19,10 @@ CONFIGURATIONS: dict[str, Configuration] = (
     | recurrent.HYBRID
     | wrappers.WRAPPERS
 )
+# "module" or "module:variant". Older releases of mlx-lm do not have all of these.
+CONFIGURATIONS = {
+    name: own for name, own in _ALL.items() if find_spec(f"mlx_lm.models.{name.partition(':')[0]}")
+}
 
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "its linear layers are Metal kernels without a substitute",
