@@ -17,6 +17,11 @@ from mlx_kvcache.cells.spans import FOREVER, Sequence, Span
 from mlx_kvcache.cells.table import CellTable
 
 
+def test_what_may_be_rewound_from_the_first_token_on() -> None:
+    placement = append(_one(end=1), 0, (0,), Window(1), 2)
+    assert placement is not None and placement.changes == {0: Sequence(2, (Span(1, 0, 0, 2),))}
+
+
 @st.composite
 def one_run(draw: st.DrawFn) -> tuple[CellTable, int, Rule, int]:
     """A sequence that is held in one run, tokens to come, a rule and a number of tokens to rewind."""
@@ -92,6 +97,7 @@ def _short() -> CellTable:
     [
         (_two(), 1, Causal(), 0),
         (_short(), 1, Window(1), 0),
+        (_short(), 1, Window(1), 1),
         (_shared(), 1, Causal(), 0),
         (_one(), 5, Causal(), 0),
         (_one(room=7), 2, Causal(), 0),
@@ -105,6 +111,7 @@ def _short() -> CellTable:
     ids=[
         "two runs",
         "end not held",
+        "end not held, and not needed",
         "shared",
         "full",
         "no room",

@@ -164,11 +164,34 @@ def test_a_segment_that_begins_has_no_reserve(n: int, capacity: int) -> None:
     assert table.capacity == {1: capacity}
 
 
-def test_one_goes_on_in_its_place_beside_one_that_begins() -> None:
-    table = CellTable(100)
+def test_one_goes_on_in_its_place_beside_others() -> None:
+    table = CellTable(1000)
     placed(table, Causal(), 0, s1=3)
     begins, goes_on = placed(table, Causal(), 0, s0=2, s1=1).placed
     assert (begins.writes, goes_on.writes) == ((Write(0, 2, 2, 0),), (Write(0, 1, 1, 3),))
+    other, goes_on = placed(table, Causal(), 0, s1=1, s0=1).placed
+    assert (other.writes, goes_on.writes) == ((Write(0, 1, 1, 4),), (Write(0, 1, 2, 2),))
+
+
+def test_a_segment_of_its_own_grows_in_large_steps() -> None:
+    table = CellTable(2000)
+    placed(table, Causal(), 0, s0=300)
+    assert placed(table, Causal(), 0, s0=213).capacity == {1: 768}
+
+
+def test_a_shared_segment_grows_whatever_else_there_is() -> None:
+    table = _full(BEFORE, LAST, shared=(LAST._replace(position=0),))
+    placement = place(table, {0: (0,)}, Causal(), 0)
+    assert (placement.moves, placement.capacity) == ([], {2: 64})
+
+
+def test_where_the_end_is_not_held_a_segment_begins() -> None:
+    """A window of one token needs nothing of what was before."""
+    table = CellTable(100)
+    table.capacity[table.new_segment()] = 10
+    table.assign({0: Sequence(6, (Span(1, 0, 0, 5),))})
+    [own] = place(table, {0: (0,)}, Window(1), 1).placed
+    assert own.writes == (Write(0, 1, 2, 0),)
 
 
 def _full(*spans: Span, room: int = 1000, shared: tuple[Span, ...] = ()) -> CellTable:
@@ -198,12 +221,21 @@ def test_a_run_before_the_last_one_is_taken_along_where_it_is_its_own(
     assert placement.capacity == ({3: 128} if moves else {last.segment: 64})
 
 
-def test_dead_cells_are_those_of_the_last_segment() -> None:
-    """What is held in others, before or behind it by number, does not count."""
-    before, last = Span(2, 0, 0, 30), Span(1, DEAD, 30, 20)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_dead_cells_are_those_of_the_last_segment(swapped: bool) -> None:
+    """What is held in others does not count."""
+    before, last = Span(1 + swapped, 0, 0, 30), Span(2 - swapped, DEAD, 30, 20)
     table = _full(before, last, shared=(before,))
     [move] = place(table, {0: (0,)}, Causal(), 0).moves
     assert move.pieces == (last,)
+
+
+def test_cells_of_an_eviction_live_until_it_cannot_be_undone() -> None:
+    last = Span(1, DEAD, DEAD, 30)
+    table = _full(last)
+    placement = place(table, {0: (0,)}, Window(20), 10)
+    assert placement.undo == {0: Sequence(DEAD + 30, (last,))}
+    assert placement.in_use() == {1, 2}
 
 
 @pytest.mark.parametrize(("dead", "free", "grows"), [(0, 0, True), (1, 0, False), (1, 1, True)])
