@@ -118,6 +118,28 @@ def test_going_back_does_not_unpack() -> None:
     assert cache._table.packed == set(cache._table.owned())
 
 
+def test_a_snapshot_of_a_branch_that_goes_on_in_float() -> None:
+    """Its beginning is packed, what follows is not yet: both are restored as they were."""
+    cache = made(Quantisation(8, after=20))
+    put(cache, noise(30))
+    cache.copy_prefix(0, 1, 10)
+    put(cache, noise(5, seed=1), sequence=1)
+    packed = [span.segment in cache._table.packed for span in cache._table[1].spans]
+    assert packed == [True, False]
+    taken = cache._snapshot(1)
+    assert [(run.begin, run.length) for run in taken.runs] == [(0, 10), (10, 5)]
+    for sequence in (1, 2):
+        if sequence == 2:
+            cache._plan_restore(2, taken).commit()
+        with cache.forward(Batch.run(sequence, 15, 1)):
+            cache.layer(0).put(noise(1, seed=2), noise(1, seed=2))
+            keys, _, _ = cache.layer(0).get()
+        expected = mx.concatenate([noise(30)[:, :, :10], noise(5, seed=1), noise(1, seed=2)], axis=2)
+        assert distance(keys[:, :, :10], expected[:, :, :10]) < 0.02
+        assert distance(keys[:, :, 10:], expected[:, :, 10:]) == 0
+    cache.check()
+
+
 def test_a_forward_that_throws_leaves_what_was_in_float() -> None:
     cache = made(Quantisation(2, after=20))
     kv = noise(20)

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_kvcache import (
     Batch,
+    CacheConfig,
     CacheError,
     CacheFullError,
     CausalCache,
@@ -102,6 +103,15 @@ def test_reserving_allocates_the_whole_room_and_stores_nothing() -> None:
     assert mask.shape == (2, 4096)
     assert (cache.end(0), cache.nbytes) == (ends, held)
     assert column(fed(cache, [4])[0]) == [0, 1, 2, 3, 4]
+
+
+def test_reserving_with_padding() -> None:
+    cache = causal(room=20, config=CacheConfig(padding=16))
+    cache.start_forward(Batch.run(0, 0, 2), reserve=True)
+    cache.put(*coded(range(2), heads=3))
+    keys, values, mask = cache.get()
+    assert (keys.shape, values.shape) == ((1, 3, 32, 2), (1, 3, 32, 3))
+    assert isinstance(mask, mx.array) and mask.shape == (2, 32)
 
 
 def test_memory_is_taken_as_it_is_needed() -> None:
