@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import mlx.core as mx
 import pytest
 
-from mlx_kvcache import Batch
+from mlx_kvcache import Batch, CacheConfig, CacheError, CausalCache, SlidingWindowCache, WrapperCache
+from mlx_kvcache.arrays.pairs import Pair
 from mlx_kvcache.arrays.store import Store
 from mlx_kvcache.caches.base import PlanningCache
 from mlx_kvcache.caches.step import Step
 from mlx_kvcache.cells.table import CellTable
+from tests.caches.data import coded, column, fed
 from tests.fuzz.samples import feed, samples
 from tests.interrupts import Planted
 from tests.kinds import KINDS
@@ -106,3 +109,52 @@ def _planted(
             return calls
     assert not last, "nothing was thrown"
     return calls
+
+
+@pytest.mark.parametrize("has_put", [False, True])
+def test_a_put_that_fails_leaves_what_was_put_before(has_put: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CausalCache()
+    cache.init(mx.float32)
+    original = Pair.write
+
+    def late(self: Pair, *given: Any) -> NoReturn:
+        original(self, *given)
+        raise Planted
+
+    with cache.forward(Batch.run(0, 0, 3)):
+        if has_put:
+            cache.put(*coded(range(3)))
+        with monkeypatch.context() as patched:
+            patched.setattr(Pair, "write", late)
+            with pytest.raises(Planted):
+                cache.put(*coded(range(7, 10)))
+        if has_put:
+            assert column(cache.get()[0]) == [0, 1, 2]
+        else:
+            with pytest.raises(CacheError, match="no put"):
+                cache.get()
+            cache.put(*coded(range(3)))
+    assert column(fed(cache, [3])[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["set_config", "set_layer"])
+def test_what_a_wrapper_tells_its_children_all_of_them_know_or_none(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = CausalCache(), SlidingWindowCache(4)
+    cache = WrapperCache(*children)
+    if method == "set_layer":
+        cache.init(mx.float32)
+    given, name = (CacheConfig(padding=8), "_config") if method == "set_config" else (3, "_layer")
+    before = [getattr(one, name) for one in (cache, *children)]
+
+    def late(self: Any, *told: Any) -> NoReturn:
+        raise Planted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(children[1], method, late.__get__(children[1]))
+        with pytest.raises(Planted):
+            getattr(cache, method)(given)
+    assert [getattr(one, name) for one in (cache, *children)] == before
+    getattr(cache, method)(given)
+    assert [getattr(one, name) for one in (cache, *children)] == [given] * 3

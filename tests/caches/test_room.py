@@ -11,7 +11,9 @@ from mlx_kvcache import (
     CacheError,
     CacheFullError,
     CausalCache,
+    CausalOptions,
     NotSupportedError,
+    attention,
     slide,
 )
 from tests.caches.data import causal, coded, column, fed, refused
@@ -112,6 +114,16 @@ def test_reserving_with_padding() -> None:
     keys, values, mask = cache.get()
     assert (keys.shape, values.shape) == ((1, 3, 32, 2), (1, 3, 32, 3))
     assert isinstance(mask, mx.array) and mask.shape == (2, 32)
+
+
+def test_attention_while_reserving() -> None:
+    """It has the shape of what a full cache gives, and leaves nothing."""
+    cache = causal(room=20)
+    cache.start_forward(Batch.run(0, 0, 3), reserve=True)
+    cache.set_causal(CausalOptions([1]))
+    output = attention(mx.ones((1, 4, 3, 2)), *coded(range(3), heads=2), cache, scale=1.0)
+    assert output.shape == (1, 4, 3, 3)
+    assert (cache.end(0), cache.nbytes) == (0, 0)
 
 
 def test_memory_is_taken_as_it_is_needed() -> None:
