@@ -7,6 +7,7 @@ measures with 1, 2 and 4 ranks and writes benchmarks/results/ranks/MACHINE.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -35,6 +36,8 @@ SIZES = (1, 2, 4)
 
 
 def main() -> None:
+    """Measure, and write what was found."""
+    argparse.ArgumentParser(prog="python -m benchmarks.ranks_here", description=__doc__).parse_args()
     # A rank is one core: otherwise one process would have all of them, as several do.
     os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     told: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "ranks": {}}

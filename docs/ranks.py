@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from io import BytesIO
@@ -44,6 +45,7 @@ mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m docs.ranks", description=__doc__).parse_args()
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     PAGE.write_text(before + BEGIN + "\n".join(_figures()) + "\n" + END + rest.partition(END)[2], "utf-8")

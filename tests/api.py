@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -110,4 +111,7 @@ def _text(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m tests.api", description=f"Writes {RECORD.name} anew."
+    ).parse_args()
     RECORD.write_text("\n".join(lines()) + "\n", encoding="utf-8")

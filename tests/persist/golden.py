@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import mlx.core as mx
@@ -58,5 +59,7 @@ def write(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    description = f"Writes the file of version {VERSION}, unless there is one."
+    argparse.ArgumentParser(prog="python -m tests.persist.golden", description=description).parse_args()
     assert not place(VERSION).exists(), "what has been written once stays as it is"
     write(place(VERSION))

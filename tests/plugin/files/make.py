@@ -5,7 +5,7 @@ Run in an environment with that version: python -m tests.plugin.files.make VERSI
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def path_of(version: str, what: str) -> Path:
 
 
 def main() -> None:
-    version, every = sys.argv[1], caches()
+    parser = argparse.ArgumentParser(prog="python -m tests.plugin.files.make", description=__doc__)
+    parser.add_argument("version", help="of the mlx-lm that is installed")
+    version, every = parser.parse_args().version, caches()
     for what, some in (("every", every), ("three", [every[0], every[2], every[0]])):
         mlx_lm_cache.save_prompt_cache(str(path_of(version, what)), some, {"model": "none"})
 
