@@ -153,6 +153,17 @@ def test_a_forward_that_throws_leaves_what_was_in_float() -> None:
     cache.check()
 
 
+def test_what_is_shared_and_packed_is_moved_to_a_packed_copy() -> None:
+    cache = made(Quantisation(8), shift=add_offsets)
+    put(cache, noise(30))
+    cache.copy_prefix(0, 1, 30)
+    cache.remove(0, 10, 20)
+    segments = [span.segment for span in cache._table[0].spans]
+    assert len(segments) == 2 and set(segments) <= cache._table.packed
+    assert all(pair.is_packed for pair in cache._store.layers[0].pairs.values())
+    cache.check()
+
+
 def test_what_is_shared_stays_in_float_while_it_is() -> None:
     cache = made(Quantisation(4, after=50))
     kv = noise(50)

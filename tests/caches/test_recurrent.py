@@ -129,6 +129,23 @@ def test_checkpoints_inside_a_block_and_while_decoding() -> None:
     assert newest(cache) == after((), range(30))
 
 
+def test_checkpoints_are_at_multiples_of_the_interval() -> None:
+    cache = made(interval=10)
+    feed(cache, range(7))
+    cache.start_forward(Batch.run(0, 7, 24))
+    assert cache.wanted() == (10, 20, 30)
+
+
+def test_a_restored_sequence_goes_back_as_far() -> None:
+    cache = made(interval=10)
+    feed(cache, range(35), checkpoints=True)
+    cache._plan_restore(4, cache._snapshot(0)).commit()
+    for sequence in (0, 4):
+        assert [p for p in range(36) if cache.can_resume(sequence, p)] == [0, 10, 20, 30, 35]
+    cache.remove(4, 20)
+    assert newest(cache, 4) == after((), range(20))
+
+
 def test_bounds() -> None:
     by_number = made(interval=1, max_checkpoints=6)
     by_bytes = made(interval=1, max_checkpoints=100, max_bytes=6 * 16)

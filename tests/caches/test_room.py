@@ -107,6 +107,18 @@ def test_reserving_allocates_the_whole_room_and_stores_nothing() -> None:
     assert column(fed(cache, [4])[0]) == [0, 1, 2, 3, 4]
 
 
+def test_a_snapshot_takes_the_slack_of_others() -> None:
+    """40 and 10 of 100 cells are held, more than 60 are allocated, and 40 more come."""
+    cache = causal(room=100)
+    fed(cache, range(40))
+    fed(cache, range(10), sequence=1)
+    assert cache._table.allocated > 60
+    cache._plan_restore(2, cache._snapshot(0)).commit()
+    assert (cache._table.live, cache._table.allocated) == (90, 90)
+    assert column(fed(cache, [40], sequence=2)[0]) == [*range(41)]
+    cache.check()
+
+
 def test_reserving_with_padding() -> None:
     cache = causal(room=20, config=CacheConfig(padding=16))
     cache.start_forward(Batch.run(0, 0, 2), reserve=True)
