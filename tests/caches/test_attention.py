@@ -162,6 +162,23 @@ def test_on_the_current_layer() -> None:
     assert cache.layer(2).get()[0].shape == (1, 2, 2, 8)
 
 
+@pytest.mark.parametrize(("heads", "dim"), [(1, 8), (3, 8), (2, 4), (2, 16)])
+def test_shapes_that_do_not_fit_while_decoding(heads: int, dim: int) -> None:
+    """The short way says so as any other, and the token is taken out again."""
+    cache = CausalCache()
+    cache.init(mx.float32)
+    right = mx.random.normal((1, 2, 1, 8), key=mx.random.key(1))
+    for n in (1, 2):
+        with cache.forward(Batch.run(0, n - 1, 1)):
+            attention(mx.repeat(right, 2, axis=1), right, right, cache.layer(0), scale=1.0)
+    wrong = mx.zeros((1, heads, 1, dim))
+    told = rf"keys and values of layer 0 are \(1, {heads}, 1, {dim}\) and \(1, 2, 1, 8\), expected"
+    with pytest.raises(ValueError, match=told), cache.forward(Batch.run(0, 2, 1)):
+        attention(mx.repeat(right, 2, axis=1), wrong, right, cache.layer(0), scale=1.0)
+    assert cache.end(0) == 2
+    cache.check()
+
+
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
 def test_shared_runs_are_joined(kind: Kind, store: str, monkeypatch: pytest.MonkeyPatch) -> None:

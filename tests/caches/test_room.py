@@ -13,6 +13,7 @@ from mlx_kvcache import (
     CausalCache,
     CausalOptions,
     NotSupportedError,
+    SlidingWindowCache,
     attention,
     slide,
 )
@@ -117,6 +118,39 @@ def test_a_snapshot_takes_the_slack_of_others() -> None:
     assert (cache._table.live, cache._table.allocated) == (90, 90)
     assert column(fed(cache, [40], sequence=2)[0]) == [*range(41)]
     cache.check()
+
+
+def test_a_snapshot_in_another_cache() -> None:
+    """It brings its layers along; where there is no room for it, the error says how much there is."""
+    cache, other = causal(room=100), causal(room=50)
+    fed(cache, range(40))
+    other._plan_restore(3, cache._snapshot(0)).commit()
+    assert column(fed(other, [40], sequence=3)[0]) == [*range(41)]
+    fed(other, range(5), sequence=1)
+    refused(
+        other,
+        lambda: other._plan_restore(1, cache._snapshot(0)).commit(),
+        CacheFullError,
+        "40 cells needed, 9 free of a capacity of 50",
+    )
+
+
+def test_unused_cells_are_given_back_under_pressure_only() -> None:
+    cache, capacities = causal(room=100), list[list[int]]()
+    for sequence in range(3):
+        fed(cache, range(20), sequence)
+        capacities.append(list(cache._table.capacity.values()))
+    assert capacities == [[64], [64, 28], [20, 20, 33]]
+    cache.check()
+
+
+def test_reserving_a_window_with_sinks() -> None:
+    """As much as a block can see: what is before it in the window, the sinks and itself."""
+    cache = SlidingWindowCache(5, sinks=2)
+    cache.init(mx.float32, capacity=50)
+    cache.start_forward(Batch.run(0, 0, 3), reserve=True)
+    cache.put(*coded(range(3)))
+    assert cache.get()[0].shape == (1, 1, 4 + 2 + 3, 2)
 
 
 def test_reserving_with_padding() -> None:
