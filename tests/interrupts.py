@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
+import linecache
 import sys
 from collections.abc import Callable
+from functools import cache
 from inspect import CO_GENERATOR
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import mlx_kvcache
@@ -51,11 +54,31 @@ class Tracer:
     def _inside(self, frame: FrameType, event: str, arg: Any) -> Any:
         # What is thrown where a generator hands out a value does not reach the generator.
         is_generator = frame.f_code.co_flags & CO_GENERATOR
-        if event == "line" or (event == "return" and not is_generator):
+        is_place = not _leaves_with(frame) if event == "line" else event == "return" and not is_generator
+        if is_place:
             self.places.append((frame.f_code.co_filename, frame.f_lineno, event))
             if len(self.places) - 1 == self._at:
                 raise Planted
         return self._inside
+
+
+def _leaves_with(frame: FrameType) -> bool:
+    """Whether a `with` block is over and its `__exit__` comes next.
+
+    CPython lets no signal in between (https://github.com/python/cpython/issues/74174), but asks a tracer.
+    """
+    begins = _withs(frame.f_code).get(frame.f_lineno)
+    return begins is not None and frame.f_lasti != begins
+
+
+@cache
+def _withs(code: CodeType) -> dict[int, int]:
+    """Lines of `with` statements, and where each begins."""
+    begins: dict[int, int] = {}
+    for offset, line in dis.findlinestarts(code):
+        if line is not None and linecache.getline(code.co_filename, line).lstrip().startswith("with "):
+            begins.setdefault(line, offset)
+    return begins
 
 
 def places(call: Callable[[], Any], nth: int = 1, first: int = 0) -> list[int]:

@@ -78,8 +78,9 @@ class Conversation:
         try:
             self._release()
         except BaseException:
-            # It is closed, so that nobody else would; twice is as good as once.
-            self.pool.drop(self.sequence)
+            # Where it is closed, nobody else would; twice is as good as once.
+            if not self._release.alive:
+                self.pool.drop(self.sequence)
             raise
 
     def fork(self) -> Conversation:
