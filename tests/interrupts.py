@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import linecache
 import sys
 from collections.abc import Callable
@@ -42,11 +43,16 @@ class Tracer:
         return False
 
     def __enter__(self) -> None:
+        # Finalizers of what earlier calls left would be traced, too, and at another place each time.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._before = sys.gettrace()
         sys.settrace(self._enter)
 
     def __exit__(self, *error: object) -> None:
         sys.settrace(self._before)
+        if self._collects:
+            gc.enable()
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._inside if frame.f_code.co_filename.startswith(PACKAGE) else None
