@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import mlx.core as mx
@@ -138,3 +139,24 @@ def test_attention_looks_at_everything(cache: EncoderCache) -> None:
     later = attention(q[:, :, 2:3], None, None, cache.layer(0), scale=1.0)
     whole = mx.fast.scaled_dot_product_attention(q[:, :, :3], k, v, scale=1.0)
     assert mx.allclose(mx.concatenate([first, later], axis=2), whole, atol=1e-6)
+
+
+def test_attention_to_what_are_no_keys(cache: EncoderCache) -> None:
+    for sequence, shape in enumerate([(1, 2, 3), (2, 3), (1, 0, 3, 8)]):
+        cache.start_forward(Batch([0], [sequence]))
+        cache.put(mx.zeros(shape), mx.zeros(shape))
+        told = rf"keys of layer 0 are {re.escape(str(shape))}, expected \(1, n_kv_heads, S, head_dim\)"
+        with pytest.raises(ValueError, match=told):
+            attention(mx.zeros((1, 2, 1, 8)), None, None, cache, scale=1.0)
+
+
+@pytest.mark.parametrize(("end", "position"), [(0, None), (2, -1), (2, 2), (2, 3)])
+def test_check_finds_what_cannot_be(cache: EncoderCache, end: int, position: int | None) -> None:
+    cache.start_forward(Batch([0], [0]))
+    cache.put(mx.zeros((1, 2, 3, 8)), mx.zeros((1, 2, 3, 8)))
+    stream = cache._streams[0]
+    assert stream.entry is not None
+    entry = None if position is None else stream.entry._replace(position=position)
+    cache._streams[0] = stream._replace(end=end, entry=entry)
+    with pytest.raises(AssertionError):
+        cache.check()
