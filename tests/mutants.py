@@ -56,7 +56,9 @@ def main() -> int:
     parser.add_argument(
         "--tests", nargs="+", default=["tests/cells"], help="files that notice most come first"
     )
-    parser.add_argument("--of", default="", help="only modules below this path")
+    parser.add_argument(
+        "--of", default="mlx_kvcache/cells", help="modules below this path, default: %(default)s"
+    )
     parser.add_argument("--sample", type=int, help="only so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--again", action="store_true", help="run what has survived, too")

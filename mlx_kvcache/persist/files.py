@@ -165,11 +165,12 @@ def open_file(path: str | PathLike[str], verify: bool = True) -> Opened:
 
 
 @contextmanager
-def faults_of(path: Path) -> Iterator[None]:
-    """ValueErrors inside are faults of a file."""
+def faults_of(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """ValueErrors inside, and errors of the other kinds that are given, are faults of a file."""
+    kinds: tuple[type[Exception], ...] = (ValueError, *more)
     try:
         yield
-    except ValueError as error:
+    except kinds as error:
         raise CacheFileError(path, str(error)) from error
 
 

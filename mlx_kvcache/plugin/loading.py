@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,15 +79,9 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
     return options
 
 
-@contextmanager
-def _blamed(path: Path, given: Mapping[str, Any]) -> Iterator[None]:
+def _blamed(path: Path, given: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Options that do not suit the model are the file's fault unless some were given."""
-    try:
-        yield
-    except (ValueError, NotSupportedError) as error:
-        if given:
-            raise
-        raise CacheFileError(path, str(error)) from error
+    return nullcontext() if given else faults_of(path, NotSupportedError)
 
 
 def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) -> Rows:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -115,19 +115,11 @@ def _planted(
 def test_a_put_that_fails_leaves_what_was_put_before(has_put: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = CausalCache()
     cache.init(mx.float32)
-    original = Pair.write
-
-    def late(self: Pair, *given: Any) -> NoReturn:
-        original(self, *given)
-        raise Planted
-
     with cache.forward(Batch.run(0, 0, 3)):
         if has_put:
             cache.put(*coded(range(3)))
-        with monkeypatch.context() as patched:
-            patched.setattr(Pair, "write", late)
-            with pytest.raises(Planted):
-                cache.put(*coded(range(7, 10)))
+        again = _planted(cache, lambda _: cache.put(*coded(range(7, 10))), (Pair, "write"), 1, monkeypatch)
+        assert again == 1
         if has_put:
             assert column(cache.get()[0]) == [0, 1, 2]
         else:
@@ -148,13 +140,8 @@ def test_what_a_wrapper_tells_its_children_all_of_them_know_or_none(
     given, name = (CacheConfig(padding=8), "_config") if method == "set_config" else (3, "_layer")
     before = [getattr(one, name) for one in (cache, *children)]
 
-    def late(self: Any, *told: Any) -> NoReturn:
-        raise Planted
-
-    with monkeypatch.context() as patched:
-        patched.setattr(children[1], method, late.__get__(children[1]))
-        with pytest.raises(Planted):
-            getattr(cache, method)(given)
+    step = SlidingWindowCache, method
+    assert _planted(cache, lambda _: getattr(cache, method)(given), step, 1, monkeypatch) == 1
     assert [getattr(one, name) for one in (cache, *children)] == before
     getattr(cache, method)(given)
     assert [getattr(one, name) for one in (cache, *children)] == [given] * 3

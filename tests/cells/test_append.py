@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mlx_kvcache.cells.placement as placement_module
 from mlx_kvcache.cells.placement import (
     Write,
     append,
@@ -49,7 +48,7 @@ def test_the_way_that_decoding_takes_leads_to_the_same(given_: tuple[CellTable, 
     short = append(table, 0, tuple(range(n)), rule, rewind)
     if short is not None:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(placement_module, "append", lambda *_: None)
+            patched.setattr("mlx_kvcache.cells.placement.append", lambda *_: None)
             assert place(table, {0: tuple(range(n))}, rule, rewind) == short
 
 

@@ -20,6 +20,14 @@ def table_of(n: int = 10, room: int = 100, capacity: int = 20, start: int = 0, s
     return table
 
 
+def of_runs(*runs: Span, room: int = 100) -> CellTable:
+    """A sequence of ten tokens in these runs, in segments of 20 cells."""
+    table = CellTable(room)
+    table.capacity.update({table.new_segment(): 20 for _ in {run.segment for run in runs}})
+    table.assign({0: Sequence(10, runs)})
+    return table
+
+
 def test_the_tail() -> None:
     table = table_of()
     assert drop_tail(table, 0, 4) == Removal({0: Sequence(4, (Span(1, 0, 0, 4),))}, None)
@@ -74,9 +82,7 @@ def test_room_for_copies_of_shared_cells() -> None:
 )
 def test_cells_behind_are_used_up_to_the_next_that_is_taken(taken: int | None, is_new: bool) -> None:
     """Five tokens go behind three, into the cells 3 to 7."""
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20, table.new_segment(): 20})
-    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, 0, 5, 5)))})
+    table = of_runs(Span(1, 0, 0, 3), Span(2, 0, 5, 5))
     if taken is not None:
         table.assign({1: Sequence(1, (Span(1, taken, 0, 1),))})
     target = remove_range(table, 0, 3, 5, Causal()).rebased
@@ -86,9 +92,8 @@ def test_cells_behind_are_used_up_to_the_next_that_is_taken(taken: int | None, i
 
 @pytest.mark.parametrize(("capacity", "is_new"), [(8, False), (7, True)])
 def test_cells_behind_must_be_there(capacity: int, is_new: bool) -> None:
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): capacity, table.new_segment(): 20})
-    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, 0, 5, 5)))})
+    table = of_runs(Span(1, 0, 0, 3), Span(2, 0, 5, 5))
+    table.capacity[1] = capacity
     rebased = remove_range(table, 0, 3, 5, Causal()).rebased
     assert rebased is not None and rebased.target.is_new == is_new
 
@@ -96,9 +101,7 @@ def test_cells_behind_must_be_there(capacity: int, is_new: bool) -> None:
 @pytest.mark.parametrize(("start", "is_new"), [(3, False), (2, True)])
 def test_cells_before_must_be_there(start: int, is_new: bool) -> None:
     """Three tokens go before five that begin at a cell."""
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20, table.new_segment(): 20})
-    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, start, 5, 5)))})
+    table = of_runs(Span(1, 0, 0, 3), Span(2, start, 5, 5))
     rebased = remove_range(table, 0, 3, 5, Causal(), rebase_head=True).rebased
     assert rebased is not None and rebased.target.is_new == is_new
     assert rebased.target[:2] == ((3, 0) if is_new else (2, 0))
@@ -107,44 +110,36 @@ def test_cells_before_must_be_there(start: int, is_new: bool) -> None:
 @pytest.mark.parametrize("other", [1, 3])
 def test_moved_tokens_go_behind_the_last_of_several_runs(other: int) -> None:
     """Cells of other segments are not in the way."""
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20 for _ in range(3)})
-    table.assign({0: Sequence(10, (Span(other, 1, 0, 2), Span(2, 0, 2, 1), Span(4 - other, 0, 5, 5)))})
+    table = of_runs(Span(other, 1, 0, 2), Span(2, 0, 2, 1), Span(4 - other, 0, 5, 5))
     rebased = remove_range(table, 0, 3, 5, Causal()).rebased
     assert rebased is not None
     assert rebased.target == Target(2, 1, 20, False, False)
 
 
 def test_earlier_tokens_go_before_the_first_of_several_runs() -> None:
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20 for _ in range(3)})
-    table.assign({0: Sequence(10, (Span(3, 0, 0, 3), Span(1, 5, 5, 3), Span(2, 9, 8, 2)))})
+    table = of_runs(Span(3, 0, 0, 3), Span(1, 5, 5, 3), Span(2, 9, 8, 2))
     removal = remove_range(table, 0, 3, 5, Causal(), rebase_head=True)
     assert removal.rebased == Rebased((Span(3, 0, 0, 3),), 2, Target(1, 2, 20, False, False))
     assert removal.changes == {0: Sequence(8, (Span(1, 2, 0, 6), Span(2, 9, 6, 2)))}
 
 
 def test_what_follows_a_removed_beginning_in_several_runs_becomes_one() -> None:
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20 for _ in range(2)})
-    table.assign({0: Sequence(10, (Span(1, 4, 0, 6), Span(2, 9, 6, 4)))})
+    table = of_runs(Span(1, 4, 0, 6), Span(2, 9, 6, 4))
     removal = remove_range(table, 0, 0, 2, Causal())
     assert removal.rebased is not None and removal.rebased.target == Target(1, 6, 20, False, False)
     assert removal.changes == {0: Sequence(8, (Span(1, 6, 0, 8),))}
 
 
 def test_what_others_hold_further_down_is_not_in_the_way() -> None:
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20, table.new_segment(): 20})
-    table.assign({0: Sequence(10, (Span(1, 4, 0, 3), Span(2, 0, 5, 5))), 1: Sequence(1, (Span(1, 1, 0, 1),))})
+    table = of_runs(Span(1, 4, 0, 3), Span(2, 0, 5, 5))
+    table.assign({1: Sequence(1, (Span(1, 1, 0, 1),))})
     rebased = remove_range(table, 0, 3, 5, Causal()).rebased
     assert rebased is not None and rebased.target == Target(1, 7, 20, False, False)
 
 
 def test_a_copy_has_no_slack_where_there_is_no_room() -> None:
-    table = CellTable(27)
-    table.capacity.update({table.new_segment(): 7, table.new_segment(): 20})
-    table.assign({0: Sequence(10, (Span(1, 0, 0, 3), Span(2, 0, 5, 5)))})
+    table = of_runs(Span(1, 0, 0, 3), Span(2, 0, 5, 5), room=27)
+    table.capacity[1] = 7
     rebased = remove_range(table, 0, 3, 5, Causal()).rebased
     assert rebased is not None and rebased.target == Target(3, 0, 5, False, True)
 
@@ -152,9 +147,7 @@ def test_a_copy_has_no_slack_where_there_is_no_room() -> None:
 @pytest.mark.parametrize(("cell", "is_new"), [(3, True), (5, True), (6, False)])
 def test_moved_tokens_do_not_go_where_earlier_ones_stay(cell: int, is_new: bool) -> None:
     """Five of them, behind a token in the first cell, whose predecessors lie further on."""
-    table = CellTable(100)
-    table.capacity.update({table.new_segment(): 20 for _ in range(2)})
-    table.assign({0: Sequence(10, (Span(1, cell, 0, 2), Span(1, 0, 2, 1), Span(2, 0, 5, 5)))})
+    table = of_runs(Span(1, cell, 0, 2), Span(1, 0, 2, 1), Span(2, 0, 5, 5))
     rebased = remove_range(table, 0, 3, 5, Causal()).rebased
     assert rebased is not None and rebased.target.is_new == is_new
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual.widgets import Input, OptionList, TextArea
@@ -44,17 +45,21 @@ async def test_new_search_open_rename_delete(tiny: Path, tmp_path: Path) -> None
         assert len(list((tmp_path / "deleted").iterdir())) == 1
 
 
+async def set_fields(pilot: Any, **values: str) -> None:
+    """Fill in the dialog of settings, and take them over."""
+    await pilot.pause()
+    for name, value in values.items():
+        pilot.app.screen.query_one(f"#{name}", Input).value = value
+    await pilot.press("ctrl+s")
+
+
 async def test_settings(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         await say(pilot, "Hello")
         await pilot.press("f4")
-        await pilot.pause()
-        pilot.app.screen.query_one("#capacity", Input).value = "3"
-        await pilot.press("ctrl+s")
+        await set_fields(pilot, capacity="3")
         assert "64 or more, got 3" in str(pilot.app.screen.query_one("#wrong").render())
-        for name, value in {"capacity": "128", "window": "32", "bits": "8", "temperature": "0.5"}.items():
-            pilot.app.screen.query_one(f"#{name}", Input).value = value
-        await pilot.press("ctrl+s")
+        await set_fields(pilot, capacity="128", window="32", bits="8", temperature="0.5")
         await idle(pilot)
         settings = pilot.app.desk.settings
         assert (settings.capacity, settings.window, settings.bits, settings.temperature) == (128, 32, 8, 0.5)
@@ -68,9 +73,7 @@ async def test_settings_that_are_no_numbers(tiny: Path) -> None:
     async with running(None, tiny) as pilot:
         before = pilot.app.desk.settings
         await pilot.press("f4")
-        await pilot.pause()
-        pilot.app.screen.query_one("#window", Input).value = "x"
-        await pilot.press("ctrl+s")
+        await set_fields(pilot, window="x")
         assert "must be a number" in str(pilot.app.screen.query_one("#wrong").render())
         await pilot.press("escape")
         assert pilot.app.desk.settings == before
@@ -80,9 +83,7 @@ async def test_settings_that_the_model_cannot_have(odd: Path) -> None:
     async with running(None, odd) as pilot:
         before = pilot.app.desk.settings
         await pilot.press("f4")
-        await pilot.pause()
-        pilot.app.screen.query_one("#bits", Input).value = "8"
-        await pilot.press("ctrl+s")
+        await set_fields(pilot, bits="8")
         await idle(pilot)
         assert "48" in notices(pilot)
         assert pilot.app.desk.settings == before

@@ -20,13 +20,9 @@ from mlx_kvcache.plugin.foreign import read_foreign
 from tests.plugin.configurations import DIFFERS_IN_BLOCKS, build
 from tests.plugin.files.make import path_of
 from tests.plugin.running import difference, logits_of
-from tests.plugin.test_quantised import GROUP, model_of
+from tests.plugin.test_files import SOME, STORAGE, TEXT
+from tests.plugin.test_quantised import model_of
 from tests.plugin.tiny import tiny_llama
-
-TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
-SOME = ["llama", "llama:window", "gemma3_text", "deepseek_v32", "llama4", "qwen3_next", "baichuan_m1"]
-"""Full, windows, a latent with an index beside it, chunks, recurrences, and lists of caches."""
-STORAGE: list[dict[str, Any]] = [{}, {"kv_bits": (8, 4), "kv_group_size": GROUP}]
 
 
 @pytest.mark.parametrize("name", SOME)

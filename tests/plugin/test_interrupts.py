@@ -242,6 +242,9 @@ def test_steps_of_many_go_on(subject: tuple[Subject, nn.Module]) -> None:
             results += many.step()
         return sorted((one.ticket, one.token) for one in results)
 
+    def step(many: Many, given: list[Generated]) -> None:
+        given += many.step()
+
     lines, first = inspect.getsourcelines(Many.step)
     handed_over = inspect.getsourcefile(Many), first + len(lines) - 1, "return"
     expected = finished(make())
@@ -249,7 +252,7 @@ def test_steps_of_many_go_on(subject: tuple[Subject, nn.Module]) -> None:
         many, given = make(), list[Generated]()
         tracer = Tracer(at)
         # What is thrown in a finalizer does not come out, and a step may have fewer lines than the first one.
-        tracer.run(lambda many=many, given=given: given.extend(many.step()))  # type: ignore[misc]
+        tracer.run(partial(step, many, given))
         place = tracer.places[-1]
         assert place == handed_over or finished(many, given) == expected, place
 

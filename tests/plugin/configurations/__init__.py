@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.plugin.configurations.build import build, model_modules, module_of
-from tests.plugin.configurations.common import VOCABULARY, WINDOW
+from tests.plugin.configurations.build import build, model_modules
+from tests.plugin.configurations.common import VOCABULARY, WINDOW, module_of
 from tests.plugin.configurations.tables import (
     CONFIGURATIONS,
     DIFFERS_IN_BLOCKS,

@@ -14,13 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from tests.plugin.configurations.common import module_of
 from tests.plugin.configurations.tables import CONFIGURATIONS
 from tests.plugin.configurations.wide import widened
-
-
-def module_of(name: str) -> str:
-    """The model module of a configuration, whose name may add a variant."""
-    return name.partition(":")[0]
 
 
 @cache

@@ -92,3 +92,8 @@ def table(shared: Configuration, entries: dict[str, Configuration]) -> dict[str,
 def around(text: Configuration, **outer: Any) -> Configuration:
     """A configuration with the text model's inside."""
     return {"text_config": text, "vocab_size": text["vocab_size"], **outer}
+
+
+def module_of(name: str) -> str:
+    """The model module of a configuration, whose name may add a variant."""
+    return name.partition(":")[0]

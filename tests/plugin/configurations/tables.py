@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from tests.plugin.configurations import dense, experts, recurrent, wrappers
-from tests.plugin.configurations.common import Configuration
+from tests.plugin.configurations.common import Configuration, module_of
 
 _ALL: dict[str, Configuration] = (
     dense.FULL_ATTENTION
@@ -20,9 +20,7 @@ _ALL: dict[str, Configuration] = (
     | wrappers.WRAPPERS
 )
 # "module" or "module:variant". Older releases of mlx-lm do not have all of these.
-CONFIGURATIONS = {
-    name: own for name, own in _ALL.items() if find_spec(f"mlx_lm.models.{name.partition(':')[0]}")
-}
+CONFIGURATIONS = {name: own for name, own in _ALL.items() if find_spec(f"mlx_lm.models.{module_of(name)}")}
 
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "its linear layers are Metal kernels without a substitute",
