@@ -1,0 +1,34 @@
+"""Products of rows with lanes, in each of the ways that they are multiplied."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_kvcache.arrays.lanes import Plain, packed
+from mlx_kvcache.quantisation import Codec
+
+
+@pytest.mark.parametrize("cells", [1, 383, 384, 600])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("is_view", [False, True])
+def test_scores_are_the_products_of_each_row_with_each_cell(rows: int, cells: int, is_view: bool) -> None:
+    drawn = np.random.default_rng(cells * 10 + rows)
+    queries = drawn.standard_normal((1, 2, rows, 32)).astype(np.float32)
+    keys = drawn.standard_normal((1, 2, cells, 32)).astype(np.float32)
+    lane = Plain(mx.array(keys))
+    if is_view:
+        wide = np.concatenate([np.full((1, 2, 7, 32), 1e9, np.float32), keys, keys], axis=2)
+        lane = Plain(mx.array(wide)).at((slice(None), slice(None), slice(7, 7 + cells)))
+    found = np.array(lane.scores(mx.array(queries)))
+    assert found.shape == (1, 2, rows, cells)
+    np.testing.assert_allclose(found, queries @ keys.swapaxes(-1, -2), atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_packed_scores_are_those_of_the_decoded_cells(rows: int) -> None:
+    keys, queries = (mx.random.normal((1, 2, n, 64), key=mx.random.key(n)) for n in (500, rows))
+    lane = packed(keys, Codec(8, 64))
+    plain = Plain(lane.decoded(mx.float32))
+    assert mx.allclose(lane.scores(queries), plain.scores(queries), atol=1e-3).item()
