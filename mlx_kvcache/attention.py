@@ -32,9 +32,12 @@ def attention(
         (1, n_heads, n, value_dim).
 
     Raises:
-        ValueError, CacheError: as `Cache.put` and `Cache.get`.
+        ValueError, CacheError: as `Cache.put` and `Cache.get`; keys without values, or the reverse.
         NotSupportedError: a kind that holds no keys and values.
     """
+    if (keys is None) != (values is None):
+        given, lacking = ("values", "keys") if keys is None else ("keys", "values")
+        raise ValueError(f"{given} without {lacking}: give both, or None for both")
     if not isinstance(cache, Layer):
         owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache
         if not isinstance(owner, KeyValueCache):

@@ -151,6 +151,17 @@ def test_long_blocks_equal_one_masked_product(make: Callable[[], KeyValueCache],
         assert mx.allclose(ours, whole, atol=1e-5), step
 
 
+def test_keys_come_with_values() -> None:
+    cache = CausalCache()
+    cache.init(mx.float32)
+    cache.start_forward(Batch([0], [0]))
+    ones = mx.ones((1, 1, 1, 4))
+    for keys, values, told in ((ones, None, "keys without values"), (None, ones, "values without keys")):
+        with pytest.raises(ValueError, match=told):
+            attention(ones, keys, values, cache, scale=1.0)
+    assert cache.nbytes == 0
+
+
 def test_on_the_current_layer() -> None:
     cache = CausalCache()
     cache.init(mx.float32)

@@ -142,7 +142,7 @@ def test_attention_looks_at_everything(cache: EncoderCache) -> None:
 
 
 def test_attention_to_what_are_no_keys(cache: EncoderCache) -> None:
-    for sequence, shape in enumerate([(1, 2, 3), (2, 3), (1, 0, 3, 8)]):
+    for sequence, shape in enumerate([(1, 2, 3), (2, 3), (1, 0, 3, 8), (1, 1, 2, 3, 8)]):
         cache.start_forward(Batch([0], [sequence]))
         cache.put(mx.zeros(shape), mx.zeros(shape))
         told = rf"keys of layer 0 are {re.escape(str(shape))}, expected \(1, n_kv_heads, S, head_dim\)"
@@ -154,6 +154,7 @@ def test_attention_to_what_are_no_keys(cache: EncoderCache) -> None:
 def test_check_finds_what_cannot_be(cache: EncoderCache, end: int, position: int | None) -> None:
     cache.start_forward(Batch([0], [0]))
     cache.put(mx.zeros((1, 2, 3, 8)), mx.zeros((1, 2, 3, 8)))
+    cache.check()
     stream = cache._streams[0]
     assert stream.entry is not None
     entry = None if position is None else stream.entry._replace(position=position)

@@ -17,6 +17,8 @@ from mlx_kvcache import (
     CacheError,
     CausalCache,
     CausalOptions,
+    ChunkedAttentionCache,
+    SlidingWindowCache,
     slide,
 )
 from mlx_kvcache.caches.keyvalue import KeyValueCache
@@ -82,6 +84,8 @@ def test_calls_out_of_order(kind: Kind) -> None:
     cache.put(*kv)
     refused(cache, lambda: cache.layer(3).get(), CacheError, "layer 3 has had no put")
     cache.get()
+    cache.start_forward(Batch([1], [0]))
+    refused(cache, lambda: cache.get(), CacheError, "layer 0 has had no put in this batch")
 
 
 def test_after_close(cache: KeyValueCache) -> None:
@@ -139,6 +143,21 @@ def test_numbers_out_of_range(cache: KeyValueCache) -> None:
         refused(cache, call, ValueError, said)
     cache.start_forward(Batch([4], [0]))
     refused(cache, lambda: cache.set_causal(CausalOptions((1,))), ValueError, "index 1 in a batch of 1")
+
+
+def test_kinds_out_of_range() -> None:
+    for make, told in (
+        (lambda: SlidingWindowCache(0), "window_size must be 1 or more, got 0"),
+        (lambda: SlidingWindowCache(4, sinks=4), "sinks must be 0 to 3 in a window of 4, got 4"),
+        (lambda: SlidingWindowCache(4, sinks=-1), "sinks must be 0 or more, got -1"),
+        (lambda: SlidingWindowCache(4, rewind=-1), "rewind must be 0 or more, got -1"),
+        (lambda: ChunkedAttentionCache(0), "chunk_size must be 1 or more, got 0"),
+        (lambda: ChunkedAttentionCache(4, rewind=-1), "rewind must be 0 or more, got -1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            make()
+    SlidingWindowCache(4, rewind=0, sinks=3)
+    ChunkedAttentionCache(1, rewind=0)
 
 
 @pytest.mark.parametrize("options", [{"max_sequences": 0}, {"capacity": -1}, {"max_batch": 0}])

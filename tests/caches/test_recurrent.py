@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -146,6 +147,43 @@ def test_a_restored_sequence_goes_back_as_far() -> None:
     assert newest(cache, 4) == after((), range(20))
 
 
+def test_a_state_of_other_arrays_is_not_restored() -> None:
+    cache, other = made(), made()
+    feed(cache, range(3))
+    other.start_forward(Batch([0], [0]))
+    other.put(mx.ones(5))
+    with pytest.raises(ValueError, match=r"the state of layer 0 has .*, before it had"):
+        other._plan_restore(1, cache._snapshot(0))
+    assert (other.end(0), other.end(1)) == (1, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"end": 0}, {"states": {0: {}}}, {"states": {4: {}}}])
+def test_check_finds_what_cannot_be(wrong: dict[str, Any]) -> None:
+    cache = made()
+    feed(cache, range(3))
+    cache.check()
+    cache._streams[0] = cache._streams[0]._replace(**wrong)
+    with pytest.raises(AssertionError):
+        cache.check()
+
+
+def test_check_finds_too_many_checkpoints() -> None:
+    cache = made(interval=1, max_checkpoints=2)
+    feed(cache, range(9), checkpoints=True)
+    state = cache._streams[0].states[9]
+    for length, fits in ((5, True), (6, False)):
+        cache._streams[0] = cache._streams[0]._replace(states=dict.fromkeys(range(1, 1 + length), state))
+        with nullcontext() if fits else pytest.raises(AssertionError):
+            cache.check()
+
+
+def test_bytes_of_a_layer() -> None:
+    cache = made()
+    feed(cache, range(3))
+    assert cache.layer_nbytes(0, 0) == cache.layer_nbytes(1, 0) == 8
+    assert (cache.layer_nbytes(2, 0), cache.layer_nbytes(0, 7)) == (0, 0)
+
+
 def test_bounds() -> None:
     by_number = made(interval=1, max_checkpoints=6)
     by_bytes = made(interval=1, max_checkpoints=100, max_bytes=6 * 16)
@@ -191,8 +229,10 @@ def test_batches_of_several_sequences_name_one() -> None:
     cache.put(mx.zeros(1), sequence=8)
     with pytest.raises(CacheError, match="sequence 4"):
         cache.layer(0).put(mx.ones(1), sequence=4)
-    with pytest.raises(ValueError, match="at=2 is not inside the batch, which takes sequence 3 from 0 to 1"):
-        cache.put(mx.ones(1), sequence=3, at=2)
+    for at in (0, 2):
+        told = f"at={at} is not inside the batch, which takes sequence 3 from 0 to 1"
+        with pytest.raises(ValueError, match=told):
+            cache.put(mx.ones(1), sequence=3, at=at)
     assert mx.array_equal(array(cache.get(sequence=8)), mx.zeros(1))
 
 
@@ -229,8 +269,9 @@ def test_reserving_stores_nothing() -> None:
     cache.start_forward(Batch([0], [0]), reserve=True)
     assert cache.get() == ()
     assert cache.wanted() == ()
-    cache.put(mx.ones((2, 3)))
-    assert array(cache.get()).shape == (2, 3)
+    cache.put(mx.ones((2, 3)), None)
+    assert mx.array_equal(array(cache.get()), mx.zeros((2, 3)))
+    assert cache.get()[1] is None
     assert (cache.nbytes, cache.end(0)) == (0, 0)
 
 

@@ -12,6 +12,7 @@ from mlx_kvcache import (
     CacheFullError,
     CausalCache,
     CausalOptions,
+    ChunkedAttentionCache,
     NotSupportedError,
     SlidingWindowCache,
     attention,
@@ -135,6 +136,24 @@ def test_a_snapshot_in_another_cache() -> None:
     )
 
 
+def test_a_snapshot_that_fills_the_room() -> None:
+    cache, other = causal(room=40), causal(room=40)
+    fed(cache, range(40))
+    other._plan_restore(3, cache._snapshot(0)).commit()
+    assert (other.end(3), other._table.live) == (40, 40)
+
+
+def test_a_snapshot_with_a_gap() -> None:
+    """Between the sinks and the window nothing is held, and what follows keeps its positions."""
+    cache = SlidingWindowCache(6, sinks=2)
+    cache.init(mx.float32, capacity=50)
+    fed(cache, range(20))
+    cache._plan_restore(1, cache._snapshot(0)).commit()
+    expected = column(fed(cache, [20])[0])
+    assert column(fed(cache, [20], sequence=1)[0]) == expected == [0, 1, *range(15, 21)]
+    cache.check()
+
+
 def test_unused_cells_are_given_back_under_pressure_only() -> None:
     cache, capacities = causal(room=100), list[list[int]]()
     for sequence in range(3):
@@ -151,6 +170,14 @@ def test_reserving_a_window_with_sinks() -> None:
     cache.start_forward(Batch.run(0, 0, 3), reserve=True)
     cache.put(*coded(range(3)))
     assert cache.get()[0].shape == (1, 1, 4 + 2 + 3, 2)
+
+
+def test_reserving_a_chunk() -> None:
+    cache = ChunkedAttentionCache(5)
+    cache.init(mx.float32, capacity=50)
+    cache.start_forward(Batch.run(0, 0, 3), reserve=True)
+    cache.put(*coded(range(3)))
+    assert cache.get()[0].shape == (1, 1, 4 + 3, 2)
 
 
 def test_reserving_with_padding() -> None:

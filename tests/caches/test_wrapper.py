@@ -60,6 +60,17 @@ def test_sliding_the_context_of_all_children() -> None:
     assert column(cache.get()[0]) == [0, 1, 2, 3, 4, 5]
 
 
+def test_check_asks_every_child() -> None:
+    cache = made(CausalCache(), RecurrentCache())
+    feed(cache, [0, 1])
+    cache.check()
+    recurrent = cache._children[1]
+    assert isinstance(recurrent, RecurrentCache)
+    recurrent._streams[0] = recurrent._streams[0]._replace(end=0)
+    with pytest.raises(AssertionError):
+        cache.check()
+
+
 def test_layer_types() -> None:
     causal: KeyValueCache = CausalCache()
     window: KeyValueCache = SlidingWindowCache(2)
