@@ -24,7 +24,7 @@ from mlx_kvcache.cells.rules import Causal, Rule, visible
 from mlx_kvcache.quantisation import Codec
 from tests.kinds import SINGLE_KINDS, STORES, Kind, add_offsets
 
-HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 64
+HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 32, 64
 SCALE = DIM**-0.5
 LAYER = 1
 
@@ -186,6 +186,11 @@ def test_shapes_that_do_not_fit_while_decoding(heads: int, dim: int) -> None:
     told = rf"keys and values of layer 0 are \(1, {heads}, 1, {dim}\) and \(1, 2, 1, 8\), expected"
     with pytest.raises(ValueError, match=told), cache.forward(Batch.run(0, 2, 1)):
         attention(mx.repeat(right, 2, axis=1), wrong, right, cache.layer(0), scale=1.0)
+    whole = right.astype(mx.int32)
+    for name, keys, values in (("keys", whole, right), ("values", right, whole)):
+        told = f"{name} of layer 0 are mlx.core.int32, expected floats"
+        with pytest.raises(ValueError, match=told), cache.forward(Batch.run(0, 2, 1)):
+            attention(mx.repeat(right, 2, axis=1), keys, values, cache.layer(0), scale=1.0)
     assert cache.end(0) == 2
     cache.check()
 

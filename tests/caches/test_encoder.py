@@ -64,6 +64,14 @@ def test_the_input_belongs_to_its_token(cache: EncoderCache) -> None:
     assert cache.can_resume(0, 77)
 
 
+def test_removing_beside_an_input(cache: EncoderCache) -> None:
+    put(cache, Batch([0, 1, 2, 3], [0] * 4, multimodal=[2]))
+    cache.remove(0, 3)
+    assert held(cache) == 2
+    cache.remove(0, 0, 2)
+    assert (held(cache), cache.end(0)) == (0, 1)
+
+
 def test_a_new_input_takes_the_place_of_all_layers(cache: EncoderCache) -> None:
     put(cache, Batch([0], [0]), layers=(0, 1))
     put(cache, Batch([1], [0]), n=9, layers=(1,))
@@ -76,16 +84,16 @@ def test_a_prefix_shares_what_lies_in_it(cache: EncoderCache) -> None:
     put(cache, Batch([0, 1, 2, 3], [0] * 4, multimodal=[2]))
     before = cache.nbytes
     cache.copy_prefix(0, 1, 3)
-    cache.copy_prefix(0, 2, 2)
+    cache.copy_prefix(0, 2, 1)
     cache.copy_prefix(0, 3, 99)
     cache.copy_prefix(9, 3, 1)
     assert [held(cache, s) for s in range(4)] == [2, 2, None, None]
-    assert [cache.end(s) for s in range(4)] == [4, 3, 2, 0]
+    assert [cache.end(s) for s in range(4)] == [4, 3, 1, 0]
     assert cache.nbytes == before
     cache.start_forward(Batch([3], [1]))
     assert cache.encoder_cached
     assert mx.array_equal(cache.get()[0], mx.full((1, 2, 5, 4), 5.0))
-    cache.start_forward(Batch([2], [2]))
+    cache.start_forward(Batch([1], [2]))
     assert not cache.encoder_cached
 
 

@@ -21,8 +21,10 @@ from mlx_kvcache import (
     SlidingWindowCache,
     slide,
 )
+from mlx_kvcache.arrays.pairs import PackedPair
 from mlx_kvcache.caches.keyvalue import KeyValueCache
 from mlx_kvcache.caches.positional import Shift
+from mlx_kvcache.cells.rules import Window
 from tests.caches.data import causal, coded, column, fed, refused
 from tests.kinds import SINGLE_KINDS, Kind, add_offsets
 
@@ -156,7 +158,8 @@ def test_kinds_out_of_range() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             make()
-    SlidingWindowCache(4, rewind=0, sinks=3)
+    assert SlidingWindowCache(4, rewind=0, sinks=3)._rule == Window(4, 3)
+    assert [make(4)._rewind for make in (SlidingWindowCache, ChunkedAttentionCache)] == [1, 1]
     ChunkedAttentionCache(1, rewind=0)
 
 
@@ -166,6 +169,20 @@ def test_init_out_of_range(options: dict[str, Any]) -> None:
         CausalCache().init(**options)
     with pytest.raises(ValueError, match="float"):
         CausalCache().init(mx.int32)
+
+
+def test_check_finds_what_cannot_be() -> None:
+    """Arrays that the table knows nothing of, and such as are stored otherwise than it says."""
+    cache = causal()
+    fed(cache, [0, 1])
+    cache.check()
+    form, pairs = cache._store.layers[0].form, cache._store.layers[0].pairs
+    [(segment, pair)] = pairs.items()
+    for wrong in ({segment: pair, segment + 1: pair}, {segment: PackedPair(form, pair.whole)}):
+        pairs.clear()
+        pairs.update(wrong)
+        with pytest.raises(AssertionError):
+            cache.check()
 
 
 def test_arrays_that_do_not_fit(cache: KeyValueCache) -> None:

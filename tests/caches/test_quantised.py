@@ -17,6 +17,7 @@ from mlx_kvcache import (
     attention,
     rope_shift,
 )
+from mlx_kvcache.arrays.pairs import Pair
 from mlx_kvcache.caches.positional import Shift
 from tests.caches.data import coded, column, fed
 from tests.kinds import add_offsets
@@ -257,3 +258,29 @@ def test_nothing_is_packed_without_bits() -> None:
     put(cache, noise(8))
     assert distance(got(cache)[0], noise(8)) == 0
     assert fed(made(None), range(3))[0].shape == (1, 1, 3, 2)
+
+
+def test_reserving_takes_what_the_packed_room_will() -> None:
+    """Long sequences are packed from their first token on, or may fill the room in float first."""
+    taken = []
+    for after in (0, 100):
+        cache = CausalCache()
+        cache.init(mx.float32, capacity=4096, quantisation=Quantisation(bits=4, after=after))
+        before = mx.get_active_memory()
+        cache.start_forward(Batch([0], [0]), reserve=True)
+        cache.put(*[mx.zeros((1, HEADS, 1, DIM))] * 2)
+        taken.append((mx.get_active_memory() - before) / (2 * 4096 * HEADS * DIM * 4))
+        cache.close()
+    assert taken[0] < 0.25
+    assert 1 <= taken[1] < 1.1
+
+
+def test_check_finds_float_where_it_is_packed() -> None:
+    cache = made(Quantisation(bits=8))
+    put(cache, noise(3))
+    cache.check()
+    pairs = cache._store.layers[0].pairs
+    [segment] = pairs
+    pairs[segment] = Pair(noise(3), noise(3))
+    with pytest.raises(AssertionError):
+        cache.check()

@@ -145,6 +145,8 @@ def test_a_restored_sequence_goes_back_as_far() -> None:
         assert [p for p in range(36) if cache.can_resume(sequence, p)] == [0, 10, 20, 30, 35]
     cache.remove(4, 20)
     assert newest(cache, 4) == after((), range(20))
+    cache.copy_prefix(0, 5, 30)
+    assert [p for p in range(36) if cache.can_resume(5, p)] == [0, 10, 20, 30]
 
 
 def test_a_state_of_other_arrays_is_not_restored() -> None:

@@ -75,6 +75,7 @@ def test_layer_types() -> None:
     causal: KeyValueCache = CausalCache()
     window: KeyValueCache = SlidingWindowCache(2)
     cache = made(causal, window)
+    assert cache.underlying_cache is causal
     feed(cache, [0, 1, 2])
     assert cache.underlying_cache is window
     assert column(cache.get()[0]) == [0, 1, 2]
