@@ -143,7 +143,10 @@ class PlanningCache(ABC):
 
     @contextmanager
     def forward(self: Self, batch: Batch) -> Iterator[Self]:
-        """`start_forward`, with a way back: an exception inside takes the batch's tokens out again."""
+        """`start_forward`, with a way back: an exception inside takes the batch's tokens out again.
+
+        Whatever else changes the cache inside ends the batch; then they stay.
+        """
         plan = self._planned(batch, reserve=False)
         try:
             try:

@@ -111,6 +111,17 @@ def _planted(
     return calls
 
 
+@pytest.mark.parametrize("name", list(samples()))
+def test_what_an_edit_has_ended_is_not_taken_out(name: str) -> None:
+    """Only a batch that is under way has a way back; an edit inside it is one the caller has seen succeed."""
+    cache = _begun(name)
+    with pytest.raises(Planted), cache.forward(Batch([10], [0])):
+        cache.copy_prefix(0, 2, 5)
+        raise Planted
+    assert [cache.end(sequence) for sequence in (0, 2)] == [11, 5]
+    cache.check()
+
+
 @pytest.mark.parametrize("has_put", [False, True])
 def test_a_put_that_fails_leaves_what_was_put_before(has_put: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = CausalCache()
