@@ -117,10 +117,11 @@ test-lowest: $(VENV)/release  ## the tests with the lowest versions that pyproje
 docs: $(VENV)/docs  ## build the documentation site into site/, warnings as errors, its links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-clean:          ## remove the virtual environment, caches and the site
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache site
+clean:          ## remove what the others made, but for results in the repository
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage* .fuzz build dist site snapshot_report.html
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"This is Python {sys.version.split()[0]}, 3.11 or newer is needed: say PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
