@@ -10,6 +10,8 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
+from .arguments import whole
+
 
 def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
     values = tuple(int(operator.index(number)) for number in numbers)
@@ -146,5 +148,5 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.mask_dtype is not None and not mx.issubdtype(self.mask_dtype, mx.floating):
             raise ValueError(f"mask_dtype must be a float type, got {self.mask_dtype}")
-        if operator.index(self.padding) < 1:
-            raise ValueError(f"padding must be 1 or more, got {self.padding}")
+        (padding,) = whole(1, padding=self.padding)
+        object.__setattr__(self, "padding", padding)

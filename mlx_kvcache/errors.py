@@ -16,17 +16,19 @@ class CacheFullError(CacheError):
         needed: cells that the call had to take.
         free: cells that it could have taken.
         capacity: cells of the whole room.
+        hint: what can be done, or why nothing can.
     """
 
     def __init__(self, needed: int, free: int, capacity: int, hint: str = "") -> None:
         self.needed = needed
         self.free = free
         self.capacity = capacity
+        self.hint = hint
         message = f"{needed} cells needed, {free} free of a capacity of {capacity}"
         super().__init__(f"{message}: {hint}" if hint else message)
 
-    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:
-        return type(self), (self.needed, self.free, self.capacity)
+    def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
+        return type(self), (self.needed, self.free, self.capacity, self.hint)
 
 
 class NotSupportedError(CacheError):

@@ -25,6 +25,10 @@ class PrefixTree(Generic[V]):
     def __init__(self) -> None:
         self._root: _Node[V] = _Node()
 
+    def __bool__(self) -> bool:
+        """Whether anything is stored."""
+        return self._root.value is not None or bool(self._root.children)
+
     def put(self, tokens: Sequence[int], value: V) -> V | None:
         """Store a value, and return the one that was stored for the same tokens before."""
         node, rest = self._root, tuple(tokens)

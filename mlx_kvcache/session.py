@@ -19,6 +19,8 @@ class Branch(Protocol):
     def capacity(self) -> int | None: ...
     @property
     def pool(self) -> Any: ...
+    @property
+    def gaps(self) -> int: ...
     def resume_point(self, position: int) -> int: ...
     def rewind_to(self, position: int) -> None: ...
     def remove(self, begin: int, end: int | None = None) -> None: ...
@@ -28,6 +30,8 @@ class Branch(Protocol):
 
 class Keeper(Protocol):
     """Who takes a session's cache when it is over."""
+
+    def _reject(self, reason: str, cache: Any) -> bool: ...
 
     def store(
         self, tokens: Sequence[int], cache: Any, salt: Hashable = None, is_pinned: bool = False
@@ -52,6 +56,7 @@ class Session:
         self.rest = self.tokens[reused:]
         self._pool = pool
         self.salt = salt
+        self._gaps = cache.gaps
         self._is_open = True
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -70,14 +75,16 @@ class Session:
             NotSupportedError: the cache cannot; nothing has changed.
         """
         begin, end = operator.index(begin), operator.index(end)
+        hash(salt)
         if not 0 <= begin <= end <= self.cache.position:
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.cache.position} tokens")
-        reused = self.reused - max(0, min(end, self.reused) - begin)
-        left = self.tokens[:begin] + self.tokens[end:]
-        self._edit(lambda: self.cache.remove(begin, end), left, reused, salt)
+        self._remove(begin, end, salt)
 
-    def shift(self, keep: int = 0, room: int = 1) -> list[int]:
+    def shift(self, keep: int = 0, room: int = 1, salt: Hashable = None) -> list[int]:
         """Make room for more tokens where the cache has a capacity: drop the older half after `keep`.
+
+        Args:
+            salt: as of `remove`; None is one that nobody else has.
 
         Returns:
             Tokens to compute again: none, or, where the model's tokens cannot be moved, all
@@ -101,29 +108,45 @@ class Session:
         end = begin + max((position - begin) // 2, position + room - capacity)
         left = self.tokens[:begin] + self.tokens[end:]
         try:
-            self._edit(lambda: self.cache.remove(begin, end), left, self.reused, self.salt)
+            self._remove(begin, end, object() if salt is None else salt)
         except NotSupportedError:
             point = self.cache.resume_point(begin)
-            self._edit(lambda: self.cache.rewind_to(point), left[:point], self.reused, self.salt)
+            reused = min(self.reused, point)
+            self._edit(lambda: self.cache.rewind_to(point), left[:point], reused, self.salt)
             return left[point:]
         return []
+
+    def _remove(self, begin: int, end: int, salt: Hashable) -> None:
+        reused = self.reused - max(0, min(end, self.reused) - begin)
+        left = self.tokens[:begin] + self.tokens[end:]
+        self._edit(lambda: self.cache.remove(begin, end), left, reused, salt)
 
     def _edit(self, edit: Callable[[], None], tokens: list[int], reused: int, salt: Hashable) -> None:
         """Take tokens out of the cache, and note what is left, or neither."""
         position, before = self.cache.position, (self.tokens, self.reused, self.salt)
         try:
             self.tokens, self.reused, self.salt = tokens, reused, salt
+            gaps = self.cache.gaps
             edit()
+            self._gaps += self.cache.gaps - gaps
         except BaseException:
             if self.cache.position == position:
                 self.tokens, self.reused, self.salt = before
             raise
 
     def close(self, is_pinned: bool = False) -> None:
-        """Give the cache back, for others that begin alike. A second close does nothing."""
-        if self._is_open:
+        """Give the cache back, for others that begin alike. A second close does nothing.
+
+        A cache that tokens have been taken out of otherwise than by the session's own methods, such as by
+        `overflow="shift"`, is given up: what is in it is not what `tokens` says.
+        """
+        if not self._is_open:
+            return
+        if self.cache.gaps != self._gaps:
+            self._pool._reject("tokens have been taken out", self.cache)
+        else:
             self._pool.store(self.tokens[: self.cache.position], self.cache, self.salt, is_pinned)
-            self._is_open = False
+        self._is_open = False
 
     def __enter__(self) -> Session:
         return self

@@ -156,6 +156,13 @@ class SessionPool:
             self.counts.rejected["larger than the budget"] += 1
             return False
 
+    def _reject(self, reason: str, cache: Branch) -> bool:
+        """Close a cache that cannot be kept, and count why. Returns False."""
+        with self._lock:
+            self.counts.rejected[reason] += 1
+            cache.close()
+            return False
+
     def flush(self) -> None:
         """Have all stored caches written, and wait until they are. Does nothing without a disk."""
         with self._lock:
@@ -256,7 +263,10 @@ class SessionPool:
 
     def _remove(self, entry: _Stored) -> None:
         try:
-            self._trees[entry.salt].pop(entry.tokens)
+            tree = self._trees[entry.salt]
+            tree.pop(entry.tokens)
+            if not tree:
+                del self._trees[entry.salt]
             self._stored.remove(entry)
         except BaseException:
             self._replant()
@@ -272,8 +282,3 @@ class SessionPool:
     def _touch(self, entry: _Stored) -> None:
         self._clock += 1
         entry.used = self._clock
-
-    def _reject(self, reason: str, cache: Branch) -> bool:
-        self.counts.rejected[reason] += 1
-        cache.close()
-        return False

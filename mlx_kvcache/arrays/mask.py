@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cells.rules import Rule, visible
+from ..cells.rules import Chunk, Rule, Window, visible
 
 Mask = mx.array | Literal["causal"] | None
 Ints = NDArray[np.signedinteger]
+_FARTHEST = 2**31 - 1
 
 
 def positions_of(ranges: list[tuple[int, int]]) -> Ints:
@@ -40,6 +42,9 @@ def array_mask(
     Returns:
         (n, S + padding), True or 0 = visible, False or -inf = hidden.
     """
+    if isinstance(rule, (Window, Chunk)) and rule.size > _FARTHEST:
+        # As far as positions go, which the device has in 32 bits.
+        rule = replace(rule, size=_FARTHEST)
     upper = False if later is None else mx.array(later)[:, None]
     seen: mx.array = visible(rule, mx.array(queries)[:, None], mx.array(keys), upper)
     if owners:

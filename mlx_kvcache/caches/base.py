@@ -115,8 +115,10 @@ class PlanningCache(ABC):
         if dtype is not None and not mx.issubdtype(dtype, mx.floating):
             raise ValueError(f"dtype must be a float type, got {dtype}")
         self._max_batch = max_batch
-        if quantisation and head_dim is not None:
-            quantisation.check(head_dim)
+        if head_dim is not None:
+            (head_dim,) = whole(1, head_dim=head_dim)
+            if quantisation:
+                quantisation.check(head_dim)
         try:
             self._open(dtype, max_sequences * capacity, quantisation)
             self._ready = True

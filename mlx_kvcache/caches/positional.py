@@ -140,12 +140,18 @@ class PositionalCache(KeyValueCache):
 
     def _attend(self, layer: int, given: Attending) -> mx.array:
         step = self._current()
+        shape = given.queries.shape
+        if len(shape) != 4 or shape[0] != 1 or shape[2] != step.n:
+            raise ValueError(f"queries are {shape}, expected (1, n_heads, {step.n}, head_dim)")
         if isinstance(step, Step):
             return attend(step, layer, given)
         queries, new_keys, new_values, scale, sinks = given
         if new_keys is not None and new_values is not None:
             step.put(layer, new_keys, new_values)
         keys, values, mask = step.get(layer)
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            # Additive masks are for others; MLX wants those of its attention in the type of the result.
+            mask = mask.astype(queries.dtype)
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..arguments import whole
 from ..caches.base import PlanningCache
 from ..errors import CacheFileError
 from . import container, tensors
@@ -195,6 +196,7 @@ def save(
         ValueError: another number of tokens than the sequence is long.
     """
     cache._check_ready()
+    (sequence,) = whole(sequence=sequence)
     return prepare([cache], sequence, tokens, model).write(path)
 
 
@@ -216,6 +218,7 @@ def load(
         CacheFullError: there is no room. The cache is unchanged in either case.
     """
     cache._check_ready()
+    (sequence,) = whole(sequence=sequence)
     opened = open_file(path, verify)
     opened.check_model(model or {})
     snapshots = opened.snapshots([cache])

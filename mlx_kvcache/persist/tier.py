@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import CacheFileError
+from ..errors import CacheFileError, CacheFullError
 from .files import Prepared
 from .folder import Found, PrefixFolder
 
@@ -90,9 +90,12 @@ class DiskTier:
         self.folder.close()
 
     def _loaded(self, found: Found, verify: bool) -> Any:
-        """The cache of a file, or None where it is damaged or gone; then it is forgotten."""
+        """The cache of a file, or None where it is too long, damaged or gone; the last two are forgotten."""
         try:
             return self._load(found.path, verify)
+        except CacheFullError:
+            # It is longer than these caches may be; a shorter one may do.
+            return None
         except CacheFileError:
             self.folder.discard(found)
             return None

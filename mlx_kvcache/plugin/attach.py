@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import reuse
+from .bits import reusable
 from .contract import check_contract
 from .loading import save_for_mlx_lm
 from .prompt_cache import PromptCache, make_prompt_cache
@@ -54,6 +55,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
         NotSupportedError: as `make_prompt_cache`, or a version of mlx-lm that is not known.
     """
     check_contract()
+    options = reusable(options)
     make_prompt_cache(model, **options).close()
     with _lock:
         if not _attached and not _all_models:
@@ -85,7 +87,7 @@ def attach_all(**options: Any) -> None:
     with _lock:
         if not _attached and not _all_models:
             _patch()
-        _all_models.append(options)
+        _all_models.append(reusable(options))
 
 
 def _forget(key: int) -> None:

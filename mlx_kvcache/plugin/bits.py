@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..arguments import whole
 from ..quantisation import Bits, Quantisation
@@ -15,6 +15,13 @@ KvBits = Bits | Callable[[int], Bits]
 
 KvFloat = Iterable[int] | Literal["last"]
 """Indices of layers that stay in float, negative ones from the end; "last" is the last with keys."""
+
+
+def reusable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `make_prompt_cache` for several caches: the first would use an iterator of layers up."""
+    layers = options.get("kv_float", ())
+    is_listed = isinstance(layers, str) or not isinstance(layers, Iterable)
+    return options if is_listed else options | {"kv_float": tuple(layers)}
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Conversation:
     """A sequence, and what happens when it gets longer than its capacity.
 
     Its methods belong between forwards. After any error everything is as it was.
+
+    Attributes:
+        gaps: how often tokens have been taken out that others followed. What comes after a gap was
+            computed with knowledge of what is gone.
     """
 
     def __init__(self, pool: Pool, limits: Limits) -> None:
@@ -62,6 +66,7 @@ class Conversation:
         self.name = pool.ranks.new_name()
         self.limits = limits
         self.head = Head()
+        self.gaps = 0
         self._release = weakref.finalize(self, pool.drop, self.sequence)
 
     @property
@@ -88,7 +93,7 @@ class Conversation:
         self.check_open()
         other = Conversation(self.pool, self.limits)
         self.pool.copy(self.sequence, other.sequence)
-        other.head = self.head
+        other.head, other.gaps = self.head, self.gaps
         return other
 
     def moved(self, pool: Pool) -> Conversation:
@@ -96,7 +101,7 @@ class Conversation:
         other = Conversation(pool, self.limits)
         snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
         pool.restore(other.sequence, snapshots)
-        other.head = self.head
+        other.head, other.gaps = self.head, self.gaps
         return other
 
     def check_resume(self, position: int) -> None:
@@ -133,10 +138,12 @@ class Conversation:
             )
         if scheme.refusal:
             raise NotSupportedError(f"removing [{begin}, {end}) of {self.position} tokens: {scheme.refusal}")
+        plan = self._plan_head(begin, end) if scheme.ahead else self._plan_tail(begin, end)
+        # Before it is there, so that no exception leaves one that is not counted.
+        self.gaps += 1
         if not scheme.ahead:
-            pool.commit(self._plan_tail(begin, end))
+            pool.commit(plan)
             return
-        plan = self._plan_head(begin, end)
         pool.ranks.ready()
         if self.head.lead + gap > FARTHEST:
             # Only now, as nothing changes where the removal is refused.
@@ -148,15 +155,8 @@ class Conversation:
         """Whether n more tokens are within the capacity."""
         return self.limits.capacity is None or self.position + n <= self.limits.capacity
 
-    def make_room(self, n: int, early: bool) -> None:
-        """Make room for n tokens, before anything is computed.
-
-        Args:
-            early: the model has not read its offset yet, so that it may still change.
-
-        Raises:
-            CacheFullError: there is none, and none can be made.
-        """
+    def check_room(self, n: int, early: bool) -> None:
+        """Raise CacheFullError where n tokens find no room, and a shift would make none; see `make_room`."""
         position, (capacity, overflow, sinks, _) = self.position, self.limits
         if capacity is None or position + n <= capacity:
             return
@@ -167,11 +167,29 @@ class Conversation:
             raise CacheFullError(n, capacity - sinks, capacity, "feed smaller blocks")
         if not early and not self.pool.scheme.ahead:
             raise CacheFullError(n, free, capacity, "this model can make room only when it is called itself")
+
+    def make_room(self, n: int, early: bool) -> None:
+        """Make room for n tokens, before anything is computed.
+
+        Args:
+            early: the model has not read its offset yet, so that it may still change.
+
+        Raises:
+            CacheFullError: there is none, and none can be made.
+        """
+        self.check_room(n, early)
+        position, (capacity, _, sinks, _) = self.position, self.limits
+        if capacity is None or position + n <= capacity:
+            return
+        free, sinks = capacity - position, min(sinks, position)
         drop = max((position - sinks) // 2, n - free)
-        if sinks + drop < position:
-            self.remove(sinks, sinks + drop)
-        else:
-            self.rewind_to(sinks)
+        try:
+            if sinks + drop < position:
+                self.remove(sinks, sinks + drop)
+            else:
+                self.rewind_to(sinks)
+        except NotSupportedError as error:
+            raise CacheFullError(n, free, capacity, f"no shift makes room: {error}") from error
 
     def _plan_head(self, begin: int, end: int) -> Plan:
         """A removal that rotates what is before it."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from ..cells.rules import Causal, Rule
+from ..cells.rules import Causal, Chunk, Rule
 from ..errors import NotSupportedError
 from ..quantisation import Bits
 from .bits import KvBits, KvFloat, quantisation_of
@@ -110,4 +110,7 @@ def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
     if capacity is not None and capacity <= 4 * rule.size:
         # After a shift the window may reach over the gap, so nothing that stays may be forgotten.
         return capacity
+    if capacity is not None and isinstance(rule, Chunk):
+        # After a shift a chunk begins elsewhere, and the next token may be its last.
+        return max(rule.size, rewind)
     return max(1, rewind)

@@ -8,9 +8,10 @@ longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, repeat
+from itertools import count, islice, repeat
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from ..arguments import whole
 from ..errors import CacheError, CacheFullError, NotSupportedError
+from .bits import reusable
 from .layers import entries_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
@@ -56,6 +58,12 @@ class _Sequence:
     stop: frozenset[int]
     pending: list[int] = field(default_factory=list)
 
+    @property
+    def most(self) -> int:
+        """The longest block that its cache can ever take at once, if it makes room for it."""
+        capacity, overflow, sinks, _ = self.cache._conversation.limits
+        return sys.maxsize if capacity is None or overflow == "error" else capacity - sinks
+
 
 class Many:
     """A running set of sequences of one model.
@@ -75,7 +83,7 @@ class Many:
         if not ranks_of(options.get("group")).is_alone:
             raise NotSupportedError("sequences that come and go are not agreed on by the ranks of a group")
         self._model = model
-        self._options = options
+        self._options = options = reusable(options)
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: list[Generated] = []
@@ -166,7 +174,7 @@ class Many:
         starting = [t for t, s in self._sequences.items() if s.waiting]
         for ticket in (*generating, *starting):
             sequence = self._sequences[ticket]
-            tokens = (sequence.pending or sequence.waiting)[:room]
+            tokens = (sequence.pending or sequence.waiting)[: min(room, sequence.most)]
             if not tokens:
                 continue
             try:
@@ -269,20 +277,24 @@ def generate_many(
         options: of `make_prompt_cache`.
 
     Raises:
-        ValueError: as `Many` and `Many.add`.
+        ValueError: as `Many` and `Many.add`, or most_at_once below 1.
     """
-    many = Many(model, tokens_per_step, **options)
-    waiting = iter(prompts)
-    stop = frozenset(stop_tokens)
-    with tqdm(unit="prompt", disable=not progress) as bar:
-        while True:
-            while len(many) < most_at_once and (prompt := next(waiting, None)) is not None:
-                many.add(prompt, max_tokens, stop_tokens=stop)
-            if not len(many):
-                return
-            for generated in many.step():
-                bar.update(generated.finish is not None)
-                yield generated
+    whole(1, most_at_once=most_at_once, max_tokens=max_tokens)
+    many, stop = Many(model, tokens_per_step, **options), frozenset(stop_tokens)
+
+    def generated() -> Iterator[Generated]:
+        waiting = iter(prompts)
+        with tqdm(unit="prompt", disable=not progress) as bar:
+            while True:
+                for prompt in islice(waiting, most_at_once - len(many)):
+                    many.add(prompt, max_tokens, stop_tokens=stop)
+                if not len(many):
+                    return
+                for one in many.step():
+                    bar.update(one.finish is not None)
+                    yield one
+
+    return generated()
 
 
 def _likeliest(logprobs: mx.array) -> mx.array:

@@ -93,12 +93,16 @@ class Passes:
         columns = self._columns_of(n)
         # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
         is_ragged = is_called and self._may_be_ragged
-        for conversation, (first, stop) in zip(self.conversations, columns, strict=True):
-            if conversation.has_room(stop - first):
-                continue
-            about = f"make room for {stop - first} tokens in conversation {conversation.name}"
-            with self.pool.ranks.together(about):
-                conversation.make_room(stop - first, early=is_called)
+        counts = [stop - first for first, stop in columns]
+        full = [(c, n) for c, n in zip(self.conversations, counts, strict=True) if not c.has_room(n)]
+        for conversation, count in full:
+            # Of all rows, before one of them shifts.
+            conversation.check_room(count, early=is_called)
+        for conversation, count in full:
+            with self.pool.ranks.together(
+                f"make room for {count} tokens in conversation {conversation.name}"
+            ):
+                conversation.make_room(count, early=is_called)
         forward = self._forward_of(columns, n, is_ragged)
         try:
             self.forward = forward

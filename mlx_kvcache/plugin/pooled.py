@@ -16,6 +16,7 @@ from ..persist.files import Prepared
 from ..persist.folder import PrefixFolder
 from ..persist.tier import DiskTier
 from ..sessions import SessionPool
+from .bits import reusable
 from .fingerprint import fingerprint
 from .making import options_of
 from .prompt_cache import PromptCache, make_prompt_cache
@@ -49,6 +50,8 @@ def make_session_pool(
     """
     if not ranks_of(options.get("group")).is_alone:
         raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
+
+    options = reusable(options)
 
     def make() -> PromptCache:
         return make_prompt_cache(model, **options)

@@ -29,7 +29,8 @@ from .shards import write
 class PromptCache(list[Any]):
     """mlx-lm's prompt cache, a list with an object for each entry of the model's own, that can do more.
 
-    Positions count tokens. After any error everything is as it was.
+    Positions count tokens. After any error everything is as it was; but where `overflow="shift"` has
+    made room for tokens, they are gone even if the model then raises.
 
     Attributes:
         tokens: of a loaded cache the tokens that were saved with it, or None.
@@ -61,6 +62,15 @@ class PromptCache(list[Any]):
     def capacity(self) -> int | None:
         """How many tokens may be in the cache."""
         return self._conversation.limits.capacity
+
+    @property
+    def gaps(self) -> int:
+        """How often `remove` or a shift has taken out tokens that others followed.
+
+        What comes after a gap was computed with knowledge of what is gone, so such a cache is not
+        that of the tokens that are left. `load` begins at 0.
+        """
+        return self._conversation.gaps
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +164,8 @@ class PromptCache(list[Any]):
             return
         if not ranks.is_alone:
             raise NotSupportedError('format="mlx-lm" cannot say which of several ranks a file is of')
+        if tokens is not None and len(tokens) != self.position:
+            raise ValueError(f"{len(tokens)} tokens for a cache that holds {self.position}")
         with self._rows.edit("save"):
             save_for_mlx_lm(Path(path), self)
 

@@ -49,15 +49,22 @@ def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[
     if not points[best]:
         return None, tokens
     fork = copy.deepcopy(stored[best])
+    # A cache may hold fewer tokens than it is stored under, where the last was never fed.
+    behind = {id(rows): rows.positions[0] - points[best] for rows in _rows(fork)}
     for entry in fork:
-        entry.trim(len(best) - points[best])
+        entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
     return fork, tokens[points[best] :]
 
 
 def insert_cache(
     self: Any, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
 ) -> None:
-    """Stands in for `LRUPromptCache.insert_cache`: drops those shorter prefixes that this cache serves."""
+    """Stands in for `LRUPromptCache.insert_cache`: drops those shorter prefixes that this cache serves.
+
+    A cache that has shifted is not kept: it is not that of these tokens.
+    """
+    if any(rows.conversation.gaps for rows in _rows(prompt_cache)):
+        return
     trie = self._trie
     if is_ours(prompt_cache):
         self._trie = _KeepingTrie(trie, prompt_cache)
@@ -94,11 +101,16 @@ def is_ours(cache: Sequence[Any]) -> bool:
 
 def resume_point(cache: Sequence[Any], position: int) -> int:
     """The newest position <= `position` that every cache of a list, some of them ours, can go on from."""
-    found = {id(entry.rows): entry.rows for entry in cache if isinstance(entry, Observable)}
-    all_rows: list[Rows] = list(found.values())  # type: ignore[arg-type]
+    all_rows = _rows(cache)
     point = min(position, *(rows.positions[0] for rows in all_rows))
     while (lower := min(rows.resume_point(point) for rows in all_rows)) < point:
         point = lower
     theirs = (entry for entry in cache if not isinstance(entry, Observable))
     is_end = all(point == rows.positions[0] for rows in all_rows)
     return point if is_end or all(entry.is_trimmable() for entry in theirs) else 0
+
+
+def _rows(cache: Sequence[Any]) -> list[Rows]:
+    """What the layers of this package in a list belong to; two where a draft model's are ours, too."""
+    found = {id(entry.rows): entry.rows for entry in cache if isinstance(entry, Observable)}
+    return list(found.values())  # type: ignore[arg-type]

@@ -114,9 +114,13 @@ class Rows(Passes, Caller):
             self.padding = self.padding.finalized()
 
     def filter(self, keep: Sequence[int]) -> None:
-        """Let go of all rows but these."""
-        with self.edit(f"keep rows {keep}", is_sure=True):
-            kept = [self.conversations[row] for row in keep]
+        """Let go of all rows but these; one that is named again is forked."""
+        keep = [self._row(row) for row in keep]
+        with self.edit(f"keep rows {keep}", is_sure=len(set(keep)) == len(keep)):
+            kept = [
+                self.conversations[row].fork() if row in keep[:place] else self.conversations[row]
+                for place, row in enumerate(keep)
+            ]
             self.conversations, self.padding = kept, self.padding.filtered(keep)
 
     def extend(self, other: Rows) -> None:
@@ -137,6 +141,7 @@ class Rows(Passes, Caller):
 
     def extracted(self, row: int) -> Rows:
         """A fork of one row, no batch any more."""
+        row = self._row(row)
         with self.edit(f"fork row {row}"):
             return Rows(self.pool, [self.conversations[row].fork()], is_batch=False)
 
@@ -181,6 +186,13 @@ class Rows(Passes, Caller):
                 moved = [conversation.moved(pool) for conversation in self.conversations]
                 self.conversations, self.pool = moved, pool
                 pool.take_turn(self)
+
+    def _row(self, row: int) -> int:
+        """A row's index, from 0. Raises ValueError where there is none."""
+        row, size = operator.index(row), len(self.conversations)
+        if not -size <= row < size:
+            raise ValueError(f"row {row} of a batch of {size}")
+        return row % size
 
     def _check_joins(self, other: Rows) -> None:
         other.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -62,7 +63,11 @@ class Layer(Observable):
         right_padding: Sequence[int] | None = None,
     ) -> None:
         """Announce padding of the next inputs, a number for each row. Raises ValueError for other numbers."""
-        told = left_padding, lengths, right_padding
+        # As ints, which can be compared with what other layers are told.
+        told = tuple(
+            numbers if numbers is None else [operator.index(number) for number in _listed(numbers)]
+            for numbers in (left_padding, lengths, right_padding)
+        )
         self.rows.edits.tell(self.leaf.index, "prepare", told, lambda: self.rows.prepare(*told))
 
     def finalize(self) -> None:
@@ -71,8 +76,7 @@ class Layer(Observable):
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep just these rows, in this order."""
-        chosen: Any = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
-        keep = list(chosen)
+        keep = _listed(batch_indices)
         self.rows.edits.tell(self.leaf.index, "filter", keep, lambda: self.rows.filter(keep))
 
     def extend(self, other: Layer) -> None:
@@ -96,3 +100,9 @@ class Layer(Observable):
         if rows is None:
             rows = memo[id(self.rows)] = self.rows.fork()
         return self.served_by(rows)
+
+
+def _listed(numbers: Sequence[int] | mx.array) -> list[int]:
+    """Numbers of rows, as mlx-lm's tools give them."""
+    listed: Any = numbers.tolist() if isinstance(numbers, mx.array) else numbers
+    return list(listed)
