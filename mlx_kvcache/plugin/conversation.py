@@ -187,7 +187,9 @@ class Conversation:
             if sinks + drop < position:
                 self.remove(sinks, sinks + drop)
             else:
-                self.rewind_to(sinks)
+                plan = self.plan_rewind(sinks)
+                self.gaps += 1
+                self.pool.commit(plan)
         except NotSupportedError as error:
             raise CacheFullError(n, free, capacity, f"no shift makes room: {error}") from error
 

@@ -102,6 +102,25 @@ def test_one_that_is_full_ends_and_the_others_go_on() -> None:
     assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
 
 
+def test_prompts_longer_than_the_capacity_are_read_in_blocks_that_fit() -> None:
+    model = tiny_llama()
+    many = Many(model, capacity=20, overflow="shift", sinks=4)
+    cache = make_prompt_cache(model, capacity=20, overflow="shift", sinks=4)
+    many.add(TEXT[:100], max_tokens=3, cache=cache)
+    results: list[Generated] = []
+    while len(many):
+        results += many.step()
+    assert results[-1].finish == "length"
+    assert (len(results), cache.position <= 20, cache.gaps > 3) == (3, True, True)
+
+
+def test_numbers_are_checked_before_anything_is_generated() -> None:
+    model = tiny_llama()
+    for options in ({"most_at_once": 0}, {"most_at_once": -1}, {"max_tokens": 0}, {"tokens_per_step": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be 1 or more"):
+            generate_many(model, [[1, 2]], **options)
+
+
 def test_one_that_is_closed_meanwhile_ends_and_the_others_go_on() -> None:
     model = tiny_llama()
     many, cache = Many(model), make_prompt_cache(model)

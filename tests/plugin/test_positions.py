@@ -11,10 +11,11 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import ministral3
 
-from mlx_kvcache import NotSupportedError
+from mlx_kvcache import CacheFullError, NotSupportedError
 from mlx_kvcache.plugin import conversation as conversation_module
 from mlx_kvcache.plugin import make_prompt_cache
 from mlx_kvcache.plugin.probe import scheme_of
+from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import randomised, tiny_deepseek_v3, tiny_gpt2, tiny_llama
 
@@ -137,6 +138,30 @@ def test_overflow_shifts_by_itself(name: str) -> None:
         fresh = logits_of(model, make_prompt_cache(model), left)
         assert difference(ours, fresh[-1:]) <= 2e-5, step
         assert cache.position == len(left) <= 24
+
+
+@pytest.mark.parametrize(("capacity", "rewind"), [(98, 1), (98, 64), (35, 0)])
+def test_chunks_hold_what_a_shift_needs(capacity: int, rewind: int) -> None:
+    """Where a chunk begins changes with a shift: the next token may be the last of one."""
+    model = build("llama4")
+    cache = make_prompt_cache(model, capacity=capacity, overflow="shift", sinks=4, rewind=rewind)
+    logits_of(model, cache, [(7 * i) % 90 for i in range(400)], 1)
+    assert cache.gaps > 3
+    assert cache.position <= capacity
+
+
+def test_a_shift_that_cannot_be_is_a_full_cache() -> None:
+    """So large a block leaves less before it than its window reaches back."""
+    model = build("llama:window")
+    cache = make_prompt_cache(model, capacity=40, overflow="shift", sinks=4, rewind=4)
+    logits_of(model, cache, list(range(40)), 1)
+    with pytest.raises(
+        CacheFullError, match="33 cells needed, 0 free of a capacity of 40: no shift makes room"
+    ):
+        model(mx.array([list(range(33))]), cache=cache)
+    assert (cache.position, cache.gaps) == (40, 0)
+    logits_of(model, cache, list(range(8)))
+    assert cache.position <= 40
 
 
 def test_keys_stay_within_two_roundings_after_500_removals() -> None:
