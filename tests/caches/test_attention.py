@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import pytest
 
 from mlx_kvcache import (
     Batch,
+    CacheConfig,
     CausalCache,
     CausalOptions,
     ChunkedAttentionCache,
@@ -160,6 +162,29 @@ def test_keys_come_with_values() -> None:
         with pytest.raises(ValueError, match=told):
             attention(ones, keys, values, cache, scale=1.0)
     assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize("reserve", [False, True])
+def test_queries_are_of_the_batch(reserve: bool) -> None:
+    cache = CausalCache()
+    cache.init(mx.float32)
+    cache.start_forward(Batch([0, 1, 0], [0, 0, 1]), reserve=reserve)
+    keys = mx.zeros((1, 2, 3, 8))
+    for shape in ((1, 4, 2, 8), (1, 4, 4, 8), (2, 4, 3, 8), (4, 3, 8)):
+        told = rf"queries are {re.escape(str(shape))}, expected \(1, n_heads, 3, head_dim\)"
+        with pytest.raises(ValueError, match=told):
+            attention(mx.zeros(shape), keys, keys, cache, scale=1.0)
+    assert attention(mx.zeros((1, 4, 3, 8)), keys, keys, cache, scale=1.0).shape == (1, 4, 3, 8)
+
+
+def test_reserving_with_additive_masks() -> None:
+    for dtype in (mx.float32, mx.bfloat16):
+        cache = CausalCache()
+        cache.set_config(CacheConfig(mask_dtype=dtype))
+        cache.init(mx.float16, capacity=32)
+        cache.start_forward(Batch.run(0, 0, 3), reserve=True)
+        ones = mx.ones((1, 2, 3, 8), mx.float16)
+        assert attention(ones, ones, ones, cache, scale=1.0).dtype == mx.float16
 
 
 def test_on_the_current_layer() -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_kvcache import (
@@ -161,6 +162,21 @@ def test_kinds_out_of_range() -> None:
     assert SlidingWindowCache(4, rewind=0, sinks=3)._rule == Window(4, 3)
     assert [make(4)._rewind for make in (SlidingWindowCache, ChunkedAttentionCache)] == [1, 1]
     ChunkedAttentionCache(1, rewind=0)
+    with pytest.raises(ValueError, match="head_dim must be 1 or more, got 0"):
+        CausalCache().init(head_dim=0)
+
+
+@pytest.mark.parametrize("size", [2**31 + 5, 2**63, sys.maxsize])
+def test_sizes_beyond_all_positions(size: int) -> None:
+    """Masks are arrays where queries see later tokens."""
+    for cache in (SlidingWindowCache(size), ChunkedAttentionCache(size)):
+        cache.init(mx.float32)
+        cache.start_forward(Batch.run(0, 0, 3))
+        cache.set_causal(CausalOptions([1]))
+        cache.put(*coded(range(3)))
+        mask = cache.get()[2]
+        assert isinstance(mask, mx.array)
+        assert mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
 
 
 @pytest.mark.parametrize("options", [{"max_sequences": 0}, {"capacity": -1}, {"max_batch": 0}])
@@ -249,6 +265,14 @@ def test_additive_masks_and_padding() -> None:
     for bad in ({"padding": 0}, {"mask_dtype": mx.int32}):
         with pytest.raises(ValueError, match="must be"):
             CacheConfig(**bad)
+
+
+def test_padding_is_a_plain_number() -> None:
+    """One of eight bits would overflow."""
+    config = CacheConfig(padding=np.uint8(4))
+    assert (config.padding, type(config.padding)) == (4, int)
+    with pytest.raises(ValueError, match="padding must be 1 or more, got 0"):
+        CacheConfig(padding=0)
 
 
 def test_padding_hides_what_was_not_a_number() -> None:

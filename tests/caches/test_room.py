@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import mlx.core as mx
 import pytest
 
@@ -224,3 +226,9 @@ def test_slack_is_given_up_under_pressure() -> None:
     assert cache._table.live == 100
     with pytest.raises(CacheFullError):
         cache.start_forward(Batch([12], [4]))
+
+
+def test_a_full_cache_survives_a_pickle() -> None:
+    error = CacheFullError(1, 2, 3, "remove some")
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301  # its own
+    assert (str(again), again.hint, again.capacity) == (str(error), "remove some", 3)

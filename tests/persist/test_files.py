@@ -117,6 +117,18 @@ def test_into_another_store(kind: Kind, source: str, target: str, tmp_path: Path
     assert_same(other, again, (0, 3))
 
 
+@pytest.mark.parametrize("sequence", [-1, "x", 1.5, None])
+def test_a_sequence_is_a_whole_number(sequence: Any, tmp_path: Path) -> None:
+    cache = CausalCache()
+    cache.init(mx.float32)
+    path = tmp_path / "file"
+    save(path, cache, 0)
+    for call in (save, load):
+        with pytest.raises((TypeError, ValueError), match="sequence must be"):
+            call(path, cache, sequence)
+    assert not cache._table.sequences
+
+
 def test_only_live_tokens_are_written(tmp_path: Path) -> None:
     cache = SlidingWindowCache(16, rewind=4)
     cache.init(mx.float16, capacity=2000, max_batch=500)

@@ -126,6 +126,18 @@ def test_salts_that_cannot_be_written_stay_in_memory(tmp_path: Path) -> None:
         assert pool.open(TEXT[:40], salt=salt).reused == 30
 
 
+def test_a_file_that_is_too_long_hides_no_shorter_one(tmp_path: Path) -> None:
+    for n in (30, 60):
+        with make_session_pool(MODEL, folder=tmp_path) as pool:
+            say(pool, TEXT[:n])
+    with make_session_pool(MODEL, folder=tmp_path, capacity=40) as pool:
+        assert pool.open(TEXT[:35]).reused == 30
+        assert not pool.counts.rejected
+    # It is still there for others.
+    with make_session_pool(MODEL, folder=tmp_path) as pool:
+        assert pool.open(TEXT[:70]).reused == 60
+
+
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CacheFileError, match="file"):

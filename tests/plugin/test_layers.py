@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache import CacheError
+from mlx_kvcache import CacheError, CacheFullError
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
@@ -63,6 +63,50 @@ def test_several_layers_in_one_entry(name: str) -> None:
     layers = [entry.to_quantized(32, 8) for entry in packed]
     logits_of(model, layers, TEXT[:6])
     assert 0 < sum(entry.nbytes for entry in layers) < sum(entry.nbytes for entry in one)
+
+
+def test_rows_that_are_named_again_are_forked() -> None:
+    model = tiny_llama()
+    caches = [make_prompt_cache(model) for _ in range(2)]
+    for cache, n in zip(caches, (6, 9), strict=True):
+        logits_of(model, cache, TEXT[:n])
+    batch = [one.merge([one, two]) for one, two in zip(*caches, strict=True)]
+    for wrong in (2, -3):
+        with pytest.raises(ValueError, match=f"row {wrong} of a batch of 2"):
+            batch[0].filter([0, wrong])
+        with pytest.raises(ValueError, match=f"row {wrong} of a batch of 2"):
+            batch[0].extract(wrong)
+    for layer in batch:
+        layer.filter([1, 1, -2])
+    assert batch[0].rows.positions == [9, 9, 6]
+    found = model(mx.array([[3], [4], [3]]), cache=batch)[:, -1]
+    for row, (n, token) in enumerate(((9, 3), (9, 4), (6, 3))):
+        expected = logits_of(model, make_theirs(model), [*TEXT[:n], token])[-1]
+        assert difference(found[row], expected) <= 1e-4
+
+
+def test_padding_may_come_in_arrays() -> None:
+    model = tiny_llama()
+    cache = make_prompt_cache(model)
+    batch = [layer.merge([layer, layer]) for layer in cache]
+    with pytest.raises(TypeError):
+        batch[0].prepare(left_padding=[0, 1.5])
+    for layer in batch:
+        layer.prepare(left_padding=mx.array([0, 2]))
+    found = model(mx.array([TEXT[:5], [0, 0, *TEXT[:3]]]), cache=batch)[:, -1]
+    for row, n in enumerate((5, 3)):
+        assert difference(found[row], logits_of(model, make_theirs(model), TEXT[:n])[-1]) <= 1e-4
+
+
+def test_a_full_row_is_told_before_another_shifts() -> None:
+    model = tiny_llama()
+    caches = [make_prompt_cache(model, capacity=20, overflow=way) for way in ("shift", "error")]
+    for cache in caches:
+        logits_of(model, cache, TEXT)
+    batch = [one.merge([one, two]) for one, two in zip(*caches, strict=True)]
+    with pytest.raises(CacheFullError, match="1 cells needed, 0 free of a capacity of 20: remove or rewind"):
+        model(mx.array([[1], [2]]), cache=batch)
+    assert batch[0].rows.positions == [20, 20]
 
 
 def test_a_state_changes_in_a_call_only() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import pytest
@@ -116,7 +116,8 @@ def test_prompts_longer_than_the_capacity_are_read_in_blocks_that_fit() -> None:
 
 def test_numbers_are_checked_before_anything_is_generated() -> None:
     model = tiny_llama()
-    for options in ({"most_at_once": 0}, {"most_at_once": -1}, {"max_tokens": 0}, {"tokens_per_step": 0}):
+    wrong: list[dict[str, Any]] = [{"most_at_once": 0}, {"max_tokens": 0}, {"tokens_per_step": 0}]
+    for options in wrong:
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be 1 or more"):
             generate_many(model, [[1, 2]], **options)
 

@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, load_prompt_cache, save_prompt_cache
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache.plugin import attach, make_prompt_cache
+from mlx_kvcache.plugin import attach, make_prompt_cache, make_session_pool
 from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, STAY_NARROW, build
 from tests.plugin.running import difference, greedy, logits_of
 from tests.plugin.tiny import tiny_llama
@@ -161,6 +162,16 @@ def test_each_layer_is_told_how() -> None:
     assert sizes[:3] == [[packed] * 3, [packed, packed, whole], [whole, packed, whole]]
     assert sizes[3][0] == whole and sizes[3][1] < packed
     assert sizes[4] == [packed] * 3
+
+
+def test_an_iterator_of_layers_serves_every_cache() -> None:
+    model = build("llama", is_wide=True)
+    options: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32}
+    with attach(model, kv_float=iter([0]), **options):
+        kinds = [[type(layer).__name__ for layer in mlx_lm_cache.make_prompt_cache(model)] for _ in range(2)]
+    pool = make_session_pool(model, kv_float=iter([0]), **options)
+    kinds += [[type(layer).__name__ for layer in pool.open([1]).cache] for _ in range(2)]
+    assert kinds == [["KVCache", "QuantizedKVCache"]] * 4
 
 
 def test_a_cache_begins_in_float() -> None:
