@@ -197,13 +197,22 @@ class SessionPool:
         """The stored cache that saves the most tokens, and how many. One is always left to compute."""
         tree = self._trees.get(salt)
         best: tuple[int, _Stored | None] = (0, None)
+        closed = []
         for common, entry in islice(tree.matches(tokens), CANDIDATES) if tree else ():
             most = min(common, len(tokens) - 1)
             if most <= best[0]:
                 break
-            point = entry.cache.resume_point(most)
+            try:
+                point = entry.cache.resume_point(most)
+            except CacheError:
+                closed.append(entry)
+                continue
             if point > best[0]:
                 best = point, entry
+        for entry in closed:
+            # By whoever kept it after it was stored.
+            self.counts.rejected["closed"] += 1
+            self._remove(entry)
         return best
 
     def _from_disk(
@@ -271,7 +280,8 @@ class SessionPool:
         except BaseException:
             self._replant()
             raise
-        entry.cache.close()
+        if not any(other.cache is entry.cache for other in self._stored):
+            entry.cache.close()
 
     def _replant(self) -> None:
         """Grow the trees anew, after something came between them and the list of what is stored."""

@@ -210,6 +210,9 @@ class StepPlan(Plan):
         if self._step is not None and self._cache._step is self._step:
             self._cache._table.assign(self._placement.undo)
             self._cache._step = None
+            if not self._cache._table.sequences:
+                # Where nothing is held, another form may come than that of what is taken out.
+                self._cache._store.layers.clear()
 
     def again(self) -> bool:
         cache, step = self._cache, self._step

@@ -28,10 +28,14 @@ class WrapperCache(PlanningCache):
 
     Raises:
         ValueError: no child, or one twice.
+        TypeError: a child that is none of this package's kinds.
     """
 
     def __init__(self, *caches: PlanningCache) -> None:
         super().__init__()
+        for child in caches:
+            if not isinstance(child, PlanningCache):
+                raise TypeError(f"children are caches of their own, got {type(child).__name__}")
         if not caches or len(set(map(id, caches))) < len(caches):
             raise ValueError(f"a wrapper needs one or more different caches, got {len(caches)}")
         self._children = caches

@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice, repeat
 from typing import Any, Literal, NamedTuple
 
@@ -138,7 +139,7 @@ class Many:
         cache.position  # noqa: B018  # raises where it is closed
         ticket = next(self._tickets)
         stop = frozenset(stop_tokens)
-        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler or _likeliest, stop)
+        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop)
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
@@ -178,6 +179,8 @@ class Many:
             if not tokens:
                 continue
             try:
+                if sequence.cache.pool is not self._pool:
+                    raise CacheError("the cache is of another pool since it was added")
                 with sequence.cache._rows.edit(f"make room for {len(tokens)} tokens"):
                     sequence.cache._conversation.make_room(len(tokens), early=True)
             except CacheError as error:
@@ -295,7 +298,3 @@ def generate_many(
                     yield one
 
     return generated()
-
-
-def _likeliest(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)

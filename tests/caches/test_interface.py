@@ -236,6 +236,16 @@ def test_an_exception_takes_the_batch_out_again(cache: KeyValueCache) -> None:
     fed(cache, [4])
 
 
+def test_what_an_exception_takes_out_binds_no_form() -> None:
+    cache = causal()
+    with pytest.raises(KeyError), cache.forward(Batch([0], [0])):
+        cache.put(*coded([0], heads=3))
+        raise KeyError
+    with cache.forward(Batch([0], [0])):
+        cache.put(*coded([0], heads=2))
+    assert cache.get()[0].shape == (1, 2, 1, 2)
+
+
 def test_later_tokens_until_the_next_forward() -> None:
     cache = causal()
     cache.start_forward(Batch.run(0, 0, 4))

@@ -92,6 +92,11 @@ def test_layer_types() -> None:
         cache.get()
 
 
+def test_children_are_caches() -> None:
+    with pytest.raises(TypeError, match="children are caches of their own, got list"):
+        WrapperCache([CausalCache()])  # type: ignore[arg-type]
+
+
 def test_children_must_be_new_and_different() -> None:
     causal = CausalCache()
     for children in ((), (causal, causal)):

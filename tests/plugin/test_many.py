@@ -136,6 +136,20 @@ def test_one_that_is_closed_meanwhile_ends_and_the_others_go_on() -> None:
     assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
 
 
+def test_one_that_is_stored_otherwise_meanwhile_ends() -> None:
+    model = build("llama", is_wide=True)
+    many, cache = Many(model), make_prompt_cache(model)
+    many.add(PROMPTS[0], max_tokens=50, cache=cache)
+    many.add(PROMPTS[1], max_tokens=10)
+    results = many.step()
+    for layer in cache:
+        layer.to_quantized(32, 8)
+    results += [result for _ in range(12) for result in many.step()]
+    [ended] = [result for result in results if result.finish == "closed"]
+    assert (ended.ticket, str(ended.error)) == (0, "the cache is of another pool since it was added")
+    assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
+
+
 def test_what_cannot_be_added() -> None:
     model, other = tiny_llama(), tiny_llama()
     many = Many(model)

@@ -259,3 +259,21 @@ def test_a_long_life_leaves_few_runs() -> None:
     assert len(positional._table[last._conversation.sequence].spans) == 1
     expected = afresh(MODEL, text + more + [5])
     assert difference(logits_of(MODEL, last, [5]), expected) <= 2e-4
+
+
+def test_a_cache_that_is_stored_again_when_it_has_grown() -> None:
+    pool, cache = pool_of(), make_prompt_cache(MODEL)
+    for n in (10, 20):
+        logits_of(MODEL, cache, TEXT[n - 10 : n])
+        assert pool.store(TEXT[:n], cache)
+    assert len(pool) == 1
+    assert pool.open(TEXT[:30]).reused == 20
+
+
+def test_a_stored_cache_that_somebody_closes_is_forgotten() -> None:
+    pool, cache = pool_of(), make_prompt_cache(MODEL)
+    logits_of(MODEL, cache, TEXT[:10])
+    pool.store(TEXT[:10], cache)
+    cache.close()
+    assert pool.open(TEXT[:30]).reused == 0
+    assert (len(pool), dict(pool.counts.rejected)) == (0, {"closed": 1})
