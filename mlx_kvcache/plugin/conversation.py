@@ -157,9 +157,10 @@ class Conversation:
 
     def check_room(self, n: int, early: bool) -> None:
         """Raise CacheFullError where n tokens find no room, and a shift would make none; see `make_room`."""
-        position, (capacity, overflow, sinks, _) = self.position, self.limits
-        if capacity is None or position + n <= capacity:
+        if self.has_room(n):
             return
+        position, (capacity, overflow, sinks, _) = self.position, self.limits
+        assert capacity is not None
         free, sinks = capacity - position, min(sinks, position)
         if overflow == "error":
             raise CacheFullError(n, free, capacity, "remove or rewind tokens first")
@@ -177,10 +178,11 @@ class Conversation:
         Raises:
             CacheFullError: there is none, and none can be made.
         """
+        if self.has_room(n):
+            return
         self.check_room(n, early)
         position, (capacity, _, sinks, _) = self.position, self.limits
-        if capacity is None or position + n <= capacity:
-            return
+        assert capacity is not None
         free, sinks = capacity - position, min(sinks, position)
         drop = max((position - sinks) // 2, n - free)
         try:

@@ -139,7 +139,9 @@ class Many:
         cache.position  # noqa: B018  # raises where it is closed
         ticket = next(self._tickets)
         stop = frozenset(stop_tokens)
-        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop)
+        self._sequences[ticket] = _Sequence(
+            cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop
+        )
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
