@@ -43,7 +43,7 @@ fmt: $(VENV)/dev  ## format the code
 	$(BIN)/ruff check --fix .
 
 soak: $(VENV)/dev  ## a million random calls with faults against the oracle, and a million tokens of decoding
-	MACHINE_SEEDS=60 MACHINE_STEPS=1000 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
+	MACHINE_SEEDS=116 MACHINE_STEPS=500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/test_flat.py
 
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
