@@ -53,7 +53,7 @@ SHORT = (
     "MLX's own attention multiplies one row at a time, for which OpenBLAS has a short way on processors with "
     "AVX-512, up to some 1,200 keys: it is then about as fast as the products here, to which the cache comes."
 )
-LOADING = "the prompt is there after a fifth of it; the rest is the model's, which is loaded and reads its first tokens."
+LOADING = "the prompt is there after a fifth of it; then the model is loaded, and reads its first tokens."
 SMALL = "an update of 256 tokens' cache is not small beside attention to them."
 
 BOUNDS = {
