@@ -117,11 +117,11 @@ class Conversation:
         """Drop the tokens from `position` on. Raises NotSupportedError where that cannot be done."""
         self.pool.commit(self.plan_rewind(position))
 
-    def plan_rewind(self, position: int) -> Plan:
-        """Plan what `rewind_to` does. Raises as it."""
+    def plan_rewind(self, position: int, gaps: int = 0) -> Plan:
+        """Plan what `rewind_to` does; `gaps` more where it makes room for tokens. Raises as it."""
         self.check_resume(position)
         plans = self.pool.plan_truncate(self.sequence, position)
-        return JointPlan([*plans, HeadPlan(self, self.head.cut(position))])
+        return JointPlan([*plans, HeadPlan(self, self.head.cut(position), gaps)])
 
     def remove(self, begin: int, end: int) -> None:
         """Take out [begin, end), which are followed by others.
@@ -138,12 +138,10 @@ class Conversation:
             )
         if scheme.refusal:
             raise NotSupportedError(f"removing [{begin}, {end}) of {self.position} tokens: {scheme.refusal}")
-        plan = self._plan_head(begin, end) if scheme.ahead else self._plan_tail(begin, end)
-        # Before it is there, so that no exception leaves one that is not counted.
-        self.gaps += 1
         if not scheme.ahead:
-            pool.commit(plan)
+            pool.commit(self._plan_tail(begin, end))
             return
+        plan = self._plan_head(begin, end)
         pool.ranks.ready()
         if self.head.lead + gap > FARTHEST:
             # Only now, as nothing changes where the removal is refused.
@@ -189,9 +187,7 @@ class Conversation:
             if sinks + drop < position:
                 self.remove(sinks, sinks + drop)
             else:
-                plan = self.plan_rewind(sinks)
-                self.gaps += 1
-                self.pool.commit(plan)
+                self.pool.commit(self.plan_rewind(sinks, gaps=1))
         except NotSupportedError as error:
             raise CacheFullError(n, free, capacity, f"no shift makes room: {error}") from error
 
@@ -209,7 +205,7 @@ class Conversation:
             rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()), codecs)
             plans.append(cache._plan_edit(removal, rebase))
             pieces[kind] = rebase.pieces
-        return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces))])
+        return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces), gaps=1)])
 
     def _plan_tail(self, begin: int, end: int) -> Plan:
         """A removal that rotates what is after it."""
@@ -218,7 +214,7 @@ class Conversation:
         for _, cache in self.pool.positional():
             removal = remove_range(cache._table, self.sequence, begin, end, cache._rule)
             plans.append(cache._plan_edit(removal, rebase))
-        return JointPlan(plans)
+        return JointPlan([*plans, HeadPlan(self, self.head, gaps=1)])
 
     def _renormalise(self) -> None:
         """Rotate everything back, so that offsets equal positions again."""
@@ -240,14 +236,15 @@ class Conversation:
 
 
 class HeadPlan(Plan):
-    """Another head, for what happens to the cells at the same time."""
+    """Another head and more gaps, for what happens to the cells at the same time."""
 
-    def __init__(self, conversation: Conversation, head: Head) -> None:
+    def __init__(self, conversation: Conversation, head: Head, gaps: int = 0) -> None:
         self._conversation = conversation
-        self._before, self._head = conversation.head, head
+        self._before = conversation.head, conversation.gaps
+        self._after = head, conversation.gaps + gaps
 
     def make(self) -> None:
-        self._conversation.head = self._head
+        self._conversation.head, self._conversation.gaps = self._after
 
     def unmake(self) -> None:
-        self._conversation.head = self._before
+        self._conversation.head, self._conversation.gaps = self._before

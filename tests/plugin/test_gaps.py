@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import LRUPromptCache
 
+from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.plugin import attach, make_prompt_cache
 from mlx_kvcache.sessions import SessionPool
+from tests.interrupts import Planted
+from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of, plain
 from tests.plugin.tiny import tiny_llama
 
@@ -28,6 +32,24 @@ def test_gaps_are_counted_and_forked() -> None:
     assert (cache.gaps, cache.fork().gaps) == (1, 1)
     logits_of(MODEL, cache, TEXT[:20], 5)
     assert cache.gaps == 2
+
+
+@pytest.mark.parametrize("model", [MODEL, build("ministral3")], ids=["head", "tail"])
+def test_a_removal_that_fails_leaves_no_gap(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it would rotate what is before it or what is after it."""
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:30])
+
+    def fails(*given: Any) -> None:
+        raise Planted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CellTable, "assign", fails)
+        with pytest.raises(Planted):
+            cache.remove(5, 10)
+    assert (cache.gaps, cache.position) == (0, 30)
+    cache.remove(5, 10)
+    assert (cache.gaps, cache.position) == (1, 25)
 
 
 def test_a_session_whose_cache_has_shifted_is_not_stored() -> None:
