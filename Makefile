@@ -43,11 +43,11 @@ fmt: $(VENV)/dev  ## format the code
 	$(BIN)/ruff check --fix .
 
 soak: $(VENV)/dev  ## a million random calls with faults against the oracle, and a million tokens of decoding
-	MACHINE_SEEDS=116 MACHINE_STEPS=500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
+	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=116 MACHINE_STEPS=500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/test_flat.py
 
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
-	INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
+	OPENBLAS_NUM_THREADS=1 INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
 
 ranks: $(VENV)/dev  ## the example with 2 and 4 processes, and every architecture that can be split
 	for n in 2 4; do for way in tensor pipeline; do \
@@ -62,7 +62,7 @@ fuzz: $(VENV)/proof  ## fuzz files, options and calls; FUZZ_SECONDS for each of 
 	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 coverage: $(VENV)/dev  ## lines and branches of the package that tests run; fails below 97 %
-	MACHINE_SEEDS=3 $(RUN) -m pytest -n 2 $(UNTRACED) --cov --cov-report=term-missing tests
+	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=3 $(RUN) -m pytest -n 2 $(UNTRACED) --cov --cov-report=term-missing tests
 
 mutants: $(VENV)/proof  ## change the bookkeeping and the caches line by line, in a copy, and print what no test notices
 	rm -rf build/mutants && mkdir -p build/mutants
