@@ -60,8 +60,8 @@ class RecurrentCache(StreamCache[Stream]):
 
     A state cannot be rolled back, only kept. The ends of blocks are kept as checkpoints, every
     `interval` tokens of decoding, and any position inside a block for which the model puts a
-    state (`wanted` suggests some). When there are too many, those go that lie closest together
-    for their age, so that recent history stays finer than old.
+    state (`wanted` suggests some). When there are too many as the sequence's next batch begins,
+    those go that lie closest together for their age, so that recent history stays finer than old.
 
     Args:
         interval: tokens between checkpoints while decoding, and inside long blocks.
@@ -87,8 +87,6 @@ class RecurrentCache(StreamCache[Stream]):
         for end, states, _ in self._streams.values():
             assert end > 0
             assert all(0 < position <= end for position in states)
-            # Those that a model put inside its last batch are thinned out when the next begins.
-            assert len(states) <= 2 * self._max_checkpoints + 1
 
     def layer(self, layer: int) -> RecurrentLayer:
         """A handle on one model layer. Raises ValueError below 0."""
