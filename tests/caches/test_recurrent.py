@@ -191,20 +191,6 @@ def test_bounds() -> None:
     assert [p for p in range(201) if none.can_resume(0, p)] == [0, 200]
 
 
-@pytest.mark.parametrize("most", [0, 1, 4])
-def test_a_model_may_put_more_checkpoints_than_stay(most: int) -> None:
-    cache = made(interval=1, max_checkpoints=most)
-    with cache.forward(Batch.run(0, 0, 20)):
-        for layer in (0, 1):
-            for at in range(1, 21):
-                cache.layer(layer).put(mx.array(at), at=at)
-    cache.check()
-    assert all(cache.can_resume(0, position) for position in range(21))
-    cache.start_forward(Batch.run(0, 20, 1))
-    cache.check()
-    assert sum(cache.can_resume(0, position) for position in range(1, 21)) == most
-
-
 def test_a_state_with_nothing_in_it() -> None:
     cache = made()
     cache.start_forward(Batch([0], [0]))

@@ -269,3 +269,19 @@ def test_attention_to_what_holds_no_keys() -> None:
     cache.init(mx.float32)
     with pytest.raises(NotSupportedError, match="RecurrentCache, which holds no keys"):
         attention(new, new, new, cache, scale=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_a_model_may_put_more_checkpoints_than_stay(most: int) -> None:
+    """`check` took this for too many."""
+    cache = RecurrentCache(interval=1, max_checkpoints=most)
+    cache.init()
+    with cache.forward(Batch.run(0, 0, 20)):
+        for layer in (0, 1):
+            for at in range(1, 21):
+                cache.layer(layer).put(mx.array(at), at=at)
+    cache.check()
+    assert all(cache.can_resume(0, position) for position in range(21))
+    cache.start_forward(Batch.run(0, 20, 1))
+    cache.check()
+    assert sum(cache.can_resume(0, position) for position in range(1, 21)) == most
