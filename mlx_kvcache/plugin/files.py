@@ -67,7 +67,7 @@ def check_room(conversation: Conversation, end: int, path: Path) -> None:
 
 
 def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
-    """Raise ValueError unless snapshots are of just the layers and heads that the model writes."""
+    """Raise ValueError unless snapshots are of just the layers, heads and arrays that the model writes."""
     for kind, _ in pool.positional():
         snapshot = snapshots[kind]
         if not snapshot.runs:
@@ -80,6 +80,12 @@ def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
                     f"layer {leaf.name} has (heads, features of keys, of values) "
                     f"{found and found[:3]}, the model's has {expected and expected[:3]}"
                 )
+    for leaf in pool.leaves:
+        stream = None if leaf.rule else snapshots[pool.kinds[leaf.index]]
+        for state in stream.states.values() if stream else ():
+            arrays = state.get(leaf.index)
+            if arrays is not None and len(arrays) != leaf.slots:
+                raise ValueError(f"layer {leaf.name} has {len(arrays)} arrays, the model's has {leaf.slots}")
 
 
 def _encode_head(head: Head, arrays: dict[str, mx.array]) -> dict[str, Any]:

@@ -48,6 +48,22 @@ def test_bits_in_a_file_that_are_lists(tmp_path: Path) -> None:
         PromptCache.load(path, held("llama").model)
 
 
+def test_a_recurrence_with_an_array_too_few(tmp_path: Path) -> None:
+    """The model looked for the one that was not there."""
+    model, path = held("qwen3_next").model, tmp_path / "few.safetensors"
+    source = theirs("qwen3_next")
+    names = sorted(name for name in source.arrays if name.startswith("0.0."))
+    path.write_bytes(plain_file(source.told, {n: a for n, a in source.arrays.items() if n != names[-1]}))
+    with pytest.raises(CacheFileError, match="layer 0 has 1 arrays, the model's has 2"):
+        PromptCache.load(path, model)
+    source = ours("qwen3_next", 0)
+    told = deepcopy(source.told)
+    told["caches"][0]["states"][-1]["layers"]["0"].pop()
+    path.write_bytes(own_file(told, source.arrays))
+    with pytest.raises(CacheFileError, match="layer 0 has 1 arrays, the model's has 2"):
+        PromptCache.load(path, model)
+
+
 def test_saved_options_that_the_model_cannot_have(tmp_path: Path) -> None:
     """A recurrent state keeps no sinks, whatever the file says."""
     source, path = ours("qwen3_next", 0), tmp_path / "sinks.safetensors"
