@@ -1,8 +1,10 @@
-"""Numbers that callers give, as ints."""
+"""Numbers that callers give, as ints, and how large a dimension can be."""
 
 from __future__ import annotations
 
 import operator
+
+EXTENT = 2**31 - 1  # of a dimension, as in MLX
 
 
 def whole(least: int = 0, **numbers: int) -> tuple[int, ...]:

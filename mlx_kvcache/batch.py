@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
-from .arguments import whole
+from .arguments import EXTENT, whole
 
 
 def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class CacheConfig:
             are zeros and masked.
 
     Raises:
-        ValueError: a mask_dtype that is no float type, or a padding below 1.
+        ValueError: a mask_dtype that is no float type, or a padding below 1 or above 2**31 - 1.
     """
 
     mask_dtype: mx.Dtype | None = None
@@ -149,4 +149,6 @@ class CacheConfig:
         if self.mask_dtype is not None and not mx.issubdtype(self.mask_dtype, mx.floating):
             raise ValueError(f"mask_dtype must be a float type, got {self.mask_dtype}")
         (padding,) = whole(1, padding=self.padding)
+        if padding > EXTENT:
+            raise ValueError(f"padding must be {EXTENT} or less, got {padding}")
         object.__setattr__(self, "padding", padding)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import EXTENT
 from ..errors import CacheFileError
 from . import head as heads
 from .atomic import replacing, sweep
@@ -175,7 +176,7 @@ def _check(name: str, stored: Stored) -> None:
         raise ValueError(f"no array may be named {name!r}")
     if dtype not in SIZES:
         raise ValueError(f"array {name!r} is of dtype {dtype!r}, which is none of {', '.join(SIZES)}")
-    if len(shape) > heads.DIMENSIONS or not all(0 <= n <= heads.EXTENT for n in shape):
+    if len(shape) > heads.DIMENSIONS or not all(0 <= n <= EXTENT for n in shape):
         raise ValueError(f"array {name!r} has more or larger dimensions than can be held: {shape}")
     if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
         raise ValueError(f"array {name!r} is given as {data.dtype} {data.shape}, not as contiguous bytes")

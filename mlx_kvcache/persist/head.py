@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from reprlib import Repr
 from typing import Any, BinaryIO, NamedTuple
 
+from ..arguments import EXTENT
+
 FORMAT = "mlx_kvcache"
 VERSION = "1"
 METADATA = "__metadata__"
@@ -21,7 +23,6 @@ LENGTH = 8
 DIGEST = 16
 MOST = 64 << 20  # bytes of JSON
 DIMENSIONS = 64  # of an array, as in NumPy
-EXTENT = 2**31 - 1  # of a dimension, as in MLX
 
 # Bytes of an element, by safetensors' name. All but F64 are read by mx.load, too.
 SIZES = {

@@ -284,6 +284,9 @@ def test_padding_is_a_plain_number() -> None:
     assert (config.padding, type(config.padding)) == (4, int)
     with pytest.raises(ValueError, match="padding must be 1 or more, got 0"):
         CacheConfig(padding=0)
+    assert CacheConfig(padding=2**31 - 1).padding == 2**31 - 1
+    with pytest.raises(ValueError, match="padding must be 2147483647 or less, got 2147483648"):
+        CacheConfig(padding=2**31)
 
 
 def test_padding_hides_what_was_not_a_number() -> None:
