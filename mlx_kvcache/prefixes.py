@@ -43,18 +43,17 @@ class PrefixTree(Generic[V]):
         before, node.value = node.value, value
         return before
 
+    def get(self, tokens: Sequence[int]) -> V:
+        """The value of just these tokens. Raises KeyError where there is none."""
+        value = self._path(tokens)[-1].value
+        assert value is not None
+        return value
+
     def pop(self, tokens: Sequence[int]) -> V:
         """Take a value out. Raises KeyError where none is stored for just these tokens."""
-        path, rest = [self._root], tuple(tokens)
-        while rest:
-            child = path[-1].children.get(rest[0])
-            if child is None or rest[: len(child.edge)] != child.edge:
-                raise KeyError(f"nothing is stored for these {len(tokens)} tokens")
-            path.append(child)
-            rest = rest[len(child.edge) :]
+        path = self._path(tokens)
         value, path[-1].value = path[-1].value, None
-        if value is None:
-            raise KeyError(f"nothing is stored for these {len(tokens)} tokens")
+        assert value is not None
         self._prune(path)
         return value
 
@@ -83,6 +82,19 @@ class PrefixTree(Generic[V]):
         if depth:
             yield from ((depth, value) for value in below)
         yield from reversed(above)
+
+    def _path(self, tokens: Sequence[int]) -> list[_Node[V]]:
+        """The nodes that lead to the value of just these tokens. Raises KeyError where there is none."""
+        path, rest = [self._root], tuple(tokens)
+        while rest:
+            child = path[-1].children.get(rest[0])
+            if child is None or rest[: len(child.edge)] != child.edge:
+                break
+            path.append(child)
+            rest = rest[len(child.edge) :]
+        if rest or path[-1].value is None:
+            raise KeyError(f"nothing is stored for these {len(tokens)} tokens")
+        return path
 
     def _split(self, parent: _Node[V], child: _Node[V], at: int) -> _Node[V]:
         """Put a node into an edge, after its first `at` tokens."""

@@ -71,6 +71,11 @@ Staged = dict[int, dict[int, AnyPair]]
 """New pairs by layer and segment, not yet adopted."""
 
 
+def arrays_in(staged: Staged) -> list[mx.array]:
+    """All arrays of new pairs."""
+    return [array for pairs in staged.values() for pair in pairs.values() for array in pair.arrays]
+
+
 class Store:
     """All buffers, in the dtype they are used in or in fewer bits.
 

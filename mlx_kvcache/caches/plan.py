@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import mlx.core as mx
 
 
 class Plan(ABC):
@@ -40,6 +42,10 @@ class Plan(ABC):
         """Take a step that was made out again; nothing where it was not. Only plans of steps can."""
         raise NotImplementedError
 
+    def arrays(self) -> Iterable[mx.array]:
+        """New arrays of the change, which can be computed before it is made."""
+        return ()
+
     def again(self) -> bool:
         """Commit as many tokens more, where that is as simple as before; else False, and nothing."""
         return False
@@ -66,6 +72,10 @@ class JointPlan(Plan):
     def settle(self) -> None:
         for plan in self._plans:
             plan.settle()
+
+    def arrays(self) -> Iterator[mx.array]:
+        for plan in self._plans:
+            yield from plan.arrays()
 
     def undo(self) -> None:
         for plan in reversed(self._plans):

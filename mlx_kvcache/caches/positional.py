@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 
 import mlx.core as mx
 
-from ..arrays.store import Rebase, Staged, Store, cells_in
+from ..arrays.store import Rebase, Staged, Store, arrays_in, cells_in
 from ..batch import Batch, CausalOptions
 from ..cells.compaction import allocated_after, compact
 from ..cells.placement import Placement, append, place
@@ -277,6 +277,9 @@ class EditPlan(Plan):
     def unmake(self) -> None:
         if self._journal:
             self._journal.roll_back()
+
+    def arrays(self) -> Iterable[mx.array]:
+        return arrays_in(self._staged)
 
     def settle(self) -> None:
         self._cache._sweep()

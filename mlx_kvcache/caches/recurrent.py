@@ -274,10 +274,19 @@ class RecurrentCache(StreamCache[Stream]):
         return self._max_bytes is not None and _nbytes(states.values()) > self._max_bytes
 
 
+def filter_none(arrays: Iterable[mx.array | None]) -> list[mx.array]:
+    """The arrays that are there."""
+    return [array for array in arrays if array is not None]
+
+
+def arrays_in(states: Iterable[State]) -> list[mx.array]:
+    """All arrays of some states."""
+    return filter_none(array for state in states for own in state.values() for array in own)
+
+
 def _nbytes(states: Iterable[State]) -> int:
     """Bytes of all different arrays."""
-    arrays = (array for state in states for own in state.values() for array in own if array is not None)
-    return sum({id(array): array.nbytes for array in arrays}.values())
+    return sum({id(array): array.nbytes for array in arrays_in(states)}.values())
 
 
 def _cut(stream: Stream, length: int) -> Stream | None:

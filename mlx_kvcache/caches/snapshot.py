@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
 
 from ..arrays.lanes import joined
 from ..arrays.pairs import Form, Lanes
-from ..arrays.store import Staged, cells_in
+from ..arrays.store import Staged, arrays_in, cells_in
 from ..cells.compaction import allocated_after, compact
 from ..cells.placement import Placement, capacity_for
 from ..cells.spans import Sequence, Span, Spans, count, laid_out
@@ -118,3 +120,6 @@ class RestorePlan(Plan):
 
     def settle(self) -> None:
         self._cache._sweep()
+
+    def arrays(self) -> Iterable[mx.array]:
+        return arrays_in(self._staged)

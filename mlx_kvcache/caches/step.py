@@ -126,6 +126,18 @@ class Step:
         buffers.written = self._name
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """Every layer's buffers that this step writes to."""
+        segments = {segment for part in self.parts for segment, _, _ in part.stores}
+        return [
+            array
+            for buffers in self.store.layers.values()
+            for segment in segments
+            if (pair := buffers.pairs.get(segment))
+            for array in pair.arrays
+        ]
+
+    @property
     def is_decoding(self) -> bool:
         """Whether each sequence has one token."""
         return self.n == len(self.parts)

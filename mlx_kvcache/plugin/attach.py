@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import reuse
+from . import reuse, server
 from .bits import reusable
 from .contract import check_contract
 from .loading import save_for_mlx_lm
@@ -123,6 +123,7 @@ def _patch() -> None:
     _bind("save_prompt_cache", _original_save, _save)
     reuse.LRUPromptCache.fetch_nearest_cache = reuse.fetch_nearest_cache
     reuse.LRUPromptCache.insert_cache = reuse.insert_cache
+    server.patch()
 
 
 def _restore() -> None:
@@ -130,6 +131,7 @@ def _restore() -> None:
     _bind("save_prompt_cache", _save, _original_save)
     reuse.LRUPromptCache.fetch_nearest_cache = reuse.original_fetch
     reuse.LRUPromptCache.insert_cache = reuse.original_insert
+    server.restore()
 
 
 def _bind(function: str, old: Any, new: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -147,11 +148,21 @@ class Conversation:
             # Only now, as nothing changes where the removal is refused.
             self._renormalise()
             plan = self._plan_head(begin, end)
-        plan.commit()
+        pool.apply(plan)
 
     def has_room(self, n: int) -> bool:
         """Whether n more tokens are within the capacity."""
         return self.limits.capacity is None or self.position + n <= self.limits.capacity
+
+    def block(self, n: int) -> int | None:
+        """How many tokens at once the model should be given of n that are more than a shift makes room for.
+
+        Half the room leaves each block as much to look back at. None where n tokens fit, or never will.
+        """
+        capacity, overflow, sinks, _ = self.limits
+        if capacity is None or overflow == "error" or self.has_room(n) or n <= capacity - sinks:
+            return None
+        return max(1, (capacity - sinks) // 2)
 
     def check_room(self, n: int, early: bool) -> None:
         """Raise CacheFullError where n tokens find no room, and a shift would make none; see `make_room`."""
@@ -224,7 +235,7 @@ class Conversation:
             for _, cache in self.pool.positional()
             if cache._table[self.sequence].spans
         ]
-        JointPlan([*plans, HeadPlan(self, Head())]).commit()
+        self.pool.apply(JointPlan([*plans, HeadPlan(self, Head())]))
 
     def _by(self, offset: int) -> Rebase:
         rotations = self.pool.scheme.rotations
@@ -242,6 +253,9 @@ class HeadPlan(Plan):
         self._conversation = conversation
         self._before = conversation.head, conversation.gaps
         self._after = head, conversation.gaps + gaps
+
+    def arrays(self) -> Iterable[mx.array]:
+        return self._after[0].arrays
 
     def make(self) -> None:
         self._conversation.head, self._conversation.gaps = self._after

@@ -12,7 +12,7 @@ from ..arrays.mask import Mask, array_mask, positions_of
 from ..batch import Batch
 from ..caches.attend import attend
 from ..caches.keyvalue import Attending
-from ..caches.recurrent import Arrays
+from ..caches.recurrent import Arrays, filter_none
 from ..caches.step import Step
 from ..cells.rules import Causal, Chunk, Rule, Window
 from ..errors import CacheError
@@ -122,6 +122,14 @@ class Forward(ABC):
     def undo(self) -> None:
         """Take the tokens out again."""
         self._plan.undo()
+
+    def arrays(self) -> list[mx.array]:
+        """What the tokens have written: buffers of keys and values, and the recurrences' new states."""
+        written = [array for step in self._steps if isinstance(step, Step) for array in step.arrays]
+        for index in self._states:
+            for conversation in self.conversations:
+                written += filter_none(newest(conversation, self.pool.leaves[index]))
+        return written
 
     def step(self, leaf: Leaf) -> Step:
         """The step of a leaf's cache. Raises CacheError if another forward has begun since."""

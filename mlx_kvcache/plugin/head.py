@@ -57,6 +57,12 @@ class Head:
     lead: int = 0
     pieces: dict[int, Pieces] = field(default_factory=dict)
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All originals."""
+        lanes = (lane for own in self.pieces.values() for piece in own for lane in piece.lanes.values())
+        return [array for lane in lanes for array in lane.arrays]
+
     def cut(self, length: int) -> Head:
         """The originals of the first `length` tokens at most."""
         kept = {

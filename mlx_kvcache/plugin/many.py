@@ -204,7 +204,7 @@ class Many:
         ready = {ticket: own for ticket, own in logits.items() if not after[ticket].waiting}
         if len(ready) < len(chosen):
             # Blocks of prompts are not part of anybody's logits yet.
-            mx.eval(list(ready.values()), self._pool.buffers)
+            mx.eval(list(ready.values()))
         for ticket, own in ready.items():
             generated = _sampled(ticket, after[ticket], own)
             results.append(generated)

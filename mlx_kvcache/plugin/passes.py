@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +15,6 @@ from .forward import Forward, SingleForward
 from .padding import Columns, Padding
 from .pool import Pool
 from .told import Told
-
-EVALUATE = 64
-"""Forwards between evaluations of what nobody may ever read, such as values that a model ignores."""
 
 
 class Passes:
@@ -45,7 +43,6 @@ class Passes:
         self.copies = Told(names, strict=False)
         self.is_called = False
         self._offsets: tuple[Any, Any] | None = None
-        self._forwards = 0
         self.written_last = bytearray()
 
     @property
@@ -175,17 +172,21 @@ class Passes:
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
         self._last = forward if isinstance(forward, SingleForward) else None
-        self._forwards += 1
-        if self._forwards % EVALUATE == 0:
-            mx.async_eval(self.pool.buffers)  # type: ignore[no-untyped-call]
+        self.pool.compute(forward.arrays())
 
     def settle(self) -> None:
         """Undo a forward that was left unfinished, and take the pool."""
         self.check_open()
-        if self.forward is not None:
-            self.forward.undo()
+        forward = self.forward
+        if forward is not None:
+            forward.undo()
         self.forward, self.is_called, self._offsets = None, False, None
         self.pool.take_turn(self)
+        if forward is not None:
+            # Its cells are free, but the buffers still wait for what it wrote there. Nobody can compute
+            # that where it was another thread that drove the layers by hand and stopped between two.
+            with suppress(RuntimeError):
+                self.pool.compute(forward.arrays())
 
     def _columns_of(self, n: int) -> list[Columns]:
         return self.padding.columns(n)

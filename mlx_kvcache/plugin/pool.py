@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ from ..batch import Batch
 from ..caches.base import PlanningCache
 from ..caches.plan import JointPlan, Plan
 from ..caches.positional import PositionalCache
-from ..caches.recurrent import RecurrentCache
+from ..caches.recurrent import RecurrentCache, arrays_in
 from ..quantisation import Codecs, Quantisation
 from .layout import Layout, Leaf
 from .observe import observe, unobserve
@@ -30,6 +30,10 @@ from .rotation import Scheme
 
 Batching = Literal["ragged", "gathered", "apart"]
 """Rows attend each to its own history; to one that is gathered for all; or go through alone."""
+
+
+EVALUATE = 64
+"""Forwards of ranks between computations of what they wrote and nobody may read."""
 
 
 class User(Protocol):
@@ -46,8 +50,12 @@ class User(Protocol):
 class Pool:
     """One cache for each kind of layer, whose sequences are prompt caches: forks share cells.
 
-    A pool has no bound of its own; each prompt cache has its `capacity`. The model's calls
-    hold `lock`, so that forwards of several threads come one after the other.
+    A pool has no bound of its own; each prompt cache has its `capacity`. The model's calls and edits
+    hold `lock`, so that those of several threads come one after the other.
+
+    MLX computes an array only in the thread that made it, and two threads must not wait for the same
+    one. So whenever `lock` is free, what the pool holds is being computed, or, once several threads
+    that are alive have used the pool, has been computed.
 
     Attributes:
         caches: one for each of the layout's rules.
@@ -57,6 +65,7 @@ class Pool:
         forms: what the model writes, by leaf: the form of keys and values, None for arrays.
         mirrored: leaves whose values the model replaces by arrays like their keys.
         ask: finds out by trying what the model can do; `batching` and `mixes` are asked.
+        is_scratch: what is written is thrown away without being computed.
     """
 
     def __init__(
@@ -87,6 +96,10 @@ class Pool:
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
+        self._thread: weakref.ref[threading.Thread] | None = None
+        self._is_shared = False
+        self.is_scratch = False
+        self._computed = count(1)
         observe(model)
         weakref.finalize(self, unobserve, model)
         weakref.finalize(self, serve(model))
@@ -120,6 +133,16 @@ class Pool:
     def buffers(self) -> list[mx.array]:
         """All arrays of keys and values."""
         return [array for _, cache in self.positional() for array in cache._store.arrays]
+
+    def compute(self, arrays: Iterable[mx.array]) -> None:
+        """Have what has just been made computed, before another thread can see it."""
+        if self.is_scratch:
+            return
+        if not self.ranks.is_alone and next(self._computed) % EVALUATE:
+            # Ranks leave it to their callers, or they would wait for each other here.
+            return
+        evaluate: Callable[..., None] = mx.eval if self._is_shared else mx.async_eval
+        evaluate(list(arrays))
 
     def codecs(self, leaf: Leaf) -> Codecs:
         """In how many bits a leaf's keys and values are stored."""
@@ -168,11 +191,34 @@ class Pool:
                 last.settle()
                 last.interrupted = True
             self._user = weakref.ref(user)
+        self._note_thread()
         self._sweep()
+
+    def _note_thread(self) -> None:
+        """Notice when a second thread that is alive comes to use the pool."""
+        current, last = threading.current_thread(), self._thread and self._thread()
+        if last is current:
+            return
+        if last and last.is_alive() and not self._is_shared:
+            self._is_shared = True
+            self.compute([*self.buffers, *self._states()])
+        self._thread = weakref.ref(current)
+
+    def _states(self) -> Iterator[mx.array]:
+        """All arrays of recurrences."""
+        for cache in self.caches:
+            if isinstance(cache, RecurrentCache):
+                for stream in cache._streams.values():
+                    yield from arrays_in(stream.states.values())
 
     def commit(self, plan: Plan) -> None:
         """Make an edit, if all ranks are ready for it."""
         self.ranks.ready()
+        self.apply(plan)
+
+    def apply(self, plan: Plan) -> None:
+        """Make an edit that the ranks have agreed on."""
+        self.compute(plan.arrays())
         plan.commit()
 
     def plan_forward(self, batch: Batch | None) -> Plan:
@@ -197,8 +243,12 @@ class Pool:
 
     def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
         """Let a sequence be what these say, one for each cache. Raises ValueError for other heads."""
-        pairs = zip(self.caches, snapshots, strict=True)
-        self.commit(JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs]))
+        pairs = list(zip(self.caches, snapshots, strict=True))
+        plan = JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs])
+        for cache, snapshot in pairs:
+            if isinstance(cache, RecurrentCache) and snapshot:
+                self.compute(arrays_in(snapshot.states.values()))
+        self.commit(plan)
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache._can_resume(sequence, position) for cache in self.caches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from ..caches.plan import JointPlan
 from ..quantisation import Quantisation
 from .apart import groups, is_one_input, run_apart
 from .observe import Call, Caller
+from .padding import Columns
 from .passes import Passes
 from .together import edit_together, forward_together, named, unless_all_can
 
@@ -29,14 +31,13 @@ class Rows(Passes, Caller):
         """
         if self.is_called:
             return call(*args, **kwargs)
-        if model is not self.pool.model:
-            raise ValueError(
-                f"the prompt cache is one of another model, a {type(self.pool.model).__module__}, "
-                f"and not of this {type(model).__module__}"
-            )
+        self.check_called_by(model)
         with self.pool.lock:
             n = self._length(args, kwargs)
             columns = self._columns_of(n)
+            block = self._block(columns, n)
+            if block < n:
+                return self._run_in_blocks(n, block, model, call, args, kwargs)
             if self.is_batch and (self.pool.layout.is_recurrent or self.pool.batching == "apart"):
                 self.settle()
                 together = groups(self, columns)
@@ -57,6 +58,37 @@ class Rows(Passes, Caller):
                 return output
 
             return forward_together(self, n, (*args, *kwargs.values()), called)
+
+    def check_called_by(self, model: nn.Module) -> None:
+        """Raise ValueError unless the caches are of this model."""
+        if model is not self.pool.model:
+            raise ValueError(
+                f"the prompt cache is one of another model, a {type(self.pool.model).__module__}, "
+                f"and not of this {type(model).__module__}"
+            )
+
+    def _block(self, columns: Sequence[Columns], n: int) -> int:
+        """How many of n columns the model should be given at once."""
+        pairs = zip(self.conversations, columns, strict=True)
+        blocks = (conversation.block(stop - first) for conversation, (first, stop) in pairs)
+        return min(filter(None, blocks), default=n)
+
+    def _run_in_blocks(
+        self,
+        n: int,
+        size: int,
+        model: nn.Module,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> mx.array:
+        """Call the model on one block of columns after another."""
+        outputs = []
+        for begin in range(0, n, size):
+            block = functools.partial(_columns, n, slice(begin, begin + size))
+            named = {name: block(value) for name, value in kwargs.items()}
+            outputs.append(self.run(model, call, tuple(map(block, args)), named))
+        return mx.concatenate(outputs, axis=1)
 
     def begin(self, n: int, is_called: bool = False) -> None:
         """Start a forward that no call of the model ends: all ranks do, or none."""
@@ -210,3 +242,9 @@ class Rows(Passes, Caller):
                     raise ValueError(f"{value.shape[0]} rows of input for a cache of {self._input_rows}")
                 return value.shape[1]
         raise ValueError("the model is called without tokens")
+
+
+def _columns(n: int, block: slice, argument: Any) -> Any:
+    """An argument of the model's call for some of its n columns."""
+    is_by_column = isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n
+    return argument[:, block] if is_by_column else argument

@@ -48,6 +48,8 @@ def _answer(pool: Pool, question: str) -> Any:
         if key not in _findings:
             scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches), ranks=pool.ranks)
             scratch.ask = _answer
+            # To know what a model writes, nothing needs to be computed.
+            scratch.is_scratch = question == "forms"
             found = _QUESTIONS[question](scratch)
             if question != "forms":
                 pool.ranks.agree(f"go on with {question}: {found}")

@@ -1,0 +1,199 @@
+"""mlx-lm's server on attached models: a request that cannot be served fails alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.models import mamba2
+from mlx_lm.utils import save_config, save_model
+
+from mlx_kvcache import CacheError
+from mlx_kvcache.plugin.layers.base import Layer
+from mlx_kvcache.plugin.layers.keyvalue import KeyValueLayer
+from mlx_kvcache.plugin.pool import Pool
+from mlx_kvcache.plugin.rows import Rows
+from tests.folders import written
+from tests.plugin.serving import Answer, Client, served
+
+LONG = " ".join(f"word {i}" for i in range(80))
+SHORT = "one two three"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Another random model with the same tokenizer."""
+    return written(tmp_path_factory.mktemp("models") / "other", tokenizer, layers=3)
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A random model with recurrent layers, and the same tokenizer."""
+    arguments = mamba2.ModelArgs(
+        model_type="mamba2",
+        num_heads=8,
+        head_dim=16,
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        state_size=16,
+        num_hidden_layers=2,
+        layer_norm_epsilon=1e-5,
+        conv_kernel=4,
+        n_groups=2,
+        use_bias=False,
+        use_conv_bias=True,
+        tie_word_embeddings=False,
+        time_step_limit=(0.001, 100.0),
+        time_step_rank="auto",
+    )
+    folder = tmp_path_factory.mktemp("models") / "recurrent"
+    save_model(folder, mamba2.Model(arguments))
+    save_config(asdict(arguments), folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def afresh(folder: Path, *prompts: str, **more: object) -> list[str]:
+    """What stock mlx-lm replies to each prompt."""
+    with served(folder, is_attached=False) as client:
+        return [client.complete(prompt, **more).text for prompt in prompts]
+
+
+def at_once(client: Client, *prompts: str, **more: object) -> list[Answer]:
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        return list(clients.map(lambda prompt: client.complete(prompt, **more), prompts))
+
+
+def test_a_prompt_beyond_the_capacity_is_refused_with_the_numbers(tiny: Path) -> None:
+    [expected] = afresh(tiny, SHORT)
+    with served(tiny, capacity=64) as client:
+        answers = at_once(client, SHORT, LONG, SHORT)
+        assert [answer.status for answer in answers] == [200, 400, 200]
+        assert "capacity of 64" in answers[1].body["error"]
+        assert [answers[0].text, answers[2].text] == [expected] * 2
+        assert client.health() == 200
+
+
+def test_a_reply_ends_at_the_capacity(tiny: Path, tokenizer: Any) -> None:
+    room = 64 - len(tokenizer.encode(SHORT))
+    for more in ({}, {"seed": 1}):
+        with served(tiny, capacity=64) as client:
+            answer = client.complete(SHORT, max_tokens=500, **more)
+            assert answer.finish == "length"
+            assert answer.body["usage"]["completion_tokens"] == room
+            assert client.complete(SHORT).status == 200
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}])
+def test_long_prompts_and_replies_shift(tiny: Path, more: dict[str, object]) -> None:
+    with served(tiny, capacity=64, overflow="shift", sinks=4) as client:
+        answers = at_once(client, LONG, SHORT, LONG, max_tokens=90, **more)
+        assert [answer.status for answer in answers] == [200] * 3
+        assert [answer.body["usage"]["completion_tokens"] for answer in answers] == [90] * 3
+
+
+def test_another_model_and_back(tiny: Path, other: Path) -> None:
+    """What was stored for a model serves no model that is loaded later, be it from the same folder."""
+    expected = afresh(tiny, SHORT, LONG)
+    with served(tiny) as client:
+        assert [client.complete(prompt).text for prompt in (SHORT, LONG)] == expected
+        assert client.complete(SHORT, model=str(other)).status == 200
+        assert client.complete(SHORT, model="no/such").status == 404
+        assert client.complete("something new").status == 200
+        for _ in range(2):
+            # One of them hits what was stored, and one misses.
+            answers = at_once(client, SHORT, LONG, "nothing of the kind")
+            assert [answer.text for answer in answers[:2]] == expected
+            assert client.complete(SHORT, model=str(other)).status == 200
+        assert client.health() == 200
+
+
+def test_an_empty_prompt(tiny: Path) -> None:
+    with served(tiny) as client:
+        answer = client.complete("")
+        assert answer.status == 400
+        assert "at least 1 token" in answer.body["error"]
+        assert client.complete(SHORT).status == 200
+
+
+def test_a_model_that_does_not_run_on_these_caches(tiny: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """Its heads cannot be divided into groups; the requests for another model go on."""
+    odd = written(tmp_path / "odd", tokenizer, layers=2, head_dim=96)
+    with served(tiny, kv_bits=8) as client:
+        expected = client.complete(SHORT).text
+        answer = client.complete(SHORT, model=str(odd))
+        assert answer.status == 404
+        assert "96" in answer.body["error"]
+        assert client.complete(SHORT).text == expected
+        assert client.health() == 200
+
+
+def test_speculation_that_is_refused_is_told(tiny: Path, recurrent: Path) -> None:
+    with served(recurrent, "--draft-model", tiny) as client:
+        answer = client.complete(SHORT)
+        assert answer.status == 500
+        assert "trimmable" in answer.body["error"]
+
+
+PLANTED = [
+    (Rows, "merged"),
+    (Rows, "extend"),
+    (Rows, "filter"),
+    (Rows, "extracted"),
+    (Rows, "fork"),
+    (Rows, "subset"),
+    (Rows, "trim"),
+    (Rows, "prepare"),
+    (Rows, "finalize"),
+    (Rows, "run"),
+    (Rows, "resume_point"),
+    (Rows, "check_open"),
+    (Layer, "size"),
+    (KeyValueLayer, "make_mask"),
+    (KeyValueLayer, "update_and_fetch"),
+    (Pool, "take_turn"),
+    (Pool, "plan_forward"),
+    (Pool, "copy"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), PLANTED, ids=lambda value: getattr(value, "__name__", value))
+def test_refusals_in_the_generating_thread(
+    tiny: Path, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever raises there, once: clients get a reply or an error, and the next ones get replies."""
+    original = getattr(owner, name)
+    planted = 0
+
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal planted
+        if planted == 1:
+            planted = 2
+            raise CacheError("planted")
+        return original(self, *args, **kwargs)
+
+    with served(tiny) as client:
+        expected = [client.complete(prompt).text for prompt in (SHORT, LONG)]
+        monkeypatch.setattr(owner, name, refusing)
+        planted = 1
+        # Alike in the beginning and unlike in length, so that a batch merges, forks, pads and filters.
+        for answer in at_once(client, SHORT, LONG, SHORT + " four", LONG + " more words", max_tokens=9):
+            assert answer.status in (200, 400, 500)
+            assert answer.status == 200 or "planted" in answer.body["error"]
+        planted = 2
+        assert [client.complete(prompt).text for prompt in (SHORT, LONG)] == expected
+        assert client.health() == 200
+
+
+def test_clients_that_leave(tiny: Path) -> None:
+    with served(tiny) as client:
+        expected = client.complete(SHORT).text
+        for _ in range(3):
+            with client.open("/v1/completions", {"prompt": LONG, "max_tokens": 400, "stream": True}) as reply:
+                reply.readline()
+        assert client.complete(SHORT).text == expected
+        assert client.health() == 200
