@@ -137,7 +137,8 @@ class Session:
     def close(self, is_pinned: bool = False) -> None:
         """Give the cache back, for others that begin alike. A second close does nothing.
 
-        A cache that tokens have been taken out of otherwise than by the session's own methods, such as by
+        What was computed beyond `tokens`, such as an end token that nobody noted, is dropped first. A
+        cache that tokens have been taken out of otherwise than by the session's own methods, such as by
         `overflow="shift"`, is given up: what is in it is not what `tokens` says.
         """
         if not self._is_open:
@@ -145,6 +146,8 @@ class Session:
         if self.cache.gaps != self._gaps:
             self._pool._reject("tokens have been taken out", self.cache)
         else:
+            if self.cache.position > len(self.tokens):
+                self.cache.rewind_to(self.cache.resume_point(len(self.tokens)))
             self._pool.store(self.tokens[: self.cache.position], self.cache, self.salt, is_pinned)
         self._is_open = False
 

@@ -50,7 +50,8 @@ class _Stored:
 class SessionPool:
     """Prompt caches by their tokens, the least recently used given up first.
 
-    May be used from several threads. The model's calls are kept apart by the caches' own lock.
+    May be used from several threads. The model's calls are kept apart by the caches' own lock, which may
+    be held while anything here is called: nothing of a cache is asked while this pool's own lock is held.
 
     Args:
         make: makes an empty prompt cache; all must be of one model and made alike.
@@ -110,21 +111,36 @@ class SessionPool:
         tokens = list(tokens)
         if not tokens:
             raise ValueError("a session needs at least 1 token")
+        reused, cache = self._forked(tokens, salt)
         with self._lock:
-            reused, found = self._nearest(tokens, salt)
-            reused, found = self._from_disk(tokens, salt, reused, found)
-            if found is None:
+            if cache is None:
                 self.counts.misses += 1
-                cache = self._make()
             else:
                 self.counts.hits += 1
                 self.counts.reused += reused
-                self._touch(found)
+        if cache is None:
+            cache = self._make()
+        self._cells = cache.pool
+        self._evict()
+        return Session(self, cache, tokens, reused, salt)
+
+    def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, Any]:
+        """A fork of the cache that saves the most tokens, cut to these, or None."""
+        while True:
+            reused, found = self._nearest(tokens, salt)
+            reused, found = self._from_disk(tokens, salt, reused, found)
+            if found is None:
+                return 0, None
+            try:
                 cache = found.cache.fork()
                 cache.rewind_to(reused)
-                self._evict()
-            self._cells = cache.pool
-            return Session(self, cache, tokens, reused, salt)
+            except CacheError:
+                # Another thread has given it up meanwhile.
+                self._forget(found, "closed")
+                continue
+            with self._lock:
+                self._touch(found)
+            return reused, cache
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
@@ -141,33 +157,42 @@ class SessionPool:
         """
         if len(tokens) != cache.position:
             raise ValueError(f"{len(tokens)} tokens for a cache that holds {cache.position}")
+        self._cells = cache.pool
+        if not tokens:
+            return self._reject("empty", cache)
+        entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
+        for shorter in self._shorter(entry):
+            if cache.resume_point(len(shorter.tokens)) == len(shorter.tokens):
+                self._remove(shorter)
+        self._evict()
         with self._lock:
-            self._cells = cache.pool
-            if not tokens:
-                return self._reject("empty", cache)
-            entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
-            for common, shorter in list(islice(self._trees[salt].matches(tokens[:-1]), CANDIDATES)):
-                is_prefix = common == len(shorter.tokens) < len(tokens)
-                if is_prefix and not shorter.is_pinned and cache.resume_point(common) == common:
-                    self._remove(shorter)
-            self._evict()
             if entry in self._stored:
                 return True
             self.counts.rejected["larger than the budget"] += 1
             return False
 
+    def _shorter(self, entry: _Stored) -> list[_Stored]:
+        """Stored caches of shorter prefixes of its tokens that may go."""
+        with self._lock:
+            tree = self._trees.get(entry.salt)
+            matches = list(islice(tree.matches(entry.tokens[:-1]), CANDIDATES)) if tree else []
+            return [
+                other
+                for common, other in matches
+                if common == len(other.tokens) < len(entry.tokens) and not other.is_pinned
+            ]
+
     def _reject(self, reason: str, cache: Branch) -> bool:
         """Close a cache that cannot be kept, and count why. Returns False."""
         with self._lock:
             self.counts.rejected[reason] += 1
-            cache.close()
-            return False
+        cache.close()
+        return False
 
     def flush(self) -> None:
         """Have all stored caches written, and wait until they are. Does nothing without a disk."""
-        with self._lock:
-            for entry in self._stored:
-                self._to_disk(entry)
+        for entry in list(self._stored):
+            self._to_disk(entry)
         if self._disk:
             self._disk.folder.flush()
 
@@ -189,30 +214,27 @@ class SessionPool:
 
     def clear(self) -> None:
         """Give up all stored caches, pinned ones too. What is on disk stays there."""
-        with self._lock:
-            for entry in list(self._stored):
-                self._remove(entry)
+        for entry in list(self._stored):
+            self._remove(entry)
 
     def _nearest(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, _Stored | None]:
         """The stored cache that saves the most tokens, and how many. One is always left to compute."""
-        tree = self._trees.get(salt)
+        with self._lock:
+            tree = self._trees.get(salt)
+            matches = list(islice(tree.matches(tokens), CANDIDATES)) if tree else []
         best: tuple[int, _Stored | None] = (0, None)
-        closed = []
-        for common, entry in islice(tree.matches(tokens), CANDIDATES) if tree else ():
+        for common, entry in matches:
             most = min(common, len(tokens) - 1)
             if most <= best[0]:
                 break
             try:
                 point = entry.cache.resume_point(most)
             except CacheError:
-                closed.append(entry)
+                # By whoever kept it after it was stored, or its model is gone.
+                self._forget(entry, "closed")
                 continue
             if point > best[0]:
                 best = point, entry
-        for entry in closed:
-            # By whoever kept it after it was stored.
-            self.counts.rejected["closed"] += 1
-            self._remove(entry)
         return best
 
     def _from_disk(
@@ -243,14 +265,15 @@ class SessionPool:
 
     def _put(self, entry: _Stored) -> _Stored:
         """Store a cache in the place of what was stored for the same tokens."""
-        self._touch(entry)
-        try:
-            before = self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)
-            entry.is_pinned |= before is not None and before.is_pinned
-            self._stored = [*(other for other in self._stored if other is not before), entry]
-        except BaseException:
-            self._replant()
-            raise
+        with self._lock:
+            self._touch(entry)
+            try:
+                before = self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)
+                entry.is_pinned |= before is not None and before.is_pinned
+                self._stored = [*(other for other in self._stored if other is not before), entry]
+            except BaseException:
+                self._replant()
+                raise
         if before is not None and before.cache is not entry.cache:
             before.cache.close()
         return entry
@@ -258,30 +281,43 @@ class SessionPool:
     def _evict(self) -> None:
         """Give up the least recently used until all bounds hold, or only pinned ones are left."""
         while self._exceeds():
-            entry = min((e for e in self._stored if not e.is_pinned), key=lambda e: e.used, default=None)
+            with self._lock:
+                unpinned = [entry for entry in self._stored if not entry.is_pinned]
+                entry = min(unpinned, key=lambda e: e.used, default=None)
             if entry is None:
                 return
             self._to_disk(entry)
-            self._remove(entry)
-            self.counts.evicted += 1
+            if self._remove(entry):
+                self.counts.evicted += 1
 
     def _exceeds(self) -> bool:
         if self._max_stored is not None and len(self._stored) > self._max_stored:
             return True
         return self._max_bytes is not None and self.nbytes > self._max_bytes
 
-    def _remove(self, entry: _Stored) -> None:
-        try:
-            tree = self._trees[entry.salt]
-            tree.pop(entry.tokens)
-            if not tree:
-                del self._trees[entry.salt]
-            self._stored.remove(entry)
-        except BaseException:
-            self._replant()
-            raise
-        if not any(other.cache is entry.cache for other in self._stored):
+    def _remove(self, entry: _Stored) -> bool:
+        """Give up a stored cache. Returns False where another thread has."""
+        with self._lock:
+            if entry not in self._stored:
+                return False
+            try:
+                tree = self._trees[entry.salt]
+                tree.pop(entry.tokens)
+                if not tree:
+                    del self._trees[entry.salt]
+                self._stored.remove(entry)
+            except BaseException:
+                self._replant()
+                raise
+            is_last = not any(other.cache is entry.cache for other in self._stored)
+        if is_last:
             entry.cache.close()
+        return True
+
+    def _forget(self, entry: _Stored, reason: str) -> None:
+        """Give up a stored cache that cannot be used, and count why."""
+        if self._remove(entry):
+            self.counts.rejected[reason] += 1
 
     def _replant(self) -> None:
         """Grow the trees anew, after something came between them and the list of what is stored."""

@@ -170,12 +170,17 @@ class Many:
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
 
     def _chosen(self) -> dict[int, list[int]]:
-        """The next tokens of each sequence: one of those that generate, then blocks of prompts."""
+        """The next tokens of each sequence: one of those that generate, then blocks of prompts.
+
+        Where there is no room for one of each, all are served in turn.
+        """
         chosen: dict[int, list[int]] = {}
         room = self._most
         generating = [t for t, s in self._sequences.items() if s.pending]
-        starting = [t for t, s in self._sequences.items() if s.waiting]
-        for ticket in (*generating, *starting):
+        starting = sorted(t for t, s in self._sequences.items() if s.waiting)
+        # Where not all find room, those come first that have waited longest.
+        order = list(self._sequences) if len(generating) >= room else [*generating, *starting]
+        for ticket in order:
             sequence = self._sequences[ticket]
             tokens = (sequence.pending or sequence.waiting)[: min(room, sequence.most)]
             if not tokens:
@@ -195,7 +200,9 @@ class Many:
 
     def _computed(self, chosen: dict[int, list[int]]) -> tuple[dict[int, _Sequence], list[Generated]]:
         """The model's call: the sequences after it, and a token for each that has read all it had."""
-        after, results = dict(self._sequences), list[Generated]()
+        # Those that are served go behind the others.
+        waiting_ones = {t: s for t, s in self._sequences.items() if t not in chosen}
+        after, results = {**waiting_ones, **self._sequences}, list[Generated]()
         for ticket, tokens in chosen.items():
             sequence = after[ticket]
             waiting = sequence.waiting if sequence.pending else sequence.waiting[len(tokens) :]

@@ -232,3 +232,21 @@ def test_a_sampler_that_raises(name: str, closes: bool) -> None:
     else:
         assert collected(results) == {0: expected}
     assert len(many) == 0
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_all_are_served_in_turn(mixes: bool) -> None:
+    """More sequences than tokens in a step: none waits for others to end."""
+    model = tiny_llama() if mixes else build("mamba2")
+    many = Many(model, tokens_per_step=4)
+    tickets = [many.add([n + 1], max_tokens=30) for n in range(8)]
+    found = dict.fromkeys(tickets, 0)
+    for _ in range(20):
+        for generated in many.step():
+            found[generated.ticket] += generated.token is not None
+        assert max(found.values()) - min(found.values()) <= 1
+    late = many.add(list(range(1, 30)), max_tokens=3)
+    while late not in found:
+        for generated in many.step():
+            found[generated.ticket] = found.get(generated.ticket, 0) + 1
+        assert min(found[ticket] for ticket in tickets) < 30, "a prompt waits until the others have ended"

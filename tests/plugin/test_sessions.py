@@ -277,3 +277,47 @@ def test_a_stored_cache_that_somebody_closes_is_forgotten() -> None:
     cache.close()
     assert pool.open(TEXT[:30]).reused == 0
     assert (len(pool), dict(pool.counts.rejected)) == (0, {"closed": 1})
+
+
+def test_tokens_that_nobody_noted_are_dropped() -> None:
+    """An application that leaves out the end token: what it told is stored."""
+    for model in (MODEL, build("gemma3_text"), build("mamba2")):
+        pool = pool_of(model)
+        with pool.open(TEXT[:20]) as session:
+            computed(model, session)
+            session.extend(TEXT[20:21])
+            logits_of(model, session.cache, TEXT[20:22], 1)
+        assert len(pool) == 1
+        with pool.open(TEXT[:21] + TEXT[50:60]) as session:
+            assert session.reused >= 20
+            assert difference(computed(model, session), afresh(model, session.tokens)) <= 1e-4
+
+
+def test_the_pools_lock_may_be_held_while_a_session_is_closed() -> None:
+    """One thread opens a session, another holds the lock of the caches and closes one."""
+    inside = threading.Event()
+
+    def make() -> Any:
+        if threading.current_thread() is opening:
+            inside.set()
+            with lock:
+                pass
+        return make_prompt_cache(MODEL)
+
+    pool = SessionPool(make)
+    first = pool.open(TEXT[:5])
+    computed(MODEL, first)
+    lock = first.cache.pool.lock
+    opening = threading.Thread(target=lambda: pool.open(TEXT[50:60]).close(), daemon=True)
+
+    def close() -> None:
+        with lock:
+            opening.start()
+            inside.wait()
+            first.close()
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    for thread in (closing, opening):
+        thread.join(60)
+        assert not thread.is_alive(), "each waits for a lock that the other holds"
