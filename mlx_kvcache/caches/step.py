@@ -200,7 +200,12 @@ class Step:
         """K and V of one part's new tokens, where not all of them are stored."""
         batch = self._batches[layer]
         assert batch is not None
-        return take(batch[0], part.rows), take(batch[1], part.rows)
+        keys, values = take(batch[0], part.rows), take(batch[1], part.rows)
+        form = self.store.layers[layer].form
+        if form.is_packed and any(segment in self._packed for segment, _, _ in part.stores):
+            # As those that are stored are read, or what comes out would depend on the size of blocks.
+            return form.decoded(form.stored((Plain(keys), Plain(values)), is_packed=True))
+        return keys, values
 
     def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
         """Some of a part's cells, and its new tokens where they are not stored, piece by piece."""

@@ -53,11 +53,28 @@ class BatchedForward(Forward):
 
     def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
         step.put(leaf.index, self._tokens(keys), self._tokens(values))
-        return self._gathered(step, leaf, keys, values)
+        return self._arrays(step, leaf)
 
     def _arrays(self, step: Step, leaf: Leaf) -> History:
-        keys, values = (self._columns_of(step, leaf, slot) for slot in (0, 1))
-        return self._gathered(step, leaf, keys, values)
+        """All rows' histories as they are stored, each ended by its columns; zeros stand for padding."""
+        parts = self._parts(step)
+        widest = max(part.earlier_size if part else 0 for part in parts)
+        gathered: tuple[list[mx.array | None], list[mx.array | None]] = [], []
+        for part, (first, stop) in zip(parts, self.columns, strict=True):
+            histories = step.history(leaf.index, part) if part else (None, None)
+            for own, rows in zip(histories, gathered, strict=True):
+                if part is None or own is None:
+                    rows.append(None)
+                    continue
+                before = part.earlier_size
+                if before and first:
+                    new = mx.pad(own[:, :, before:], _edges(first, 0))
+                    own = mx.concatenate([own[:, :, :before], new], axis=2)
+                left, right = widest - before + (0 if before else first), self.n - stop
+                rows.append(mx.pad(own, _edges(left, right)) if left or right else own)
+        keys, values = (_joined(rows) for rows in gathered)
+        assert keys is not None and values is not None
+        return keys, values
 
     def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
         equal = self._is_full and len({part.size for part in step.parts}) == 1
@@ -87,7 +104,7 @@ class BatchedForward(Forward):
         rows, start = [], 0
         for first, stop in self.columns:
             own = tokens[:, :, start : start + stop - first]
-            rows.append(mx.pad(own, [(0, 0), (0, 0), (first, self.n - stop), (0, 0)]))
+            rows.append(mx.pad(own, _edges(first, self.n - stop)))
             start += stop - first
         return mx.concatenate(rows)
 
@@ -95,35 +112,6 @@ class BatchedForward(Forward):
         """For each row its part of the step; None where it is all padding."""
         parts = {part.sequence: part for part in step.parts}
         return [parts.get(conversation.sequence) for conversation in self.conversations]
-
-    def _gathered(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        """All rows' histories, ended by their columns of K and V."""
-        parts = self._parts(step)
-        before = [part.earlier_size if part else 0 for part in parts]
-        widest = max(before)
-        gathered: tuple[list[mx.array], list[mx.array]] = [], []
-        for row, part in enumerate(parts):
-            own = step.history(leaf.index, part) if part and before[row] else None
-            for slot, (array, rows) in enumerate(zip((keys, values), gathered, strict=True)):
-                pieces = [array[row : row + 1]]
-                if own is not None:
-                    pieces.insert(0, own[slot][:, :, : before[row]])
-                if before[row] < widest:
-                    shape = (1, array.shape[1], widest - before[row], array.shape[3])
-                    pieces.insert(0, mx.zeros(shape, array.dtype))
-                rows.append(mx.concatenate(pieces, axis=2) if len(pieces) > 1 else pieces[0])
-        return mx.concatenate(gathered[0]), mx.concatenate(gathered[1])
-
-    def _columns_of(self, step: Step, leaf: Leaf, slot: int) -> mx.array:
-        """The rows' stored new tokens, as the columns that they came in."""
-        rows: list[mx.array | None] = []
-        for part, (first, stop) in zip(self._parts(step), self.columns, strict=True):
-            own = step.history(leaf.index, part)[slot][:, :, part.earlier_size :] if part else None
-            edges = [(0, 0), (0, 0), (first, self.n - stop), (0, 0)]
-            rows.append(None if own is None else mx.pad(own, edges))
-        joined = _joined(rows)
-        assert joined is not None
-        return joined
 
     def _array_mask(self, step: Step, rule: Rule) -> mx.array:
         """(B, 1, n, S): who of a row's columns sees which of its history."""
@@ -158,6 +146,11 @@ class BatchedForward(Forward):
             if first < stop:
                 own = tuple(None if array is None else array[row : row + 1] for array in arrays)
                 store(conversation, leaf, own)
+
+
+def _edges(before: int, after: int) -> list[tuple[int, int]]:
+    """Padding of tokens, in an array (1, heads, n, dim)."""
+    return [(0, 0), (0, 0), (before, after), (0, 0)]
 
 
 def _joined(rows: Sequence[mx.array | None]) -> mx.array | None:

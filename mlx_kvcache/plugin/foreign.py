@@ -234,7 +234,9 @@ def _chunked(keys: Any, values: Any, offset: int, chunk_size: int, start: int) -
         return Entry("ChunkedKVCache", 0, sizes=(chunk_size,))
     held = offset - start
     lanes = Plain(keys[:, :, :held]), Plain(values[:, :, :held])
-    return Entry("ChunkedKVCache", offset, lanes, ((start, held),), sizes=(chunk_size,))
+    # The first token of a chunk sees nothing before it.
+    ranges = ((start, held),) if held else ()
+    return Entry("ChunkedKVCache", offset, lanes, ranges, sizes=(chunk_size,))
 
 
 def _arrays(arrays: Any, left_padding: Any, lengths: Any) -> Entry:

@@ -119,7 +119,8 @@ class KeyValueLayer(Layer):
     def state(self) -> Any:
         """What mlx-lm's class of this name would have; of a batch, the buffers that the rows are in."""
         if self.rows.is_batch:
-            pairs = self._cache._store.layers[self.leaf.index].pairs if not self.empty() else {}
+            buffers = self._cache._store.layers.get(self.leaf.index)
+            pairs = buffers.pairs if buffers else {}
             segments = {span.segment for spans in self._spans() for span in spans}
             return [alias(array) for s in segments if s in pairs for array in pairs[s].arrays]
         if self.is_packed:

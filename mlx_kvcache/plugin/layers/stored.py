@@ -17,10 +17,17 @@ from ..rotation import rebased
 def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
     """K and V (1, n_kv_heads, S, head_dim) of the newest tokens, as many as mlx-lm would keep.
 
-    Keys are returned at the tokens' own positions, whatever the model's offset is.
+    At the first token of a chunk there are none, S = 0. Keys are returned at the tokens' own positions,
+    whatever the model's offset is.
     """
     pool = conversation.pool
-    keys, values = concatenated(pool.keyed(leaf)._store.layers[leaf.index].read(_kept(conversation, leaf)))
+    cells = _kept(conversation, leaf)
+    if not cells:
+        # After a load the store may not know the layer yet, but the model has been tried.
+        form = pool.forms[leaf.index]
+        assert form is not None
+        return form.decoded(form.zeros(0))
+    keys, values = concatenated(pool.keyed(leaf)._store.layers[leaf.index].read(cells))
     lead = conversation.head.lead
     rotation = pool.scheme.rotations[leaf.index] if lead else None
     return rebased(rotation, keys, values, -lead)
