@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..cells.spans import Sequence
 from ..errors import CacheError
 
 if TYPE_CHECKING:
     from .step import Step
 
 
-def check_complete(step: Step) -> None:
-    """Raise CacheError where a layer has tokens without keys and values: of this step, or of earlier ones."""
+def check_complete(step: Step, before: Mapping[int, Sequence | None]) -> None:
+    """Raise CacheError where tokens have no keys and values in some layer.
+
+    Args:
+        step: in which all layers have been put that will be.
+        before: what was held of its sequences before it.
+    """
     left = sorted(layer for layer, buffers in step.store.layers.items() if buffers.written != step.name)
     if left:
         raise CacheError(
@@ -19,13 +26,14 @@ def check_complete(step: Step) -> None:
             "taken out again: later tokens would attend to cells that nobody wrote; put every layer in every "
             "batch"
         )
-    earlier = next((part for part in step.parts if part.begin), None)
-    if step.opened and earlier:
-        raise CacheError(
-            f"layers {sorted(step.opened)} were not put for the {earlier.begin} tokens that sequence "
-            f"{earlier.sequence} has, but in this batch of {step.n} tokens, which is taken out again: it "
-            "would attend to cells that nobody wrote; put every layer in every batch"
-        )
+    for sequence, old in before.items():
+        # Windows and chunks may hold nothing of what was there.
+        if step.opened and old and old.spans:
+            raise CacheError(
+                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence}, but "
+                f"in this batch of {step.n} tokens, which is taken out again: it would attend to cells that "
+                "nobody wrote; put every layer in every batch"
+            )
 
 
 def over(n: int) -> CacheError:

@@ -18,6 +18,7 @@ from ..cells.table import CellTable
 from ..errors import NotSupportedError
 from ..quantisation import Quantisation
 from .attend import attend
+from .complete import check_complete
 from .interface import History
 from .journal import Journal
 from .keyvalue import Attending, KeyValueCache, check_queries
@@ -217,6 +218,7 @@ class StepPlan(Plan):
 
     def finish(self) -> None:
         if self._step is not None and self.is_under_way:
+            check_complete(self._step, self._placement.undo)
             self._step.finish()
 
     def undo(self) -> None:

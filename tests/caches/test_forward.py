@@ -87,13 +87,14 @@ def test_other_sequences_need_every_layer_too(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_layer_that_comes_late_is_named_and_forgotten(kind: Kind) -> None:
-    """Earlier tokens have no keys in it."""
+    """Earlier tokens have no keys in it. Where none of them is held, nobody misses any."""
     cache = made(kind)
     feed(cache, 5)
+    if not any(child._table[0].spans for child in children(cache)):
+        feed(cache, 1, (0, 7, 1, 2))
+        return
     before = seen(cache)
-    with pytest.raises(
-        CacheError, match=r"layers \[2, 7\] were not put for the 5 tokens that sequence 0 has"
-    ):
+    with pytest.raises(CacheError, match=r"layers \[2, 7\] were not put for the 5 tokens of sequence 0"):
         feed(cache, 1, (0, 7, 1, 2))
     assert seen(cache) == before
     feed(cache, 1)
@@ -151,7 +152,9 @@ def test_a_wrapper_says_which_child_and_takes_all_back() -> None:
             cache.set_layer_type(layer_type)
             cache.put(*coded([4]))
     assert cache.end(0) == 5
-    with pytest.raises(CacheError, match=r"layer type 4: layers \[0\] were not put for the 5 tokens"):
+    with pytest.raises(
+        CacheError, match=r"layer type 4: layers \[0\] were not put for the 5 tokens of sequence 0"
+    ):
         forward(1, 2, 4)
     forward(1, 2)
 
