@@ -30,9 +30,9 @@ def check_complete(step: Step, before: Mapping[int, Sequence | None]) -> None:
         # Windows and chunks may hold nothing of what was there.
         if step.opened and old and old.spans:
             raise CacheError(
-                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence}, but "
-                f"in this batch of {step.n} tokens, which is taken out again: it would attend to cells that "
-                "nobody wrote; put every layer in every batch"
+                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence}, "
+                f"but in this batch of {step.n} tokens, which is taken out again: it would attend to cells "
+                "that nobody wrote; put every layer in every batch"
             )
 
 
