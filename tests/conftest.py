@@ -20,6 +20,14 @@ if find_spec("mlx_lm") is None:
     ]  # fmt: skip
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every choice that depends on the device is made as on this one; the CPU computes all the same."""
+    answer: str = request.param
+    monkeypatch.setattr("mlx_kvcache.arrays.device.is_cpu", lambda: answer == "CPU")
+    return answer
+
+
 @pytest.fixture(scope="session")
 def chat_model() -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..quantisation import Codec
+from . import device
 
 Index = tuple[slice, slice, slice]
 """Of neighbouring cells in an array (1, heads, cells, dim)."""
@@ -61,7 +62,7 @@ class Plain(NamedTuple):
 
     def scores(self, rows: mx.array) -> mx.array:
         """Products of rows (1, heads, m, dim) with each cell: (1, heads, m, cells)."""
-        if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and mx.default_device().type == mx.cpu:
+        if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and device.is_cpu():
             # BLAS packs what it multiplies by, and few rows are packed sooner than many cells.
             return (self.array @ rows.swapaxes(-1, -2)).swapaxes(-1, -2)
         return rows @ self.array.swapaxes(-1, -2)
@@ -129,8 +130,8 @@ class Packed(NamedTuple):
 
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
         words, scales, biases, (bits, group_size) = self
-        if mx.default_device().type == mx.cpu:
-            # There the product is 20 to 50 times slower on rows of 16 bits.
+        if device.is_cpu():
+            # There the product of rows of 16 bits is 20 to 50 times slower, and sums in 16 bits.
             rows = rows.astype(mx.float32)
         return mx.quantized_matmul(
             rows, words, scales, biases, transpose=transpose, group_size=group_size, bits=bits

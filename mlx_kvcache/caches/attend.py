@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..arrays import device
 from .joined import attend_joined, shared_runs
 from .keyvalue import Attending
 from .parts import Part, take
-from .products import are_faster, attend_all, attend_single
+from .products import attend_all, attend_single
 from .step import Step
 
 
@@ -16,7 +17,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     if given.keys is not None and given.values is not None:
         if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
-            if step.is_decoding and given.sinks is None and are_faster():
+            if step.is_decoding and given.sinks is None and device.is_cpu():
                 return attend_single(given.queries, *history, given.scale)
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
@@ -61,7 +62,7 @@ def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
     """Parts with a single query that are faster without MLX's own attention."""
     if not step.is_decoding:
         return []
-    if are_faster():
+    if device.is_cpu():
         return left
     return [part for part in left if _is_packed(step, layer, part)]
 

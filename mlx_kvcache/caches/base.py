@@ -33,6 +33,8 @@ class PlanningCache(ABC):
         self._closed = False
         self._layer = 0
         self._max_batch = 0
+        self._block: Plan | None = None
+        """The step of the `forward` that is being run."""
 
     @abstractmethod
     def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None: ...
@@ -129,6 +131,9 @@ class PlanningCache(ABC):
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
         """Take the batch's tokens into their sequences; what belongs to them follows by `put`.
 
+        A batch that begins so has no end, at which anybody could see whether all layers have been put:
+        in a layer that was not, later tokens attend to zeros. `forward` checks that.
+
         Args:
             batch: the tokens.
             reserve: check no room and change no bookkeeping. Until the next call each `put`
@@ -140,20 +145,35 @@ class PlanningCache(ABC):
                 their sequence ends.
             NotSupportedError: a token would look at something that is not held.
             CacheFullError: there is no room.
+            CacheError: inside a `forward` of this cache.
         """
         self._planned(batch, reserve).commit()
 
     @contextmanager
     def forward(self: Self, batch: Batch) -> Iterator[Self]:
-        """`start_forward`, with a way back: an exception inside takes the batch's tokens out again.
+        """`start_forward`, with an end: an exception inside takes the batch's tokens out again.
 
-        Whatever else changes the cache inside ends the batch; then they stay.
+        At the end of the block each layer of keys and values must have been put, or the next tokens would
+        attend to cells that nobody wrote: every layer that an earlier batch put, and no other where the
+        batch goes on with sequences that have tokens. A child of a wrapper that has never been
+        put is not asked, nor are encoders and recurrent states, which stay as they are where nothing
+        is put. After the block `get` still reads, until the cache changes, and `put` is refused.
+
+        `remove` and `copy_prefix` inside the block end the batch: its tokens then stay, whatever has been
+        put of them.
+
+        Raises:
+            ValueError, NotSupportedError, CacheFullError: as `start_forward`.
+            CacheError: inside another `forward` of this cache, which stays as it is; or, at the end, a
+                layer that was not put in this batch or not in earlier ones. The tokens are taken out again.
         """
         plan = self._planned(batch, reserve=False)
         try:
             try:
+                self._block = plan
                 plan.commit()
                 yield self
+                plan.finish()
             except BaseException:
                 plan.undo()
                 raise
@@ -161,6 +181,8 @@ class PlanningCache(ABC):
             # The way back may be interrupted, too. Where it was not, nothing is left to do.
             plan.undo()
             raise
+        finally:
+            self._block = None
 
     def set_causal(self, options: CausalOptions) -> None:
         """Let some tokens of this batch see later ones, until the next `start_forward`.
@@ -237,6 +259,11 @@ class PlanningCache(ABC):
 
     def _planned(self, batch: Batch, reserve: bool) -> Plan:
         self._check_ready()
+        if self._block is not None and self._block.is_under_way:
+            raise CacheError(
+                "a forward pass is under way, and the next would end it before all its layers are put: "
+                "begin the next after the `with` block"
+            )
         if len(batch) > self._max_batch:
             raise ValueError(f"a batch of {len(batch)} tokens exceeds max_batch={self._max_batch}")
         return self._plan_reserve(batch) if reserve else self._plan_forward(batch)

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError
 from .interface import History
-from .keyvalue import Attending, KeyValueCache
+from .keyvalue import Attending, KeyValueCache, check_queries
 from .plan import Plan
 from .streams import Pass, StreamCache, StreamPlan
 
@@ -104,6 +104,7 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         return under_way, next(iter(rows))
 
     def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        self._check_unfinished()
         under_way, sequence = self._only_sequence()
         batch, _, scratch = under_way
         if scratch is not None:
@@ -127,11 +128,19 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         return *held[layer], None
 
     def _attend(self, layer: int, given: Attending) -> mx.array:
-        queries, new_keys, new_values, scale, sinks = given
-        if new_keys is not None and new_values is not None:
-            self._put(layer, new_keys, new_values)
-        keys, values, _ = self._get(layer)
-        if keys.ndim != 4 or not keys.shape[1]:
+        queries, keys, values, scale, sinks = given
+        is_new = keys is not None and values is not None
+        if keys is None or values is None:
+            keys, values, _ = self._get(layer)
+        if keys.ndim != 4 or keys.shape[0] != 1 or not keys.shape[1]:
             # For want of heads MLX divides by zero, which ends the process.
             raise ValueError(f"keys of layer {layer} are {keys.shape}, expected (1, n_kv_heads, S, head_dim)")
+        if values.ndim != 4 or values.shape[:3] != keys.shape[:3]:
+            raise ValueError(
+                f"values of layer {layer} are {values.shape}, expected (1, {keys.shape[1]}, {keys.shape[2]}, "
+                f"value_dim) as the keys are {keys.shape}"
+            )
+        check_queries(given, len(self._under_way().batch), layer, keys.shape[1], keys.shape[3])
+        if is_new:
+            self._put(layer, keys, values)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)

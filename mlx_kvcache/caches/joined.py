@@ -69,14 +69,15 @@ def attend_joined(step: Step, layer: int, shared: Shared, given: Attending) -> l
         out, total = (
             (run_out[:, :, start:stop], run_sum[:, :, start:stop]) if len(queries) > 1 else (run_out, run_sum)
         )
-        weight = mx.sigmoid(total - own_sum).astype(own_out.dtype)
+        # In 16 bits a weight near 1 would lose what the own keys add.
+        weight = mx.sigmoid(total - own_sum)
         outputs.append((own_out + weight * (out - own_out)).astype(given.queries.dtype))
         start = stop
     return outputs
 
 
 def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -> tuple[mx.array, mx.array]:
-    """Outputs (1, n_heads, n, value_dim), and the logarithms of their sums (1, n_heads, n, 1)."""
+    """Outputs (1, n_heads, n, value_dim) and the logarithms of their sums (1, n_heads, n, 1), in float32."""
     _, heads, n, _ = queries.shape
     # The query heads of a group are rows of one product.
     scores = scores_of(queries.reshape(1, groups, -1, queries.shape[3]), pieces)
@@ -86,7 +87,7 @@ def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -
         scores = mx.where(mx.tile(seen, (heads // groups, 1)), scores, -mx.inf)
     total = mx.logsumexp(scores.astype(mx.float32), axis=-1, keepdims=True)
     out = weighted_sum(mx.softmax(scores, axis=-1, precise=True), pieces)
-    return out.reshape(1, heads, n, -1), total.reshape(1, heads, n, 1)
+    return out.astype(mx.float32).reshape(1, heads, n, -1), total.reshape(1, heads, n, 1)
 
 
 def _beyond(part: Part, stop: int) -> list[Cells]:

@@ -21,6 +21,25 @@ class Attending(NamedTuple):
     sinks: mx.array | None
 
 
+def check_queries(given: Attending, n: int, layer: int, heads: int, dim: int) -> None:
+    """Raise ValueError unless the queries are n tokens' that fit keys with so many heads and features."""
+    shape, sinks = given.queries.shape, given.sinks
+    if len(shape) != 4 or shape[0] != 1 or shape[2] != n:
+        raise ValueError(f"queries are {shape}, expected (1, n_heads, {n}, head_dim)")
+    if shape[3] != dim:
+        raise ValueError(
+            f"queries are {shape}: {shape[3]} features a head, the keys of layer {layer} have {dim}"
+        )
+    if not shape[1] or shape[1] % heads:
+        raise ValueError(
+            f"queries are {shape}: {shape[1]} heads are not a multiple of layer {layer}'s {heads} K/V heads"
+        )
+    if not mx.issubdtype(given.queries.dtype, mx.floating):
+        raise ValueError(f"queries are {given.queries.dtype}, expected floats")
+    if sinks is not None and sinks.shape != (shape[1],):
+        raise ValueError(f"sinks are {sinks.shape}, expected ({shape[1]},): one for each query head")
+
+
 class Layer:
     """One model layer of a cache: `put` and `get` without the mode that `set_layer` sets."""
 
@@ -58,7 +77,7 @@ class KeyValueCache(PlanningCache):
 
         Raises:
             ValueError: a shape that does not fit the batch or the layer, or no float type.
-            CacheError: no batch has been started.
+            CacheError: no batch has been started, or its `forward` is over.
         """
         self._put(self._layer, keys, values)
 

@@ -46,6 +46,19 @@ class Plan(ABC):
         """New arrays of the change, which can be computed before it is made."""
         return ()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether this is a step that was made and is neither over nor taken out again."""
+        return False
+
+    def finish(self) -> None:
+        """End a step, if it is under way: it can be read, and nothing more can be put.
+
+        Raises:
+            CacheError: a layer lacks keys and values; whoever calls this then calls `undo`.
+        """
+        raise NotImplementedError
+
     def again(self) -> bool:
         """Commit as many tokens more, where that is as simple as before; else False, and nothing."""
         return False
@@ -80,6 +93,14 @@ class JointPlan(Plan):
     def undo(self) -> None:
         for plan in reversed(self._plans):
             plan.undo()
+
+    @property
+    def is_under_way(self) -> bool:
+        return any(plan.is_under_way for plan in self._plans)
+
+    def finish(self) -> None:
+        for plan in self._plans:
+            plan.finish()
 
     def again(self) -> bool:
         before = [plan.made for plan in self._plans]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable
 
 import mlx.core as mx
 
+from ..arrays.pairs import Form
 from ..arrays.store import Rebase, Staged, Store, arrays_in, cells_in
 from ..batch import Batch, CausalOptions
 from ..cells.compaction import allocated_after, compact
@@ -17,9 +18,10 @@ from ..cells.table import CellTable
 from ..errors import NotSupportedError
 from ..quantisation import Quantisation
 from .attend import attend
+from .complete import check_complete
 from .interface import History
 from .journal import Journal
-from .keyvalue import Attending, KeyValueCache
+from .keyvalue import Attending, KeyValueCache, check_queries
 from .plan import Plan
 from .reserve import Reservation
 from .snapshot import RestorePlan, Snapshot, snapshot_of
@@ -46,6 +48,8 @@ class PositionalCache(KeyValueCache):
         self._table = CellTable(0)
         self._store = Store(None)
         self._step: Step | Reservation | None = None
+        self._asked: object = None
+        """The last queries that were found to fit, by what they were compared with."""
 
     @property
     def nbytes(self) -> int:
@@ -140,21 +144,22 @@ class PositionalCache(KeyValueCache):
 
     def _attend(self, layer: int, given: Attending) -> mx.array:
         step = self._current()
-        shape = given.queries.shape
-        if len(shape) != 4 or shape[0] != 1 or shape[2] != step.n:
-            raise ValueError(f"queries are {shape}, expected (1, n_heads, {step.n}, head_dim)")
-        if isinstance(step, Step):
-            return attend(step, layer, given)
-        queries, new_keys, new_values, scale, sinks = given
-        if new_keys is not None and new_values is not None:
-            step.put(layer, new_keys, new_values)
-        keys, values, mask = step.get(layer)
-        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-            # Additive masks are for others; MLX wants those of its attention in the type of the result.
-            mask = mask.astype(queries.dtype)
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks
-        )
+        buffers, queries, sinks = self._store.layers.get(layer), given.queries, given.sinks
+        form = buffers and buffers.form
+        asked = form, step.n, queries.shape, queries.dtype, None if sinks is None else sinks.shape
+        if form is None or asked != self._asked:
+            # Before anything is put, so that nothing has changed where they do not fit.
+            form = form or self._coming_form(layer, given)
+            check_queries(given, step.n, layer, form.heads, form.key_dim)
+            self._asked = asked
+        return attend(step, layer, given) if isinstance(step, Step) else step.attend(layer, given)
+
+    def _coming_form(self, layer: int, given: Attending) -> Form:
+        """The form of a layer of which nothing is stored."""
+        keys, values = given.keys, given.values
+        if keys is None or values is None:
+            keys, values, _ = self._get(layer)
+        return self._store.form_for(layer, keys, values)
 
     def _can_resume(self, sequence: int, position: int) -> bool:
         end, spans = self._table[sequence]
@@ -206,13 +211,26 @@ class StepPlan(Plan):
         if self._cache._table.orphans:
             self._cache._sweep(but=self._placement.in_use())
 
+    @property
+    def is_under_way(self) -> bool:
+        step = self._step
+        return step is not None and self._cache._step is step and not step.is_over
+
+    def finish(self) -> None:
+        if self._step is not None and self.is_under_way:
+            check_complete(self._step, self._placement.undo)
+            self._step.finish()
+
     def undo(self) -> None:
-        if self._step is not None and self._cache._step is self._step:
-            self._cache._table.assign(self._placement.undo)
-            self._cache._step = None
-            if not self._cache._table.sequences:
+        step, cache = self._step, self._cache
+        if step is not None and cache._step is step:
+            cache._table.assign(self._placement.undo)
+            for layer in step.opened:
+                cache._store.layers.pop(layer, None)
+            if not cache._table.sequences:
                 # Where nothing is held, another form may come than that of what is taken out.
-                self._cache._store.layers.clear()
+                cache._store.layers.clear()
+            cache._step = None
 
     def again(self) -> bool:
         cache, step = self._cache, self._step

@@ -23,17 +23,14 @@ def weighted_sum(weights: mx.array, pieces: Sequence[Lanes]) -> mx.array:
         return pieces[0][1].weighted(weights)
     borders = list(accumulate(keys.arrays[0].shape[2] for keys, _ in pieces))
     shares = mx.split(weights, borders[:-1], axis=-1)
-    first, *rest = (values.weighted(share) for share, (_, values) in zip(shares, pieces, strict=True))
+    # Added in float32, so that each piece rounds its own share only.
+    sums = (values.weighted(share) for share, (_, values) in zip(shares, pieces, strict=True))
+    first, *rest = (part.astype(mx.float32) for part in sums)
     return sum(rest, start=first)
 
 
 STRETCH = 128
 """Queries of a causal block that attend at once where MLX multiplies what they do not see."""
-
-
-def are_faster() -> bool:
-    """Whether this is a CPU, where MLX's own attention repeats keys for each head and multiplies all."""
-    return mx.default_device().type == mx.cpu
 
 
 def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:

@@ -104,7 +104,7 @@ class RecurrentCache(StreamCache[Stream]):
         Raises:
             ValueError: a number of arrays, of axes or a dtype that differs from the layer's
                 earlier ones, or a position outside the batch.
-            CacheError: no batch, or one of several sequences and none named.
+            CacheError: no batch, one of several sequences and none named, or one whose `forward` is over.
         """
         self._put(self._layer, arrays, sequence, at)
 
@@ -229,6 +229,7 @@ class RecurrentCache(StreamCache[Stream]):
         return under_way, sequence
 
     def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
+        self._check_unfinished()
         (_, begins, scratch), sequence = self._named(sequence)
         form = self._checked_form(layer, arrays)
         if scratch is not None:

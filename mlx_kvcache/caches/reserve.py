@@ -10,6 +10,7 @@ from ..batch import Batch, CacheConfig
 from ..cells.rules import Causal, Chunk, Rule
 from ..cells.table import CellTable
 from ..errors import CacheError
+from .keyvalue import Attending
 
 
 class Reservation:
@@ -51,3 +52,15 @@ class Reservation:
         dtype = self._config.mask_dtype
         mask = mx.ones((self.n, size), mx.bool_) if dtype is None else mx.zeros((self.n, size), dtype)
         return keys, values, mask
+
+    def attend(self, layer: int, given: Attending) -> mx.array:
+        """`put`, unless keys and values are None, and attention to the worst case."""
+        if given.keys is not None and given.values is not None:
+            self.put(layer, given.keys, given.values)
+        keys, values, mask = self.get(layer)
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            # Additive masks are for others; MLX wants those of its attention in the type of the result.
+            mask = mask.astype(given.queries.dtype)
+        return mx.fast.scaled_dot_product_attention(
+            given.queries, keys, values, scale=given.scale, mask=mask, sinks=given.sinks
+        )

@@ -18,6 +18,7 @@ from ..cells.placement import Placed
 from ..cells.rules import Rule
 from ..cells.table import CellTable
 from ..errors import CacheError
+from .complete import over
 from .parts import Part, take
 from .stretches import Stretch, cut
 
@@ -50,7 +51,7 @@ class Step:
         self._packed = table.packed
         self._later: frozenset[int] = frozenset()
         self._found: dict[Any, Any] = {}
-        self._name = next(_names)
+        self.name = next(_names)
         self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
         self._whole_mask: Mask = None
         self._has_mask = False
@@ -60,11 +61,16 @@ class Step:
         self._plain = self._only_run()
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self.opened: list[int] = []
+        """Layers that nobody has put before."""
+        self.is_over = False
+        """Whether only reading is left."""
 
     def move(self, placed: Placed) -> None:
         """Be the step of as many tokens more, where the only part goes on behind itself."""
         self.parts[0].move(placed, self.n)
-        self._name = next(_names)
+        self.name = next(_names)
+        self.opened.clear()
         self._later = frozenset()
         self._found.clear()
         self._has_mask = False
@@ -89,16 +95,27 @@ class Step:
         self._stretches.clear()
         self._later = frozenset(indices)
 
+    def finish(self) -> None:
+        """Refuse what else is put."""
+        self.is_over = True
+        # The short way does not ask.
+        self._plain = None
+
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        if self.is_over:
+            raise over(self.n)
         known = self.store.layers.get(layer)
         form = known.form if known else self.store.form_for(layer, keys, values)
         keys, values = form.checked(self.n, layer, keys, values)
         before = self._written_before(known, layer)
         try:
+            if known is None:
+                self.opened.append(layer)
             self._write(known or self.store.open(layer, form), layer, keys, values)
         except BaseException:
             if known is None:
                 self.store.layers.pop(layer, None)
+                self.opened[:] = [other for other in self.opened if other != layer]
             elif before:
                 known.pairs.update(before[0])
                 self._batches[layer] = before[1]
@@ -106,7 +123,7 @@ class Step:
 
     def _written_before(self, buffers: Buffers | None, layer: int) -> Written | None:
         """What a layer has stored by an earlier `put` of this step, which could be read."""
-        if buffers is None or buffers.written != self._name:
+        if buffers is None or buffers.written != self.name:
             return None
         segments = {segment for part in self.parts for segment, _, _ in part.stores}
         return {segment: buffers.pairs[segment].copy() for segment in segments}, self._batches.get(layer)
@@ -123,7 +140,7 @@ class Step:
                     pair.write(index, take(keys, rows), take(values, rows))
         if self._keeps_batch:
             self._batches[layer] = keys, values
-        buffers.written = self._name
+        buffers.written = self.name
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -174,11 +191,11 @@ class Step:
         # Every layer of every step comes here, so that a call less shows.
         if pair.is_packed:
             pair.write(new, keys, values)
-            buffers.written = self._name
+            buffers.written = self.name
             return pair.read(seen)
         stored_keys, stored_values = pair.keys, pair.values
         stored_keys[new], stored_values[new] = keys, values
-        buffers.written = self._name
+        buffers.written = self.name
         return stored_keys[seen], stored_values[seen]
 
     def _only_run(self) -> tuple[int, Index, Index] | None:
@@ -232,7 +249,7 @@ class Step:
 
     def check_put(self, layer: int) -> None:
         buffers = self.store.layers.get(layer)
-        if buffers is None or buffers.written != self._name:
+        if buffers is None or buffers.written != self.name:
             raise CacheError(f"layer {layer} has had no put in this batch")
 
     def stretches(self, part: Part) -> list[Stretch]:

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..batch import Batch
 from ..quantisation import Quantisation
 from .base import PlanningCache
+from .complete import over
 from .plan import Plan
 
 
@@ -43,13 +44,15 @@ class StreamCache(PlanningCache, Generic[S]):
         super().__init__()
         self._streams: dict[int, S] = {}
         self._pass: Pass | None = None
+        self._finished: Pass | None = None
+        """The last pass whose `forward` is over."""
 
     def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
         self._streams = {}
 
     def _close(self) -> None:
         self._streams = {}
-        self._pass = None
+        self._pass = self._finished = None
 
     def _plan_reserve(self, batch: Batch) -> Plan:
         return StreamPlan(self, {}, batch, reserve=True)
@@ -68,6 +71,11 @@ class StreamCache(PlanningCache, Generic[S]):
         if self._pass is None:
             raise self._no_batch()
         return self._pass
+
+    def _check_unfinished(self) -> None:
+        """Raise CacheError where the `forward` of the last pass is over."""
+        if self._pass is not None and self._pass is self._finished:
+            raise over(len(self._pass.batch))
 
 
 class StreamPlan(Plan, Generic[S]):
@@ -97,6 +105,15 @@ class StreamPlan(Plan, Generic[S]):
     def unmake(self) -> None:
         self._assign(self._before)
         self._cache._pass = self._last
+
+    @property
+    def is_under_way(self) -> bool:
+        cache = self._cache
+        return self._pass is not None and cache._pass is self._pass and cache._finished is not self._pass
+
+    def finish(self) -> None:
+        if self.is_under_way:
+            self._cache._finished = self._pass
 
     def undo(self) -> None:
         if self._pass is not None and self._cache._pass is self._pass:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+from ..arrays import device
 from ..arrays.mask import Mask, array_mask, positions_of
 from ..cells.rules import Causal, Chunk, Rule
 from .parts import Part
-from .products import STRETCH, are_faster
+from .products import STRETCH
 
 SHORTEST = 64
 """Queries in a stretch at least; fewer are not worth a product of their own."""
@@ -34,7 +35,7 @@ def _borders(rule: Rule, part: Part) -> list[int]:
     if rule.sinks or any(before[1] != after[0] for before, after in pairwise(part.ranges)):
         return whole
     if isinstance(rule, Causal):
-        return [*range(part.begin, part.end, STRETCH), part.end] if are_faster() else whole
+        return [*range(part.begin, part.end, STRETCH), part.end] if device.is_cpu() else whole
     if isinstance(rule, Chunk):
         inner = range(part.begin - part.begin % rule.size + rule.size, part.end, rule.size)
         # Many tiny chunks are cheaper in one product with a mask.

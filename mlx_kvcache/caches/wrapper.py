@@ -174,3 +174,10 @@ class _ForwardPlan(JointPlan):
     def unmake(self) -> None:
         super().unmake()
         self._wrapper._type = self._last
+
+    def finish(self) -> None:
+        for index, plan in enumerate(self._plans):
+            try:
+                plan.finish()
+            except CacheError as error:
+                raise CacheError(f"layer type {index}: {error}") from None

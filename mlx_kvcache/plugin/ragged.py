@@ -19,7 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
 
-from ..caches.products import STRETCH, are_faster, attend_causal, attend_single
+from ..arrays import device
+from ..caches.products import STRETCH, attend_causal, attend_single
 from .layout import Leaf
 from .observe import Observable
 
@@ -71,7 +72,7 @@ def attend(
     """Stands in for `mlx_lm.models.base.scaled_dot_product_attention`."""
     if isinstance(keys, Ragged):
         return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
-    if sinks is None and isinstance(cache, Observable) and are_faster():
+    if sinks is None and isinstance(cache, Observable) and device.is_cpu():
         if mask is None and queries.shape[0] == queries.shape[2] == 1:
             return attend_single(queries, keys, values, scale)
         if isinstance(mask, str) and queries.shape[2] > STRETCH:

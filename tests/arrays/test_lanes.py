@@ -13,7 +13,9 @@ from mlx_kvcache.quantisation import Codec
 @pytest.mark.parametrize("cells", [1, 383, 384, 600])
 @pytest.mark.parametrize("rows", [1, 4, 5])
 @pytest.mark.parametrize("is_view", [False, True])
-def test_scores_are_the_products_of_each_row_with_each_cell(rows: int, cells: int, is_view: bool) -> None:
+def test_scores_are_the_products_of_each_row_with_each_cell(
+    rows: int, cells: int, is_view: bool, device: str
+) -> None:
     drawn = np.random.default_rng(cells * 10 + rows)
     queries = drawn.standard_normal((1, 2, rows, 32)).astype(np.float32)
     keys = drawn.standard_normal((1, 2, cells, 32)).astype(np.float32)
@@ -27,7 +29,7 @@ def test_scores_are_the_products_of_each_row_with_each_cell(rows: int, cells: in
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])
-def test_packed_scores_are_those_of_the_decoded_cells(rows: int) -> None:
+def test_packed_scores_are_those_of_the_decoded_cells(rows: int, device: str) -> None:
     keys, queries = (mx.random.normal((1, 2, n, 64), key=mx.random.key(n)) for n in (500, rows))
     lane = packed(keys, Codec(8, 64))
     plain = Plain(lane.decoded(mx.float32))

@@ -87,17 +87,10 @@ class Fresh:
         return result
 
 
-@pytest.fixture(params=["CPU", "GPU"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By products as on a CPU, or by MLX's own attention where that has a kernel."""
-    for module in ("attend", "stretches"):
-        monkeypatch.setattr(f"mlx_kvcache.caches.{module}.are_faster", lambda: request.param == "CPU")
-
-
 @pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_equals_a_fresh_softmax(kind: Kind, store: str, learned: bool, way: None) -> None:
+def test_equals_a_fresh_softmax(kind: Kind, store: str, learned: bool, device: str) -> None:
     rng = np.random.default_rng(1)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
     assert isinstance(cache, PositionalCache)
@@ -137,7 +130,7 @@ def test_equals_a_fresh_softmax(kind: Kind, store: str, learned: bool, way: None
     ],
     ids=["window", "wide", "sinks", "chunk", "long", "short", "causal"],
 )
-def test_long_blocks_equal_one_masked_product(make: Callable[[], KeyValueCache], way: None) -> None:
+def test_long_blocks_equal_one_masked_product(make: Callable[[], KeyValueCache], device: str) -> None:
     """Blocks are cut into stretches; the whole history and its mask say what must come out."""
     cache = make()
     cache.init(mx.float32, max_batch=400)
@@ -222,7 +215,7 @@ def test_shapes_that_do_not_fit_while_decoding(heads: int, dim: int) -> None:
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SINGLE_KINDS, ids=str)
-def test_shared_runs_are_joined(kind: Kind, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_runs_are_joined(kind: Kind, store: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks of forks, at unequal lengths, in blocks and single tokens, mixed with a stranger."""
     monkeypatch.setattr(joined, "LONG", 1)
     rng = np.random.default_rng(2)

@@ -67,7 +67,8 @@ def test_no_memory_to_grow_changes_nothing(
     feed(cache, 100)
     cache.check()
     with cache.forward(Batch.run(0, 164, 1)):
-        cache.layer(0).put(mx.full((1, 1, 1, 32), 164.0), mx.full((1, 1, 1, 32), -164.0))
+        for layer in range(2):
+            cache.layer(layer).put(mx.full((1, 1, 1, 32), 164.0), mx.full((1, 1, 1, 32), -164.0))
         keys, values, _ = cache.layer(0).get()
     expected = np.arange(165)
     # In 8 bits equal features are stored as they are.

@@ -174,7 +174,10 @@ class Call:
 
 
 def with_layers(subject: Subject, cache: Any) -> None:
-    subject.fed(cache, {0: 2}, LAYERS)
+    """One more layer, of which sequence 0 has some tokens only."""
+    cache.start_forward(subject.batch(cache, {0: 2}))
+    for layer in LAYERS:
+        subject.put(cache, layer)
 
 
 def begun(subject: Subject, cache: Any) -> None:

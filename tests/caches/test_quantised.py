@@ -45,9 +45,9 @@ def put(cache: CausalCache, kv: mx.array, sequence: int = 0, layer: int = 0) -> 
 def got(cache: CausalCache, layer: int = 0) -> tuple[mx.array, mx.array]:
     """Keys and values, with those of one more token that are zeros."""
     with cache.forward(Batch.run(0, cache.end(0), 1)):
-        handle = cache.layer(layer)
-        handle.put(*[mx.zeros((1, HEADS, 1, DIM))] * 2)
-        keys, values, _ = handle.get()
+        for known in list(cache._store.layers):
+            cache.layer(known).put(*[mx.zeros((1, HEADS, 1, DIM))] * 2)
+        keys, values, _ = cache.layer(layer).get()
     cache.remove(0, cache.end(0) - 1)
     return keys[:, :, :-1], values[:, :, :-1]
 
