@@ -31,7 +31,7 @@ class Rows(Passes, Caller):
             return call(*args, **kwargs)
         if model is not self.pool.model:
             raise ValueError(
-                f"the prompt cache is one of another model, a {type(self.pool.model).__module__}, "
+                f"the prompt cache is one of another model, a {self.pool.architecture}, "
                 f"and not of this {type(model).__module__}"
             )
         with self.pool.lock:
@@ -59,7 +59,12 @@ class Rows(Passes, Caller):
             return forward_together(self, n, (*args, *kwargs.values()), called)
 
     def begin(self, n: int, is_called: bool = False) -> None:
-        """Start a forward that no call of the model ends: all ranks do, or none."""
+        """Start a forward that no call of the model ends: all ranks do, or none.
+
+        Raises:
+            CacheError: the model is gone, so that another one's layers would write here.
+        """
+        self.pool.living_model  # noqa: B018  # raises
 
         def begun() -> None:
             try:
