@@ -19,9 +19,7 @@ LAYERS = 8
 def run(setting: Setting) -> Iterator[Row]:
     """Forks of a 4,096-token prompt, 1 to 64, and one token in each layer of each, against deepcopy."""
     prompt = setting.of(4096, 1024)
-    # A cache does not keep its model alive.
-    model = tiny_llama(num_hidden_layers=LAYERS)
-    ours = fill(make_prompt_cache(model), prompt)
+    ours = fill(make_prompt_cache(tiny_llama(num_hidden_layers=LAYERS)), prompt)
     theirs = contiguous(prompt, shape=SMOLLM2._replace(layers=LAYERS))
     for branches in setting.of((1, 4, 16, 64), (1, 16)):
         work = f"{branches} fork{'s' * (branches > 1)} of {prompt:,} tokens, and a token in each"

@@ -14,6 +14,8 @@ SETUP = """
     from mlx_kvcache.plugin import attach, detach, make_prompt_cache, ragged
     from tests.plugin.tiny import tiny_llama
     gc.disable()
+    # What is here already need not be looked at in every collection.
+    gc.freeze()
     model, tokens = tiny_llama(), mx.array([[1, 2, 3]])
 
     def garbage():
@@ -25,7 +27,8 @@ SETUP = """
             cycle += [make_prompt_cache(other), other]
         cycle.append(cycle)
 
-    FILES = ("/attach.py", "/conversation.py", "/observe.py", "/pool.py", "/probe.py", "/ragged.py", "/trial.py")
+    NAMES = "attach", "conversation", "observe", "pool", "probe", "ragged", "trial"
+    FILES = tuple(f"/{name}.py" for name in NAMES)
 
     def trace(frame, event, arg):
         return collect if frame.f_code.co_filename.endswith(FILES) else None

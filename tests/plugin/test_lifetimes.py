@@ -122,8 +122,6 @@ def test_a_cache_whose_model_is_gone_says_so(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="model of this prompt cache is gone"):
         cache.remove(3, 9)
     other = tiny_gpt2()
-    with pytest.raises(CacheError, match="model of this prompt cache is gone"):
-        other(mx.array([[1]]), cache=cache)
     own = make_prompt_cache(other)
     with pytest.raises(ValueError, match=r"another model, a mlx_lm.models.llama, .* mlx_lm.models.gpt2"):
         other(mx.array([[1]]), cache=cache)
@@ -149,7 +147,7 @@ def test_what_is_known_of_a_model_is_not_believed_of_the_next_at_its_address() -
     assert new.pool is not old.pool
     assert len(new) == 2
     assert new.pool.forms != old.pool.forms
-    assert new.pool.scheme.refusal and not old.pool.layout == new.pool.layout
+    assert new.pool.scheme.refusal and old.pool.layout != new.pool.layout
     with pytest.raises(ValueError, match="not attached"):
         detach(others[-1])
 

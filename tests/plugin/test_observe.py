@@ -21,6 +21,11 @@ from tests.plugin.tiny import tiny_llama
 TOKENS = [5, 17, 3, 88]
 
 
+def pickled(model: nn.Module, protocol: int | None = None) -> nn.Module:
+    twin: nn.Module = pickle.loads(pickle.dumps(model, protocol))  # noqa: S301  # its own
+    return twin
+
+
 class Mine(llama.Model):  # type: ignore[misc]
     """A user's own."""
 
@@ -72,8 +77,8 @@ def test_copies_of_a_model_with_caches_are_plain_models(is_attached: bool) -> No
     if is_attached:
         attach(model)
     expected = np.array(model(mx.array([TOKENS]), cache=cache))
-    pickled = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(2, 6)]
-    for twin in (*pickled, copy.deepcopy(model), copy.copy(model)):
+    twins = [pickled(model, protocol) for protocol in range(2, 6)]
+    for twin in (*twins, copy.deepcopy(model), copy.copy(model)):
         assert type(twin) is original
         assert np.array_equal(np.array(twin(mx.array([TOKENS]))), expected)
         own = make_prompt_cache(twin)
@@ -113,6 +118,6 @@ def test_models_of_one_class_are_observed_apart() -> None:
 def test_recurrent_models_are_copied_too() -> None:
     model = build("qwen3_next")
     cache = make_prompt_cache(model)
-    twin = pickle.loads(pickle.dumps(model))
+    twin = pickled(model)
     assert isinstance(twin, nn.Module) and type(model).__mro__[1] is type(twin)
     del cache

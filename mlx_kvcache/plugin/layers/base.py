@@ -82,7 +82,9 @@ class Layer(Observable):
 
     def extend(self, other: Layer) -> None:
         """Take another batch's rows behind these, as forks. Raises ValueError for one of another pool."""
-        self.rows.edits.tell(self.leaf.index, "extend", weakref.ref(other.rows), lambda: self.rows.extend(other.rows))
+        self.rows.edits.tell(
+            self.leaf.index, "extend", weakref.ref(other.rows), lambda: self.rows.extend(other.rows)
+        )
 
     def extract(self: Self, idx: int) -> Self:
         """This layer of a fork of one row."""
