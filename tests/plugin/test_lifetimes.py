@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,18 @@ import mlx.nn as nn
 import pytest
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.plugin import Many, PromptCache, attach, detach, make_prompt_cache
+from mlx_kvcache.plugin import (
+    Many,
+    PromptCache,
+    attach,
+    detach,
+    make_prompt_cache,
+    observe,
+    pool,
+    probe,
+    trial,
+)
+from mlx_kvcache.plugin.lifetimes import PerModel
 from tests.plugin.configurations import build
 from tests.plugin.running import logits_of
 from tests.plugin.tiny import tiny_gpt2, tiny_llama
@@ -132,24 +144,30 @@ def test_a_cache_whose_model_is_gone_says_so(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_model_is_not_believed_of_the_next_at_its_address() -> None:
-    first = tiny_llama()
-    old, address = filled(first, capacity=50, overflow="shift"), id(first)
-    attach(first)
+    first, second, gone = tiny_llama(), tiny_llama(), list[str]()
+    values = PerModel(lambda: list[int](), gone=lambda: gone.append("one"))
+    values.of(first).append(1)
+    # As if the second had been made where the first was, and nobody had noticed that that died.
+    values._entries[id(second)] = values._entries[id(first)]
+    assert values.get(second) is None
+    assert values.of(second) == [] and values.of(second) is values.get(second)
+    assert values.of(first) == [1] and values and not gone
     del first
-    others = []
-    for _ in range(50):
-        others.append(tiny_gpt2())
-        if id(others[-1]) == address:
-            break
-    else:
-        pytest.fail("no model has got the address of the first")
-    new = filled(others[-1], rewind=50)
-    assert new.pool is not old.pool
-    assert len(new) == 2
-    assert new.pool.forms != old.pool.forms
-    assert new.pool.scheme.refusal and old.pool.layout != new.pool.layout
-    with pytest.raises(ValueError, match="not attached"):
-        detach(others[-1])
+    assert gone == ["one"] and not values and list(values._entries) == [id(second)]
+    assert values.get(tiny_llama()) is None
+
+
+def test_nothing_is_known_of_a_model_that_is_gone() -> None:
+    model = tiny_llama()
+    left = filled(model, capacity=50, overflow="shift")
+    attach(model)
+    tables: list[PerModel[Any]] = [observe._users, pool._pools, trial._findings, probe._schemes]
+    tables.append(sys.modules[attach.__module__]._attached)
+    key = id(model)
+    assert all(key in table._entries for table in tables)
+    del model
+    assert not any(key in table._entries for table in tables)
+    assert left.position == 40
 
 
 def test_closing_gives_the_memory_back() -> None:
@@ -300,11 +318,11 @@ def test_a_pool_goes_with_its_last_cache() -> None:
     cache = filled(model)
     batch = merged([cache, cache])
     mx.eval(model(mx.array([[1], [2]]), cache=batch))
-    pool = weakref.ref(cache.pool)
+    own = weakref.ref(cache.pool)
     del cache
-    assert pool() is not None
+    assert own() is not None
     del batch
-    assert pool() is None
+    assert own() is None
     assert type(model) is original
     assert registered() == finalizers
 
