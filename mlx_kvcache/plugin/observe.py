@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.nn as nn
 
@@ -124,7 +124,7 @@ def _subclass(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
 def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
     if not any("__call__" in vars(base) for base in cls.__mro__):
         raise TypeError("it has no __call__")
-    original = cls.__call__
+    original, original_reduce = cls.__call__, cls.__reduce_ex__
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Copies have no caches, so they are of the original class; but not those of a user's subclass."""
-        reduced = super(made, self).__reduce_ex__(protocol)
+        reduced: Any = original_reduce(self, protocol)
         if type(self) is not made or isinstance(reduced, str):
             return reduced
         constructor, args, *rest = reduced
@@ -173,8 +173,8 @@ class _MakeCache:
             return functools.partial(self._maker, model)
         if "make_cache" in vars(model):
             return vars(model)["make_cache"]
-        owner: Any = self.owner()
-        return super(owner, model).make_cache
+        own: Any = super(cast(Any, self.owner()), cast(Any, model))
+        return own.make_cache
 
     def __set__(self, model: nn.Module, own: Any) -> None:
         vars(model)["make_cache"] = own

@@ -201,7 +201,7 @@ def _recorded() -> Iterator[list[RopeShift]]:
             if not _watching[stand_in]:
                 del _watching[stand_in]
                 if mx.fast.rope is stand_in:
-                    mx.fast.rope = stand_in.__wrapped__
+                    mx.fast.rope = vars(stand_in)["__wrapped__"]
 
 
 def _stand_in(original: Any) -> Any:

@@ -49,7 +49,7 @@ def test_the_order_of_imports_does_not_matter(name: str) -> None:
         # By another way than attach, with other options.
         assert make_prompt_cache(model, capacity=7).capacity == 7
     assert hasattr(model, "make_cache") == had
-    assert [type(entry) for entry in host.make_prompt_cache(model)] == own  # type: ignore[attr-defined]
+    assert [type(entry) for entry in host.make_prompt_cache(model)] == own
 
 
 def test_each_attach_needs_its_detach() -> None:
@@ -64,8 +64,8 @@ def test_each_attach_needs_its_detach() -> None:
     detach(model)
     # Caches are alive, and yet the model is not attached.
     assert type(model) is not gpt2.Model and not hasattr(model, "make_cache")
-    assert type(host.make_prompt_cache(model)[0]) is mlx_lm_cache.KVCache  # type: ignore[attr-defined]
-    bounded = host.make_prompt_cache(model, 30)  # type: ignore[attr-defined]
+    assert type(host.make_prompt_cache(model)[0]) is mlx_lm_cache.KVCache
+    bounded = host.make_prompt_cache(model, 30)
     assert type(bounded[0]) is mlx_lm_cache.RotatingKVCache
     del cache
     gc.collect()
@@ -122,7 +122,7 @@ class Wrapper(nn.Module):
     """A model of mlx-vlm, which has the language model inside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.language_model = tiny_llama()
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> Any:
@@ -133,7 +133,7 @@ class Silent(nn.Module):
     """What nobody calls."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layers = [nn.Linear(2, 2)]
 
 

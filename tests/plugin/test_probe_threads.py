@@ -113,7 +113,7 @@ def test_recordings_that_overlap_put_the_function_back(first_ends_first: bool) -
     first = one.__enter__()
     rotate(1.0)
     inner = mx.fast.rope
-    mx.fast.rope = wrapped  # type: ignore[assignment]
+    mx.fast.rope = wrapped
     second = two.__enter__()
     rotate(2.0)
     assert [shift.base for shift in first] == [1.0]
@@ -132,26 +132,3 @@ def test_no_call_is_noted_that_is_too_wide_for_what_is_cached() -> None:
     with probe._recorded() as shifts:
         mx.fast.rope(wide, 8, traditional=False, base=10.0, scale=1.0, offset=0)
     assert probe._explanation(shifts, 5, narrow, 2 * narrow, 0) is None
-
-
-def test_threads_that_make_caches_and_threads_that_call_do_not_wait_for_each_other_in_a_circle() -> None:
-    """Batches find out how the model takes them while its pool is locked, and caches before they have one."""
-    built = [tiny_llama() for _ in range(3)]
-    ready = threading.Barrier(4)
-
-    def work(start: int) -> list[int]:
-        ready.wait()
-        positions = []
-        for i in range(6):
-            model = built[(start + i) % len(built)]
-            caches = [make_prompt_cache(model), make_prompt_cache(model)]
-            shifting = make_prompt_cache(model, capacity=9 + i, overflow="shift")
-            for cache in (*caches, shifting):
-                logits_of(model, cache, TOKENS[:7])
-            batch = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
-            mx.eval(model(mx.array([[1], [2]]), cache=batch))
-            positions.append(batch[0].size())
-        return positions
-
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(work, range(4))) == [[8] * 6] * 4
