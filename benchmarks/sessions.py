@@ -125,18 +125,19 @@ def _long_life(changes: int) -> Row:
         _feed(model, branch, rng.randrange(1, 120))
         branches = [*branches[-5:], branch]
     old, branches = branches[-1], []
-    new = make_prompt_cache(tiny_llama(num_hidden_layers=8))
-    _feed(new.pool.model, new, old.position)
-    for cache in (old, new):
+    other = tiny_llama(num_hidden_layers=8)
+    new = make_prompt_cache(other)
+    _feed(other, new, old.position)
+    for own, cache in ((model, old), (other, new)):
         for _ in range(300):
-            _feed(cache.pool.model, cache, 1)
+            _feed(own, cache, 1)
     return speed(
         "sessions.age",
         f"a step after {changes:,} forks, trims and refills",
         "ms",
         lambda: timed(lambda: _feed(model, old, 1)),
         "a new pool",
-        lambda: timed(lambda: _feed(new.pool.model, new, 1)),
+        lambda: timed(lambda: _feed(other, new, 1)),
         60,
     )
 

@@ -55,7 +55,7 @@ def run_apart(
         some = rows.subset(members)
         given = functools.partial(_of_rows, some, members, (first, stop))
         named = {name: given(value) for name, value in kwargs.items()}
-        output = some.run(rows.pool.model, call, tuple(map(given, args)), named)
+        output = some.run(rows.pool.living_model, call, tuple(map(given, args)), named)
         for index, row in enumerate(members):
             edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (output.ndim - 2)
             outputs[row] = mx.pad(output[index : index + 1], edges)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,16 +14,24 @@ from mlx_lm.models import cache as mlx_lm_cache
 from . import reuse, server
 from .bits import reusable
 from .contract import check_contract
+from .layout import own_cache
+from .lifetimes import PerModel
 from .loading import save_for_mlx_lm
+from .observe import observe
 from .prompt_cache import PromptCache, make_prompt_cache
 
 _original = mlx_lm_cache.make_prompt_cache
 _original_save = mlx_lm_cache.save_prompt_cache
-_lock = threading.RLock()
-_attached: dict[int, list[dict[str, Any]]] = {}
-"""For each attached model, by id: the options of each attach that has not been detached."""
 _all_models: list[dict[str, Any]] = []
 """The options of each `attach_all`."""
+
+
+class _Attached(list[dict[str, Any]]):
+    """The options of each attach of a model that has not been detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[Callable[[], None]] = []
 
 
 class Attachment:
@@ -46,34 +52,37 @@ class Attachment:
 def attach(model: nn.Module, **options: Any) -> Attachment:
     """From here on every mlx-lm tool on this model uses this package's caches.
 
-    Takes the options of `make_prompt_cache`. Where a tool asks for `max_kv_size=N`, that
-    becomes `capacity=N, overflow="shift", sinks=4`. May be called again with other options;
-    each call needs its own `detach`, which brings the options before it back.
+    Takes the options of `make_prompt_cache`. Other programs use them too, if they ask mlx-lm's
+    `make_prompt_cache` or the model's `make_cache`, however they have imported that. May be called
+    again with other options; each call needs its own `detach`, which brings the options before it back.
+
+    Where a tool of mlx-lm asks for `max_kv_size=N`, that becomes `capacity=N, overflow="shift", sinks=4`.
+    Programs that have imported `make_prompt_cache` by name before the first `attach` get no such bound:
+    give `attach` the `capacity` instead.
 
     Raises:
-        TypeError, ValueError: as `make_prompt_cache`.
+        TypeError, ValueError: as `make_prompt_cache`; of a model that wraps another, attach the
+            one inside.
         NotSupportedError: as `make_prompt_cache`, or a version of mlx-lm that is not known.
     """
     check_contract()
     options = reusable(options)
     make_prompt_cache(model, **options).close()
-    with _lock:
-        if not _attached and not _all_models:
-            _patch()
-        if id(model) not in _attached:
-            weakref.finalize(model, _forget, id(model))
-        _attached.setdefault(id(model), []).append(options)
+    attached = _attached.of(model)
+    attached.ends.append(observe(model, _make_cache))
+    attached.append(options)
+    _bind_all()
     return Attachment(model)
 
 
 def detach(model: nn.Module) -> None:
     """Undo one `attach` of this model. Raises ValueError if there is none."""
-    with _lock:
-        if id(model) not in _attached:
-            raise ValueError(f"this {type(model).__name__} is not attached")
-        _attached[id(model)].pop()
-        if not _attached[id(model)]:
-            _forget(id(model))
+    attached = _attached.get(model)
+    if not attached:
+        raise ValueError(f"this {type(model).__name__} is not attached")
+    attached.pop()
+    attached.ends.pop()()
+    _bind_all()
 
 
 def attach_all(**options: Any) -> None:
@@ -84,21 +93,13 @@ def attach_all(**options: Any) -> None:
             comes when a model is used.
     """
     check_contract()
-    with _lock:
-        if not _attached and not _all_models:
-            _patch()
-        _all_models.append(reusable(options))
-
-
-def _forget(key: int) -> None:
-    with _lock:
-        if _attached.pop(key, None) is not None and not _attached and not _all_models:
-            _restore()
+    _all_models.append(reusable(options))
+    _bind_all()
 
 
 def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
     """Stands in for mlx-lm's `make_prompt_cache` while a model is attached."""
-    options = _attached.get(id(model)) or _all_models
+    options = _attached.get(model) or _all_models
     if not options:
         return _original(model, max_kv_size)
     chosen = options[-1]
@@ -106,6 +107,12 @@ def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
         chosen = chosen | {"capacity": max_kv_size, "overflow": "shift", "sinks": min(4, max_kv_size - 1)}
     cache: PromptCache = make_prompt_cache(model, **chosen)
     return cache
+
+
+def _make_cache(model: nn.Module) -> list[Any]:
+    """Stands in for an attached model's `make_cache`, which every `make_prompt_cache` asks first."""
+    # A user's subclass of the class that an attached model had still asks here after it is detached.
+    return _dispatch(model) if _attached.get(model) else own_cache(model)
 
 
 def _save(file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
@@ -118,20 +125,20 @@ def _save(file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None 
         _original_save(file_name, cache, metadata)
 
 
-def _patch() -> None:
-    _bind("make_prompt_cache", _original, _dispatch)
-    _bind("save_prompt_cache", _original_save, _save)
-    reuse.LRUPromptCache.fetch_nearest_cache = reuse.fetch_nearest_cache
-    reuse.LRUPromptCache.insert_cache = reuse.insert_cache
-    server.patch()
-
-
-def _restore() -> None:
-    _bind("make_prompt_cache", _dispatch, _original)
-    _bind("save_prompt_cache", _save, _original_save)
-    reuse.LRUPromptCache.fetch_nearest_cache = reuse.original_fetch
-    reuse.LRUPromptCache.insert_cache = reuse.original_insert
-    server.restore()
+def _bind_all() -> None:
+    """Let mlx-lm have our functions while any model is attached, and else its own. Takes no lock."""
+    while True:
+        is_attached = bool(_attached or _all_models)
+        ours = _dispatch, _save, reuse.fetch_nearest_cache, reuse.insert_cache
+        theirs = _original, _original_save, reuse.original_fetch, reuse.original_insert
+        old, new = (theirs, ours) if is_attached else (ours, theirs)
+        _bind("make_prompt_cache", old[0], new[0])
+        _bind("save_prompt_cache", old[1], new[1])
+        reuse.LRUPromptCache.fetch_nearest_cache, reuse.LRUPromptCache.insert_cache = new[2:]
+        (server.patch if is_attached else server.restore)()
+        # Another thread, or the end of a model, may have changed that meanwhile.
+        if is_attached == bool(_attached or _all_models):
+            return
 
 
 def _bind(function: str, old: Any, new: Any) -> None:
@@ -139,3 +146,6 @@ def _bind(function: str, old: Any, new: Any) -> None:
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "mlx_lm" and getattr(module, function, None) is old:
             setattr(module, function, new)
+
+
+_attached = PerModel(_Attached, gone=_bind_all)

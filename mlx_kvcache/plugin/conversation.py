@@ -81,13 +81,15 @@ class Conversation:
             raise CacheError("the prompt cache is closed")
 
     def close(self) -> None:
+        """Give the cells back that no fork shares: at once, or after the forward under way."""
         try:
             self._release()
         except BaseException:
-            # Where it is closed, nobody else would; twice is as good as once.
+            # An interrupted release is dead, and would not be tried again. To release twice is harmless.
             if not self._release.alive:
                 self.pool.drop(self.sequence)
             raise
+        self.pool.free_dropped()
 
     def fork(self) -> Conversation:
         """Another conversation with the same tokens. Copies no array."""

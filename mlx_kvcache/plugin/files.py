@@ -35,7 +35,7 @@ def prepared(
         conversation.pool.caches,
         conversation.sequence,
         tokens,
-        fingerprint(conversation.pool.model, tokenizer),
+        fingerprint(conversation.pool.living_model, tokenizer),
         options_of(conversation) | {_HEAD: head},
         extra,
     )
@@ -49,7 +49,7 @@ def restore(conversation: Conversation, opened: Opened, tokenizer: Any = None) -
         CacheFullError: it holds more tokens than the capacity.
     """
     pool = conversation.pool
-    opened.check_model(fingerprint(pool.model, tokenizer))
+    opened.check_model(fingerprint(pool.living_model, tokenizer))
     check_room(conversation, opened.end, opened.path)
     snapshots = opened.snapshots(pool.caches)
     with faults_of(opened.path):

@@ -11,6 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..cells.rules import Causal, Chunk, Rule, Window
 from ..errors import NotSupportedError
+from .observe import own_make_cache
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ def layout_of(model: nn.Module) -> Layout:
     Raises:
         NotSupportedError: an entry of an unknown class, or a model that caches nothing.
     """
-    entries = (
-        model.make_cache() if hasattr(model, "make_cache") else [mlx_lm_cache.KVCache()] * len(model.layers)
-    )
+    entries = own_cache(model)
     found: list[Entry] = []
     count = 0
     for index, entry in enumerate(entries):
@@ -75,6 +74,12 @@ def layout_of(model: nn.Module) -> Layout:
     if not count:
         raise NotSupportedError(f"{type(model).__module__} caches nothing")
     return Layout(tuple(found))
+
+
+def own_cache(model: nn.Module) -> list[Any]:
+    """A cache list of mlx-lm's own for a model, also while the model is attached."""
+    with own_make_cache(model) as make_cache:
+        return make_cache() if make_cache else [mlx_lm_cache.KVCache() for _ in model.layers]
 
 
 def _leaves(entry: Entry) -> Iterator[Leaf]:

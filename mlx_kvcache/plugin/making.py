@@ -52,7 +52,11 @@ def _told(model: nn.Module, limits: Limits, storage: Storage) -> str:
 
 def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
-        raise TypeError(f"an mlx-lm model is needed, got {type(model).__name__}")
+        inside = getattr(model, "language_model", None)
+        hint = f"; give it the model inside, its language_model (a {type(inside).__name__})" if inside else ""
+        raise TypeError(
+            f"an mlx-lm model is needed, got a {type(model).__name__} without layers or make_cache{hint}"
+        )
     limits = limits.checked()
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None

@@ -176,17 +176,28 @@ class Passes:
 
     def settle(self) -> None:
         """Undo a forward that was left unfinished, and take the pool."""
+        self.abandon()
         self.check_open()
+        self.pool.take_turn(self)
+
+    def abandon(self) -> None:
+        """Undo a forward that was left unfinished, also of a conversation that is closed."""
         forward = self.forward
         if forward is not None:
             forward.undo()
         self.forward, self.is_called, self._offsets = None, False, None
-        self.pool.take_turn(self)
         if forward is not None:
             # Its cells are free, but the buffers still wait for what it wrote there. Nobody can compute
             # that where it was another thread that drove the layers by hand and stopped between two.
             with suppress(RuntimeError):
                 self.pool.compute(forward.arrays())
+
+    def leave(self) -> None:
+        """Let go of what is kept for the next forward, and of one that somebody drives by hand."""
+        with self.pool.lock:
+            if not self.is_called:
+                self.abandon()
+                self._last = None
 
     def _columns_of(self, n: int) -> list[Columns]:
         return self.padding.columns(n)

@@ -1,4 +1,15 @@
-"""The cells that prompt caches of one model share."""
+"""The cells that prompt caches of one model share.
+
+Locks are taken in this order; a thread that holds one takes only those below it:
+
+1. `Pool.lock`, of a pool in the model's precision before that of its sibling in fewer bits;
+2. what is known of a model in `trial.py`, while the model is tried;
+3. `Pool.lock` of the trial's own pool, which no other thread knows;
+4. what is known of a model in `probe.py`, while the model is watched;
+5. `_lock` here, while a pool is looked up or made.
+
+The second and fourth are of one model each. Finalizers take none; see `lifetimes.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +31,11 @@ from ..caches.base import PlanningCache
 from ..caches.plan import JointPlan, Plan
 from ..caches.positional import PositionalCache
 from ..caches.recurrent import RecurrentCache, arrays_in
+from ..errors import CacheError
 from ..quantisation import Codecs, Quantisation
 from .layout import Layout, Leaf
-from .observe import observe, unobserve
+from .lifetimes import PerModel
+from .observe import observe
 from .probe import scheme_of
 from .ragged import serve
 from .ranks import ALONE, Ranks
@@ -44,7 +57,7 @@ class User(Protocol):
     @property
     def unfinished(self) -> bool: ...
 
-    def settle(self) -> None: ...
+    def abandon(self) -> None: ...
 
 
 class Pool:
@@ -55,9 +68,11 @@ class Pool:
 
     MLX computes an array only in the thread that made it, and two threads must not wait for the same
     one. So whenever `lock` is free, what the pool holds is being computed, or, once several threads
-    that are alive have used the pool, has been computed.
+    that are alive have used the pool, has been computed. A pool does
+    not keep its model alive.
 
     Attributes:
+        architecture: the module of the model's class.
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
         quantisation: how keys and values are stored, by leaf; None for the model's own precision.
@@ -76,7 +91,8 @@ class Pool:
         quantisation: Quantisation | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
+        self.architecture = type(model).__module__
         self.ranks = ranks
         self.layout = layout
         self.rewinds = tuple(rewinds)
@@ -100,23 +116,36 @@ class Pool:
         self._is_shared = False
         self.is_scratch = False
         self._computed = count(1)
-        observe(model)
-        weakref.finalize(self, unobserve, model)
+        weakref.finalize(self, observe(model))
         weakref.finalize(self, serve(model))
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, or None if it is gone: its prompt caches do not keep it alive."""
+        return self._model()
+
+    @property
+    def living_model(self) -> nn.Module:
+        """The model. Raises CacheError if it is gone."""
+        model = self._model()
+        if model is None:
+            raise CacheError(
+                f"the model of this prompt cache is gone, a {self.architecture}: a cache does not keep its "
+                "model alive, so hold the model as long as you use the cache"
+            )
+        return model
 
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated, counted once however many prompt caches share them."""
         with self.lock:
-            user = self._user and self._user()
-            if not (user and user.unfinished):
-                self._sweep()
+            self._sweep_between_forwards()
             return sum(cache.nbytes for cache in self.caches)
 
     @property
     def scheme(self) -> Scheme:
         """How the model tells positions apart; the first call runs the model on a few tokens."""
-        return scheme_of(self.model, self.ranks)
+        return scheme_of(self.living_model, self.ranks)
 
     @cached_property
     def batching(self) -> Batching:
@@ -154,7 +183,7 @@ class Pool:
             form = self.forms.get(leaf.index)
             if form and quantisation:
                 form.packed_by(quantisation.of(leaf.index), f"layer {leaf.name}")
-        pool = pool_for(self.model, self.layout, self.rewinds, quantisation, self.ranks)
+        pool = pool_for(self.living_model, self.layout, self.rewinds, quantisation, self.ranks)
         pool.forms, pool.mirrored, pool.ask = self.forms, self.mirrored, self.ask
         return pool
 
@@ -180,15 +209,20 @@ class Pool:
         return next(self._names)
 
     def drop(self, sequence: int) -> None:
-        """Forget a sequence at the next safe moment: garbage collection can call this at any."""
+        """Forget a sequence at the next safe moment. Finalizers may call this: it takes no lock."""
         self._dropped.append(sequence)
+
+    def free_dropped(self) -> None:
+        """Give back at once what is dropped, or at the end of the forward under way."""
+        with self.lock:
+            self._sweep_between_forwards()
 
     def take_turn(self, user: User) -> None:
         """Let `user` change the caches, after undoing what another left unfinished."""
         last = self._user and self._user()
         if last is not user:
             if last and last.unfinished:
-                last.settle()
+                last.abandon()
                 last.interrupted = True
             self._user = weakref.ref(user)
         self._note_thread()
@@ -260,6 +294,11 @@ class Pool:
             point = min(_resume_point(cache, sequence, point) for cache in self.caches)
         return point
 
+    def _sweep_between_forwards(self) -> None:
+        user = self._user and self._user()
+        if not (user and user.unfinished):
+            self._sweep()
+
     def _sweep(self) -> None:
         while self._dropped:
             JointPlan(self.plan_truncate(self._dropped[0], 0)).commit()
@@ -284,8 +323,10 @@ def _resume_point(cache: PlanningCache, sequence: int, position: int) -> int:
     return next((p for p in candidates if cache._can_resume(sequence, p)), 0)
 
 
-_pools: weakref.WeakValueDictionary[tuple[object, ...], Pool] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_pools: PerModel[weakref.WeakValueDictionary[tuple[object, ...], Pool]] = PerModel(
+    weakref.WeakValueDictionary
+)
+_lock = threading.RLock()
 
 
 def pool_for(
@@ -296,9 +337,9 @@ def pool_for(
     ranks: Ranks,
 ) -> Pool:
     """The model's pool of this form: prompt caches that are made alike can join one batch."""
-    key = (id(model), layout, tuple(rewinds), quantisation, ranks)
+    key, pools = (layout, tuple(rewinds), quantisation, ranks), _pools.of(model)
     with _lock:
-        pool = _pools.get(key)
+        pool = pools.get(key)
         if pool is None:
-            pool = _pools[key] = Pool(model, layout, rewinds, quantisation, ranks)
+            pool = pools[key] = Pool(model, layout, rewinds, quantisation, ranks)
         return pool

@@ -7,10 +7,11 @@ it turns what the first run cached into what the second did.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import threading
-import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -23,6 +24,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..arrays.rope import RopeShift
 from ..cells.rules import Chunk
 from .layout import Entry, Layout, Leaf, layout_of
+from .lifetimes import PerModel
 from .ranks import ALONE, Ranks
 from .rotation import Rotation, Scheme, Slot
 
@@ -35,18 +37,26 @@ _SLOTS: tuple[Slot, Slot] = (0, 1)
 _NAMES = ("keys", "values")
 _ABOUT_POSITIONS = re.compile("position|original|window|chunk|floor|context|seq")
 
-_schemes: dict[tuple[int, int], Scheme] = {}
-_lock = threading.Lock()
+
+class _Schemes:
+    """The position schemes of a model, by number of ranks."""
+
+    def __init__(self) -> None:
+        # Held while the model runs, so that it is watched once, and no other model waits for that.
+        self.lock = threading.RLock()
+        self.found: dict[int, Scheme] = {}
+
+
+_schemes = PerModel(_Schemes)
 
 
 def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
     """The model's position scheme, found once for each model and number of ranks."""
-    key = id(model), ranks.size
-    if key not in _schemes:
-        with _lock:
-            _schemes[key] = _agreed(_probe(model, ranks), ranks)
-        weakref.finalize(model, _schemes.pop, key, None)
-    return _schemes[key]
+    schemes = _schemes.of(model)
+    with schemes.lock:
+        if ranks.size not in schemes.found:
+            schemes.found[ranks.size] = _agreed(_probe(model, ranks), ranks)
+        return schemes.found[ranks.size]
 
 
 class _Probe:
@@ -167,35 +177,61 @@ def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
     )
 
 
+_recorders = threading.local()
+_watching: Counter[Any] = Counter()
+"""How many recordings are under way in each stand-in for `mx.fast.rope`."""
+_switch = threading.Lock()
+
+
 @contextmanager
 def _recorded() -> Iterator[list[RopeShift]]:
-    """Collect the different rotations that are made inside."""
-    calls: list[RopeShift] = []
-    original = mx.fast.rope
-
-    def rope(
-        x: mx.array,
-        dims: int,
-        *,
-        traditional: bool,
-        base: float | None,
-        scale: float,
-        offset: Any,
-        freqs: mx.array | None = None,
-        **more: Any,
-    ) -> mx.array:
-        shift = RopeShift(dims, base, traditional, scale, freqs)
-        if not _among(shift, calls):
-            calls.append(shift)
-        return original(
-            x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **more
-        )
-
-    mx.fast.rope = rope  # type: ignore[assignment]
+    """Collect the different rotations that this thread makes inside. Other threads notice nothing."""
+    before, calls = getattr(_recorders, "calls", None), list[RopeShift]()
+    with _switch:
+        stand_in: Any = mx.fast.rope if mx.fast.rope in _watching else _stand_in(mx.fast.rope)
+        _watching[stand_in] += 1
+        mx.fast.rope = stand_in
     try:
+        _recorders.calls = calls
         yield calls
     finally:
-        mx.fast.rope = original
+        _recorders.calls = before
+        with _switch:
+            _watching[stand_in] -= 1
+            if not _watching[stand_in]:
+                del _watching[stand_in]
+                if mx.fast.rope is stand_in:
+                    mx.fast.rope = vars(stand_in)["__wrapped__"]
+
+
+def _stand_in(original: Any) -> Any:
+    """A function like `mx.fast.rope` that also notes the calls of threads that record."""
+
+    @functools.wraps(original)
+    def rope(*args: Any, **kwargs: Any) -> Any:
+        calls = getattr(_recorders, "calls", None)
+        if calls is not None:
+            shift = _shift(*args, **kwargs)
+            if not _among(shift, calls):
+                calls.append(shift)
+        return original(*args, **kwargs)
+
+    return rope
+
+
+def _shift(
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: Any,
+    freqs: mx.array | None = None,
+    **more: Any,
+) -> RopeShift:
+    """The rotation that a call of `mx.fast.rope` makes."""
+    return RopeShift(dims, base, traditional, scale, freqs)
 
 
 def _explanation(
@@ -206,7 +242,7 @@ def _explanation(
     for shift in shifts:
         for start in dict.fromkeys((0, width - shift.dims)):
             rotation = Rotation(shift, (slot,), start)
-            if start >= 0 and _close(rotation.apply(first, distance), second):
+            if 0 <= start <= width - shift.dims and _close(rotation.apply(first, distance), second):
                 return rotation
     return None
 

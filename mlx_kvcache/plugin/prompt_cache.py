@@ -203,6 +203,7 @@ class PromptCache(list[Any]):
         conversation = self._conversation
         with conversation.pool.ranks.together(f"close conversation {conversation.name}"):
             conversation.pool.ranks.ready()
+            self._rows.leave()
             conversation.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:

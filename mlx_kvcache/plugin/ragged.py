@@ -10,9 +10,7 @@ needs arrays shows it when it is tried.
 from __future__ import annotations
 
 import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -26,9 +24,8 @@ from .observe import Observable
 
 _NAME = "scaled_dot_product_attention"
 _original = mlx_lm_base.scaled_dot_product_attention
-_lock = threading.RLock()
-_bound: Counter[str] = Counter()
-"""How many models are served in each of mlx-lm's modules."""
+_users: dict[str, set[object]] = {}
+"""For each of mlx-lm's modules, by name, every `serve` that is not over."""
 
 
 class Attends(Protocol):
@@ -84,23 +81,29 @@ def attend(
 
 
 def serve(model: nn.Module) -> Callable[[], None]:
-    """Let the modules of a model attend to handles, until what is returned is called."""
-    names = {type(module).__module__ for module in model.modules()}
-    with _lock:
-        for name in names:
-            _bound[name] += 1
-        _bind(names, _original, attend)
-    return lambda: _leave(names)
+    """Let the modules of a model attend to handles, until what is returned is called.
 
-
-def _leave(names: Iterable[str]) -> None:
-    with _lock:
-        _bound.subtract(names)
-        _bind([name for name in names if not _bound[name]], attend, _original)
-
-
-def _bind(names: Iterable[str], old: Any, new: Any) -> None:
+    Finalizers may call that: it takes no lock, does not keep the model alive, and may be called twice.
+    """
+    user, names = object(), {type(module).__module__ for module in model.modules()}
     for name in names:
-        module = sys.modules.get(name)
-        if getattr(module, _NAME, None) is old:
-            setattr(module, _NAME, new)
+        _users.setdefault(name, set()).add(user)
+        _bind(name)
+
+    def leave() -> None:
+        for name in names:
+            _users[name].discard(user)
+            _bind(name)
+
+    return leave
+
+
+def _bind(name: str) -> None:
+    """Let a module have the function that its users need, unless somebody else has replaced it."""
+    module = sys.modules.get(name)
+    while True:
+        old, new = (_original, attend) if _users[name] else (attend, _original)
+        if getattr(module, _NAME, None) is not old:
+            return
+        # Another thread may change the users meanwhile, so look again.
+        setattr(module, _NAME, new)

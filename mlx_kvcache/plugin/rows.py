@@ -63,7 +63,7 @@ class Rows(Passes, Caller):
         """Raise ValueError unless the caches are of this model."""
         if model is not self.pool.model:
             raise ValueError(
-                f"the prompt cache is one of another model, a {type(self.pool.model).__module__}, "
+                f"the prompt cache is one of another model, a {self.pool.architecture}, "
                 f"and not of this {type(model).__module__}"
             )
 
@@ -215,9 +215,10 @@ class Rows(Passes, Caller):
         with self.edit(f"store in fewer bits: {quantisation}"):
             if self.pool.quantisation is None:
                 pool = self.pool.sibling(quantisation)
-                moved = [conversation.moved(pool) for conversation in self.conversations]
-                self.conversations, self.pool = moved, pool
-                pool.take_turn(self)
+                with pool.lock:
+                    moved = [conversation.moved(pool) for conversation in self.conversations]
+                    self.conversations, self.pool = moved, pool
+                    pool.take_turn(self)
 
     def _row(self, row: int) -> int:
         """A row's index, from 0. Raises ValueError where there is none."""
@@ -227,12 +228,13 @@ class Rows(Passes, Caller):
         return row % size
 
     def _check_joins(self, other: Rows) -> None:
-        other.settle()
+        # Before it is settled, as only this pool's lock is held.
         if other.pool is not self.pool:
             raise ValueError(
                 "prompt caches of different pools cannot join one batch: they must be of the same model, "
                 "and made with the same options"
             )
+        other.settle()
 
     def _length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """How many columns the model's input has. Raises ValueError for other rows than there are."""

@@ -1,7 +1,8 @@
-"""Doing once what mlx-lm tells every layer."""
+"""Runs an edit once although mlx-lm calls it on every layer."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,43 +16,53 @@ class Told:
 
     Args:
         names: of all layers.
-        strict: whether layers that are told different things are an error, as edits are.
+        strict: whether layers that are told different things are an error, as edits are. Otherwise
+            what is done gives an object, which is not kept alive for the other layers.
     """
 
     def __init__(self, names: Sequence[str], strict: bool) -> None:
         self._names = names
         self._strict = strict
         self._what: tuple[str, Any] = ("", None)
-        self._result: Any = None
+        self._result: Callable[[], Any] = _nothing
         self._heard: set[int] = set()
 
     def tell(self, layer: int, name: str, arguments: Any, act: Callable[[], T]) -> T:
         """Do it, or return what it gave when another layer was told the same.
+
+        Args:
+            arguments: anything with `==`. They are kept until all layers have been told the same or
+                `forget` is called, so let them hold objects by weak references only.
 
         Raises:
             CacheError: edits differ from layer to layer.
         """
         what = name, arguments
         if self._heard and layer not in self._heard:
-            if what == self._what:
+            before = self._result()
+            if what == self._what and (self._strict or before is not None):
                 self._heard.add(layer)
-                result: T = self._result
                 self._forget_if_done()
-                return result
+                return before  # type: ignore[no-any-return]
             if self._strict:
-                other, before = self._what
+                other, others = self._what
                 raise CacheError(
-                    f"layer {self._names[layer]} is told to {name} {arguments}, others to {other} {before}"
+                    f"layer {self._names[layer]} is told to {name} {arguments}, others to {other} {others}"
                 )
         result = act()
-        self._what, self._result, self._heard = what, result, {layer}
+        found = (lambda: result) if self._strict else weakref.ref(result)
+        self._what, self._result, self._heard = what, found, {layer}
         self._forget_if_done()
         return result
 
     def forget(self) -> None:
         """Whatever layers have been told is done with."""
-        self._result, self._heard = None, set()
+        self._what, self._result, self._heard = ("", None), _nothing, set()
 
     def _forget_if_done(self) -> None:
         if len(self._heard) == len(self._names):
             self.forget()
+
+
+def _nothing() -> None:
+    return None

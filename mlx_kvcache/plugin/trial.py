@@ -8,7 +8,6 @@ time. How the model takes batches is found by comparing logits, when a batch fir
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..errors import NotSupportedError
 from .conversation import Conversation, Limits
 from .layers import entries_of
 from .layout import Leaf
+from .lifetimes import PerModel
 from .pool import Batching, Pool
 from .rows import Rows
 from .tokens import TokenRows
@@ -30,9 +30,17 @@ BY_COLUMN = frozenset({"minimax_m3_vl"})
 NOISE = 0.1
 """Logits that differ by more of their spread are not the same, in 16 bits either."""
 
-_findings: dict[tuple[str, int, int], Any] = {}
-"""What has been found out, by question, id of the model and number of ranks."""
-_lock = threading.RLock()
+
+class _Findings:
+    """What has been found out about a model, by question and number of ranks."""
+
+    def __init__(self) -> None:
+        # Held while the model runs, so that it is tried once, and no other model waits for that.
+        self.lock = threading.RLock()
+        self.answers: dict[tuple[str, int], Any] = {}
+
+
+_findings = PerModel(_Findings)
 
 
 def try_out(pool: Pool) -> None:
@@ -43,28 +51,28 @@ def try_out(pool: Pool) -> None:
 
 def _answer(pool: Pool, question: str) -> Any:
     """What is known of the pool's model, found once for each model, in a pool of its own."""
-    key = question, id(pool.model), pool.ranks.size
-    with _lock:
-        if key not in _findings:
-            scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches), ranks=pool.ranks)
+    model = pool.living_model
+    findings, key = _findings.of(model), (question, pool.ranks.size)
+    with findings.lock:
+        if key not in findings.answers:
+            scratch = Pool(model, pool.layout, [1] * len(pool.caches), ranks=pool.ranks)
             scratch.ask = _answer
             # To know what a model writes, nothing needs to be computed.
             scratch.is_scratch = question == "forms"
             found = _QUESTIONS[question](scratch)
             if question != "forms":
                 pool.ranks.agree(f"go on with {question}: {found}")
-            _findings[key] = found
-            weakref.finalize(pool.model, _findings.pop, key, None)
-        return _findings[key]
+            findings.answers[key] = found
+        return findings.answers[key]
 
 
 def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
     rows = _rows(pool, 1)
-    cache, module = entries_of(rows), type(pool.model).__module__
+    cache, module = entries_of(rows), pool.architecture
     written: set[int] = set()
     for n in (2, 1):
         try:
-            pool.model(mx.zeros((1, n), mx.int32), cache=cache)
+            pool.living_model(mx.zeros((1, n), mx.int32), cache=cache)
         except Exception as error:
             raise NotSupportedError(f"{module} does not run on these caches: {error!r}") from error
         written |= {index for index, is_written in enumerate(rows.written_last) if is_written}
@@ -91,7 +99,7 @@ def _batching(pool: Pool) -> Batching:
     block = mx.broadcast_to(text, (len(LENGTHS), text.shape[1]))
     ways: tuple[Batching, ...] = ("ragged", "gathered")
     for way in ways:
-        if way == "gathered" and type(pool.model).__module__.rpartition(".")[2] in BY_COLUMN:
+        if way == "gathered" and pool.architecture.rpartition(".")[2] in BY_COLUMN:
             continue
         together = _rows(pool, len(LENGTHS))
         together.padding = together.padding.prepared(None, LENGTHS, None)
@@ -121,7 +129,7 @@ def _mixes(pool: Pool) -> bool:
     try:
         for parts in steps:
             cache = entries_of(TokenRows(pool, conversations, [len(part) for part in parts]))
-            logits = pool.model(mx.array([[token] for part in parts for token in part]), cache=cache)
+            logits = pool.living_model(mx.array([[token] for part in parts for token in part]), cache=cache)
             mx.eval(logits)
     except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
         return False
@@ -136,16 +144,16 @@ def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.arra
     """Those of one token after a block."""
     cache = entries_of(rows)
     # One after the other: of two calls at once, ranks of a pipeline would order the collectives differently.
-    mx.eval(pool.model(block, cache=cache))
+    mx.eval(pool.living_model(block, cache=cache))
     rows.padding = rows.padding.finalized()
-    logits: mx.array = pool.model(token, cache=cache)
+    logits: mx.array = pool.living_model(token, cache=cache)
     mx.eval(logits)
     return logits[:, -1].astype(mx.float32)
 
 
 def _whole(pool: Pool, text: list[int]) -> mx.array:
     """Those of the last token of a text in one block."""
-    logits: mx.array = pool.model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1]
+    logits: mx.array = pool.living_model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1]
     mx.eval(logits)
     return logits
 

@@ -17,7 +17,7 @@ from unittest.mock import patch
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.models.cache import LRUPromptCache
 
-from mlx_kvcache.plugin.attach import _all_models, _restore, attach_all
+from mlx_kvcache.plugin.attach import _all_models, _bind_all, attach_all
 
 
 class Answer(NamedTuple):
@@ -116,7 +116,7 @@ def attached(options: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         _all_models.pop()
-        _restore()
+        _bind_all()
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def test_the_model_and_its_module_are_put_back() -> None:
     """While caches live, the model has a class of its own and its module attends to handles."""
     gc.collect()
     # Caches of other tests may live, such as those of a page whose blocks have run.
-    others = ragged._bound[llama.__name__]
+    others = set(ragged._users[llama.__name__])
     model = tiny_llama()
     with attach(model):
         cache = sys.modules["mlx_lm.generate"].make_prompt_cache(model)
@@ -118,6 +118,6 @@ def test_the_model_and_its_module_are_put_back() -> None:
     del cache
     gc.collect()
     assert type(model) is llama.Model
-    assert ragged._bound[llama.__name__] == others
+    assert ragged._users[llama.__name__] == others
     put_back = ragged.attend if others else base.scaled_dot_product_attention
     assert llama.scaled_dot_product_attention is put_back

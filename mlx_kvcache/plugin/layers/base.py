@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -81,7 +82,9 @@ class Layer(Observable):
 
     def extend(self, other: Layer) -> None:
         """Take another batch's rows behind these, as forks. Raises ValueError for one of another pool."""
-        self.rows.edits.tell(self.leaf.index, "extend", other.rows, lambda: self.rows.extend(other.rows))
+        self.rows.edits.tell(
+            self.leaf.index, "extend", weakref.ref(other.rows), lambda: self.rows.extend(other.rows)
+        )
 
     def extract(self: Self, idx: int) -> Self:
         """This layer of a fork of one row."""
@@ -91,7 +94,8 @@ class Layer(Observable):
     def merge(self: Self, caches: Sequence[Layer]) -> Self:
         """This layer of a batch of forks of these. Raises ValueError for one of another pool."""
         all_rows = [cache.rows for cache in caches]
-        rows = self.rows.copies.tell(self.leaf.index, "merge", all_rows, lambda: self.rows.merged(all_rows))
+        told = [weakref.ref(rows) for rows in all_rows]
+        rows = self.rows.copies.tell(self.leaf.index, "merge", told, lambda: self.rows.merged(all_rows))
         return self.served_by(rows)
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
