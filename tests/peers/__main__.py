@@ -27,7 +27,7 @@ def main() -> int:
     installed = version("mlx-lm")
     parser = argparse.ArgumentParser(
         prog="python -m tests.peers",
-        description=f"Runs the tests of the installed mlx-lm ({installed}) twice: on mlx-lm's own caches, and "
+        description=f"Runs the tests of the installed mlx-lm ({installed}) twice: on its own caches, and "
         "with every model attached to this package's. Fails if a test passes on the former and not on the "
         "latter, unless tests/peers/known.py gives the reason. Names of models on the hub stand for SmolLM2.",
     )
@@ -68,7 +68,7 @@ def main() -> int:
                 report.unlink(missing_ok=True)
                 _run(kind, tests / name, report, environment, chosen.timeout)
             runs[kind].add(read(report, name))
-    text, is_good = compare(runs["stock"], runs["attached"], KNOWN, set(names))
+    text, is_good = compare(runs["stock"], runs["attached"], KNOWN, set(names), set(chosen.files or ()))
     sys.stdout.write(f"\nmlx-lm {installed}: {text}\nLogs are in {folder / 'results' / installed}.\n")
     return 0 if is_good else 1
 

@@ -91,7 +91,7 @@ def test_differences(runs: dict[str, Run]) -> None:
     assert titles == [
         "Pass on stock caches and fail attached (3):",
         "Likewise, for known reasons (1):",
-        "Have a known reason, but do not differ: remove them from the list (1):",
+        "Have a known reason, but do not differ here (1):",
         "Pass attached only (1):",
     ]
     unknown = parts[1 : parts.index(titles[1])]
@@ -126,6 +126,17 @@ def test_a_run_that_ended_early_fails_what_passed_on_stock(runs: dict[str, Run],
     assert not is_good
     assert "Pass on stock caches and fail attached (5):" in text
     assert "did not run" in text
+
+
+def test_a_file_that_was_asked_for_must_compare_something(runs: dict[str, Run]) -> None:
+    passing = {n: r for n, r in runs["stock"].results.items() if r.outcome == "passed"}
+    failing = {n: r for n, r in runs["stock"].results.items() if r.outcome == "failed"}
+    for stock, is_enough in ((passing, True), (failing, False), ({}, False)):
+        run = Run(stock, made=1)
+        text, is_good = compare(run, run, {}, {FILE}, needed={FILE})
+        assert is_good == is_enough
+        assert ("nothing is compared" in text) != is_enough
+        assert compare(run, run, {}, {FILE})[1]
 
 
 def test_a_run_that_attached_nothing_says_nothing(runs: dict[str, Run]) -> None:
