@@ -1,11 +1,18 @@
-"""A pytest plugin: every name of a model on the hub stands for the folder in PEERS_MODEL."""
+"""A pytest plugin: every name of a model on the hub stands for the folder in PEERS_MODEL.
+
+Each test begins with the same random numbers, so that those without a seed do the same in both runs.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import huggingface_hub
+import mlx.core as mx
+import numpy as np
+import pytest
 import transformers
 
 MODEL = os.environ["PEERS_MODEL"]
@@ -26,3 +33,10 @@ def _tokenizer(name: Any, *arguments: Any, **options: Any) -> Any:
 
 
 transformers.AutoTokenizer.from_pretrained = _tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # what the tests of mlx-lm use
+    mx.random.seed(0)
