@@ -13,7 +13,7 @@ import pytest
 
 from .compare import MADE
 
-_attach = import_module("mlx_kvcache.plugin.attach")  # the name in the package is the function
+_attach: Any = import_module("mlx_kvcache.plugin.attach")  # the name in the package is the function
 _make = _attach.make_prompt_cache
 _made = 0
 

@@ -23,7 +23,7 @@ def _snapshot_download(*arguments: Any, **options: Any) -> str:
 
 
 # Before a module of mlx-lm or a test binds the name.
-huggingface_hub.snapshot_download = _snapshot_download
+huggingface_hub.snapshot_download = _snapshot_download  # type: ignore[assignment]
 _from_pretrained = transformers.AutoTokenizer.from_pretrained
 
 
