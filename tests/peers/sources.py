@@ -32,7 +32,10 @@ def tests_of(version: str, folder: Path) -> Path:
         members = [m for m in archive if m.name.startswith(f"mlx_lm-{version}/tests/")]
         if not members:
             raise Missing(f"the sdist of mlx-lm {version} has no tests: {sdist}")
-        archive.extractall(folder, members, filter="data")
+        # Renamed at the end: what an interrupt left would be taken for all of the tests.
+        unfinished = folder / "unfinished"
+        archive.extractall(unfinished, members, filter="data")
+    (unfinished / f"mlx_lm-{version}").rename(tests.parent)
     return tests
 
 
