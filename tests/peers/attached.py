@@ -1,0 +1,35 @@
+"""A pytest plugin: every model is attached, before a test has imported anything of mlx-lm.
+
+The report tells how many prompt caches of this package were made, so that a run that made none is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from .compare import MADE
+
+_attach: Any = import_module("mlx_kvcache.plugin.attach")  # the name in the package is the function
+_make = _attach.make_prompt_cache
+_made = 0
+
+
+def _counted(*arguments: Any, **options: Any) -> Any:
+    global _made
+    cache = _make(*arguments, **options)
+    _made += 1
+    return cache
+
+
+_attach.make_prompt_cache = _counted
+_attach.attach_all()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _how_many(record_testsuite_property: Callable[[str, object], None]) -> Iterator[None]:
+    yield
+    record_testsuite_property(MADE, _made)
