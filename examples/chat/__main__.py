@@ -61,7 +61,10 @@ def plain(chosen: argparse.Namespace) -> int:
     from .engine import Engine
     from .models import DEFAULT, CannotLoad, load
     from .plain import Plain
+    from .watchdog import exit_without_terminal
 
+    # Nothing is saved, so a signal may end this at once, as it does by itself.
+    exit_without_terminal()
     console = Console(stderr=True)
     try:
         with console.status(f"Loading {chosen.model or DEFAULT} ..."):

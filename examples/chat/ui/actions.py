@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +29,7 @@ class Actions(App[None]):
     Attributes:
         desk: what is worked on.
         editing: the message that the text in the composer will take the place of.
+        home: where other threads can have something done in the application's; None before it runs.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -55,8 +58,11 @@ class Actions(App[None]):
     ]
 
     desk: Desk
+    composer: Composer
     editing: Message | None = None
+    home: tuple[asyncio.AbstractEventLoop, Context] | None = None
     _is_closing = False
+    _is_resumed = False
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Under a dialog, keys are the dialog's."""
@@ -219,11 +225,39 @@ class Actions(App[None]):
     def action_leave(self) -> None:
         """Keep everything and go; at a second time, go at once."""
         if self._is_closing:
+            self.secure()
             self.exit()
             return
         self._is_closing = True
+        self._note_draft()
         self.busy("Keeping the caches; ctrl+q again leaves at once")
         self.desk.close()
+
+    def leave(self) -> None:
+        """Keep everything and go, unless that has begun. In any thread."""
+        if self.home and not self._is_closing:
+            loop, context = self.home
+            loop.call_soon_threadsafe(lambda: self._is_closing or self.action_leave(), context=context)
+
+    def secure(self) -> None:
+        """Write everything that is known by now. In any thread."""
+        if not self._is_closing:
+            self._note_draft()
+        self.desk.secure()
+
+    async def resume(self) -> None:
+        """Put back what was being written when the user left."""
+        draft, edited = (self.desk.other.pop(name, "") for name in ("draft", "edited"))
+        if edited in self.desk.current.messages:
+            await self.action_edit_message(edited)
+        if draft:
+            self.query_one(Composer).put(draft)
+        self._is_resumed = True
+
+    def _note_draft(self) -> None:
+        if self._is_resumed:
+            edited = self.editing.id if self.editing else ""
+            self.desk.other |= {"draft": self.composer.content, "edited": edited}
 
     def _chosen(self) -> Any:
         """The conversation under the list's cursor if that has the focus; else the one that is looked at."""
