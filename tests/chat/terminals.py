@@ -50,7 +50,7 @@ class ChatProcess:
             stderr=slave,
             start_new_session=True,
             cwd=ROOT,
-            env=os.environ | {"TERM": "xterm-256color"},
+            env=os.environ | {"TERM": "xterm-256color", "OPENBLAS_NUM_THREADS": "1"},
         )
         os.close(slave)
         self._wake = os.pipe()
@@ -68,9 +68,9 @@ class ChatProcess:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def until(self, *texts: str) -> None:
+    def until(self, *patterns: str) -> None:
         """Wait until each of these has been printed."""
-        self._wait(lambda: all(text in self.text for text in texts))
+        self._wait(lambda: all(re.search(pattern, self.text) for pattern in patterns))
 
     def until_bytes(self, count: int) -> None:
         """Wait until so many bytes more have been printed."""

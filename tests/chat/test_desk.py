@@ -7,7 +7,6 @@ from pathlib import Path
 from examples.chat.desk import Desk
 from examples.chat.events import Said
 from examples.chat.library import Library
-from examples.chat.settings import Settings
 from examples.chat.worker import Worker
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,23 +46,19 @@ async def assert_goes_on(folder: Path, model: Path) -> None:
         assert notices(pilot) == ""
 
 
-def ready(chat: ChatProcess) -> None:
-    """Wait until the model is loaded and nothing is being done."""
-    chat.until("Say something", "Nothing is cached yet")
-
-
-def replying(chat: ChatProcess) -> None:
-    """Wait until a reply is being written."""
-    chat.type("Hello there\r")
-    chat.until("stop (esc)")
-    chat.until_bytes(20_000)
+def replying(chat: ChatProcess, text: str = "Hello there") -> None:
+    """Say something, and wait until a reply is being written."""
+    chat.until("Say something")
+    chat.type(f"{text}\r")
+    # Something is cached when the first token has been written.
+    chat.until(r"[1-9]\d* tokens of 4,096")
 
 
 @pytest.mark.parametrize("way", ENDS)
 async def test_while_a_reply_is_written(way: str, start: Start, tiny: Path, tmp_path: Path) -> None:
     chat = start(way, "--model", str(tiny), "--max-tokens", "1000000")
-    ready(chat)
     replying(chat)
+    chat.until_bytes(5000)
     chat.end(way)
     asked, replied = saved(tmp_path)
     assert asked["text"] == "Hello there"
@@ -75,15 +72,14 @@ def test_while_the_model_loads(way: str, start: Start, tmp_path: Path) -> None:
     chat = start(way)
     chat.until("Loading SmolLM2")
     chat.type("Hello there\r")
-    chat.until("stop (esc)")
+    chat.until(r"stop \(esc\)")
     chat.end(way)
     assert saved(tmp_path)[0]["text"] == "Hello there"
 
 
 async def test_while_a_message_is_typed(start: Start, tiny: Path, tmp_path: Path) -> None:
     chat = start("vanish", "--model", str(tiny), "--max-tokens", "4")
-    ready(chat)
-    chat.type("Hello\r")
+    replying(chat, "Hello")
     chat.until("4 generated")
     chat.type("\x05")
     chat.until("Editing message 1")
@@ -97,8 +93,8 @@ async def test_while_a_message_is_typed(start: Start, tiny: Path, tmp_path: Path
 
 def test_in_a_dialog(start: Start, tiny: Path, tmp_path: Path) -> None:
     chat = start("SIGTERM", "--model", str(tiny), "--max-tokens", "1000000")
-    ready(chat)
     replying(chat)
+    chat.until_bytes(5000)
     chat.type("\x1bOS")
     chat.until("Capacity: most tokens in a cache")
     chat.end("SIGTERM")
@@ -145,20 +141,19 @@ async def test_at_any_moment(seed: int, start: Start, tmp_path: Path) -> None:
     rng = random.Random(seed)
     way = rng.choice(ENDS)
     chat = start(way, "--max-tokens", "1000000")
-    stage = rng.choice(["start", "loading", "reading", "replying"])
-    if stage != "start":
-        chat.until("Loading SmolLM2")
-        chat.type("Count from one to a thousand, in words.\r")
-        chat.until("stop (esc)")
-    if stage in ("reading", "replying"):
-        chat.until("tokens of 4,096")
+    stage = rng.choice(["start", "loading", "replying"])
+    text = "Count from one to a thousand, in words."
     if stage == "replying":
-        chat.until("You", "one, two")
-    chat.until_bytes(rng.randrange(1, 20_000 if stage == "replying" else 5_000))
+        replying(chat, text)
+    elif stage == "loading":
+        chat.until("Say something")
+        chat.type(f"{text}\r")
+        chat.until(r"stop \(esc\)")
+    chat.until_bytes(rng.randrange(1, 20_000))
     seconds = chat.end(way)
-    print(f"{stage:10} {way:8} {seconds:.2f} s")
+    sys.stdout.write(f"{stage:10} {way:8} {seconds:.2f} s\n")
     if stage != "start":
         asked, *replied = saved(tmp_path)
-        assert asked["text"] == "Count from one to a thousand, in words."
-        assert replied or stage != "replying"
+        assert asked["text"] == text
+        assert replied or stage == "loading"
         assert all(each["text"] and each["ended"] == "stopped" for each in replied)
