@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
-from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,8 @@ class Chat(Actions):
         self.desk.begin()
         self.query_one(Composer).focus()
         await self.show()
-        await self.resume()
-        self.home = asyncio.get_running_loop(), copy_context()
         self.call_after_refresh(self.worker.start)
+        await self.begin()
 
     async def show(self) -> None:
         """Bring the screen to what is so."""
@@ -229,4 +228,7 @@ def run(folder: Path | None, model: str | None, system: str, adjust: Callable[[S
         # It may have ended otherwise than by the user's leave.
         app.secure()
         watchdog.finish()
+    if app.worker.is_alive():
+        # Everything is saved, and Python would wait for what the model's side is doing.
+        os._exit(app.return_code or 0)
     return app.return_code or 0
