@@ -218,14 +218,14 @@ class Desk:
 
     def secure(self) -> None:
         """Write everything that is known by now, the reply under way as far as it was told. In any thread."""
-        with self._heeding:
-            while self._told:
-                self.heed(self._told.popleft())
-            if self.pending and self.pending.text:
-                start = self.pending.last.start
-                self.heed(Replied(self.pending.text, None, None, (start, start), None, "stopped"))
-        # A library that is closed has written everything.
+        # A library that is closed has written everything, and takes no more.
         with suppress(RuntimeError):
+            with self._heeding:
+                while self._told:
+                    self.heed(self._told.popleft())
+                if self.pending and self.pending.text:
+                    start = self.pending.last.start
+                    self.heed(Replied(self.pending.text, None, None, (start, start), None, "stopped"))
             self._keep()
             self.library.flush()
 

@@ -154,6 +154,25 @@ async def test_ctrl_c_while_writing_loses_nothing(tiny: Path, tmp_path: Path) ->
         assert path[1].text
 
 
+async def test_leaving_at_once_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    async with endless(tmp_path, tiny) as pilot:
+        await more(pilot)
+        await pilot.press(*"draft")
+        # The model's side does not come to its end, so that everything is saved without it.
+        await pilot.press("ctrl+q", "ctrl+q")
+        await until(pilot, lambda: not pilot.app.is_running)
+        written = pilot.app.desk.current.path[1].text
+        assert written
+    async with running(tmp_path, tiny) as pilot:
+        path = pilot.app.desk.current.path
+        assert [(message.text, message.ended) for message in path] == [("Hello", ""), (written, "stopped")]
+        assert pilot.app.composer.text == "draft"
+        # A reply of which only the text is known can be gone on from.
+        await pilot.press("ctrl+k", "ctrl+u")
+        await say(pilot, "Go on")
+        assert len(pilot.app.desk.current.path) == 4
+
+
 @pytest.mark.parametrize("size", [(20, 10)])
 async def test_sizes_and_resizing_while_a_reply_is_written(tiny: Path, size: tuple[int, int]) -> None:
     async with endless(None, tiny, size=size) as pilot:
