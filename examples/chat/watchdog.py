@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-ORDERLY, AT_ONCE = 0.9, 0.4
+ORDERLY, AT_ONCE = 0.7, 0.3
 """Seconds for ending as a user would, and after that for the main thread to put the terminal right."""
 
 _GONE = select.POLLHUP | select.POLLERR
