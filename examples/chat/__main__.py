@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, help="how many tokens a token sees (default: all)")
     parser.add_argument("--bits", type=int, help="of stored keys and values (default: the model's precision)")
     parser.add_argument("--max-tokens", type=int, help="longest answer")
-    parser.add_argument("--temperature", type=float, help="of sampling; --plain takes 0 if it is not given")
+    parser.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default)")
     parser.add_argument("--data", type=Path, help="folder of saved conversations (default: the user's data)")
     parser.add_argument("--plain", action="store_true", help="lines in, answers out; nothing is saved")
     parser.add_argument("--script", type=Path, help="read messages and commands from a file; implies --plain")
@@ -61,7 +61,10 @@ def plain(chosen: argparse.Namespace) -> int:
     from .engine import Engine
     from .models import DEFAULT, CannotLoad, load
     from .plain import Plain
+    from .watchdog import exit_without_terminal
 
+    # Nothing is saved, so a signal may end this at once, as it does by itself.
+    exit_without_terminal()
     console = Console(stderr=True)
     try:
         with console.status(f"Loading {chosen.model or DEFAULT} ..."):
@@ -69,7 +72,7 @@ def plain(chosen: argparse.Namespace) -> int:
     except CannotLoad as error:
         console.print(str(error), style="red", markup=False)
         return 1
-    usual = Settings(capacity=None, temperature=0.0, max_tokens=256)
+    usual = Settings(capacity=None, max_tokens=256)
     chat = Plain(Engine(model, tokenizer, settings(chosen, usual)), chosen.system or SYSTEM)
     print("Type a message, or /help for commands.")
     for line in lines(chosen.script):

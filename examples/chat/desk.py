@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +57,8 @@ class Desk:
         self.settings = self._settings_before = settings
         self.other = other
         self._good: str | None = None
+        self._told: deque[Event] = deque()
+        self._heeding = threading.Lock()
         self.conversations = library.load()
         self.pending: Pending | None = None
         self.seen: Seen | None = None
@@ -173,6 +178,18 @@ class Desk:
         self.worker.stop()
         return self.pending is not None
 
+    def tell(self, event: Event) -> None:
+        """Note what the model's side tells, for `heed_next`. In any thread."""
+        self._told.append(event)
+
+    def heed_next(self) -> Event | None:
+        """Take in the next event that was told, and return it; None if `secure` has taken it in."""
+        with self._heeding:
+            event = self._told.popleft() if self._told else None
+            if event is not None:
+                self.heed(event)
+            return event
+
     def heed(self, event: Event) -> None:
         """Take in what the model's side tells."""
         if isinstance(event, Seen):
@@ -198,6 +215,19 @@ class Desk:
         """Note where to go on, and have everything kept."""
         self._keep()
         self.worker.close()
+
+    def secure(self) -> None:
+        """Write everything that is known by now, the reply under way as far as it was told. In any thread."""
+        # A library that is closed has written everything, and takes no more.
+        with suppress(RuntimeError):
+            with self._heeding:
+                while self._told:
+                    self.heed(self._told.popleft())
+                if self.pending and self.pending.text:
+                    start = self.pending.last.start
+                    self.heed(Replied(self.pending.text, None, None, (start, start), None, "stopped"))
+            self._keep()
+            self.library.flush()
 
     def _say(self, text: str, parent: str | None) -> Message:
         text = cleaned(text).strip()

@@ -30,7 +30,7 @@ class Settings:
     window: int | None = None
     sinks: int = 4
     bits: int | None = None
-    temperature: float = 0.7
+    temperature: float = 0.0
     top_p: float = 0.95
     max_tokens: int = 512
     memory: int = 1024

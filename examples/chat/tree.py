@@ -54,7 +54,7 @@ class Replied:
 
     Attributes:
         text: all of it.
-        piece: the reply as it was written; None where it was not begun.
+        piece: the reply as it was written; None if it was not begun, or if only its text is known.
         read: how the message before it was read; None where that cannot be told from others.
         start: how many messages are forgotten at its beginning and at its end.
         ended: as of `Message`.
@@ -64,7 +64,7 @@ class Replied:
     piece: Piece | None
     read: Piece | None
     start: tuple[int, int]
-    cost: Cost
+    cost: Cost | None
     ended: str = ""
 
 
@@ -168,7 +168,7 @@ class Conversation:
     def take(self, last: Message, name: str, replied: Replied) -> None:
         """Note a reply to `last`, and look at it unless another branch is looked at by now."""
         last.piece, last.start = replied.read or last.piece, replied.start[0]
-        if replied.piece is None:
+        if replied.piece is None and not replied.text:
             return
         looked_at = self.leaf
         start, cost, ended = replied.start[1], replied.cost, replied.ended

@@ -34,6 +34,11 @@ class Worker(threading.Thread):
         self._halt = threading.Event()
         self._engine: Any = None
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a model, and so perhaps something that `close` keeps."""
+        return self._engine is not None
+
     def load(self, name: str | None, settings: Settings) -> None:
         """Take another model; where that cannot be, the one before stays."""
         self._ask(LOAD, lambda: self._load(name, settings))

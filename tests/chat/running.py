@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from examples.chat.events import Event, Said
 from examples.chat.settings import Settings
 from examples.chat.ui.app import Chat
 from examples.chat.ui.transcript import MessageView
@@ -18,16 +20,36 @@ from examples.chat.ui.transcript import MessageView
 SETTINGS = Settings(capacity=512, temperature=0.0, max_tokens=8, memory=64)
 
 
+LONG = 300
+"""Seconds after which something does not happen, on the most loaded machine."""
+
+
 class Observed(Chat):
-    """Remembers what it has notified of."""
+    """Remembers what it has notified of, and can have replies written step by step.
+
+    Attributes:
+        pace: what the model's thread acquires after each part of a reply that it has told; None for at once.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.notices: list[str] = []
+        self.pace: threading.Semaphore | None = None
         super().__init__(*arguments, **options)
 
     def notify(self, message: str, **options: Any) -> None:
         self.notices.append(message)
         super().notify(message, **options)
+
+    def flow(self) -> None:
+        """Let the reply go on to its end."""
+        if self.pace is not None:
+            pace, self.pace = self.pace, None
+            pace.release()
+
+    def _tell(self, event: Event) -> None:
+        super()._tell(event)
+        if isinstance(event, Said) and (pace := self.pace) is not None:
+            pace.acquire()
 
 
 def chat(folder: Path | None, model: Path, **options: Any) -> Observed:
@@ -43,9 +65,34 @@ async def running(
 ) -> AsyncIterator[Any]:
     app = chat(folder, model, **options)
     async with app.run_test(size=size) as pilot:
-        await ready(pilot)
+        try:
+            await ready(pilot)
+            yield pilot
+        finally:
+            # A thread that went on would compute beside the tests that follow.
+            app.flow()
+            app.worker.close()
+            await asyncio.to_thread(app.worker.join)
+
+
+@asynccontextmanager
+async def endless(folder: Path | None, model: Path, **options: Any) -> AsyncIterator[Any]:
+    """The application while a reply is being written that ends only when it is stopped.
+
+    A part of it is there. `more` adds the next, so that the screen is never behind.
+    """
+    async with running(folder, model, max_tokens=1 << 30, capacity=None, **options) as pilot:
+        pilot.app.pace = threading.Semaphore(0)
+        await write(pilot, "Hello")
+        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
         yield pilot
-        app.worker.stop()
+
+
+async def more(pilot: Any) -> None:
+    """Wait until the next part of the reply is there."""
+    written = len(pilot.app.desk.pending.text)
+    pilot.app.pace.release()
+    await until(pilot, lambda: len(pilot.app.desk.pending.text) > written)
 
 
 async def ready(pilot: Any) -> None:
@@ -58,17 +105,17 @@ async def idle(pilot: Any) -> None:
     """Wait until the model has done what it was asked for, and the screen shows it."""
     done = threading.Event()
     pilot.app.worker._jobs.put(done.set)
-    assert await asyncio.to_thread(done.wait, 60)
+    pilot.app.flow()
+    assert await asyncio.to_thread(done.wait, LONG)
     await until(pilot, lambda: pilot.app.desk.pending is None)
     await pilot.pause()
 
 
 async def until(pilot: Any, condition: Callable[[], Any]) -> None:
-    for _ in range(5000):
-        if condition():
-            return
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < LONG, "it did not happen"
         await pilot.pause()
-    raise AssertionError("it did not happen")
 
 
 async def say(pilot: Any, text: str) -> None:

@@ -10,7 +10,7 @@ from textual.widgets import Tree
 from examples.chat.ui.composer import PASTE, Composer
 from examples.chat.ui.transcript import Forgotten, MessageView, Transcript
 
-from .running import chat, idle, notices, ready, running, say, shown, texts, until, write
+from .running import chat, endless, idle, more, notices, ready, running, say, shown, texts, until
 
 
 async def test_a_conversation(tiny: Path) -> None:
@@ -113,9 +113,7 @@ async def test_again_and_branches(tiny: Path) -> None:
 
 
 async def test_stop(tiny: Path) -> None:
-    async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
-        await write(pilot, "Hello")
-        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+    async with endless(None, tiny) as pilot:
         assert pilot.app.query_one(Transcript).writing is not None
         # Everything else has to wait, or is refused.
         await pilot.press("ctrl+r")
@@ -127,14 +125,11 @@ async def test_stop(tiny: Path) -> None:
 
 
 async def test_dialogs_while_a_reply_is_written(tiny: Path) -> None:
-    async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
-        await write(pilot, "Hello")
-        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+    async with endless(None, tiny) as pilot:
         for key in ("f4", "ctrl+b"):
             await pilot.press(key)
             await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
-            written = len(pilot.app.desk.pending.text)
-            await until(pilot, lambda: len(pilot.app.desk.pending.text) > written)  # noqa: B023
+            await more(pilot)
             await pilot.press("escape")
             await until(pilot, lambda: len(pilot.app.screen_stack) == 1)
         await pilot.press("escape")
@@ -152,9 +147,7 @@ async def test_editing_ends_with_the_conversation(tiny: Path) -> None:
 
 
 async def test_a_reply_goes_on_behind_another_conversation(tiny: Path) -> None:
-    async with running(None, tiny, max_tokens=100_000, capacity=None) as pilot:
-        await write(pilot, "Hello")
-        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+    async with endless(None, tiny) as pilot:
         first = pilot.app.desk.current
         await pilot.press("ctrl+n", "escape")
         await idle(pilot)

@@ -159,6 +159,7 @@ def test_what_has_forgotten_serves_nobody_else(tiny_model: tuple[nn.Module, Any]
     other = Conversation(system="Be brief.")
     asked = other.say(path[path[-1].start].text, None)
     cost = talk.engine.reply(other, asked, new_id()).cost
+    assert cost is not None
     # As much as it has in common with the first question, which had nothing to forget.
     assert (cost.reused, cost.prefilled) == (14, 10)
 

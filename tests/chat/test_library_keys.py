@@ -11,7 +11,7 @@ from textual.widgets import Input, OptionList, TextArea
 from examples.chat.ui.composer import Composer
 from examples.chat.ui.transcript import Earlier
 
-from .running import idle, notices, running, say, shown, texts, until, write
+from .running import endless, idle, more, notices, running, say, shown, texts, until, write
 
 
 async def test_new_search_open_rename_delete(tiny: Path, tmp_path: Path) -> None:
@@ -143,10 +143,9 @@ async def test_everything_is_there_at_the_next_start(tiny: Path, tmp_path: Path)
 
 
 async def test_ctrl_c_while_writing_loses_nothing(tiny: Path, tmp_path: Path) -> None:
-    async with running(tmp_path, tiny, max_tokens=100_000, capacity=None) as pilot:
-        await write(pilot, "Hello")
-        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+    async with endless(tmp_path, tiny) as pilot:
         await pilot.press("ctrl+q")
+        pilot.app.flow()
         await until(pilot, lambda: not pilot.app.is_running)
     async with running(tmp_path, tiny) as pilot:
         path = pilot.app.desk.current.path
@@ -155,14 +154,32 @@ async def test_ctrl_c_while_writing_loses_nothing(tiny: Path, tmp_path: Path) ->
         assert path[1].text
 
 
+async def test_leaving_at_once_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    async with endless(tmp_path, tiny) as pilot:
+        await more(pilot)
+        await pilot.press(*"draft")
+        # The model's side does not come to its end, so that everything is saved without it.
+        await pilot.press("ctrl+q", "ctrl+q")
+        await until(pilot, lambda: not pilot.app.is_running)
+        written = pilot.app.desk.current.path[1].text
+        assert written
+    async with running(tmp_path, tiny) as pilot:
+        path = pilot.app.desk.current.path
+        assert [(message.text, message.ended) for message in path] == [("Hello", ""), (written, "stopped")]
+        assert pilot.app.composer.text == "draft"
+        # A reply of which only the text is known can be gone on from.
+        await pilot.press("ctrl+k", "ctrl+u")
+        await say(pilot, "Go on")
+        assert len(pilot.app.desk.current.path) == 4
+
+
 @pytest.mark.parametrize("size", [(20, 10)])
 async def test_sizes_and_resizing_while_a_reply_is_written(tiny: Path, size: tuple[int, int]) -> None:
-    async with running(None, tiny, size=size, max_tokens=100_000, capacity=None) as pilot:
-        await write(pilot, "Hello")
-        await until(pilot, lambda: pilot.app.desk.pending and pilot.app.desk.pending.text)
+    async with endless(None, tiny, size=size) as pilot:
         for width in (20, 60, 110, 30, size[0]):
             await pilot.resize_terminal(width, size[1])
             await pilot.pause()
+            await more(pilot)
         await pilot.press("escape")
         await idle(pilot)
         assert len(shown(pilot)) == 2

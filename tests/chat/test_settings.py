@@ -16,6 +16,11 @@ def test_there_and_back() -> None:
     assert Settings.of({"unknown": 3}) == Settings()
 
 
+def test_replies_are_the_likeliest_unless_told() -> None:
+    assert Settings().temperature == 0
+    assert Settings.of({"temperature": 0.7}).temperature == 0.7
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

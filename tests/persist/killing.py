@@ -1,16 +1,17 @@
-"""Writers killed at random moments. A program of its own, since it forks, which MLX need not survive."""
+"""Writers killed at random lines. A program of its own, since it forks, which MLX need not survive."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import select
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mlx_kvcache.errors import CacheFileError
 from mlx_kvcache.persist.container import Stored, read_arrays, read_contents, write
 
 VERSIONS = 8
+PACKAGE = str(Path("mlx_kvcache", "persist"))
 
 
 def version(number: int) -> dict[str, Stored]:
@@ -27,11 +29,49 @@ def version(number: int) -> dict[str, Stored]:
     return {name: Stored("U8", (n,), rng.integers(0, 256, n, np.uint8)) for name, n in sizes.items()}
 
 
-def rewrite(path: Path, seed: int, ready: int) -> NoReturn:
-    """Write one version after the other until the end, and say through a pipe that it begins."""
+def at_line(number: int, act: Callable[[], None]) -> Callable[..., Any]:
+    """A trace function that acts before the line of the package's that is run as the `number`-th."""
+    counted = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal counted
+        if PACKAGE not in frame.f_code.co_filename:
+            return None
+        counted += event == "line"
+        if event == "line" and counted == number:
+            act()
+        return trace
+
+    return trace
+
+
+def lines_of_a_write(path: Path) -> int:
+    """How many lines of the package one version takes."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal counted
+        counted += event == "line"
+        return count if PACKAGE in frame.f_code.co_filename else None
+
+    sys.settrace(count)
+    write(path, {"version": 0}, version(0))
+    sys.settrace(None)
+    path.unlink()
+    return counted
+
+
+def rewrite(path: Path, seed: int, line: int, there: int) -> NoReturn:
+    """Write one version after the other until the end, and say through a pipe that this line is reached."""
     rng = random.Random(seed)
+
+    def reached() -> None:
+        os.write(there, b"!")
+        if seed % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     try:
-        os.write(ready, b"!")
+        sys.settrace(at_line(line, reached))
         while True:
             number = rng.randrange(VERSIONS)
             write(path, {"version": number}, version(number))
@@ -39,11 +79,9 @@ def rewrite(path: Path, seed: int, ready: int) -> NoReturn:
         os._exit(1)
 
 
-def kill_after(seconds: float, child: int, ready: int) -> None:
-    """Kill a writer so long after it has begun."""
-    os.read(ready, 1)
-    # Waits for nothing, so that a busy machine goes on with the writer meanwhile.
-    select.select([], [], [], seconds)
+def kill(child: int, there: int) -> None:
+    """Kill a writer that is there, unless it does so itself."""
+    os.read(there, 1)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the writer failed by itself"
@@ -65,13 +103,16 @@ def check(path: Path) -> int:
 def main(path: Path, kills: int, seed: int) -> dict[str, int]:
     """How often a file was there, how many versions were seen, and how many kills left something."""
     rng = random.Random(seed)
+    lines = lines_of_a_write(path)
     seen, whole, left = set[int](), 0, 0
-    for _ in range(kills):
+    for turn in range(kills):
+        # In the first version, or in the one that takes its place.
+        line = rng.randrange(1, 2 * lines)
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            rewrite(path, rng.randrange(1 << 30), writing)
-        kill_after(rng.uniform(0, 0.02), child, reading)
+            rewrite(path, turn, line, writing)
+        kill(child, reading)
         os.close(reading)
         os.close(writing)
         left += any(path.parent.glob(".*"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from textual.widgets import Label
 from ..desk import Desk, Refused
 from ..export import as_markdown, file_name
 from ..tree import Message
+from ..worker import Worker
 from .composer import Composer
 from .dialogs import Ask, AskLong, Confirm, Keys
 from .pickers import Branches, Conversations, Models
@@ -27,6 +30,7 @@ class Actions(App[None]):
     Attributes:
         desk: what is worked on.
         editing: the message that the text in the composer will take the place of.
+        home: where other threads can have something done in the application's; None before it runs.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -55,8 +59,13 @@ class Actions(App[None]):
     ]
 
     desk: Desk
+    worker: Worker
+    composer: Composer
     editing: Message | None = None
+    home: tuple[asyncio.AbstractEventLoop, Context] | None = None
     _is_closing = False
+    _is_resumed = False
+    _must_leave = False
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Under a dialog, keys are the dialog's."""
@@ -217,13 +226,49 @@ class Actions(App[None]):
             self.action_leave()
 
     def action_leave(self) -> None:
-        """Keep everything and go; at a second time, go at once."""
-        if self._is_closing:
+        """Keep everything and go; at once where the model's side has nothing to keep, or at a second time."""
+        is_second, self._is_closing = self._is_closing, True
+        if not is_second:
+            self._note_draft()
+        if is_second or not self.worker.is_loaded:
+            self.desk.secure()
             self.exit()
             return
-        self._is_closing = True
         self.busy("Keeping the caches; ctrl+q again leaves at once")
         self.desk.close()
+
+    def leave(self) -> None:
+        """Keep everything and go, unless that has begun, as soon as the screen is there. In any thread."""
+        self._must_leave = True
+        if self.home:
+            loop, context = self.home
+            loop.call_soon_threadsafe(self._leave_if_told, context=context)
+
+    def secure(self) -> None:
+        """Write everything that is known by now. In any thread."""
+        if not self._is_closing:
+            self._note_draft()
+        self.desk.secure()
+
+    async def begin(self) -> None:
+        """Put back what was being written when the user left, and be there for other threads."""
+        draft, edited = (self.desk.other.pop(name, "") for name in ("draft", "edited"))
+        if edited in self.desk.current.messages:
+            await self.action_edit_message(edited)
+        if draft:
+            self.query_one(Composer).put(draft)
+        self._is_resumed = True
+        self.home = asyncio.get_running_loop(), copy_context()
+        self._leave_if_told()
+
+    def _leave_if_told(self) -> None:
+        if self._must_leave and not self._is_closing:
+            self.action_leave()
+
+    def _note_draft(self) -> None:
+        if self._is_resumed:
+            edited = self.editing.id if self.editing else ""
+            self.desk.other |= {"draft": self.composer.content, "edited": edited}
 
     def _chosen(self) -> Any:
         """The conversation under the list's cursor if that has the focus; else the one that is looked at."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.driver import Driver
+from textual.drivers.linux_driver import LinuxDriver
 from textual.message import Message as Notice
 from textual.widgets import Footer, Input, Label, OptionList, ProgressBar, Static
 
@@ -20,6 +22,7 @@ from ..library import Library, default_folder
 from ..models import DEFAULT
 from ..settings import Settings
 from ..tree import Replied
+from ..watchdog import Watchdog
 from ..worker import Worker
 from .actions import Actions
 from .cellmap import CellMap, colour_of
@@ -27,6 +30,7 @@ from .composer import Composer
 from .figures import Figures
 from .pickers import Conversations
 from .strip import ContextStrip
+from .terminal import SteadyDriver
 from .transcript import Transcript
 
 HELLO = """\
@@ -43,10 +47,6 @@ class Chat(Actions):
 
     class Happened(Notice):
         """The model's side tells something."""
-
-        def __init__(self, event: Event) -> None:
-            super().__init__()
-            self.event = event
 
     def __init__(
         self,
@@ -66,6 +66,10 @@ class Chat(Actions):
         self.desk = Desk(self.library, self.worker, system, adjust(settings), other)
         self.model_name = self.desk.model or DEFAULT
 
+    def get_driver_class(self) -> type[Driver]:
+        usual = super().get_driver_class()
+        return SteadyDriver if usual is LinuxDriver else usual
+
     def compose(self) -> ComposeResult:
         yield Static(id="title", markup=False)
         with Horizontal(id="main"):
@@ -76,7 +80,8 @@ class Chat(Actions):
                     yield Label("", markup=False)
                     yield ProgressBar(total=1, show_eta=False)
                 yield Label("", id="editing", markup=False)
-                yield Composer()
+                self.composer = Composer()
+                yield self.composer
             with Vertical(id="cache"):
                 yield ContextStrip()
                 yield CellMap()
@@ -86,8 +91,6 @@ class Chat(Actions):
     async def on_mount(self) -> None:
         if (theme := self.desk.other.get("theme")) in self.available_themes:
             self.theme = theme
-        for name in (signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(name, self.action_leave)
         for problem in self.library.problems:
             self.notify(problem, severity="warning", timeout=10, markup=False)
         # The model is asked for before the user can ask anything, but the screen comes first:
@@ -96,6 +99,7 @@ class Chat(Actions):
         self.query_one(Composer).focus()
         await self.show()
         self.call_after_refresh(self.worker.start)
+        await self.begin()
 
     async def show(self) -> None:
         """Bring the screen to what is so."""
@@ -131,9 +135,11 @@ class Chat(Actions):
         self.query_one(Figures).show(desk.seen, costs[-1] if costs else None)
 
     @on(Happened)
-    async def _happened(self, message: Happened) -> None:
-        event = message.event
-        self.desk.heed(event)
+    async def _happened(self) -> None:
+        event = self.desk.heed_next()
+        if self._is_closing and not isinstance(event, Failed | Ended):
+            # A screen that is about to go need not be brought up to date.
+            return
         transcript = self.query_one(Transcript)
         match event:
             case Loading():
@@ -205,7 +211,8 @@ class Chat(Actions):
             line.query_one(ProgressBar).update(total=None if share is None else 1, progress=share or 0)
 
     def _tell(self, event: Event) -> None:
-        self.post_message(self.Happened(event))
+        self.desk.tell(event)
+        self.post_message(self.Happened())
 
     def _complain(self, text: str) -> None:
         self.notify(text, severity="error", timeout=10, markup=False)
@@ -214,5 +221,14 @@ class Chat(Actions):
 def run(folder: Path | None, model: str | None, system: str, adjust: Callable[[Settings], Settings]) -> int:
     """Hold conversations until the user leaves."""
     app = Chat(folder or default_folder(), model, system, adjust)
-    app.run()
+    watchdog = Watchdog(app.leave, app.secure, app.exit)
+    try:
+        app.run()
+    finally:
+        # It may have ended otherwise than by the user's leave.
+        app.secure()
+        watchdog.finish()
+    if app.worker.is_alive():
+        # Everything is saved, and Python would wait for what the model's side is doing.
+        os._exit(app.return_code or 0)
     return app.return_code or 0

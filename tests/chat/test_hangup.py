@@ -1,0 +1,159 @@
+"""The chat ends when its terminal does or a signal says so, in whatever it is doing, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .running import notices, running
+from .terminals import ENDS, ChatProcess
+
+Start = Callable[..., ChatProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[ChatProcess] = []
+
+    def start(way: str, *options: str) -> ChatProcess:
+        options = ("--data", str(tmp_path / "data"), *options)
+        started.append(ChatProcess(*options, hangs_up=way != "vanish"))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def saved(folder: Path) -> list[dict[str, Any]]:
+    """The messages of the one conversation that there is."""
+    [file] = (folder / "data" / "conversations").iterdir()
+    messages: list[dict[str, Any]] = json.loads(file.read_text())["messages"]
+    return messages
+
+
+async def assert_goes_on(folder: Path, model: Path) -> None:
+    """Another chat opens the folder, and has the conversation and its caches."""
+    async with running(folder / "data", model) as pilot:
+        assert [message.text for message in pilot.app.desk.current.path] == [m["text"] for m in saved(folder)]
+        assert notices(pilot) == ""
+
+
+def replying(chat: ChatProcess, text: str = "Hello there") -> None:
+    """Say something, and wait until a reply is being written."""
+    chat.until("Say something")
+    chat.type(f"{text}\r")
+    # Something is cached when the first token has been written.
+    chat.until(r"[1-9]\d* tokens of 4,096")
+
+
+@pytest.mark.parametrize("way", ENDS)
+async def test_while_a_reply_is_written(way: str, start: Start, tiny: Path, tmp_path: Path) -> None:
+    chat = start(way, "--model", str(tiny), "--max-tokens", "1000000")
+    replying(chat)
+    chat.until_bytes(5000)
+    chat.end(way)
+    asked, replied = saved(tmp_path)
+    assert asked["text"] == "Hello there"
+    assert replied["text"]
+    assert replied["ended"] == "stopped"
+    await assert_goes_on(tmp_path, tiny)
+
+
+@pytest.mark.parametrize("way", ["vanish", "SIGTERM"])
+def test_while_the_model_loads(way: str, start: Start, tmp_path: Path) -> None:
+    chat = start(way)
+    chat.until("Loading SmolLM2")
+    chat.type("Hello there\r")
+    chat.until(r"stop \(esc\)")
+    chat.end(way)
+    assert saved(tmp_path)[0]["text"] == "Hello there"
+
+
+async def test_while_a_message_is_typed(start: Start, tiny: Path, tmp_path: Path) -> None:
+    chat = start("vanish", "--model", str(tiny), "--max-tokens", "4")
+    replying(chat, "Hello")
+    chat.until("4 generated")
+    chat.type("\x05")
+    chat.until("Editing message 1")
+    chat.type(" to you")
+    chat.until("to you")
+    chat.end("vanish")
+    async with running(tmp_path / "data", tiny) as pilot:
+        assert pilot.app.composer.text == "Hello to you"
+        assert pilot.app.editing is pilot.app.desk.current.path[0]
+
+
+def test_in_a_dialog(start: Start, tiny: Path, tmp_path: Path) -> None:
+    chat = start("SIGTERM", "--model", str(tiny), "--max-tokens", "1000000")
+    replying(chat)
+    chat.until_bytes(5000)
+    chat.type("\x1bOS")
+    chat.until("Capacity: most tokens in a cache")
+    chat.end("SIGTERM")
+    assert saved(tmp_path)[1]["ended"] == "stopped"
+    # The terminal is as it was: not the alternate screen, cursor visible.
+    assert chat.output.rindex(b"\x1b[?1049l") > chat.output.rindex(b"\x1b[?1049h")
+    assert chat.output.rindex(b"\x1b[?25h") > chat.output.rindex(b"\x1b[?25l")
+
+
+@pytest.mark.parametrize("way", ["vanish", "SIGHUP"])
+def test_plain_while_the_model_loads(way: str, start: Start) -> None:
+    chat = start(way, "--plain")
+    chat.until("Loading SmolLM2")
+    chat.end(way)
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_plain_while_a_reply_is_written(way: str, start: Start, tiny: Path) -> None:
+    chat = start(way, "--plain", "--model", str(tiny), "--max-tokens", "1000000")
+    chat.until("/help for commands", "> ")
+    chat.type("Hello\r")
+    chat.until_bytes(1000)
+    chat.end(way)
+
+
+def test_plain_at_its_prompt(start: Start, tiny: Path) -> None:
+    chat = start("hang-up", "--plain", "--model", str(tiny))
+    chat.until("/help for commands", "> ")
+    chat.end("hang-up")
+
+
+def test_a_script(start: Start, tiny: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.txt"
+    script.write_text("Hello\nHello again\n")
+    chat = start("vanish", "--script", str(script), "--model", str(tiny), "--max-tokens", "1000000")
+    chat.until("> Hello")
+    chat.until_bytes(1000)
+    chat.end("vanish")
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("CHAT_HANGUPS", "2"))))
+async def test_at_any_moment(seed: int, start: Start, tmp_path: Path) -> None:
+    """With the real model, from the first byte on the screen to the middle of a reply."""
+    rng = random.Random(seed)
+    way = rng.choice(ENDS)
+    chat = start(way, "--max-tokens", "1000000")
+    stage = rng.choice(["start", "loading", "replying"])
+    text = "Count from one to a thousand, in words."
+    if stage == "replying":
+        replying(chat, text)
+    elif stage == "loading":
+        chat.until("Say something")
+        chat.type(f"{text}\r")
+        chat.until(r"stop \(esc\)")
+    chat.until_bytes(rng.randrange(1, 20_000))
+    seconds = chat.end(way)
+    sys.stdout.write(f"{stage:10} {way:8} {seconds:.2f} s\n")
+    if stage != "start":
+        asked, *replied = saved(tmp_path)
+        assert asked["text"] == text
+        assert replied or stage == "loading"
+        assert all(each["text"] and each["ended"] == "stopped" for each in replied)
