@@ -42,17 +42,17 @@ def try_out(pool: Pool) -> None:
 
 
 def _answer(pool: Pool, question: str) -> Any:
-    """What is known of the pool's model, found once for each model, in a pool of its own."""
-    key = question, id(pool.model), pool.ranks.size
+    """What is known of the pool's model, found once for each version of it, in a pool of its own."""
+    key = question, id(pool.version), pool.ranks.size
     with _lock:
         if key not in _findings:
-            scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches), ranks=pool.ranks)
+            scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches), None, pool.ranks, pool.version)
             scratch.ask = _answer
             found = _QUESTIONS[question](scratch)
             if question != "forms":
                 pool.ranks.agree(f"go on with {question}: {found}")
             _findings[key] = found
-            weakref.finalize(pool.model, _findings.pop, key, None)
+            weakref.finalize(pool.version, _findings.pop, key, None)
         return _findings[key]
 
 
