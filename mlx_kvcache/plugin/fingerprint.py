@@ -36,14 +36,25 @@ class Version:
     def __init__(self, model: nn.Module, arrays: Sequence[mx.array]) -> None:
         self._model = weakref.ref(model)
         # Weak, so that nothing keeps weights alive that are replaced. A dead one is no array's.
-        self._arrays = [weakref.ref(array) for array in arrays]
+        self._arrays = dict(enumerate(map(weakref.ref, arrays)))
+        self._count = len(arrays)
 
     def is_of(self, model: nn.Module, arrays: Sequence[mx.array]) -> bool:
         return (
             self._model() is model
-            and len(arrays) == len(self._arrays)
-            and all(ref() is array for ref, array in zip(self._arrays, arrays, strict=True))
+            and len(arrays) == self._count
+            and all(ref() is arrays[place] for place, ref in self._arrays.items())
         )
+
+    def after_call(self, model: nn.Module) -> None:
+        """Some models (gemma3n) replace weights of their own in every call: these say nothing about a version."""
+        arrays = _arrays(model)
+        own = [i for i, ref in self._arrays.items() if len(arrays) == self._count and ref() is not arrays[i]]
+        for place in own:
+            del self._arrays[place]
+        if own:
+            # They have been clipped, or widened.
+            self.__dict__.pop("digest", None)
 
     @cached_property
     def digest(self) -> str:

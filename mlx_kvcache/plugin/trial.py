@@ -49,6 +49,7 @@ def _answer(pool: Pool, question: str) -> Any:
             scratch = Pool(pool.model, pool.layout, [1] * len(pool.caches), None, pool.ranks, pool.version)
             scratch.ask = _answer
             found = _QUESTIONS[question](scratch)
+            pool.version.after_call(pool.model)
             if question != "forms":
                 pool.ranks.agree(f"go on with {question}: {found}")
             _findings[key] = found

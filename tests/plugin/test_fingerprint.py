@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_kvcache import CacheError, CacheFileError
 from mlx_kvcache.plugin import PromptCache, fingerprint, make_prompt_cache, make_session_pool
+from tests.plugin.configurations import build
 from tests.plugin.running import logits_of
 from tests.plugin.test_disk import TEXT, say
 from tests.plugin.test_files import Words
@@ -141,6 +142,22 @@ def test_caches_that_are_made_after_a_change_do_not_join_older_ones() -> None:
     assert after.pool is not before.pool
     logits_of(model, after, TEXT[:5])
     assert after[0].state[0].dtype == mx.bfloat16
+
+
+def test_weights_that_a_model_replaces_itself(tmp_path: Path) -> None:
+    """gemma3n clips some of its weights in every call."""
+    model = build("gemma3n")
+    known = fingerprint.fingerprint(model)
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:5])
+    assert make_prompt_cache(model).pool is cache.pool
+    cache.save(tmp_path / "a")
+    assert PromptCache.load(tmp_path / "a", model).position == 5
+    before = fingerprint.fingerprint(model)
+    assert before["weights"] != known["weights"]
+    logits_of(model, cache, TEXT[5:9])
+    model.update(tree_unflatten(changed(model)[-1:]))
+    assert fingerprint.fingerprint(model)["weights"] != before["weights"]
 
 
 class Counted(Words):
