@@ -167,6 +167,8 @@ def _tokenizer(tokenizer: Any) -> str:
     known = _words.get(id(tokenizer))
     if known and known[0]() is tokenizer and known[1] == state:
         return known[2]
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(f"a tokenizer as `mlx_lm.load` returns it is needed, got {tokenizer!r:.60}")
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     numbers = np.array([vocabulary[word] for word in words], np.int64)

@@ -19,6 +19,7 @@ from ..session import Branch
 from ..sessions import Session, SessionPool
 from .bits import reusable
 from .fingerprint import fingerprint, version_of
+from .loading import check_options, loaded
 from .making import options_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
@@ -52,6 +53,7 @@ def make_session_pool(
     if not ranks_of(options.get("group")).is_alone:
         raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
 
+    check_options(options)
     options = reusable(options)
 
     def make() -> PromptCache:
@@ -63,7 +65,9 @@ def make_session_pool(
     def load(path: Path, verify: bool) -> PromptCache:
         # Stored as those in memory are, so that they share a pool, whatever the file's own options.
         storage = {"kv_bits": None, "kv_group_size": 64, "quantise_after": 0}
-        return PromptCache.load(path, model, tokenizer, verify, **(storage | options))
+        # Where it is not verified, nobody wants more than to know how far it can go back.
+        rows, _ = loaded(path, model, tokenizer, verify, storage | options, lazy=not verify)
+        return PromptCache(rows)
 
     def tier(made: PromptCache) -> DiskTier | None:
         if folder is None:
