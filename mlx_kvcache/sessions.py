@@ -36,6 +36,8 @@ class Counts:
     to_disk: int = 0
     """Caches that were given to a file."""
     rejected: Counter[str] = field(default_factory=Counter)
+    disk_error: str = ""
+    """What went wrong with the disk when that was last counted as `rejected["disk"]`."""
 
 
 @dataclass(eq=False)
@@ -247,7 +249,7 @@ class SessionPool:
             kept = self._disk.nearest(tokens, salt, reused)
         except CacheError as error:
             # Whatever is wrong with the disk, a conversation can go on without it.
-            self.counts.rejected[f"disk: {error}"] += 1
+            self._count_failure(error)
             return reused, found
         if kept is None:
             return reused, found
@@ -261,7 +263,12 @@ class SessionPool:
         try:
             self.counts.to_disk += self._disk.put(entry.tokens, entry.salt, entry.cache)
         except CacheError as error:
-            self.counts.rejected[f"disk: {error}"] += 1
+            self._count_failure(error)
+
+    def _count_failure(self, error: CacheError) -> None:
+        """Count an error of the disk, and keep the newest: a key for each would be a key for each file."""
+        self.counts.rejected["disk"] += 1
+        self.counts.disk_error = str(error)
 
     def _put(self, entry: _Stored) -> _Stored:
         """Store a cache in the place of what was stored for the same tokens."""

@@ -6,6 +6,7 @@ a checksum in the head, and the head has one in a last array, so that no byte ca
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
@@ -86,7 +87,12 @@ def write(
     entries = _lay(arrays)
     head = heads.encode(header, entries)
     if len(head) - heads.LENGTH > heads.MOST:
-        raise CacheFileError(path, f"its head would take {len(head)} bytes, at most {heads.MOST} can be read")
+        raise CacheFileError(
+            path, f"its head would take {len(head):,} bytes, at most {heads.MOST:,} can be read"
+        )
+    with _named(path, "written"):
+        for text, what in ((head, "the head"), (json.dumps(header).encode(), "the header")):
+            heads.check_bounds(text, what)
     size = len(head) + sum(stored.data.nbytes for stored in arrays.values()) + heads.DIGEST
     with _named(path, f"written ({size} bytes)"), replacing(path, ready) as file:
         file.write(head)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import mlx.core as mx
@@ -50,10 +50,21 @@ def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], pref
         pairs = enumerate(zip(cache._children, children, strict=True))
         return [decode(child, part, arrays, f"{prefix}{i}.") for i, (child, part) in pairs]
     if isinstance(cache, PositionalCache):
-        return positional.decode(encoded, arrays, prefix)
+        snapshot = positional.decode(encoded, arrays, prefix)
+        _check_layers(cache._store.layers.keys(), snapshot.forms.keys())
+        return snapshot
     if isinstance(cache, EncoderCache):
         return streams.decode_encoder(encoded, arrays, prefix)
-    return streams.decode_recurrent(encoded, arrays, prefix)
+    stream = streams.decode_recurrent(encoded, arrays, prefix)
+    if isinstance(cache, RecurrentCache) and stream:
+        _check_layers(cache._forms.keys(), {layer for state in stream.states.values() for layer in state})
+    return stream
+
+
+def _check_layers(own: Set[int], found: Set[int]) -> None:
+    """Raise ValueError where a cache has other layers: those that a file lacks would be read as zeros."""
+    if own and found and own != found:
+        raise ValueError(f"it holds layers {sorted(found)}, this cache has layers {sorted(own)}")
 
 
 def kind_of(cache: PlanningCache) -> dict[str, Any]:

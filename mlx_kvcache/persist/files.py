@@ -65,7 +65,10 @@ def prepare(
     end = caches[0]._end(sequence)
     if tokens is not None and len(tokens) != end:
         raise ValueError(f"{len(tokens)} tokens for a sequence of {end}")
-    numbers = None if tokens is None else [index(token) for token in tokens]
+    try:
+        numbers = None if tokens is None else [index(token) for token in tokens]
+    except TypeError as error:
+        raise TypeError(f"tokens must be whole numbers: {error}") from error
     if outside := [token for token in numbers or () if not 0 <= token < 2**63]:
         raise ValueError(f"token {outside[0]} is negative, or not below 2**63")
     arrays = dict(extra or {})
@@ -92,8 +95,7 @@ class Opened:
         model, options: as they were saved.
         tokens: where they were given.
         arrays: by name.
-        is_verified: whether the arrays' checksums have been compared; where not, they are read
-            when they are first needed.
+        is_verified: whether the arrays' checksums have been compared.
     """
 
     path: Path
@@ -110,7 +112,9 @@ class Opened:
         for name, value in model.items():
             if self.model.get(name, value) != value:
                 raise CacheFileError(
-                    self.path, f"of another model: its {name} is {self.model[name]}, this one's is {value}"
+                    self.path,
+                    f"of another model: its {name} is {self.model[name]}, this one's is {value}; "
+                    f"load it with what it was saved with",
                 )
 
     def snapshots(self, caches: Sequence[PlanningCache]) -> list[Any]:
@@ -133,19 +137,20 @@ def check_end(snapshot: Any, end: int) -> None:
         raise ValueError(f"its caches hold {snapshot.end if snapshot else 0} and {end} tokens")
 
 
-def open_file(path: str | PathLike[str], verify: bool = True) -> Opened:
+def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False) -> Opened:
     """Read a file.
 
     Args:
-        verify: read all arrays now and compare their checksums. Otherwise each is read when it is
-            first needed, and damage in it goes unseen; the header is always verified.
+        verify: compare the checksums of all arrays. Otherwise damage in them goes unseen; the header
+            is always verified.
+        lazy: with `verify=False`, read an array when it is first needed, which only this thread can.
 
     Raises:
         NotOursError: a safetensors file of another writer.
         CacheFileError: it cannot be read, is damaged, or its header is none of a cache.
     """
     contents = container.read_contents(Path(path))
-    arrays = tensors.read(contents, verify)
+    arrays = tensors.read(contents, verify, lazy)
     with faults_of(contents.path):
         header = contents.header
         end = integer(header.get("end"), "the end")
@@ -163,6 +168,14 @@ def open_file(path: str | PathLike[str], verify: bool = True) -> Opened:
             verify,
             listing(header.get("caches"), "the caches"),
         )
+
+
+def evaluate(caches: Sequence[PlanningCache], sequence: int) -> None:
+    """Compute what caches hold of a sequence, so that other threads than this one can use it."""
+    arrays: dict[str, mx.array] = {}
+    for i, cache in enumerate(caches):
+        encode(cache, sequence, arrays, f"{i}.")
+    mx.eval(list(arrays.values()))
 
 
 @contextmanager
@@ -209,6 +222,9 @@ def load(
 ) -> Opened:
     """Make a sequence what was saved. The cache may be of another capacity, and store otherwise.
 
+    An empty cache takes the layers of the file, as many as there are; a cache that has layers takes
+    only files of the same ones. What is loaded is in memory, and can be used from any thread.
+
     Args:
         model: refuses a file that says otherwise.
         verify: as of `open_file`.
@@ -225,4 +241,5 @@ def load(
     with faults_of(opened.path):
         plan = cache._plan_restore(sequence, snapshots[0])
     plan.commit()
+    evaluate([cache], sequence)
     return opened

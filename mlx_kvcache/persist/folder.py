@@ -17,7 +17,7 @@ from ..errors import CacheError, CacheFileError
 from ..prefixes import PrefixTree
 from . import atomic
 from .background import Background
-from .index import Index, new_name
+from .index import REPLACED, TOO_LARGE, Index, new_name
 from .keys import Key, packed, salt_text
 
 
@@ -46,7 +46,8 @@ class PrefixFolder:
     Attributes:
         counts: what has happened, by name: "written", "evicted", "discarded"; why a file was
             not taken: "already there", "larger than the budget", "behind", "salt cannot be
-            written"; and "failed: " with the reason, for what went wrong on the thread.
+            written"; and "failed: " with the kind of error, for what went wrong on the thread.
+        last_failure: the message of the newest of these errors.
 
     Raises:
         ValueError: a negative bound.
@@ -58,6 +59,7 @@ class PrefixFolder:
     ) -> None:
         max_bytes, max_pending = whole(max_bytes=max_bytes, max_pending=max_pending)
         self.counts: Counter[str] = Counter()
+        self.last_failure = ""
         self._folder = Path(folder).absolute()
         self._max_bytes = max_bytes
         self._namespace = namespace
@@ -224,8 +226,8 @@ class PrefixFolder:
         try:
             happened = work()
         except BaseException as error:  # noqa: BLE001  # the thread must go on with what others put
-            reason = error.reason if isinstance(error, CacheFileError) else type(error).__name__
-            happened = Counter([f"failed: {reason}"])
+            happened = Counter([f"failed: {_kind(error)}"])
+            self.last_failure = f"{type(error).__name__}: {error}"
         with self._lock:
             self.counts += happened
 
@@ -258,7 +260,10 @@ class PrefixFolder:
         salts = self._index.salts(self._namespace)
         for name in self._known.keys() - salts.keys():
             salt, found = self._known.pop(name)
-            self._trees[salt].pop(found.tokens)
+            tree = self._trees[salt]
+            tree.pop(found.tokens)
+            if not tree:
+                del self._trees[salt]
         for name in salts.keys() - self._known.keys():
             tokens = self._index.tokens(name)
             if tokens is not None:
@@ -266,3 +271,13 @@ class PrefixFolder:
                 self._known[name] = salts[name], found
                 self._trees.setdefault(salts[name], PrefixTree()).put(tokens, found)
         self._stamp = stamp
+
+
+def _kind(error: BaseException) -> str:
+    """One of a few texts: messages name files and sizes, and a count for each would be one for each file."""
+    cause = error.__cause__ if isinstance(error, CacheFileError) else error
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno)
+    if isinstance(error, CacheFileError) and error.reason in (TOO_LARGE, REPLACED):
+        return error.reason
+    return type(cause or error).__name__

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from reprlib import Repr
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +22,9 @@ METADATA = "__metadata__"
 CHECKSUM = "checksum"  # the last array: the digest of the head
 LENGTH = 8
 DIGEST = 16
-MOST = 64 << 20  # bytes of JSON
+MOST = 16 << 20  # bytes of JSON
+PARTS = 500_000  # commas, brackets and quotation marks in it: those of some 15,000 arrays
+DEPTH = 64  # brackets in brackets
 DIMENSIONS = 64  # of an array, as in NumPy
 
 # Bytes of an element, by safetensors' name. All but F64 are read by mx.load, too.
@@ -35,6 +38,9 @@ SIZES = {
     }.items()
     for name in names.split()
 }
+
+
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Entry(NamedTuple):
@@ -94,13 +100,28 @@ def read(file: BinaryIO, size: int) -> bytes:
         raise ValueError(f"not a safetensors file: byte {LENGTH} is {start[LENGTH:]!r} instead of b'{{'")
     length = int.from_bytes(start[:LENGTH], "little")
     if not 2 <= length <= MOST:
-        raise ValueError(f"its head should take {length} bytes, which is not from 2 to {MOST}")
+        raise ValueError(f"corrupt: the header's length is {length:,}, expected 2 to {MOST:,} bytes")
     if size < LENGTH + length:
         raise ValueError(f"truncated: it has {size} bytes, its head alone takes {LENGTH + length}")
     head = start + file.read(length - 1)
     if len(head) < LENGTH + length:
         raise ValueError(f"truncated while it was read: its head has {len(head)} bytes of {LENGTH + length}")
     return head
+
+
+def check_bounds(text: bytes, what: str) -> None:
+    """Raise ValueError for JSON that would take long to parse, which counting and no parsing finds out."""
+    # Quotation marks are then the ends of strings, in which brackets do not count.
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    parts = sum(map(bare.count, (b",", b"[", b"{", b'"')))
+    if parts > PARTS:
+        raise ValueError(
+            f"{what} has {parts:,} commas, brackets and quotation marks, at most {PARTS:,} are read"
+        )
+    brackets = b"".join(bare.split(b'"')[::2]).translate(None, _NO_BRACKETS)
+    deepest = max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
+    if deepest > DEPTH:
+        raise ValueError(f"{what} is nested too deeply: {deepest:,} brackets, at most {DEPTH} are read")
 
 
 def parse(head: bytes) -> dict[str, Any]:
@@ -212,10 +233,9 @@ def _object(text: object, what: str) -> dict[str, Any]:
     """JSON text of an object."""
     if not isinstance(text, str):
         raise ValueError(f"{what} is {short(text)}, not text")
+    check_bounds(text.encode("utf-8", "surrogatepass"), what)
     try:
         value = json.loads(text, parse_constant=_refuse)
-    except RecursionError as error:
-        raise ValueError(f"{what} is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

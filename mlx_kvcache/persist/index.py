@@ -18,6 +18,10 @@ VERSION = 1
 # So narrow that a file which a user keeps in the folder is never taken for one of ours.
 _NAME = re.compile(r"[0-9a-f]{32}\.kvcache")
 
+TOO_LARGE = "larger than the budget"
+REPLACED = "the index was replaced meanwhile"
+"""Why a file that has been written is not entered."""
+
 _MOST = 2**53
 """Of bytes and uses: sums of such do not overflow."""
 
@@ -130,13 +134,13 @@ class Index:
             CacheFileError: it is too large by itself, or its entry is gone.
         """
         if nbytes > self._max_bytes:
-            raise CacheFileError(self._folder / name, "larger than the budget")
+            raise CacheFileError(self._folder / name, TOO_LARGE)
         with self._database.changing() as connection:
             cursor = connection.execute(
                 "UPDATE entries SET is_ready = 1, nbytes = ? WHERE name = ?", (nbytes, name)
             )
             if not cursor.rowcount:
-                raise CacheFileError(self._folder / name, "the index was replaced meanwhile")
+                raise CacheFileError(self._folder / name, REPLACED)
             _use(connection, name)
             return self._shrink(connection)
 

@@ -54,18 +54,18 @@ def _as_stored(array: mx.array) -> Stored:
     return Stored(name_of(array.dtype), tuple(array.shape), data)
 
 
-def read(contents: Contents, verify: bool) -> dict[str, mx.array]:
-    """The arrays of a file.
+def read(contents: Contents, verify: bool, lazy: bool = False) -> dict[str, mx.array]:
+    """The arrays of a file, in memory: MLX can evaluate a lazy one only in the thread that made it.
 
     Args:
-        verify: read them now and compare their checksums. Otherwise each is read when it is
-            evaluated, and damage goes unseen.
+        verify: compare their checksums. Otherwise damage goes unseen.
+        lazy: read nothing now. Each array is read when it is evaluated, in this thread.
 
     Raises:
         CacheFileError: the file cannot be read, or an array is damaged.
     """
-    if verify:
-        return dict(_verified(contents))
+    if not lazy:
+        return dict(_read(contents, verify))
     try:
         loaded = mx.load(str(contents.path), format="safetensors")
     except (RuntimeError, ValueError) as error:
@@ -74,11 +74,13 @@ def read(contents: Contents, verify: bool) -> dict[str, mx.array]:
     return {name: loaded[name] for name in contents.entries}
 
 
-def _verified(contents: Contents) -> Iterator[tuple[str, mx.array]]:
-    for name, (dtype, shape, data) in read_arrays(contents):
+def _read(contents: Contents, verify: bool) -> Iterator[tuple[str, mx.array]]:
+    for name, (dtype, shape, data) in read_arrays(contents, verify=verify):
         if dtype not in _DTYPES:
             raise CacheFileError(
                 contents.path, f"array {name!r} is of dtype {dtype}, which MLX does not have"
             )
         ours, theirs = _DTYPES[dtype]
-        yield name, mx.array(data.view(theirs)).view(ours).reshape(shape)
+        array = mx.array(data.view(theirs)).view(ours).reshape(shape)
+        mx.eval(array)
+        yield name, array

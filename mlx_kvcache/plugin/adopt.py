@@ -31,7 +31,9 @@ def adopt(conversation: Conversation, foreign: Foreign) -> None:
     check_room(conversation, foreign.end, foreign.path)
     with faults_of(foreign.path):
         if len(foreign.entries) != len(pool.leaves):
-            raise ValueError(f"it has {len(foreign.entries)} layers, the model {len(pool.leaves)}")
+            raise ValueError(
+                f"of another model: it has {len(foreign.entries)} layers, the model has {len(pool.leaves)}"
+            )
         pairs = list(zip(pool.leaves, foreign.entries, strict=True))
         for leaf, entry in pairs:
             _check_kind(leaf, entry)
@@ -56,7 +58,8 @@ def _check_kind(leaf: Leaf, entry: Entry) -> None:
     if _kind(leaf.rule) != (entry.name, entry.sizes):
         told = _kind(leaf.rule)
         raise ValueError(
-            f"layer {leaf.name} of the model is a {told[0]} {told[1]}, of it {entry.name} {entry.sizes}"
+            f"of another model: layer {leaf.name} of the model is a {told[0]} {told[1] or ''}, that of the "
+            f"file a {entry.name} {entry.sizes or ''}"
         )
 
 

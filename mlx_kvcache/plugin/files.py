@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from ..arrays.lanes import Lane, Packed
 from ..arrays.pairs import Form
-from ..errors import CacheFullError
+from ..errors import CacheError, CacheFullError
 from ..persist.checks import integer, listing, mapping
 from ..persist.files import Opened, Prepared, faults_of, prepare
 from ..persist.positional import decode_codec, decode_lane, encode_lane
 from .conversation import Conversation
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, first_form, is_first_form, version_of
 from .head import Head, Piece
 from .making import options_of
 from .pool import Pool
@@ -27,8 +27,18 @@ _HEAD = "head"
 def prepared(
     conversation: Conversation, tokens: Sequence[int] | None = None, tokenizer: Any = None
 ) -> Prepared:
-    """What is to be written of a conversation. Raises ValueError for another number of tokens."""
+    """What is to be written of a conversation.
+
+    Raises:
+        ValueError: another number of tokens.
+        CacheError: the model has other weights by now, which the file would say it is of.
+    """
     conversation.check_open()
+    if conversation.pool.version is not version_of(conversation.pool.living_model):
+        raise CacheError(
+            "cannot save: the model's weights have changed since this cache was made, so it is not of "
+            "these weights; make a new cache and compute its tokens again"
+        )
     extra: dict[str, mx.array] = {}
     head = _encode_head(conversation.head, extra)
     return prepare(
@@ -49,7 +59,11 @@ def restore(conversation: Conversation, opened: Opened, tokenizer: Any = None) -
         CacheFullError: it holds more tokens than the capacity.
     """
     pool = conversation.pool
-    opened.check_model(fingerprint(pool.living_model, tokenizer))
+    model = pool.living_model
+    expected = fingerprint(model, tokenizer)
+    if is_first_form(opened.model.get("weights")):
+        expected["weights"] = first_form(model)
+    opened.check_model(expected)
     check_room(conversation, opened.end, opened.path)
     snapshots = opened.snapshots(pool.caches)
     with faults_of(opened.path):

@@ -81,6 +81,13 @@ def read_foreign(path: Path) -> Foreign:
         CacheFileError: it is none, is damaged as far as that can be told, or is of a batch.
     """
     metadata = read_metadata(path)
+    # Both versions write this. It is asked before anything is read, as a model's weights are large.
+    if "2.0" not in metadata:
+        raise CacheFileError(
+            path,
+            "a safetensors file that holds no prompt cache, such as a model's weights or adapters; give "
+            "a file of PromptCache.save or of mlx-lm's save_prompt_cache",
+        )
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
         mx.eval(arrays)
@@ -96,7 +103,9 @@ def read_foreign(path: Path) -> Foreign:
                 states, own = _states_of_0_32(arrays, second, third), first
             entries = [entry for name, state in states for entry in _entries(name, state)]
         except _FAULTS as error:
-            raise ValueError(f"not a prompt cache as mlx-lm 0.31 or 0.32 writes it: {error}") from error
+            # Others speak of this module's names.
+            told = f": {error}" if type(error) is ValueError else ""
+            raise ValueError(f"not a prompt cache as mlx-lm 0.31 or 0.32 writes it{told}") from error
         offsets = {entry.offset for entry in entries if entry.offset is not None}
         if not offsets:
             raise ValueError("it holds recurrent layers only, and says not after how many tokens")

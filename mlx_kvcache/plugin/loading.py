@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ..errors import CacheFileError, NotSupportedError
 from ..persist.atomic import replacing
 from ..persist.checks import integer, listing
 from ..persist.container import NotOursError
-from ..persist.files import Opened, faults_of, open_file
+from ..persist.files import Opened, evaluate, faults_of, open_file
 from .adopt import adopt, storage_of
 from .conversation import Conversation, Limits
 from .files import restore
@@ -27,27 +28,57 @@ from .shards import check_rank, path_of
 
 
 def loaded(
-    path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any]
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    verify: bool,
+    options: Mapping[str, Any],
+    lazy: bool = False,
 ) -> tuple[Rows, Opened | None]:
-    """What is in a file, made with the file's own options where there are no others. Raises as `load`."""
+    """What is in a file, made with the file's own options where there are no others. Raises as `load`.
+
+    Args:
+        lazy: read an array when it is first needed, which only this thread can.
+    """
+    check_options(options)
     own = {name: value for name, value in options.items() if name != "group"}
     ranks = ranks_of(options.get("group"))
     if not ranks.is_alone:
         return _loaded_together(path, model, tokenizer, verify, own, ranks)
     try:
-        opened = open_file(path, verify)
+        opened = open_file(path, verify, lazy)
     except NotOursError:
         foreign = read_foreign(path)
         rows = _made(model, storage_of(foreign) | own)
         with rows.edit(f"adopt {path.name}"):
             adopt(rows.conversation, foreign)
+            _evaluate(rows)
         return rows, None
     check_rank(opened, ranks)
     with _blamed(path, own):
         rows = _made(model, _saved_options(opened) | own)
     with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
+        if not lazy:
+            _evaluate(rows)
     return rows, opened
+
+
+def _evaluate(rows: Rows) -> None:
+    evaluate(rows.pool.caches, rows.conversation.sequence)
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a name that is no option of `make_prompt_cache`."""
+    known = (*Limits._fields, *Storage._fields, "group")
+    for name in given:
+        if name not in known:
+            # mlx-lm's name for it.
+            like = "capacity" if name == "max_kv_size" else name
+            nearest = sorted(known, key=lambda other: -SequenceMatcher(None, like, other).ratio())
+            raise TypeError(
+                f"there is no option {name!r}: did you mean {nearest[0]!r}? Options are {', '.join(nearest)}"
+            )
 
 
 def _loaded_together(
@@ -62,6 +93,7 @@ def _loaded_together(
         rows = _made(model, chosen, ranks)
     with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
+        _evaluate(rows)
     return rows, opened
 
 

@@ -33,6 +33,7 @@ from ..caches.positional import PositionalCache
 from ..caches.recurrent import RecurrentCache, arrays_in
 from ..errors import CacheError
 from ..quantisation import Codecs, Quantisation
+from .fingerprint import Version, version_of
 from .layout import Layout, Leaf
 from .lifetimes import PerModel
 from .observe import observe
@@ -77,6 +78,7 @@ class Pool:
         kinds: for each leaf of the layout, the index of its cache.
         quantisation: how keys and values are stored, by leaf; None for the model's own precision.
         ranks: the processes that run the model together.
+        version: of the model's weights, those that all caches of the pool are computed with.
         forms: what the model writes, by leaf: the form of keys and values, None for arrays.
         mirrored: leaves whose values the model replaces by arrays like their keys.
         ask: finds out by trying what the model can do; `batching` and `mixes` are asked.
@@ -90,9 +92,11 @@ class Pool:
         rewinds: Sequence[int],
         quantisation: Quantisation | None = None,
         ranks: Ranks = ALONE,
+        version: Version | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self.architecture = type(model).__module__
+        self.version = version or version_of(model)
         self.ranks = ranks
         self.layout = layout
         self.rewinds = tuple(rewinds)
@@ -183,7 +187,8 @@ class Pool:
             form = self.forms.get(leaf.index)
             if form and quantisation:
                 form.packed_by(quantisation.of(leaf.index), f"layer {leaf.name}")
-        pool = pool_for(self.living_model, self.layout, self.rewinds, quantisation, self.ranks)
+        model = self.living_model
+        pool = pool_for(model, self.layout, self.rewinds, quantisation, self.ranks, self.version)
         pool.forms, pool.mirrored, pool.ask = self.forms, self.mirrored, self.ask
         return pool
 
@@ -335,11 +340,17 @@ def pool_for(
     rewinds: Sequence[int],
     quantisation: Quantisation | None,
     ranks: Ranks,
+    version: Version | None = None,
 ) -> Pool:
-    """The model's pool of this form: prompt caches that are made alike can join one batch."""
-    key, pools = (layout, tuple(rewinds), quantisation, ranks), _pools.of(model)
+    """The model's pool of this form: prompt caches that are made alike can join one batch.
+
+    Caches that are made after the model's weights have changed are not made alike.
+    """
+    version = version or version_of(model)
+    # A pool keeps its version alive, so the id is no other's.
+    key, pools = (id(version), layout, tuple(rewinds), quantisation, ranks), _pools.of(model)
     with _lock:
         pool = pools.get(key)
         if pool is None:
-            pool = pools[key] = Pool(model, layout, rewinds, quantisation, ranks)
+            pool = pools[key] = Pool(model, layout, rewinds, quantisation, ranks, version)
         return pool

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 
-from ..errors import NotSupportedError
+from ..errors import CacheError, NotSupportedError
 from ..persist.files import Prepared
 from ..persist.folder import PrefixFolder
 from ..persist.tier import DiskTier
-from ..sessions import SessionPool
+from ..session import Branch
+from ..sessions import Session, SessionPool
 from .bits import reusable
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, version_of
+from .loading import check_options, loaded
 from .making import options_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
@@ -51,6 +53,7 @@ def make_session_pool(
     if not ranks_of(options.get("group")).is_alone:
         raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
 
+    check_options(options)
     options = reusable(options)
 
     def make() -> PromptCache:
@@ -62,14 +65,69 @@ def make_session_pool(
     def load(path: Path, verify: bool) -> PromptCache:
         # Stored as those in memory are, so that they share a pool, whatever the file's own options.
         storage = {"kv_bits": None, "kv_group_size": 64, "quantise_after": 0}
-        return PromptCache.load(path, model, tokenizer, verify, **(storage | options))
+        # Where it is not verified, nobody wants more than to know how far it can go back.
+        rows, _ = loaded(path, model, tokenizer, verify, storage | options, lazy=not verify)
+        return PromptCache(rows)
 
-    first = make()
-    tier = None
-    if folder is not None:
-        name = _namespace(first, fingerprint(model, tokenizer))
-        tier = DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, name), prepare, load)
-    return SessionPool(make, max_bytes, max_stored, tier)
+    def tier(made: PromptCache) -> DiskTier | None:
+        if folder is None:
+            return None
+        name = _namespace(made, fingerprint(model, tokenizer))
+        return DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, name), prepare, load)
+
+    return _ModelSessions(model, make, max_bytes, max_stored, tier)
+
+
+class _ModelSessions(SessionPool):
+    """A session pool whose caches serve as long as the model has the weights that they were computed with.
+
+    Args:
+        tier: makes the tier for the model as it is now; it is given a cache.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make: Callable[[], PromptCache],
+        max_bytes: int | None,
+        max_stored: int | None,
+        tier: Callable[[PromptCache], DiskTier | None],
+    ) -> None:
+        first = make()
+        super().__init__(make, max_bytes, max_stored, tier(first))
+        self._model = model
+        self._tier = tier
+        self._version = first.pool.version
+
+    def open(self, tokens: Sequence[int], salt: Hashable = None) -> Session:
+        with self._lock:
+            self._renew()
+            return super().open(tokens, salt)
+
+    def store(
+        self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
+    ) -> bool:
+        with self._lock:
+            self._renew()
+            if cache.pool.version is not self._version:
+                return self._reject("computed with other weights", cache)
+            return super().store(tokens, cache, salt, is_pinned)
+
+    def _renew(self) -> None:
+        """Where the model has other weights by now, begin anew: in memory, and with the files for these."""
+        version = version_of(self._model)
+        if version is self._version:
+            return
+        self.clear()
+        if self._disk:
+            # What other weights have written stays, for when the model has them again.
+            self._disk.close()
+            try:
+                self._disk = self._tier(self._make())
+            except CacheError as error:
+                self._disk = None
+                self._count_failure(error)
+        self._version = version
 
 
 def _namespace(cache: PromptCache, model: dict[str, str]) -> str:

@@ -180,17 +180,19 @@ class PromptCache(list[Any]):
     ) -> PromptCache:
         """A cache of this model with what is in a file, of `save` or of mlx-lm's `save_prompt_cache`.
 
+        All of it is in memory then, and any thread can use it.
+
         Args:
             tokenizer: refuses a file that was saved with another one.
-            verify: compare all checksums. Otherwise arrays are read when they are first needed,
-                damage in them goes unseen, and `is_verified` says so.
+            verify: compare all checksums. Otherwise damage in arrays goes unseen, and `is_verified`
+                says so.
             options: of `make_prompt_cache`, in the place of those that the cache had. With a `group`
                 each rank loads its own file, and all must be of the same save.
 
         Raises:
             CacheFileError: the file cannot be read, is damaged, or is of another model.
             CacheFullError: it holds more tokens than the capacity.
-            ValueError, NotSupportedError: as `make_prompt_cache`.
+            TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
         """
         rows, opened = loaded(Path(path), model, tokenizer, verify, options)
         cache = cls(rows)

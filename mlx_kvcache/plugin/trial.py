@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..arrays.pairs import Form
 from ..errors import NotSupportedError
 from .conversation import Conversation, Limits
+from .fingerprint import Version
 from .layers import entries_of
 from .layout import Leaf
 from .lifetimes import PerModel
@@ -32,12 +33,12 @@ NOISE = 0.1
 
 
 class _Findings:
-    """What has been found out about a model, by question and number of ranks."""
+    """What has been found out about a model, by question, version of its weights and number of ranks."""
 
     def __init__(self) -> None:
         # Held while the model runs, so that it is tried once, and no other model waits for that.
         self.lock = threading.RLock()
-        self.answers: dict[tuple[str, int], Any] = {}
+        self.answers: dict[tuple[str, Version, int], Any] = {}
 
 
 _findings = PerModel(_Findings)
@@ -50,19 +51,21 @@ def try_out(pool: Pool) -> None:
 
 
 def _answer(pool: Pool, question: str) -> Any:
-    """What is known of the pool's model, found once for each model, in a pool of its own."""
-    model = pool.living_model
-    findings, key = _findings.of(model), (question, pool.ranks.size)
+    """What is known of the pool's model, found once for each version of it, in a pool of its own."""
+    model, version = pool.living_model, pool.version
+    findings, key = _findings.of(model), (question, version, pool.ranks.size)
     with findings.lock:
         if key not in findings.answers:
-            scratch = Pool(model, pool.layout, [1] * len(pool.caches), ranks=pool.ranks)
+            scratch = Pool(model, pool.layout, [1] * len(pool.caches), None, pool.ranks, version)
             scratch.ask = _answer
             # To know what a model writes, nothing needs to be computed.
             scratch.is_scratch = question == "forms"
             found = _QUESTIONS[question](scratch)
+            version.after_call(model)
             if question != "forms":
                 pool.ranks.agree(f"go on with {question}: {found}")
-            findings.answers[key] = found
+            answers = {known: answer for known, answer in findings.answers.items() if known[1] is version}
+            findings.answers = answers | {key: found}
         return findings.answers[key]
 
 

@@ -178,8 +178,8 @@ def flipped(raw: bytes, at: int) -> bytes:
         (lambda raw: raw[8:], "not a safetensors file: byte 8 is "),
         (lambda raw: pickle.dumps(list(range(100))), "not a safetensors file: byte 8 is "),
         (lambda raw: bytes(1000), r"not a safetensors file: byte 8 is b'\\x00' instead of b'{'"),
-        (lambda raw: bytes(8) + raw[8:], "its head should take 0 bytes, which is not from 2 to 67108864"),
-        (lambda raw: b"\xff" * 8 + raw[8:], "its head should take 18446744073709551615 bytes"),
+        (lambda raw: bytes(8) + raw[8:], "corrupt: the header's length is 0, expected 2 to 16,777,216 bytes"),
+        (lambda raw: b"\xff" * 8 + raw[8:], "corrupt: the header's length is 18,446,744,073,709,551,615, expected"),
         (lambda raw: (2000).to_bytes(8, "little") + raw[8:], r"truncated: .* its head alone takes 2008"),
         (lambda raw: with_text(raw, b'{"a": }'), "the head is not valid JSON: .*char 6"),
         (lambda raw: with_text(raw, b'{"a": "\xff"}'), "the head is not UTF-8: .*position 7"),
@@ -287,7 +287,7 @@ def test_a_long_head_is_not_read(path: Path) -> None:
     path.write_bytes((MOST + 1).to_bytes(8, "little") + b"{")
     os.truncate(path, MOST + 100)
     tracemalloc.start()
-    with pytest.raises(CacheFileError, match=f"its head should take {MOST + 1} bytes"):
+    with pytest.raises(CacheFileError, match=f"the header's length is {MOST + 1:,}, expected"):
         read_contents(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

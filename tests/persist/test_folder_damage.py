@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import sqlite3
@@ -174,7 +175,51 @@ def test_failures_are_counted_and_the_next_is_written(tmp_path: Path, error: Bas
         assert folder.put([1], None, fail, SIZE)
         put(folder, [2])
         folder.flush()
-        reason = "full" if isinstance(error, CacheFileError) else type(error).__name__
-        assert folder.counts == {f"failed: {reason}": 1, "written": 1}
+        assert folder.counts == {f"failed: {type(error).__name__}": 1, "written": 1}
+        assert folder.last_failure == f"{type(error).__name__}: {error}"
         assert put(folder, [1])
     assert check_all(tmp_path) == {(1,), (2,)}
+
+
+def test_many_failures_are_few_counts(tmp_path: Path) -> None:
+    """Messages name files and sizes; what went wrong is counted by its kind."""
+
+    def fail(error: Exception, cause: Exception | None = None) -> Callable[[Path], int]:
+        def write(path: Path) -> int:
+            raise error from cause
+
+        return write
+
+    full = OSError(errno.ENOSPC, "No space left on device", "name")
+    with folder_at(tmp_path) as folder:
+        for i in range(20):
+            for j, error in enumerate((
+                fail(CacheFileError(f"{i}.kvcache", f"cannot be written ({i} bytes): full"), full),
+                fail(OSError(errno.ENOSPC, f"No space left for {i}", f"{i}.kvcache")),
+                fail(CacheFileError(f"{i}.kvcache", f"its head would take {i} bytes")),
+                fail(OSError(f"odd {i}")),
+                fail(ValueError(f"number {i}")),
+                lambda path: SIZE * 100_000_000,
+            )):  # fmt: skip
+                assert folder.put([i, j], None, error, SIZE)
+        folder.flush()
+        assert folder.counts == {
+            f"failed: {os.strerror(errno.ENOSPC)}": 40,
+            "failed: CacheFileError": 20,
+            "failed: OSError": 20,
+            "failed: ValueError": 20,
+            "failed: larger than the budget": 20,
+        }
+        assert folder.last_failure.endswith("larger than the budget")
+
+
+def test_nothing_is_left_of_salts_whose_files_are_gone(tmp_path: Path) -> None:
+    with folder_at(tmp_path, 3 * SIZE) as folder:
+        for salt in range(30):
+            put(folder, [1, salt], salt)
+            folder.flush()
+            assert lengths(folder, [1], salt)
+        assert len(folder._trees) == len(folder._known) == 3
+        folder.discard(next(iter(folder.matches([1], 29)))[1])
+        assert not lengths(folder, [1], 29)
+        assert len(folder._trees) == 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_kvcache import CacheError, CacheFileError, CacheFullError
-from mlx_kvcache.plugin import PromptCache, make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool
 from tests.persist.samples import Change
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
@@ -189,6 +190,72 @@ def test_what_cannot_be_written_or_read(tmp_path: Path) -> None:
     cache.close()
     with pytest.raises(CacheError, match="closed"):
         cache.save(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("kvbits", "kv_bits"), ("max_kv_size", "capacity"), ("sink", "sinks")]
+)
+def test_an_option_that_there_is_not(name: str, nearest: str, tmp_path: Path) -> None:
+    model, path = tiny_llama(), tmp_path / "a"
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:3])
+    cache.save(path)
+    told = rf"there is no option '{name}': did you mean '{nearest}'\? Options are {nearest}, .*, "
+    with pytest.raises(TypeError, match=told):
+        PromptCache.load(path, model, **{name: 4})
+    with pytest.raises(TypeError, match=told):
+        make_session_pool(model, folder=tmp_path / "folder", **{name: 4})
+    assert not (tmp_path / "folder").exists()
+    for tokenizer in ("gpt2", 3):
+        with pytest.raises(TypeError, match="a tokenizer as `mlx_lm.load` returns it is needed, got"):
+            PromptCache.load(path, model, tokenizer)
+    tokens: Any = [1.5] * 3
+    with pytest.raises(TypeError, match="tokens must be whole numbers: 'float'"):
+        cache.save(path, tokens=tokens)
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """What a thread of its own returns, which has ended then."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(work).result()
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+@pytest.mark.parametrize("name", ["llama", "llama:window", "qwen3_next"])
+@pytest.mark.parametrize("storage", [{}, {"kv_bits": 8, "kv_group_size": GROUP}], ids=["float", "packed"])
+def test_what_one_thread_loads_others_use(
+    name: str, verify: bool, storage: dict[str, Any], tmp_path: Path
+) -> None:
+    """MLX cannot evaluate a lazy array in another thread than the one that made it."""
+    model = model_of(name)
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:20])
+    cache.save(tmp_path / "ours")
+    cache.save(tmp_path / "theirs.safetensors", format="mlx-lm")
+    expected = logits_of(model, cache.fork(), TEXT[20:24])
+    for path in ("ours", "theirs.safetensors"):
+        loaded = in_thread(lambda: PromptCache.load(tmp_path / path, model, verify=verify, **storage))  # noqa: B023
+
+        def use() -> mx.array:
+            logits = logits_of(model, loaded.fork(), TEXT[20:24])  # noqa: B023
+            mx.eval(logits)
+            return logits
+
+        for _ in range(2):
+            assert difference(in_thread(use), expected) <= (0.5 if storage else 1e-5) * mx.std(expected)
+        loaded.close()
+
+
+def test_what_comes_from_a_folder_another_thread_uses(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with make_session_pool(model, folder=tmp_path) as sessions, sessions.open(TEXT[:20]) as session:
+        logits_of(model, session.cache, session.rest)
+    sessions = in_thread(lambda: make_session_pool(model, folder=tmp_path))
+    session = in_thread(lambda: sessions.open(TEXT[:24]))
+    assert session.reused == 20
+    for _ in range(2):
+        in_thread(lambda: mx.eval(logits_of(model, session.cache.fork(), session.rest)))
+    sessions.close()
 
 
 def test_lies_about_options_and_what_is_before_a_gap_are_refused(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_files_of_mlx_lm_that_do_not_fit(tmp_path: Path) -> None:
     model = tiny_llama(head_dim=32, num_key_value_heads=1)
     with pytest.raises(CacheFileError, match="layer 1 of the model is a KVCache"):
         PromptCache.load(path_of("0.32.2", "three"), model)
-    with pytest.raises(CacheFileError, match="it has 10 layers, the model 3"):
+    with pytest.raises(CacheFileError, match="it has 10 layers, the model has 3"):
         PromptCache.load(path_of("0.32.2", "every"), model)
     model = tiny_llama(head_dim=64, num_hidden_layers=1)
     path = str(tmp_path / "a.safetensors")
@@ -127,8 +127,12 @@ def test_files_of_mlx_lm_that_do_not_fit(tmp_path: Path) -> None:
     save_prompt_cache(path, theirs)
     with pytest.raises(CacheFileError, match="says not after how many tokens"):
         PromptCache.load(path, mamba)
-    mx.save_safetensors(path, {"a": mx.zeros(3)})
-    with pytest.raises(CacheFileError, match="not a prompt cache"):
+    for told in ({}, {"format": "mlx"}):
+        mx.save_safetensors(path, {"model.norm.weight": mx.zeros(3)}, told)
+        with pytest.raises(CacheFileError, match="no prompt cache, such as a model's weights .*; give a file"):
+            PromptCache.load(path, model)
+    mx.save_safetensors(path, {"0.0": mx.zeros(3)}, {"1.0": "KVCache", "2.0": ""})
+    with pytest.raises(CacheFileError, match=r"as mlx-lm 0\.31 or 0\.32 writes it$"):
         PromptCache.load(path, model)
 
 
