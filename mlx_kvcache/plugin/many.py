@@ -23,6 +23,7 @@ from ..arguments import whole
 from ..errors import CacheError, CacheFullError, NotSupportedError
 from .bits import reusable
 from .layers import entries_of
+from .outputs import logits_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
 from .tokens import TokenRows
@@ -92,7 +93,7 @@ class Many:
         # Kept, so that what is made later is made in the same pool.
         self._pool = first.pool
         # The width of logits, which need not be computed for that.
-        self._vocabulary: int = model(mx.zeros((1, 1), mx.int32), cache=first).shape[-1]
+        self._vocabulary = logits_of(model, mx.zeros((1, 1), mx.int32), first).shape[-1]
 
     def __len__(self) -> int:
         """Sequences that have not ended."""
@@ -234,13 +235,14 @@ class Many:
         """For each sequence the logits (1, vocabulary) after its last token."""
         if not self._pool.mixes:
             for ticket, tokens in chosen.items():
-                yield ticket, self._model(mx.array([tokens]), cache=self._sequences[ticket].cache)[:, -1]
+                cache = self._sequences[ticket].cache
+                yield ticket, logits_of(self._model, mx.array([tokens]), cache)[:, -1]
             return
         conversations = [self._sequences[ticket].cache._conversation for ticket in chosen]
         counts = [len(tokens) for tokens in chosen.values()]
-        cache = entries_of(TokenRows(self._pool, conversations, counts))
+        entries = entries_of(TokenRows(self._pool, conversations, counts))
         rows = mx.array([[token] for tokens in chosen.values() for token in tokens])
-        logits = self._model(rows, cache=cache)
+        logits = logits_of(self._model, rows, entries)
         last = -1
         for ticket, tokens in chosen.items():
             last += len(tokens)
