@@ -10,7 +10,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
-from .arguments import whole
+from .arguments import class_of, size_of, token_ids, whole
 from .errors import CacheError
 from .persist.tier import DiskTier
 from .prefixes import PrefixTree
@@ -61,6 +61,7 @@ class SessionPool:
 
     Raises:
         ValueError: a negative bound.
+        TypeError: `make` is no function.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class SessionPool:
         disk: DiskTier | None = None,
     ) -> None:
         whole(**{n: b for n, b in (("max_bytes", max_bytes), ("max_stored", max_stored)) if b is not None})
+        if not callable(make):
+            raise TypeError(
+                f"make must be a function that makes an empty prompt cache, got {class_of(make)}; "
+                "such as lambda: make_prompt_cache(model)"
+            )
         self.counts = Counts()
         self._make = make
         self._max_bytes = max_bytes
@@ -85,6 +91,9 @@ class SessionPool:
     def __len__(self) -> int:
         """How many caches are stored."""
         return len(self._stored)
+
+    def __repr__(self) -> str:
+        return f"SessionPool({len(self)} stored, {size_of(self.nbytes)})"
 
     @property
     def cells(self) -> Any:
@@ -106,8 +115,9 @@ class SessionPool:
 
         Raises:
             ValueError: no tokens.
+            TypeError: tokens that are no sequence of whole numbers, such as a text.
         """
-        tokens = list(tokens)
+        tokens = token_ids(tokens)
         if not tokens:
             raise ValueError("a session needs at least 1 token")
         with self._lock:
@@ -137,12 +147,18 @@ class SessionPool:
             Whether it is kept; `counts.rejected` says why not.
 
         Raises:
-            ValueError: the tokens are not what is in the cache.
+            ValueError: the tokens are not what is in the cache, or it is of another model or made with
+                other options than the pool's own.
+            TypeError: tokens that are no sequence of whole numbers.
         """
+        tokens = token_ids(tokens)
         if len(tokens) != cache.position:
             raise ValueError(f"{len(tokens)} tokens for a cache that holds {cache.position}")
         with self._lock:
-            self._cells = cache.pool
+            if not self._takes(cache):
+                raise ValueError(
+                    "the cache is of another pool: of another model, or made with other options than here"
+                )
             if not tokens:
                 return self._reject("empty", cache)
             entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
@@ -155,6 +171,15 @@ class SessionPool:
                 return True
             self.counts.rejected["larger than the budget"] += 1
             return False
+
+    def _takes(self, cache: Branch) -> bool:
+        """Whether a cache is of the model that this pool is for, and made as its caches are."""
+        with self._lock:
+            if self._cells is None:
+                made = self._make()
+                self._cells = made.pool
+                made.close()
+            return cache.pool is self._cells
 
     def _reject(self, reason: str, cache: Branch) -> bool:
         """Close a cache that cannot be kept, and count why. Returns False."""

@@ -13,10 +13,12 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..arguments import class_of
 from . import reuse
 from .bits import reusable
 from .contract import check_contract
 from .loading import save_for_mlx_lm
+from .making import check_options
 from .prompt_cache import PromptCache, make_prompt_cache
 
 _original = mlx_lm_cache.make_prompt_cache
@@ -55,6 +57,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
         NotSupportedError: as `make_prompt_cache`, or a version of mlx-lm that is not known.
     """
     check_contract()
+    check_options(options, "attach")
     options = reusable(options)
     make_prompt_cache(model, **options).close()
     with _lock:
@@ -70,7 +73,7 @@ def detach(model: nn.Module) -> None:
     """Undo one `attach` of this model. Raises ValueError if there is none."""
     with _lock:
         if id(model) not in _attached:
-            raise ValueError(f"this {type(model).__name__} is not attached")
+            raise ValueError(f"this {class_of(model)} is not attached")
         _attached[id(model)].pop()
         if not _attached[id(model)]:
             _forget(id(model))
@@ -84,6 +87,7 @@ def attach_all(**options: Any) -> None:
             comes when a model is used.
     """
     check_contract()
+    check_options(options, "attach_all")
     with _lock:
         if not _attached and not _all_models:
             _patch()

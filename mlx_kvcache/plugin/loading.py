@@ -44,7 +44,7 @@ def loaded(
         return rows, None
     check_rank(opened, ranks)
     with _blamed(path, own):
-        rows = _made(model, _saved_options(opened) | own)
+        rows = _made(model, _chosen(_saved_options(opened), own))
     with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
     return rows, opened
@@ -56,7 +56,7 @@ def _loaded_together(
     """What is in the files of all ranks, if each has its own and all are of one save."""
     with ranks.together(f"load {path.name}"):
         opened = open_file(path_of(path, ranks), verify)
-        save, chosen = check_rank(opened, ranks), _saved_options(opened) | dict(options)
+        save, chosen = check_rank(opened, ranks), _chosen(_saved_options(opened), options)
     ranks.agree(f"load {opened.end} tokens of save {save}")
     with ranks.together(f"make a cache for {path.name}"), _blamed(opened.path, options):
         rows = _made(model, chosen, ranks)
@@ -76,6 +76,16 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
         if told.get("kv_bits") is not None:
             bits = listing(told["kv_bits"], "kv_bits")
             options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
+    return options
+
+
+def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Given options in the place of saved ones, without what these only have beside others."""
+    options = {**saved, **given}
+    if options.get("capacity") is None and saved.get("overflow") == "shift" and "overflow" not in given:
+        options["overflow"] = "error"
+    if options["overflow"] == "error" and "sinks" not in given:
+        options["sinks"] = 0
     return options
 
 

@@ -7,7 +7,6 @@ longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..arguments import whole
+from ..arguments import class_of, token_ids, whole
 from ..errors import CacheError, CacheFullError, NotSupportedError
 from .bits import reusable
 from .layers import entries_of
+from .making import check_options
 from .outputs import logits_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
@@ -81,6 +81,7 @@ class Many:
     """
 
     def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
+        check_options(options, "Many", ("tokens_per_step",))
         (self._most,) = whole(1, tokens_per_step=tokens_per_step)
         if not ranks_of(options.get("group")).is_alone:
             raise NotSupportedError("sequences that come and go are not agreed on by the ranks of a group")
@@ -98,6 +99,10 @@ class Many:
     def __len__(self) -> int:
         """Sequences that have not ended."""
         return len(self._sequences)
+
+    def __repr__(self) -> str:
+        n, module = len(self), type(self._model).__module__.rpartition(".")[2]
+        return f"Many({n} sequence{'s' * (n != 1)}, tokens_per_step={self._most}, {module})"
 
     def add(
         self,
@@ -122,9 +127,11 @@ class Many:
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, max_tokens below 1, or
                 a cache of another pool.
+            TypeError: a prompt that is no sequence of whole numbers, such as a text, or a cache of another
+                class.
             CacheError: the cache is in use here already, or closed.
         """
-        tokens = [operator.index(token) for token in prompt]
+        tokens = token_ids(prompt, "prompt")
         if not tokens:
             raise ValueError("the prompt is empty: at least 1 token is needed")
         outside = [token for token in tokens if not 0 <= token < self._vocabulary]
@@ -133,6 +140,8 @@ class Many:
         (max_tokens,) = whole(1, max_tokens=max_tokens)
         if cache is None:
             cache = make_prompt_cache(self._model, **self._options)
+        if not isinstance(cache, PromptCache):
+            raise TypeError(f"cache must be of make_prompt_cache, got {class_of(cache)}")
         if cache.pool is not self._pool:
             raise ValueError("the cache is of another pool: another model, or made with other options")
         if any(cache is own.cache for own in self._sequences.values()):
@@ -262,6 +271,9 @@ def _sampled(ticket: int, sequence: _Sequence, logits: mx.array) -> Generated:
     return Generated(ticket, token, finish)
 
 
+_OWN = ("max_tokens", "stop_tokens", "tokens_per_step", "most_at_once", "progress")
+
+
 def generate_many(
     model: nn.Module,
     prompts: Iterable[Sequence[int]],
@@ -285,7 +297,11 @@ def generate_many(
 
     Raises:
         ValueError: as `Many` and `Many.add`, or most_at_once below 1.
+        TypeError: as `Many` and `Many.add`, or one text in place of prompts.
     """
+    check_options(options, "generate_many", _OWN)
+    if isinstance(prompts, str):
+        token_ids(prompts, "prompts")
     whole(1, most_at_once=most_at_once, max_tokens=max_tokens)
     many, stop = Many(model, tokens_per_step, **options), frozenset(stop_tokens)
 

@@ -17,10 +17,13 @@ from ..persist.folder import PrefixFolder
 from ..persist.tier import DiskTier
 from ..sessions import SessionPool
 from .bits import reusable
+from .conversation import Limits
 from .fingerprint import fingerprint
-from .making import options_of
+from .making import Storage, check_options, options_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
+
+_OWN = ("max_bytes", "max_stored", "folder", "folder_bytes", "tokenizer")
 
 
 def make_session_pool(
@@ -48,6 +51,7 @@ def make_session_pool(
         TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
         CacheFileError: the folder cannot be used.
     """
+    check_options(options, "make_session_pool", _OWN)
     if not ranks_of(options.get("group")).is_alone:
         raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
 
@@ -60,9 +64,9 @@ def make_session_pool(
         return cache._prepared(tokens, tokenizer)
 
     def load(path: Path, verify: bool) -> PromptCache:
-        # Stored as those in memory are, so that they share a pool, whatever the file's own options.
-        storage = {"kv_bits": None, "kv_group_size": 64, "quantise_after": 0}
-        return PromptCache.load(path, model, tokenizer, verify, **(storage | options))
+        # Made as those in memory are, so that they share a pool, whatever the file's own options.
+        defaults = Limits()._asdict() | Storage()._asdict()
+        return PromptCache.load(path, model, tokenizer, verify, **(defaults | options))
 
     first = make()
     tier = None
