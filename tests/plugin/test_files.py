@@ -119,6 +119,8 @@ def test_options_without_those_that_they_need(given: dict[str, Any], tmp_path: P
 
 def test_a_file_with_sinks_and_no_shift(tmp_path: Path) -> None:
     """As older versions let one make."""
+    from tests.persist.test_files import lie
+
     model, path = tiny_llama(), tmp_path / "a"
     cache = make_prompt_cache(model)
     logits_of(model, cache, TEXT[:10])
