@@ -61,7 +61,7 @@ class SessionPool:
 
     Raises:
         ValueError: a negative bound.
-        TypeError: `make` is no function.
+        TypeError: `make` is no function, or `disk` no tier.
     """
 
     def __init__(
@@ -76,6 +76,10 @@ class SessionPool:
             raise TypeError(
                 f"make must be a function that makes an empty prompt cache, got {class_of(make)}; "
                 "such as lambda: make_prompt_cache(model)"
+            )
+        if disk is not None and not isinstance(disk, DiskTier):
+            raise TypeError(
+                f"disk must be a DiskTier, got {class_of(disk)}; see make_session_pool(folder=...)"
             )
         self.counts = Counts()
         self._make = make
@@ -149,9 +153,11 @@ class SessionPool:
         Raises:
             ValueError: the tokens are not what is in the cache, or it is of another model or made with
                 other options than the pool's own.
-            TypeError: tokens that are no sequence of whole numbers.
+            TypeError: tokens that are no sequence of whole numbers, or no prompt cache.
         """
         tokens = token_ids(tokens)
+        if not hasattr(cache, "position"):
+            raise TypeError(f"cache must be a prompt cache, got {class_of(cache)}")
         if len(tokens) != cache.position:
             raise ValueError(f"{len(tokens)} tokens for a cache that holds {cache.position}")
         with self._lock:

@@ -147,8 +147,10 @@ class Many:
         if any(cache is own.cache for own in self._sequences.values()):
             raise CacheError("the cache is in use by another sequence; fork it")
         cache.position  # noqa: B018  # raises where it is closed
+        stop = frozenset(token_ids(stop_tokens, "stop_tokens"))
+        if sampler is not None and not callable(sampler):
+            raise TypeError(f"sampler must be a function of log probabilities, got {class_of(sampler)}")
         ticket = next(self._tickets)
-        stop = frozenset(stop_tokens)
         self._sequences[ticket] = _Sequence(
             cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop
         )
@@ -302,8 +304,10 @@ def generate_many(
     check_options(options, "generate_many", _OWN)
     if isinstance(prompts, str):
         token_ids(prompts, "prompts")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be lists of tokens, got {class_of(prompts)}")
     whole(1, most_at_once=most_at_once, max_tokens=max_tokens)
-    many, stop = Many(model, tokens_per_step, **options), frozenset(stop_tokens)
+    many, stop = Many(model, tokens_per_step, **options), token_ids(stop_tokens, "stop_tokens")
 
     def generated() -> Iterator[Generated]:
         waiting = iter(prompts)

@@ -10,7 +10,7 @@ from typing import Any, Literal, SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arguments import size_of, whole
+from ..arguments import size_of, token_ids, whole
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Prepared
 from .bits import KvBits, KvFloat
@@ -156,10 +156,12 @@ class PromptCache(list[Any]):
         Raises:
             CacheFileError: it cannot be written; a file that was there still is.
             ValueError: another number of tokens than are in the cache, or an unknown format.
+            TypeError: tokens that are no sequence of whole numbers.
             NotSupportedError: ranks of a group, in mlx-lm's format.
         """
         if format not in ("mlx_kvcache", "mlx-lm"):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
+        tokens = None if tokens is None else token_ids(tokens)
         ranks = self.pool.ranks
         if format == "mlx_kvcache":
             if ranks.is_alone:

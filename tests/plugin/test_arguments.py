@@ -116,6 +116,32 @@ def test_some_layers_of_a_cache_are_refused(cache: PromptCache) -> None:
     assert_goes_on(cache, TEXT[:23])
 
 
+def test_values_of_other_types(cache: PromptCache, tmp_path: Path) -> None:
+    """What would fail somewhere inside, or do nothing without a word."""
+    logits_of(MODEL, cache, TEXT[:4])
+    many, make = Many(MODEL), partial(make_prompt_cache, MODEL)
+    calls: dict[str, Callable[[], object]] = {
+        "kv_float must be indices of layers": lambda: make(kv_float=3.5),
+        "stop_tokens must be token ids, got the text": lambda: many.add([1], stop_tokens="</s>"),
+        "stop_tokens must be a sequence of token ids, got int": lambda: many.add([1], stop_tokens=5),  # type: ignore[arg-type]
+        "sampler must be a function": lambda: many.add([1], sampler=0.7),  # type: ignore[arg-type]
+        "prompts must be lists of tokens, got int": lambda: generate_many(MODEL, 5),  # type: ignore[arg-type]
+        "tokens must be token ids, got the text": lambda: cache.save(tmp_path / "a", "abcd"),  # type: ignore[arg-type]
+        "cache must be a prompt cache, got list": lambda: make_session_pool(MODEL).store([1], [1]),  # type: ignore[arg-type]
+        "disk must be a DiskTier, got str": lambda: SessionPool(make, disk="a"),  # type: ignore[arg-type]
+    }
+    for message, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    assert len(many) == 0 and not list(tmp_path.iterdir())
+
+
+def test_stop_tokens_in_an_array() -> None:
+    expected = [one.token for one in generate_many(MODEL, [TEXT[:5]], max_tokens=4)]
+    last = list(generate_many(MODEL, [TEXT[:5]], max_tokens=4, stop_tokens=mx.array(expected[:1])))[-1]  # type: ignore[arg-type]
+    assert (last.token, last.finish) == (expected[0], "stop")
+
+
 def test_caches_of_others_do_not_join(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     (theirs, *_) = plain(MODEL)

@@ -106,7 +106,7 @@ class Layer(Observable):
 
     def __repr__(self) -> str:
         try:
-            counts = ", ".join(map(str, self.rows.positions))
+            counts = ", ".join(map(str, self.rows.positions)) or "no"
             held = f"rows of {counts} tokens" if self.rows.is_batch else f"{counts} tokens"
         except CacheError:
             held = "closed"
