@@ -16,7 +16,8 @@ with sessions.open(tokenizer.apply_chat_template([system])) as shared:
     model(mx.array([shared.rest]), cache=shared.cache)
     shared.close(is_pinned=True)
 
-questions = ["What is the capital of Peru?", "What do bees make?", "Which planet is red?", "What is 2 + 2?"]
+countries = ("Peru", "Japan", "Egypt", "Greece")
+questions = [f"What is the capital of {country}?" for country in countries]
 running: dict[int, tuple[str, Session]] = {}
 replies: dict[int, list[int]] = {}
 step = 0

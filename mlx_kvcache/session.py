@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+from .arguments import token_ids, whole
 from .errors import CacheError, NotSupportedError
 
 
@@ -30,6 +30,8 @@ class Branch(Protocol):
 
 class Keeper(Protocol):
     """Who takes a session's cache when it is over."""
+
+    def _takes(self, cache: Any) -> bool: ...
 
     def _reject(self, reason: str, cache: Any) -> bool: ...
 
@@ -59,9 +61,19 @@ class Session:
         self._gaps = cache.gaps
         self._is_open = True
 
+    def __repr__(self) -> str:
+        if not self._is_open:
+            return "Session(closed)"
+        left = max(0, len(self.tokens) - self.cache.position)
+        return f"Session({len(self.tokens)} tokens, {self.reused} reused, {left} to compute)"
+
     def extend(self, tokens: Sequence[int]) -> None:
-        """Note tokens that have been or will be computed behind the others, such as a reply's."""
-        self.tokens += tokens
+        """Note tokens that have been or will be computed behind the others, such as a reply's.
+
+        Raises:
+            TypeError: no sequence of whole numbers.
+        """
+        self.tokens += token_ids(tokens)
 
     def remove(self, begin: int, end: int, salt: Hashable) -> None:
         """Take out [begin, end) of what has been computed; later tokens move down.
@@ -74,7 +86,7 @@ class Session:
             ValueError: not 0 <= begin <= end <= the cache's position.
             NotSupportedError: the cache cannot; nothing has changed.
         """
-        begin, end = operator.index(begin), operator.index(end)
+        begin, end = whole(None, begin=begin, end=end)
         hash(salt)
         if not 0 <= begin <= end <= self.cache.position:
             raise ValueError(f"cannot remove [{begin}, {end}) of {self.cache.position} tokens")
@@ -94,7 +106,7 @@ class Session:
             ValueError: a negative number, or more room than there can be.
             CacheError: not all of `tokens` has been computed.
         """
-        keep, room = operator.index(keep), operator.index(room)
+        keep, room = whole(None, keep=keep, room=room)
         position, capacity = self.cache.position, self.cache.capacity
         if keep < 0 or room < 0 or (capacity is not None and keep + room > capacity):
             raise ValueError(
@@ -139,12 +151,15 @@ class Session:
 
         What was computed beyond `tokens`, such as an end token that nobody noted, is dropped first. A
         cache that tokens have been taken out of otherwise than by the session's own methods, such as by
-        `overflow="shift"`, is given up: what is in it is not what `tokens` says.
+        `overflow="shift"`, is given up: what is in it is not what `tokens` says. So is one that has left the
+        pool, such as by mlx-lm's `kv_bits`.
         """
         if not self._is_open:
             return
         if self.cache.gaps != self._gaps:
             self._pool._reject("tokens have been taken out", self.cache)
+        elif not self._pool._takes(self.cache):
+            self._pool._reject("of another pool", self.cache)
         else:
             if self.cache.position > len(self.tokens):
                 self.cache.rewind_to(self.cache.resume_point(len(self.tokens)))

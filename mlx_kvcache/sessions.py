@@ -10,7 +10,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
-from .arguments import whole
+from .arguments import class_of, size_of, token_ids, whole
 from .errors import CacheError
 from .persist.tier import DiskTier
 from .prefixes import PrefixTree
@@ -64,6 +64,7 @@ class SessionPool:
 
     Raises:
         ValueError: a negative bound.
+        TypeError: `make` is no function, or `disk` no tier.
     """
 
     def __init__(
@@ -74,6 +75,15 @@ class SessionPool:
         disk: DiskTier | None = None,
     ) -> None:
         whole(**{n: b for n, b in (("max_bytes", max_bytes), ("max_stored", max_stored)) if b is not None})
+        if not callable(make):
+            raise TypeError(
+                f"make must be a function that makes an empty prompt cache, got {class_of(make)}; "
+                "such as lambda: make_prompt_cache(model)"
+            )
+        if disk is not None and not isinstance(disk, DiskTier):
+            raise TypeError(
+                f"disk must be a DiskTier, got {class_of(disk)}; see make_session_pool(folder=...)"
+            )
         self.counts = Counts()
         self._make = make
         self._max_bytes = max_bytes
@@ -88,6 +98,9 @@ class SessionPool:
     def __len__(self) -> int:
         """How many caches are stored."""
         return len(self._stored)
+
+    def __repr__(self) -> str:
+        return f"SessionPool({len(self)} stored, {size_of(self.nbytes)})"
 
     @property
     def cells(self) -> Any:
@@ -109,8 +122,9 @@ class SessionPool:
 
         Raises:
             ValueError: no tokens.
+            TypeError: tokens that are no sequence of whole numbers, such as a text.
         """
-        tokens = list(tokens)
+        tokens = token_ids(tokens)
         if not tokens:
             raise ValueError("a session needs at least 1 token")
         reused, cache = self._forked(tokens, salt)
@@ -155,11 +169,19 @@ class SessionPool:
             Whether it is kept; `counts.rejected` says why not.
 
         Raises:
-            ValueError: the tokens are not what is in the cache.
+            ValueError: the tokens are not what is in the cache, or it is of another model or made with
+                other options than the pool's own.
+            TypeError: tokens that are no sequence of whole numbers, or no prompt cache.
         """
+        tokens = token_ids(tokens)
+        if not hasattr(cache, "position"):
+            raise TypeError(f"cache must be a prompt cache, got {class_of(cache)}")
         if len(tokens) != cache.position:
             raise ValueError(f"{len(tokens)} tokens for a cache that holds {cache.position}")
-        self._cells = cache.pool
+        if not self._takes(cache):
+            raise ValueError(
+                "the cache is of another pool: of another model, or made with other options than here"
+            )
         if not tokens:
             return self._reject("empty", cache)
         entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
@@ -183,6 +205,14 @@ class SessionPool:
                 for common, other in matches
                 if common == len(other.tokens) < len(entry.tokens) and not other.is_pinned
             ]
+
+    def _takes(self, cache: Branch) -> bool:
+        """Whether a cache is of the model that this pool is for, and made as its caches are."""
+        if self._cells is None:
+            made = self._make()
+            self._cells = made.pool
+            made.close()
+        return cache.pool is self._cells
 
     def _reject(self, reason: str, cache: Branch) -> bool:
         """Close a cache that cannot be kept, and count why. Returns False."""

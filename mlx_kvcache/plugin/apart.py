@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from .forward import newest
 from .observe import Call, is_cache
+from .outputs import joined
 from .padding import Columns
 
 if TYPE_CHECKING:
@@ -47,20 +48,30 @@ def run_apart(
     call: Call,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> mx.array:
+) -> Any:
     """Call the model once for each group; the outputs of padding are zeros."""
-    outputs: dict[int, mx.array] = {}
+    outputs = []
     for members in together.values():
         first, stop = columns[members[0]]
         some = rows.subset(members)
         given = functools.partial(_of_rows, some, members, (first, stop))
         named = {name: given(value) for name, value in kwargs.items()}
-        output = some.run(rows.pool.living_model, call, tuple(map(given, args)), named)
+        outputs.append(some.run(rows.pool.living_model, call, tuple(map(given, args)), named))
+    return joined(outputs, lambda arrays: _in_place(arrays, list(together.values()), columns, n))
+
+
+def _in_place(
+    arrays: Sequence[mx.array], groups_of: Sequence[list[int]], columns: Sequence[Columns], n: int
+) -> mx.array:
+    """The groups' arrays (members, own columns, ...) as one of all rows and columns."""
+    found: dict[int, mx.array] = {}
+    for array, members in zip(arrays, groups_of, strict=True):
+        first, stop = columns[members[0]]
+        edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (array.ndim - 2)
         for index, row in enumerate(members):
-            edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (output.ndim - 2)
-            outputs[row] = mx.pad(output[index : index + 1], edges)
-    like = next(iter(outputs.values()))
-    return mx.concatenate([outputs.get(row, mx.zeros_like(like)) for row in range(len(columns))])
+            found[row] = mx.pad(array[index : index + 1], edges)
+    like = next(iter(found.values()))
+    return mx.concatenate([found.get(row, mx.zeros_like(like)) for row in range(len(columns))])
 
 
 def _of_rows(rows: Rows, members: Sequence[int], columns: Columns, argument: Any) -> Any:

@@ -11,12 +11,14 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..arguments import class_of
 from . import reuse, server
 from .bits import reusable
 from .contract import check_contract
 from .layout import own_cache
 from .lifetimes import PerModel
 from .loading import save_for_mlx_lm
+from .making import check_options
 from .observe import observe
 from .prompt_cache import PromptCache, make_prompt_cache
 
@@ -66,6 +68,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
         NotSupportedError: as `make_prompt_cache`, or a version of mlx-lm that is not known.
     """
     check_contract()
+    check_options(options, "attach")
     options = reusable(options)
     make_prompt_cache(model, **options).close()
     attached = _attached.of(model)
@@ -79,7 +82,7 @@ def detach(model: nn.Module) -> None:
     """Undo one `attach` of this model. Raises ValueError if there is none."""
     attached = _attached.get(model)
     if not attached:
-        raise ValueError(f"this {type(model).__name__} is not attached")
+        raise ValueError(f"this {class_of(model)} is not attached")
     attached.pop()
     attached.ends.pop()()
     _bind_all()
@@ -93,6 +96,7 @@ def attach_all(**options: Any) -> None:
             comes when a model is used.
     """
     check_contract()
+    check_options(options, "attach_all")
     _all_models.append(reusable(options))
     _bind_all()
 

@@ -84,7 +84,7 @@ def _float_layers(layout: Layout, kv_float: KvFloat) -> set[int]:
     keyed = [leaf.layer for leaf in layout.leaves if leaf.rule is not None]
     if kv_float == "last":
         return {keyed[-1]} if keyed else set()
-    if isinstance(kv_float, (str, int)):
+    if isinstance(kv_float, str) or not isinstance(kv_float, Iterable):
         raise ValueError(f'kv_float must be indices of layers, or "last", got {kv_float!r}')
     count = len(layout.entries)
     chosen = set()

@@ -9,6 +9,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..arguments import class_of
 from ..errors import NotSupportedError
 from .layers.arrays import ArraysCache
 from .layers.keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
@@ -53,7 +54,7 @@ def check_contract() -> None:
         public = {name for name in dir(theirs) if not name.startswith("_")}
         extra = sorted(public - set(dir(ours)) - _NOT_ANSWERED)
         if extra:
-            raise _unknown(f"{type(theirs).__name__} has {', '.join(extra)}")
+            raise _unknown(f"{class_of(theirs)} has {', '.join(extra)}")
 
 
 def _parameters(path: str) -> list[str]:

@@ -39,7 +39,12 @@ class Limits(NamedTuple):
     rewind: int = 64
 
     def checked(self) -> Limits:
-        """The same in plain ints. Raises ValueError where one is out of range, TypeError for no number."""
+        """The same in plain ints.
+
+        Raises:
+            ValueError: one is out of range, or would do nothing without another.
+            TypeError: one is no number.
+        """
         capacity, overflow, sinks, rewind = self
         if capacity is not None:
             (capacity,) = whole(1, capacity=capacity)
@@ -48,6 +53,13 @@ class Limits(NamedTuple):
         rewind, sinks = whole(rewind=rewind, sinks=sinks)
         if capacity is not None and sinks >= capacity:
             raise ValueError(f"sinks must be below the capacity of {capacity}, got {sinks}")
+        if overflow == "shift" and capacity is None:
+            raise ValueError('overflow="shift" needs a capacity, such as capacity=4096')
+        if sinks and overflow != "shift":
+            raise ValueError(
+                f'sinks={sinks} are first tokens that a shift keeps: give overflow="shift" and a capacity, '
+                "too. How many tokens a window keeps is the model's own"
+            )
         return Limits(capacity, overflow, sinks, rewind)
 
 
@@ -104,6 +116,7 @@ class Conversation:
         other = Conversation(pool, self.limits)
         snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
         pool.restore(other.sequence, snapshots)
+        pool.compute_all()
         other.head, other.gaps = self.head, self.gaps
         return other
 

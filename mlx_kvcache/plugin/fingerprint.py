@@ -1,4 +1,4 @@
-"""Tells a model's weights and its tokenizer from others, so that no cache is used with weights it is not of."""
+"""Tells a model's weights and its tokenizer from others, so that no cache is used with other weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Version:
         )
 
     def after_call(self, model: nn.Module) -> None:
-        """Some models (gemma3n) replace weights of their own in every call: these say nothing about a version."""
+        """Leave out weights that the model itself replaces in every call, as gemma3n does."""
         arrays = _arrays(model)
         own = [i for i, ref in self._arrays.items() if len(arrays) == self._count and ref() is not arrays[i]]
         for place in own:
@@ -112,6 +112,7 @@ def first_form(model: nn.Module) -> str:
 
 
 def is_first_form(digest: object) -> bool:
+    """Whether a digest is by `first_form`."""
     return isinstance(digest, str) and not digest.startswith(_FORM)
 
 
@@ -174,8 +175,9 @@ def _tokenizer(tokenizer: Any) -> str:
     numbers = np.array([vocabulary[word] for word in words], np.int64)
     text = "\0".join(words).encode("utf-8", "surrogatepass")
     digest = _digest(text + numbers.tobytes() + _text(template))
-    gone = weakref.ref(tokenizer, lambda _, key=id(tokenizer): _words.pop(key, None))
-    _words[id(tokenizer)] = gone, state, digest
+    key = id(tokenizer)
+    gone = weakref.ref(tokenizer, lambda _: _words.pop(key, None))
+    _words[key] = gone, state, digest
     return digest
 
 

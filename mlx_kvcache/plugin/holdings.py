@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..arguments import class_of
 from ..caches.recurrent import RecurrentCache
 from ..cells.rules import Chunk, Rule, Window
 from ..cells.spans import Span, Spans
@@ -49,7 +50,12 @@ def holdings(pool: Pool) -> tuple[Holding, ...]:
     """What prompt caches that share a pool (`PromptCache.pool`) hold now, one for each kind of layer.
 
     Waits while the model runs in another thread.
+
+    Raises:
+        TypeError: not a pool.
     """
+    if not isinstance(pool, Pool):
+        raise TypeError(f"holdings are of a pool, such as PromptCache.pool, got {class_of(pool)}")
     with pool.lock:
         return tuple(
             _states(cache, pool.kinds.count(index))

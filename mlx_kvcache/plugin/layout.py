@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..arguments import class_of
 from ..cells.rules import Causal, Chunk, Rule, Window
 from ..errors import NotSupportedError
 from .observe import own_make_cache
@@ -108,6 +109,6 @@ def _read(entry: Any, name: str, first: int, module: str) -> Entry:
             first += sum(1 for _ in _leaves(children[-1]))
         return tuple(children)
     raise NotSupportedError(
-        f"layer {name} of {module} caches by {kind.__name__}, which is unknown here; known are KVCache, "
-        "RotatingKVCache, ChunkedKVCache, ArraysCache and CacheList"
+        f"layer {name} of {module} uses {class_of(entry)}, which is not supported; supported are KVCache, "
+        f"RotatingKVCache, ChunkedKVCache, ArraysCache and CacheList of {mlx_lm_cache.__name__}"
     )

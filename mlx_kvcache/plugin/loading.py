@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,6 @@ def loaded(
     Args:
         lazy: read an array when it is first needed, which only this thread can.
     """
-    check_options(options)
     own = {name: value for name, value in options.items() if name != "group"}
     ranks = ranks_of(options.get("group"))
     if not ranks.is_alone:
@@ -56,7 +54,7 @@ def loaded(
         return rows, None
     check_rank(opened, ranks)
     with _blamed(path, own):
-        rows = _made(model, _saved_options(opened) | own)
+        rows = _made(model, _chosen(_saved_options(opened), own))
     with rows.edit(f"restore {path.name}"):
         restore(rows.conversation, opened, tokenizer)
         if not lazy:
@@ -68,26 +66,13 @@ def _evaluate(rows: Rows) -> None:
     evaluate(rows.pool.caches, rows.conversation.sequence)
 
 
-def check_options(given: Mapping[str, Any]) -> None:
-    """Raise TypeError for a name that is no option of `make_prompt_cache`."""
-    known = (*Limits._fields, *Storage._fields, "group")
-    for name in given:
-        if name not in known:
-            # mlx-lm's name for it.
-            like = "capacity" if name == "max_kv_size" else name
-            nearest = sorted(known, key=lambda other: -SequenceMatcher(None, like, other).ratio())
-            raise TypeError(
-                f"there is no option {name!r}: did you mean {nearest[0]!r}? Options are {', '.join(nearest)}"
-            )
-
-
 def _loaded_together(
     path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any], ranks: Ranks
 ) -> tuple[Rows, Opened]:
     """What is in the files of all ranks, if each has its own and all are of one save."""
     with ranks.together(f"load {path.name}"):
         opened = open_file(path_of(path, ranks), verify)
-        save, chosen = check_rank(opened, ranks), _saved_options(opened) | dict(options)
+        save, chosen = check_rank(opened, ranks), _chosen(_saved_options(opened), options)
     ranks.agree(f"load {opened.end} tokens of save {save}")
     with ranks.together(f"make a cache for {path.name}"), _blamed(opened.path, options):
         rows = _made(model, chosen, ranks)
@@ -108,6 +93,16 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
         if told.get("kv_bits") is not None:
             bits = listing(told["kv_bits"], "kv_bits")
             options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
+    return options
+
+
+def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Given options in the place of saved ones, without what these only have beside others."""
+    options = {**saved, **given}
+    if options.get("capacity") is None and saved.get("overflow") == "shift" and "overflow" not in given:
+        options["overflow"] = "error"
+    if options["overflow"] == "error" and "sinks" not in given:
+        options["sinks"] = 0
     return options
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import mlx.nn as nn
 
+from ..arguments import class_of
 from ..cells.rules import Causal, Chunk, Rule
 from ..errors import NotSupportedError
 from ..quantisation import Bits
@@ -26,6 +29,50 @@ class Storage(NamedTuple):
     kv_group_size: int = 64
     kv_float: KvFloat = ()
     quantise_after: int = 0
+
+
+OPTIONS = (*Limits._fields, *Storage._fields, "group")
+"""Of `make_prompt_cache`."""
+_THEIRS = {"quantized_kv_start": "quantise_after"}
+"""mlx-lm's names of options."""
+
+
+def check_options(given: Mapping[str, Any], function: str, own: Iterable[str] = ()) -> None:
+    """Check the names of options that a function passes on to `make_prompt_cache`.
+
+    Args:
+        own: the function's own parameters.
+
+    Raises:
+        TypeError: there is no such option; the nearest one is told first.
+    """
+    known = [*own, *OPTIONS]
+    for name in given:
+        if name in known:
+            continue
+        if name == "max_kv_size":
+            n = given[name]
+            raise TypeError(
+                f'{function} has no option max_kv_size; use capacity={n}, overflow="shift", sinks=4'
+            )
+        near = difflib.get_close_matches(_THEIRS.get(name, name), known, n=1)
+        guess = f"; did you mean {near[0]}?" if near else "."
+        raise TypeError(f"{function} has no option {name}{guess} Its options are {', '.join(known)}")
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def with_checked_options(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which takes the options of `make_prompt_cache`; others are refused by `check_options`."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_options(kwargs, function.__name__, ["model"])
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def new_conversation(
@@ -53,9 +100,9 @@ def _told(model: nn.Module, limits: Limits, storage: Storage) -> str:
 def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         inside = getattr(model, "language_model", None)
-        hint = f"; give it the model inside, its language_model (a {type(inside).__name__})" if inside else ""
+        hint = f"; give it the model inside, its language_model (a {class_of(inside)})" if inside else ""
         raise TypeError(
-            f"an mlx-lm model is needed, got a {type(model).__name__} without layers or make_cache{hint}"
+            f"an mlx-lm model is needed, got {class_of(model)} without layers or make_cache{hint}"
         )
     limits = limits.checked()
     layout = layout_of(model)

@@ -7,7 +7,6 @@ longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..arguments import whole
+from ..arguments import class_of, token_ids, whole
 from ..errors import CacheError, CacheFullError, NotSupportedError
 from .bits import reusable
 from .layers import entries_of
+from .making import check_options
+from .outputs import logits_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
 from .tokens import TokenRows
@@ -80,6 +81,7 @@ class Many:
     """
 
     def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
+        check_options(options, "Many", ("tokens_per_step",))
         (self._most,) = whole(1, tokens_per_step=tokens_per_step)
         if not ranks_of(options.get("group")).is_alone:
             raise NotSupportedError("sequences that come and go are not agreed on by the ranks of a group")
@@ -92,11 +94,15 @@ class Many:
         # Kept, so that what is made later is made in the same pool.
         self._pool = first.pool
         # The width of logits, which need not be computed for that.
-        self._vocabulary: int = model(mx.zeros((1, 1), mx.int32), cache=first).shape[-1]
+        self._vocabulary = logits_of(model, mx.zeros((1, 1), mx.int32), first).shape[-1]
 
     def __len__(self) -> int:
         """Sequences that have not ended."""
         return len(self._sequences)
+
+    def __repr__(self) -> str:
+        n, module = len(self), type(self._model).__module__.rpartition(".")[2]
+        return f"Many({n} sequence{'s' * (n != 1)}, tokens_per_step={self._most}, {module})"
 
     def add(
         self,
@@ -121,9 +127,11 @@ class Many:
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, max_tokens below 1, or
                 a cache of another pool.
+            TypeError: a prompt that is no sequence of whole numbers, such as a text, or a cache of another
+                class.
             CacheError: the cache is in use here already, or closed.
         """
-        tokens = [operator.index(token) for token in prompt]
+        tokens = token_ids(prompt, "prompt")
         if not tokens:
             raise ValueError("the prompt is empty: at least 1 token is needed")
         outside = [token for token in tokens if not 0 <= token < self._vocabulary]
@@ -132,13 +140,17 @@ class Many:
         (max_tokens,) = whole(1, max_tokens=max_tokens)
         if cache is None:
             cache = make_prompt_cache(self._model, **self._options)
+        if not isinstance(cache, PromptCache):
+            raise TypeError(f"cache must be of make_prompt_cache, got {class_of(cache)}")
         if cache.pool is not self._pool:
             raise ValueError("the cache is of another pool: another model, or made with other options")
         if any(cache is own.cache for own in self._sequences.values()):
             raise CacheError("the cache is in use by another sequence; fork it")
         cache.position  # noqa: B018  # raises where it is closed
+        stop = frozenset(token_ids(stop_tokens, "stop_tokens"))
+        if sampler is not None and not callable(sampler):
+            raise TypeError(f"sampler must be a function of log probabilities, got {class_of(sampler)}")
         ticket = next(self._tickets)
-        stop = frozenset(stop_tokens)
         self._sequences[ticket] = _Sequence(
             cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop
         )
@@ -241,13 +253,14 @@ class Many:
         """For each sequence the logits (1, vocabulary) after its last token."""
         if not self._pool.mixes:
             for ticket, tokens in chosen.items():
-                yield ticket, self._model(mx.array([tokens]), cache=self._sequences[ticket].cache)[:, -1]
+                cache = self._sequences[ticket].cache
+                yield ticket, logits_of(self._model, mx.array([tokens]), cache)[:, -1]
             return
         conversations = [self._sequences[ticket].cache._conversation for ticket in chosen]
         counts = [len(tokens) for tokens in chosen.values()]
-        cache = entries_of(TokenRows(self._pool, conversations, counts))
+        entries = entries_of(TokenRows(self._pool, conversations, counts))
         rows = mx.array([[token] for tokens in chosen.values() for token in tokens])
-        logits = self._model(rows, cache=cache)
+        logits = logits_of(self._model, rows, entries)
         last = -1
         for ticket, tokens in chosen.items():
             last += len(tokens)
@@ -265,6 +278,9 @@ def _sampled(ticket: int, sequence: _Sequence, logits: mx.array) -> Generated:
     elif sequence.left == 1:
         finish = "length"
     return Generated(ticket, token, finish)
+
+
+_OWN = ("max_tokens", "stop_tokens", "tokens_per_step", "most_at_once", "progress")
 
 
 def generate_many(
@@ -290,9 +306,15 @@ def generate_many(
 
     Raises:
         ValueError: as `Many` and `Many.add`, or most_at_once below 1.
+        TypeError: as `Many` and `Many.add`, or one text in place of prompts.
     """
+    check_options(options, "generate_many", _OWN)
+    if isinstance(prompts, str):
+        token_ids(prompts, "prompts")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be lists of tokens, got {class_of(prompts)}")
     whole(1, most_at_once=most_at_once, max_tokens=max_tokens)
-    many, stop = Many(model, tokens_per_step, **options), frozenset(stop_tokens)
+    many, stop = Many(model, tokens_per_step, **options), token_ids(stop_tokens, "stop_tokens")
 
     def generated() -> Iterator[Generated]:
         waiting = iter(prompts)

@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import count
 from typing import Any, Literal, Protocol
@@ -240,8 +241,14 @@ class Pool:
             return
         if last and last.is_alive() and not self._is_shared:
             self._is_shared = True
-            self.compute([*self.buffers, *self._states()])
+            # A file's arrays that another thread has not read yet are nobody else's business.
+            with suppress(RuntimeError):
+                self.compute_all()
         self._thread = weakref.ref(current)
+
+    def compute_all(self) -> None:
+        """Have all arrays of the pool computed."""
+        self.compute([*self.buffers, *self._states()])
 
     def _states(self) -> Iterator[mx.array]:
         """All arrays of recurrences."""
@@ -281,13 +288,14 @@ class Pool:
         self.commit(JointPlan([cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]))
 
     def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
-        """Let a sequence be what these say, one for each cache. Raises ValueError for other heads."""
-        pairs = list(zip(self.caches, snapshots, strict=True))
-        plan = JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs])
-        for cache, snapshot in pairs:
-            if isinstance(cache, RecurrentCache) and snapshot:
-                self.compute(arrays_in(snapshot.states.values()))
-        self.commit(plan)
+        """Let a sequence be what these say, one for each cache, not computed yet.
+
+        Raises:
+            ValueError: other heads.
+        """
+        pairs = zip(self.caches, snapshots, strict=True)
+        self.ranks.ready()
+        JointPlan([cache._plan_restore(sequence, snapshot) for cache, snapshot in pairs]).commit()
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache._can_resume(sequence, position) for cache in self.caches)

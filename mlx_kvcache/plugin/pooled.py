@@ -18,11 +18,14 @@ from ..persist.tier import DiskTier
 from ..session import Branch
 from ..sessions import Session, SessionPool
 from .bits import reusable
+from .conversation import Limits
 from .fingerprint import fingerprint, version_of
-from .loading import check_options, loaded
-from .making import options_of
+from .loading import loaded
+from .making import Storage, check_options, options_of
 from .prompt_cache import PromptCache, make_prompt_cache
 from .ranks import ranks_of
+
+_OWN = ("max_bytes", "max_stored", "folder", "folder_bytes", "tokenizer")
 
 
 def make_session_pool(
@@ -50,10 +53,10 @@ def make_session_pool(
         TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
         CacheFileError: the folder cannot be used.
     """
+    check_options(options, "make_session_pool", _OWN)
     if not ranks_of(options.get("group")).is_alone:
         raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
 
-    check_options(options)
     options = reusable(options)
 
     def make() -> PromptCache:
@@ -63,10 +66,10 @@ def make_session_pool(
         return cache._prepared(tokens, tokenizer)
 
     def load(path: Path, verify: bool) -> PromptCache:
-        # Stored as those in memory are, so that they share a pool, whatever the file's own options.
-        storage = {"kv_bits": None, "kv_group_size": 64, "quantise_after": 0}
+        # Made as those in memory are, so that they share a pool, whatever the file's own options.
+        defaults = Limits()._asdict() | Storage()._asdict()
         # Where it is not verified, nobody wants more than to know how far it can go back.
-        rows, _ = loaded(path, model, tokenizer, verify, storage | options, lazy=not verify)
+        rows, _ = loaded(path, model, tokenizer, verify, defaults | options, lazy=not verify)
         return PromptCache(rows)
 
     def tier(made: PromptCache) -> DiskTier | None:
@@ -100,34 +103,33 @@ class _ModelSessions(SessionPool):
         self._version = first.pool.version
 
     def open(self, tokens: Sequence[int], salt: Hashable = None) -> Session:
-        with self._lock:
-            self._renew()
-            return super().open(tokens, salt)
+        self._renew()
+        return super().open(tokens, salt)
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
     ) -> bool:
-        with self._lock:
-            self._renew()
-            if cache.pool.version is not self._version:
-                return self._reject("computed with other weights", cache)
-            return super().store(tokens, cache, salt, is_pinned)
+        self._renew()
+        if cache.pool.version is not self._version:
+            return self._reject("computed with other weights", cache)
+        return super().store(tokens, cache, salt, is_pinned)
 
     def _renew(self) -> None:
         """Where the model has other weights by now, begin anew: in memory, and with the files for these."""
         version = version_of(self._model)
-        if version is self._version:
-            return
+        with self._lock:
+            if version is self._version:
+                return
+            self._version, self._cells = version, None
+            disk, self._disk = self._disk, None
         self.clear()
-        if self._disk:
+        if disk:
             # What other weights have written stays, for when the model has them again.
-            self._disk.close()
+            disk.close()
             try:
                 self._disk = self._tier(self._make())
             except CacheError as error:
-                self._disk = None
                 self._count_failure(error)
-        self._version = version
 
 
 def _namespace(cache: PromptCache, model: dict[str, str]) -> str:

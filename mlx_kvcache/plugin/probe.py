@@ -25,6 +25,7 @@ from ..arrays.rope import RopeShift
 from ..cells.rules import Chunk
 from .layout import Entry, Layout, Leaf, layout_of
 from .lifetimes import PerModel
+from .outputs import logits_of
 from .ranks import ALONE, Ranks
 from .rotation import Rotation, Scheme, Slot
 
@@ -100,7 +101,7 @@ def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> Run:
         return leaves[-1]
 
     with ranks.together(f"look for rotations, {offset} tokens away"):
-        logits = model(mx.arange(1, TOKENS + 1)[None], cache=[stand_in(entry) for entry in layout.entries])
+        logits = logits_of(model, mx.arange(1, TOKENS + 1)[None], [*map(stand_in, layout.entries)])
     stored = [getattr(leaf, "stored", None) for leaf in leaves]
     # In one go: of a pipeline, a rank that evaluated its keys first would not send what the next one needs.
     mx.eval(logits, stored)

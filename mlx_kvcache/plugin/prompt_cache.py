@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any, Literal, SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arguments import whole
-from ..errors import NotSupportedError
+from ..arguments import size_of, token_ids, whole
+from ..errors import CacheError, NotSupportedError
 from ..persist.files import Prepared
 from .bits import KvBits, KvFloat
 from .conversation import Conversation, Limits, Overflow
 from .files import prepared
 from .layers import entries_of
 from .loading import alone, loaded, save_for_mlx_lm
-from .making import Storage, new_conversation
+from .making import Storage, check_options, new_conversation, with_checked_options
 from .pool import Pool
 from .ranks import ranks_of
 from .rows import Rows
@@ -79,7 +78,7 @@ class PromptCache(list[Any]):
 
     def can_resume(self, position: int) -> bool:
         """Whether generation can go on from `position`, the tokens from there on dropped."""
-        position = operator.index(position)
+        (position,) = whole(None, position=position)
         return 0 <= position <= self.position and self._rows.can_resume(position)
 
     def resume_point(self, position: int) -> int:
@@ -92,16 +91,17 @@ class PromptCache(list[Any]):
 
         Raises:
             ValueError: not 0 <= n <= position.
+            TypeError: n is no whole number.
             NotSupportedError: what the tokens before those need is not held; see `resume_point`.
         """
-        n = operator.index(n)
+        (n,) = whole(None, n=n)
         if not 0 <= n <= self.position:
             raise ValueError(f"cannot rewind {n} of {self.position} tokens")
         self._rewind_to(self.position - n)
 
     def rewind_to(self, position: int) -> None:
         """Drop the tokens from `position` on. Raises as `rewind`."""
-        position = operator.index(position)
+        (position,) = whole(None, position=position)
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind {self.position} tokens to position {position}")
         self._rewind_to(position)
@@ -109,18 +109,23 @@ class PromptCache(list[Any]):
     def remove(self, begin: int, end: int | None = None) -> None:
         """Take out the tokens [begin, end); later ones move down and their keys are re-based.
 
+        Args:
+            end: None takes out all tokens from `begin` on. As of `rewind`, what is not there cannot be
+                taken out.
+
         Raises:
-            ValueError: a negative number, or begin > end.
+            ValueError: not 0 <= begin <= end <= position.
+            TypeError: begin or end is no whole number.
             NotSupportedError: the model's position scheme is not understood, it has recurrent
                 layers, or what the next token sees would not be held.
         """
-        begin, end = operator.index(begin), end if end is None else operator.index(end)
-        if begin < 0 or (end is not None and end < begin):
-            raise ValueError(f"cannot remove [{begin}, {end}) of {self.position} tokens")
-        stop = self.position if end is None else min(end, self.position)
-        if begin >= stop:
+        position = self.position
+        begin, stop = whole(None, begin=begin, end=position if end is None else end)
+        if not 0 <= begin <= stop <= position:
+            raise ValueError(f"cannot remove [{begin}, {stop}) of {position} tokens")
+        if begin == stop:
             return
-        if stop == self.position:
+        if stop == position:
             self._rewind_to(begin)
         else:
             with self._rows.edit(f"remove [{begin}, {stop})"):
@@ -151,10 +156,12 @@ class PromptCache(list[Any]):
         Raises:
             CacheFileError: it cannot be written; a file that was there still is.
             ValueError: another number of tokens than are in the cache, or an unknown format.
+            TypeError: tokens that are no sequence of whole numbers.
             NotSupportedError: ranks of a group, in mlx-lm's format.
         """
         if format not in ("mlx_kvcache", "mlx-lm"):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
+        tokens = None if tokens is None else token_ids(tokens)
         ranks = self.pool.ranks
         if format == "mlx_kvcache":
             if ranks.is_alone:
@@ -194,6 +201,7 @@ class PromptCache(list[Any]):
             CacheFullError: it holds more tokens than the capacity.
             TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
         """
+        check_options(options, "PromptCache.load", ("tokenizer", "verify"))
         rows, opened = loaded(Path(path), model, tokenizer, verify, options)
         cache = cls(rows)
         if opened:
@@ -207,6 +215,14 @@ class PromptCache(list[Any]):
             conversation.pool.ranks.ready()
             self._rows.leave()
             conversation.close()
+
+    def __repr__(self) -> str:
+        module = type(self.pool.model).__module__.rpartition(".")[2]
+        try:
+            held = f"{self.position} tokens, capacity={self.capacity}, {size_of(self.nbytes)}"
+        except CacheError:
+            held = "closed"
+        return f"PromptCache({held}, {module})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         return self.fork()
@@ -232,6 +248,7 @@ class PromptCache(list[Any]):
             self._conversation.rewind_to(position)
 
 
+@with_checked_options
 def make_prompt_cache(
     model: nn.Module,
     capacity: int | None = None,
@@ -252,7 +269,7 @@ def make_prompt_cache(
             is computed; "shift" removes the older half after the first `sinks` tokens.
         rewind: how many newest tokens windows and chunks can always drop. Full attention can
             drop any; recurrences go back to their checkpoints (see `PromptCache.resume_point`).
-        sinks: how many first tokens "shift" never removes.
+        sinks: how many first tokens "shift" never removes. How many a window keeps is the model's own.
         kv_bits: store keys and values in 8, 6, 5, 4, 3 or 2 bits; a pair for keys and values, in
             which None keeps one in float; or a function of the layer that returns one of these.
             None stores in the model's own precision.
@@ -265,8 +282,9 @@ def make_prompt_cache(
             nothing.
 
     Raises:
-        TypeError: not an mlx-lm model.
-        ValueError: options out of range, or heads that groups do not divide.
+        TypeError: not an mlx-lm model, or an option that there is not.
+        ValueError: options out of range, "shift" without a capacity, sinks without "shift", or heads that
+            groups do not divide.
         NotSupportedError: a layer of unknown kind, a model that asks more of its caches than
             these give, "shift" on a model whose tokens cannot be moved, sinks on one with
             recurrent layers.

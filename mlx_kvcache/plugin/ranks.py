@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheError, RanksDisagreeError
+from .outputs import found_logits
 from .records import RECORD, Record, by_rank, decoded, encoded, spelled, told_tokens
 
 _KNOWN = "_is_known_to_all_ranks"
@@ -124,7 +125,8 @@ class Ranks:
             positions: where its tokens begin.
             output: of the model. It is not kept, as a prompt's logits are large and often not wanted.
         """
-        self._output = weakref.ref(output) if isinstance(output, mx.array) else lambda: None
+        logits = found_logits(output)
+        self._output = (lambda: None) if logits is None else weakref.ref(logits)
         self._fed = None if tokens is None else (tokens, positions)
         self._stream = mx.default_stream(mx.cpu)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..arguments import whole
 from ..caches.plan import JointPlan
 from ..quantisation import Quantisation
 from .apart import groups, is_one_input, run_apart
-from .observe import Call, Caller
+from .observe import Call, Caller, is_cache
 from .padding import Columns
 from .passes import Passes
 from .together import edit_together, forward_together, named, unless_all_can
@@ -123,7 +123,7 @@ class Rows(Passes, Caller):
         Raises:
             NotSupportedError: a row cannot go back as far; none has changed.
         """
-        n = operator.index(n)
+        (n,) = whole(None, n=n)
         with self.edit(f"trim {n} tokens"):
             before = self.positions
             plans = [
@@ -222,7 +222,7 @@ class Rows(Passes, Caller):
 
     def _row(self, row: int) -> int:
         """A row's index, from 0. Raises ValueError where there is none."""
-        row, size = operator.index(row), len(self.conversations)
+        (row,), size = whole(None, row=row), len(self.conversations)
         if not -size <= row < size:
             raise ValueError(f"row {row} of a batch of {size}")
         return row % size
@@ -237,13 +237,21 @@ class Rows(Passes, Caller):
         other.settle()
 
     def _length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """How many columns the model's input has. Raises ValueError for other rows than there are."""
-        for value in (*args, *kwargs.values()):
+        """How many columns the model's input has. Raises ValueError for another number of rows or layers."""
+        given, layers = (*args, *kwargs.values()), len(self.pool.layout.entries)
+        entries = next((len(value) for value in given if is_cache(value)), layers)
+        if entries < layers:
+            raise ValueError(f"the model is called with {entries} of the {layers} layers of its prompt cache")
+        for value in given:
             if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:
                 if value.shape[0] != self._input_rows:
                     raise ValueError(f"{value.shape[0]} rows of input for a cache of {self._input_rows}")
                 return value.shape[1]
-        raise ValueError("the model is called without tokens")
+        for value in given:
+            if isinstance(value, mx.array):
+                empty = ": at least 1 token is needed" if not value.size else ""
+                raise ValueError(f"tokens must be (batch, n), got shape {value.shape}{empty}")
+        raise ValueError("the model is called without tokens: an array (batch, n) is needed")
 
 
 def _columns(n: int, block: slice, argument: Any) -> Any:

@@ -20,6 +20,7 @@ from .fingerprint import Version
 from .layers import entries_of
 from .layout import Leaf
 from .lifetimes import PerModel
+from .outputs import logits_of
 from .pool import Batching, Pool
 from .rows import Rows
 from .tokens import TokenRows
@@ -132,7 +133,9 @@ def _mixes(pool: Pool) -> bool:
     try:
         for parts in steps:
             cache = entries_of(TokenRows(pool, conversations, [len(part) for part in parts]))
-            logits = pool.living_model(mx.array([[token] for part in parts for token in part]), cache=cache)
+            logits = logits_of(
+                pool.living_model, mx.array([[token] for part in parts for token in part]), cache
+            )
             mx.eval(logits)
     except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
         return False
@@ -147,16 +150,16 @@ def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.arra
     """Those of one token after a block."""
     cache = entries_of(rows)
     # One after the other: of two calls at once, ranks of a pipeline would order the collectives differently.
-    mx.eval(pool.living_model(block, cache=cache))
+    mx.eval(logits_of(pool.living_model, block, cache))
     rows.padding = rows.padding.finalized()
-    logits: mx.array = pool.living_model(token, cache=cache)
+    logits = logits_of(pool.living_model, token, cache)
     mx.eval(logits)
     return logits[:, -1].astype(mx.float32)
 
 
 def _whole(pool: Pool, text: list[int]) -> mx.array:
     """Those of the last token of a text in one block."""
-    logits: mx.array = pool.living_model(mx.array([text]), cache=entries_of(_rows(pool, 1)))[:, -1]
+    logits = logits_of(pool.living_model, mx.array([text]), entries_of(_rows(pool, 1)))[:, -1]
     mx.eval(logits)
     return logits
 

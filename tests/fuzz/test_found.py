@@ -68,7 +68,7 @@ def test_saved_options_that_the_model_cannot_have(tmp_path: Path) -> None:
     """A recurrent state keeps no sinks, whatever the file says."""
     source, path = ours("qwen3_next", 0), tmp_path / "sinks.safetensors"
     told = deepcopy(source.told)
-    told["options"]["sinks"] = 1
+    told["options"] |= {"capacity": 64, "overflow": "shift", "sinks": 1}
     path.write_bytes(own_file(told, source.arrays))
     with pytest.raises(CacheFileError, match="with sinks=1 on"):
         PromptCache.load(path, held("qwen3_next")[0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import pytest
 from mlx_lm.models.cache import load_prompt_cache
 
 from examples import smollm2
+from mlx_kvcache.plugin import __main__
+from tests.folders import written
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 PLUGIN = [sys.executable, "-m", "mlx_kvcache.plugin"]
@@ -34,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: object, text: str | None = None) -> str:
-    done = subprocess.run(
+def done(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [*PLUGIN, *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -43,8 +47,70 @@ def run(*arguments: object, text: str | None = None) -> str:
         input=text,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def run(*arguments: object, text: str | None = None) -> str:
+    ended = done(*arguments, text=text)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("generate --capacity 64", "put --capacity before generate"),
+        ("generate --capacity=64", "put --capacity before generate"),
+        ("chat --kv-bits 8", "put --kv-bits before chat"),
+        ("--kv-bits 7 generate", "--kv-bits: must be 8, 6, 5, 4, 3 or 2, or two of these .* got 7"),
+        ("--kv-bits 8-4 generate", "such as 8,4; got 8-4"),
+        ("--kv-bits 8,4,2 generate", "got 8,4,2"),
+        ("--capacity -1 generate", "--capacity: must be a number from 1 on, got -1"),
+        ("--capacity many generate", "--capacity: must be a number from 1 on, got many"),
+        ("--rewind -1 generate", "--rewind: must be a number from 0 on, got -1"),
+        ("--kv-group-size 48 generate", "--kv-group-size: invalid choice: 48"),
+        ("--overflow shift generate", "--overflow shift needs --capacity N"),
+        ("--sinks 4 generate", "--sinks needs --overflow shift and --capacity N"),
+        ("--capacity 8 --overflow shift --sinks 8 generate", "--sinks must be below --capacity 8, got 8"),
+        ("generates", "invalid choice: 'generates'"),
+    ],
+)
+def test_options_that_are_wrong(
+    arguments: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plugin", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(told, line), line
+
+
+def test_options_of_both_commands_belong_where_they_stand() -> None:
+    """mlx-lm's `generate` has these, too."""
+    tool = importlib.import_module("mlx_lm.generate")
+    given = ["--kv-bits", "8", "--prompt", "--capacity", "--kv-group-size=64"]
+    assert __main__._misplaced(__main__._parser(), tool, given) == ["--capacity"]
+
+
+def test_a_full_cache_ends_in_one_line(tiny: Path) -> None:
+    generate = ("generate", "--model", tiny, "--prompt", "one two three " * 60, "-m", 4)
+    for ended, told in (
+        (done("--capacity", 64, *generate), r"there are \d+ tokens or more and --capacity is 64: raise "
+                                            "--capacity or use --overflow shift"),
+        (done("--capacity", 64, "chat", "--model", tiny, text="one two three " * 60 + "\nq\n"),
+         "--capacity is 64: raise --capacity or use --overflow shift"),
+    ):  # fmt: skip
+        assert ended.returncode == 1
+        assert "Traceback" not in ended.stderr
+        assert re.search(told, ended.stderr.splitlines()[-1]), ended.stderr
+
+
+def test_a_model_that_cannot_be_attached_ends_in_one_line(tokenizer: Any, tmp_path: Path) -> None:
+    folder = written(tmp_path / "odd", tokenizer, layers=1, head_dim=24)
+    ended = done("--kv-bits", 8, "generate", "--model", folder, "--prompt", "Hello")
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "24 features, which groups of 64 do not divide" in ended.stderr.splitlines()[-1]
 
 
 def test_generate_with_a_bound(tiny: Path) -> None:

@@ -19,7 +19,9 @@ from tests.plugin.tiny import tiny_llama
 
 def test_an_attribute_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_lm_cache.RotatingKVCache, "compress", lambda self: None, raising=False)
-    with pytest.raises(NotSupportedError, match=r"mlx-lm 0\.\d+\.\d+ .* RotatingKVCache has compress"):
+    with pytest.raises(
+        NotSupportedError, match=r"mlx-lm 0\.\d+\.\d+ .* mlx_lm\.models\.cache\.RotatingKVCache has compress"
+    ):
         attach(tiny_llama())
 
 
@@ -69,7 +71,22 @@ def test_a_cache_of_a_class_that_is_derived_from_a_known_one() -> None:
 
     model = tiny_llama()
     model.make_cache = lambda: [KVCache(), Special(), KVCache()]
-    with pytest.raises(NotSupportedError, match=r"layer 1 of mlx_lm\.models\.llama caches by Special"):
+    told = r"layer 1 of mlx_lm\.models\.llama uses tests\.plugin\.test_contract\..*Special, which is not"
+    with pytest.raises(NotSupportedError, match=told):
+        make_prompt_cache(model)
+
+
+def test_a_cache_of_another_package_that_has_a_known_name() -> None:
+    """As mlx-vlm's: its module tells it from mlx-lm's."""
+
+    class Theirs:
+        pass
+
+    Theirs.__module__, Theirs.__qualname__ = "mlx_vlm.models.cache", "KVCache"
+    model = tiny_llama()
+    model.make_cache = lambda: [Theirs()]
+    told = r"uses mlx_vlm\.models\.cache\.KVCache, .* supported are KVCache, .* of mlx_lm\.models\.cache"
+    with pytest.raises(NotSupportedError, match=told):
         make_prompt_cache(model)
 
 

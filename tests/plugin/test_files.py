@@ -105,6 +105,31 @@ def test_into_other_options(options: dict[str, Any], tmp_path: Path) -> None:
         PromptCache.load(tmp_path / "a", model, capacity=39)
 
 
+@pytest.mark.parametrize("given", [{"capacity": None}, {"overflow": "error"}, {"capacity": 60, "sinks": 4}])
+def test_options_without_those_that_they_need(given: dict[str, Any], tmp_path: Path) -> None:
+    """What a file says of a shift is left out where there is none any more."""
+    model = tiny_llama()
+    cache = make_prompt_cache(model, capacity=50, overflow="shift", sinks=2)
+    logits_of(model, cache, TEXT[:40])
+    cache.save(tmp_path / "a")
+    loaded = PromptCache.load(tmp_path / "a", model, **given)
+    assert loaded._conversation.limits[:3] in ((None, "error", 0), (50, "error", 0), (60, "shift", 4))
+    with pytest.raises(ValueError, match="sinks=4 are first tokens that a shift keeps"):
+        PromptCache.load(tmp_path / "a", model, capacity=None, sinks=4)
+
+
+def test_a_file_with_sinks_and_no_shift(tmp_path: Path) -> None:
+    """As older versions let one make."""
+    from tests.persist.test_files import lie
+
+    model, path = tiny_llama(), tmp_path / "a"
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:10])
+    cache.save(path)
+    lie(path, lambda header, arrays: header["options"].update(sinks=4, overflow="shift"))
+    assert_goes_on(cache, PromptCache.load(path, model), model)
+
+
 def test_saving_and_loading_beside_another_thread(tmp_path: Path) -> None:
     """A fork goes on in the meantime; what is shared is evaluated by one thread at a time."""
     model, path = tiny_llama(), tmp_path / "a"

@@ -59,12 +59,16 @@ def test_ranges_that_are_not_there(cache: PromptCache) -> None:
         "20 tokens to position 21": lambda: cache.rewind_to(21),
         r"\[8, 4\) of 20": lambda: cache.remove(8, 4),
         r"\[-2, 4\) of 20": lambda: cache.remove(-2, 4),
+        r"\[2, 400\) of 20": lambda: cache.remove(2, 400),
+        r"\[20, 40\) of 20": lambda: cache.remove(20, 40),
+        r"\[21, 20\) of 20": lambda: cache.remove(21),
         "got -3": lambda: cache.resume_point(-3),
     }
     for message, call in calls.items():
         with pytest.raises(ValueError, match=message):
             call()
-    cache.remove(20, 40)
+    cache.remove(20)
+    cache.remove(20, 20)
     cache.remove(7, 7)
     assert_goes_on(cache, TEXT[:20])
 
@@ -266,6 +270,7 @@ def test_options_out_of_range() -> None:
         {"rewind": -1},
         {"sinks": -1},
         {"capacity": 8, "sinks": 8},
+        {"capacity": 8, "sinks": 8, "overflow": "shift"},
     ):
         with pytest.raises(ValueError, match="must be"):
             make_prompt_cache(MODEL, **options)

@@ -140,7 +140,7 @@ def test_what_a_recurrence_cannot_do_is_refused_when_the_cache_is_made() -> None
     with pytest.raises(NotSupportedError, match=r"shift.*recurrent state"):
         make_prompt_cache(model, capacity=32, overflow="shift")
     with pytest.raises(NotSupportedError, match=r"sinks=4 on .*qwen3_next.*recurrent state"):
-        make_prompt_cache(model, sinks=4)
+        make_prompt_cache(model, capacity=32, overflow="shift", sinks=4)
     with attach(model), pytest.raises(NotSupportedError, match="recurrent state"):
         list(generate_step(mx.array(TEXT[:5]), model, max_kv_size=32, max_tokens=1))
 

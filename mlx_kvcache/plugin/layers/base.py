@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from ...arguments import class_of
+from ...errors import CacheError
 from ..layout import Leaf
 from ..observe import Observable
 from ..rows import Rows
@@ -81,10 +83,15 @@ class Layer(Observable):
         self.rows.edits.tell(self.leaf.index, "filter", keep, lambda: self.rows.filter(keep))
 
     def extend(self, other: Layer) -> None:
-        """Take another batch's rows behind these, as forks. Raises ValueError for one of another pool."""
-        self.rows.edits.tell(
-            self.leaf.index, "extend", weakref.ref(other.rows), lambda: self.rows.extend(other.rows)
-        )
+        """Take another batch's rows behind these, as forks.
+
+        Raises:
+            ValueError: one of another pool.
+            TypeError: one of another package, such as mlx-lm's own.
+        """
+        check_ours(other)
+        told = weakref.ref(other.rows)
+        self.rows.edits.tell(self.leaf.index, "extend", told, lambda: self.rows.extend(other.rows))
 
     def extract(self: Self, idx: int) -> Self:
         """This layer of a fork of one row."""
@@ -92,11 +99,21 @@ class Layer(Observable):
         return self.served_by(rows)
 
     def merge(self: Self, caches: Sequence[Layer]) -> Self:
-        """This layer of a batch of forks of these. Raises ValueError for one of another pool."""
+        """This layer of a batch of forks of these. Raises as `extend`."""
+        for cache in caches:
+            check_ours(cache)
         all_rows = [cache.rows for cache in caches]
         told = [weakref.ref(rows) for rows in all_rows]
         rows = self.rows.copies.tell(self.leaf.index, "merge", told, lambda: self.rows.merged(all_rows))
         return self.served_by(rows)
+
+    def __repr__(self) -> str:
+        try:
+            counts = ", ".join(map(str, self.rows.positions)) or "no"
+            held = f"rows of {counts} tokens" if self.rows.is_batch else f"{counts} tokens"
+        except CacheError:
+            held = "closed"
+        return f"{type(self).__name__}(layer {self.leaf.name}, {held})"
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         """The same layer of a fork; all layers that are copied together belong to one."""
@@ -104,6 +121,15 @@ class Layer(Observable):
         if rows is None:
             rows = memo[id(self.rows)] = self.rows.fork()
         return self.served_by(rows)
+
+
+def check_ours(entry: Any, kind: type[Observable] = Layer) -> None:
+    """Raise TypeError unless this is an entry of a cache list of this package's, of this kind."""
+    if not isinstance(entry, kind):
+        raise TypeError(
+            f"only {kind.__name__} of this package's caches can join a batch of them, got {class_of(entry)}; "
+            "make it by make_prompt_cache, or attach the model"
+        )
 
 
 def _listed(numbers: Sequence[int] | mx.array) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..observe import Observable
 from ..rows import Rows
+from .base import check_ours
 
 
 class CacheList(Observable):
@@ -70,6 +71,7 @@ class CacheList(Observable):
 
     def extend(self, other: CacheList) -> None:
         """As `Layer.extend`."""
+        check_ours(other, CacheList)
         for cache, more in zip(self.caches, other.caches, strict=True):
             cache.extend(more)
 
@@ -89,9 +91,14 @@ class CacheList(Observable):
 
     def merge(self, caches: Sequence[CacheList]) -> CacheList:
         """As `Layer.merge`."""
+        for cache in caches:
+            check_ours(cache, CacheList)
         return type(self)(
             *(own.merge([other.caches[i] for other in caches]) for i, own in enumerate(self.caches))
         )
+
+    def __repr__(self) -> str:
+        return f"CacheList({', '.join(map(repr, self.caches))})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheList:
         return type(self)(*(cache.__deepcopy__(memo) for cache in self.caches))
