@@ -239,14 +239,24 @@ def test_capacity_refuses_before_anything_is_computed() -> None:
     assert cache.position == 25
 
 
-def test_a_block_that_cannot_fit_by_shifting() -> None:
+@pytest.mark.parametrize("n", [28, 29, 33, 90])
+def test_a_block_that_no_shift_makes_room_for_is_fed_in_smaller_ones(n: int) -> None:
+    """By half the room at once, as somebody who feeds these blocks would."""
+    whole, pieces = (make_prompt_cache(MODEL, capacity=32, overflow="shift", sinks=4) for _ in range(2))
+    for cache in (whole, pieces):
+        logits_of(MODEL, cache, TEXT[:30])
+    size = n if n <= 28 else 14
+    assert difference(logits_of(MODEL, whole, TEXT[:n]), logits_of(MODEL, pieces, TEXT[:n], size)) <= 1e-5
+    assert whole.position == pieces.position <= 32
+    assert whole.gaps == pieces.gaps
+
+
+def test_layers_that_are_driven_by_hand_are_told_of_blocks_that_are_too_long() -> None:
     cache = make_prompt_cache(MODEL, capacity=32, overflow="shift", sinks=4)
     logits_of(MODEL, cache, TEXT[:30])
     with pytest.raises(CacheFullError, match="29 cells needed, 28 free of a capacity of 32: feed smaller"):
-        logits_of(MODEL, cache, TEXT[:29])
+        cache[0].make_mask(29)
     assert cache.position == 30
-    logits_of(MODEL, cache, TEXT[:28])
-    assert cache.position == 32
 
 
 @pytest.mark.parametrize("n", [1, 6])

@@ -295,10 +295,10 @@ def test_tokens_that_nobody_noted_are_dropped() -> None:
 
 def test_the_pools_lock_may_be_held_while_a_session_is_closed() -> None:
     """One thread opens a session, another holds the lock of the caches and closes one."""
-    inside = threading.Event()
+    inside, waits = threading.Event(), False
 
     def make() -> Any:
-        if threading.current_thread() is opening:
+        if waits:
             inside.set()
             with lock:
                 pass
@@ -307,7 +307,7 @@ def test_the_pools_lock_may_be_held_while_a_session_is_closed() -> None:
     pool = SessionPool(make)
     first = pool.open(TEXT[:5])
     computed(MODEL, first)
-    lock = first.cache.pool.lock
+    lock, waits = first.cache.pool.lock, True
     opening = threading.Thread(target=lambda: pool.open(TEXT[50:60]).close(), daemon=True)
 
     def close() -> None:
