@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import LRUPromptCache
 
@@ -145,3 +150,130 @@ def test_one_token() -> None:
         store = LRUPromptCache()
         store.insert_cache("key", TEXT[:5], filled(model, TEXT[:5]))
         assert store.fetch_nearest_cache("key", TEXT[:1]) == (None, TEXT[:1])
+
+
+def test_batches_reuse_what_single_prompts_do(model: nn.Module) -> None:
+    """Four turns, repeats of the first one, and prompts that part in the middle of it."""
+    counts = []
+    for is_batch in (False, True):
+        store, counted = LRUPromptCache(), []
+        generator = BatchGenerator(model)
+
+        def reply(
+            prompt: list[int],
+            is_batch: bool = is_batch,
+            store: LRUPromptCache = store,
+            counted: list[int] = counted,
+            generator: BatchGenerator = generator,
+        ) -> list[int]:
+            cache, rest = store.fetch_nearest_cache("key", prompt)
+            cache = cache or mlx_lm_cache.make_prompt_cache(model)
+            counted.append(len(prompt) - len(rest))
+            if not is_batch:
+                tokens = [
+                    t for t, _ in generate_step(mx.array(rest), model, prompt_cache=cache, max_tokens=9)
+                ]
+                store.insert_cache("key", prompt + tokens, cache)
+                return tokens
+            generator.insert([rest], [9], caches=[cache], all_tokens=[prompt[: counted[-1]]])
+            tokens = []
+            while responses := generator.next_generated():
+                tokens += [response.token for response in responses]
+                for response in responses:
+                    if response.finish_reason:
+                        store.insert_cache("key", response.all_tokens, response.prompt_cache)
+            return tokens
+
+        prompt = TEXT[:40]
+        for turn in range(4):
+            prompt = [*prompt, *reply(prompt)[:-1], *OTHER[turn : turn + 12]]
+        for other in (TEXT[:40], TEXT[:40], TEXT[:30] + OTHER[:9]):
+            reply(other)
+        counts.append(counted)
+        assert len(store) <= 7
+    assert counts[0] == counts[1]
+    assert counts[0][1:4] > [30, 50, 70]
+
+
+def test_shorter_prefixes_of_hybrids_go_where_the_longer_cache_serves_them() -> None:
+    model = build("qwen3_next")
+    with attach(model):
+        store = LRUPromptCache()
+        cache = filled(model, TEXT[:20], 20)
+        store.insert_cache("key", TEXT[:20], copy.deepcopy(cache))
+        logits_of(model, cache, TEXT[20:40], 20)
+        store.insert_cache("key", TEXT[:40], cache)
+        assert len(store) == 1
+        assert_serves(model, store, TEXT[:20] + OTHER[:5], least=20)
+
+
+def test_a_model_that_is_gone_or_loaded_again_is_a_miss() -> None:
+    model, store = tiny_llama(), LRUPromptCache()
+    kept = tiny_llama()
+    with attach(model), attach(kept):
+        store.insert_cache("one", TEXT[:20], filled(model, TEXT[:20]))
+        store.insert_cache("two", TEXT[:20], filled(kept, TEXT[:20]))
+    del model
+    with attach(kept):
+        assert store.fetch_nearest_cache("one", TEXT[:30]) == (None, TEXT[:30])
+        assert len(store) == 1
+        assert store.fetch_nearest_cache("two", TEXT[:30])[1] == TEXT[20:30]
+        reuse.note_models(store, [tiny_llama()])
+        assert store.fetch_nearest_cache("two", TEXT[:30]) == (None, TEXT[:30])
+        assert len(store) == store.nbytes == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_index_is_mlx_lms_trie(seed: int) -> None:
+    """Random puts, takes and searches over few tokens."""
+    rng, index, trie = random.Random(seed), reuse.Index(), mlx_lm_cache.PromptTrie()
+    stored: set[tuple[int, ...]] = set()
+    for step in range(300):
+        tokens = rng.choices(range(3), k=rng.randrange(1, 7))
+        what = rng.random()
+        if what < 0.3:
+            assert index.add("m", tokens, step) == trie.add("m", tokens, step)
+            stored.add(tuple(tokens))
+        elif what < 0.4 and stored:
+            chosen = list(rng.choice(sorted(stored)))
+            assert index.get("m", chosen) == trie.get("m", chosen)
+            assert index.pop("m", chosen) == trie.pop("m", chosen)
+            stored.remove(tuple(chosen))
+        elif what < 0.5 and tuple(tokens) in stored:
+            assert sorted(index.pop_prefixes("m", tokens)) == sorted(trie.pop_prefixes("m", tokens))
+            stored -= {tuple(tokens[:n]) for n in range(len(tokens))}
+            trie = rebuilt(trie, stored)
+        elif stored:
+            ours, theirs = index.search("m", tokens), trie.search("m", tokens)
+            assert (ours.exact, ours.shorter, ours.common_prefix) == (
+                theirs.exact,
+                theirs.shorter,
+                theirs.common_prefix,
+            )
+            assert len(ours.longer or []) == len(theirs.longer or [])
+
+
+def rebuilt(trie: Any, stored: set[tuple[int, ...]]) -> Any:
+    """The same without the empty paths that mlx-lm's `pop_prefixes` leaves."""
+    new = mlx_lm_cache.PromptTrie()
+    for tokens in stored:
+        new.add("m", list(tokens), trie.get("m", list(tokens)))
+    return new
+
+
+def test_stores_of_caches_that_are_not_ours_stay_as_they_are() -> None:
+    """Prompts of one token and of none, exact ones among them."""
+    model, attached = tiny_llama(), tiny_llama()
+    found = []
+    for is_attached in (False, True):
+        with attach(attached) if is_attached else contextlib.nullcontext():
+            store = LRUPromptCache()
+            for tokens in ([], TEXT[:1], TEXT[:5], TEXT[:9]):
+                own = [mlx_lm_cache.KVCache() for _ in model.layers]
+                if tokens:
+                    logits_of(model, own, tokens)
+                store.insert_cache("key", tokens, own)
+            asked = ([], TEXT[:1], TEXT[:2], TEXT[:5], TEXT[:7], TEXT[:12], OTHER[:4])
+            fetched = [store.fetch_nearest_cache("key", tokens) for tokens in asked]
+            found.append([(cache and cache[0].offset, rest) for cache, rest in fetched])
+    assert found[0] == found[1]
