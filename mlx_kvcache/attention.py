@@ -29,7 +29,7 @@ def attention(
         sinks: (n_heads,) learned attention sinks, or None.
 
     Returns:
-        (1, n_heads, n, value_dim).
+        (1, n_heads, n, value_dim), in the queries' dtype.
 
     Raises:
         ValueError, CacheError: as `Cache.put` and `Cache.get`; keys without values, or the reverse; queries
