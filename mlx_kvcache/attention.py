@@ -21,7 +21,7 @@ def attention(
     """Store this layer's K and V and attend to its history, one product per sequence.
 
     Args:
-        queries: (1, n_heads, n, head_dim) in batch order.
+        queries: (1, n_heads, n, head_dim) in batch order; n_heads is a multiple of n_kv_heads.
         keys, values: (1, n_kv_heads, n, head_dim), as for `Cache.put`; both None attend to
             what has been put before, as layers that share K/V and cross-attention do.
         cache: a cache on its current layer, or the handle `cache.layer(i)`.
@@ -29,10 +29,12 @@ def attention(
         sinks: (n_heads,) learned attention sinks, or None.
 
     Returns:
-        (1, n_heads, n, value_dim).
+        (1, n_heads, n, value_dim), in the queries' dtype.
 
     Raises:
-        ValueError, CacheError: as `Cache.put` and `Cache.get`; keys without values, or the reverse.
+        ValueError, CacheError: as `Cache.put` and `Cache.get`; keys without values, or the reverse; queries
+            of another number of tokens or another head_dim, whose heads are no multiple of the K/V heads, or
+            of no float type; sinks of another number. Nothing is stored then.
         NotSupportedError: a kind that holds no keys and values.
     """
     if (keys is None) != (values is None):

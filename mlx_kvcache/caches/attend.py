@@ -94,9 +94,10 @@ def _stretches(
     scale, sinks = given.scale, given.sinks
     stretches = step.stretches(part)
     if len(stretches) == 1:
-        return sdpa(queries, keys, values, scale=scale, mask=stretches[0].mask, sinks=sinks)
+        out = sdpa(queries, keys, values, scale=scale, mask=stretches[0].mask, sinks=sinks)
+        return out.astype(queries.dtype)
     outputs = [
         sdpa(queries[:, :, q], keys[:, :, k], values[:, :, k], scale=scale, mask=mask, sinks=sinks)
         for q, k, mask in stretches
     ]
-    return mx.concatenate(outputs, axis=2)
+    return mx.concatenate(outputs, axis=2).astype(queries.dtype)

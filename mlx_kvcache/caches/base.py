@@ -153,14 +153,12 @@ class PlanningCache(ABC):
     def forward(self: Self, batch: Batch) -> Iterator[Self]:
         """`start_forward`, with an end: an exception inside takes the batch's tokens out again.
 
-        At the end of the block each layer of keys and values must have been put, or the next tokens would
-        attend to cells that nobody wrote: every layer that an earlier batch put, and no other where the
-        batch goes on with sequences that have tokens. A child of a wrapper that has never been
-        put is not asked, nor are encoders and recurrent states, which stay as they are where nothing
-        is put. After the block `get` still reads, until the cache changes, and `put` is refused.
+        At the end of the block each layer of keys and values that an earlier batch put must have been put,
+        and no other where the batch's sequences hold tokens: later tokens would attend to cells that nobody
+        wrote. A wrapper's child that was never put is not asked. Encoders and recurrent states stay as they
+        are where nothing is put. After the block `get` reads until the cache changes; `put` is refused.
 
-        `remove` and `copy_prefix` inside the block end the batch: its tokens then stay, whatever has been
-        put of them.
+        `remove` and `copy_prefix` inside the block end the batch: its tokens stay, whatever was put.
 
         Raises:
             ValueError, NotSupportedError, CacheFullError: as `start_forward`.
@@ -202,6 +200,8 @@ class PlanningCache(ABC):
     def copy_prefix(self, src: int, dst: int, length: int) -> None:
         """Empty `dst` and let it share the positions of `src` below `length`. Copies no array.
 
+        A length beyond the end of `src` shares all of it; an unknown `src` leaves `dst` empty.
+
         Raises:
             ValueError: a negative number, or `src` and `dst` the same.
         """
@@ -212,7 +212,7 @@ class PlanningCache(ABC):
         self._plan_copy(src, dst, length).commit()
 
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Whether all that tokens from `position` on may see below it is held.
+        """Whether all that tokens from `position` on may see below it is held; False beyond the end.
 
         Raises:
             ValueError: a negative number.
@@ -225,7 +225,9 @@ class PlanningCache(ABC):
         """Take out the positions [begin, end), or all from `begin` on, which K/V never refuse.
 
         Later tokens move down by end - begin, and their keys are re-based by the shift hook.
-        An unknown sequence or an empty range is no error.
+        A range beyond the end takes out what there is of it, and no token is no error. What is left may
+        end where tokens cannot go on, as in a window that has slid: `can_resume(sequence, begin)` says so
+        before and after, and the next batch would raise.
 
         Raises:
             ValueError: a negative number, or begin > end.

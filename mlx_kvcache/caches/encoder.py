@@ -143,4 +143,5 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         check_queries(given, len(self._under_way().batch), layer, keys.shape[1], keys.shape[3])
         if is_new:
             self._put(layer, keys, values)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)
+        return out.astype(queries.dtype)

@@ -23,6 +23,9 @@ class Cache(Protocol):
     A forward pass is `start_forward`, then for each layer `put` and `get`. Nothing evaluates
     an array, except `put` after `start_forward(reserve=True)`, and `start_forward` where buffers
     get longer. After any error the cache is as it was before the call.
+
+    A range of positions that goes beyond the end of its sequence ends there: `copy_prefix` and `remove` take
+    what there is of it, and an unknown sequence is one without tokens.
     """
 
     def set_config(self, config: CacheConfig) -> None:
@@ -43,7 +46,7 @@ class Cache(Protocol):
         """Take the batch's tokens into their sequences; what belongs to them follows by `put`."""
 
     def forward(self, batch: Batch) -> AbstractContextManager[Any]:
-        """`start_forward`, with a way back: an exception inside takes the batch's tokens out again."""
+        """`start_forward`, with an end: an exception, or a layer left out, takes the tokens out again."""
         ...
 
     def set_causal(self, options: CausalOptions) -> None:
@@ -64,7 +67,7 @@ class Cache(Protocol):
         ...
 
     def copy_prefix(self, src: int, dst: int, length: int) -> None:
-        """Empty `dst` and let it share the positions of `src` below `length`. Copies no array."""
+        """Empty `dst` and let it share the positions of `src` below `length`, as far as there are any."""
 
     def can_resume(self, sequence: int, position: int) -> bool:
         """Whether all that tokens from `position` on may see below it is held."""
@@ -85,7 +88,9 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
     """Shift the context: drop tokens after the first `keep`, and re-base the rest.
 
     Args:
-        discard: how many; None drops the older half of those after `keep`.
+        keep: how many first tokens stay.
+        discard: how many to drop, at most all after `keep`; None drops the older half of those, rounded
+            down: `(end - keep) // 2`.
 
     Returns:
         How many tokens were dropped.

@@ -51,13 +51,12 @@ class Plan(ABC):
         """Whether this is a step that was made and is neither over nor taken out again."""
         return False
 
-    def finish(self) -> None:
-        """End a step, if it is under way: it can be read, and nothing more can be put.
+    def finish(self) -> None:  # noqa: B027
+        """End a step that is under way: it can be read, and nothing more can be put.
 
         Raises:
             CacheError: a layer lacks keys and values; whoever calls this then calls `undo`.
         """
-        raise NotImplementedError
 
     def again(self) -> bool:
         """Commit as many tokens more, where that is as simple as before; else False, and nothing."""

@@ -61,6 +61,7 @@ class Reservation:
         if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
             # Additive masks are for others; MLX wants those of its attention in the type of the result.
             mask = mask.astype(given.queries.dtype)
-        return mx.fast.scaled_dot_product_attention(
+        out = mx.fast.scaled_dot_product_attention(
             given.queries, keys, values, scale=given.scale, mask=mask, sinks=given.sinks
         )
+        return out.astype(given.queries.dtype)

@@ -166,7 +166,8 @@ def test_encoders_and_states_may_stay_as_they_are() -> None:
             for layer in range(2):
                 cache.layer(layer).put(mx.ones((1, 1, 1, 1)), mx.ones((1, 1, 1, 1)))
         with cache.forward(Batch([1], [0])):
-            assert cache.layer(1).get()[0].shape == (1, 1, 1, 1)
+            first = cache.layer(1).get()[0]
+            assert first is not None and first.shape == (1, 1, 1, 1)
         assert cache.end(0) == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -107,7 +108,7 @@ class World:
         def product(rows: mx.array, array: mx.array, codec: Codec | None, transpose: bool) -> mx.array:
             if codec is None:
                 return rows @ (array.swapaxes(-1, -2) if transpose else array)
-            form = {"group_size": codec.group_size, "bits": codec.bits}
+            form: Any = {"group_size": codec.group_size, "bits": codec.bits}
             return mx.quantized_matmul(rows, *mx.quantize(array, **form), transpose=transpose, **form)
 
         rows = (queries * SCALE).reshape(1, KV_HEADS, -1, DIM)
@@ -126,7 +127,8 @@ def exactly(
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total += np.exp(np.array(sinks.astype(mx.float32))[None, :, None, None] - highest)
-    return weights @ v / total
+    output: np.ndarray = weights @ v / total
+    return output
 
 
 def distance(found: mx.array, exact: np.ndarray) -> float:

@@ -164,3 +164,36 @@ def test_queries_and_sinks_of_the_wrong_type_or_number(make: Any, n: int, device
                 cache.get()
         attention(queries, *kv(n), cache, scale=1.0, sinks=mx.ones((4,)))
     assert column(cache.get()[0]) == [1.0] * n
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("asked", [mx.float32, mx.float16, mx.bfloat16])
+def test_outputs_have_the_type_of_the_queries(
+    asked: mx.Dtype, stored: mx.Dtype, learned: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every path, whatever the type of keys and values."""
+    monkeypatch.setattr(joined, "LONG", 1)
+    cache, encoder = SlidingWindowCache(64), EncoderCache()
+    sinks = mx.zeros((4,), asked) if learned else None
+
+    def attend(given: Any, n: int) -> mx.Dtype:
+        keys, values = (array.astype(stored) for array in kv(n))
+        queries = mx.ones((1, 4, n, DIM), asked)
+        return attention(queries, keys, values, given, scale=1.0, sinks=sinks).dtype
+
+    for made in (cache, encoder):
+        made.init(stored, max_sequences=4)
+    with cache.forward(Batch.run(0, 0, 20)):
+        assert attend(cache, 20) == asked
+    cache.copy_prefix(0, 2, 20)
+    for index in range(len(batches(cache))):
+        batch = batches(cache)[index]
+        for reserve in (True, False):
+            cache.start_forward(batch, reserve)
+            assert attend(cache, len(batch)) == asked
+        cache.remove(3, 0)
+    with cache.forward(Batch.run(0, cache.end(0), 300)):
+        assert attend(cache, 300) == asked
+    with encoder.forward(Batch.run(0, 0, 3)):
+        assert attend(encoder, 3) == asked
