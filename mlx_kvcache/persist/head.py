@@ -115,7 +115,9 @@ def check_bounds(text: bytes, what: str) -> None:
     bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     parts = sum(map(bare.count, (b",", b"[", b"{", b'"')))
     if parts > PARTS:
-        raise ValueError(f"{what} has {parts:,} commas, brackets and quotation marks, at most {PARTS:,} are read")
+        raise ValueError(
+            f"{what} has {parts:,} commas, brackets and quotation marks, at most {PARTS:,} are read"
+        )
     brackets = b"".join(bare.split(b'"')[::2]).translate(None, _NO_BRACKETS)
     deepest = max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
     if deepest > DEPTH:

@@ -31,7 +31,9 @@ def adopt(conversation: Conversation, foreign: Foreign) -> None:
     check_room(conversation, foreign.end, foreign.path)
     with faults_of(foreign.path):
         if len(foreign.entries) != len(pool.leaves):
-            raise ValueError(f"of another model: it has {len(foreign.entries)} layers, the model has {len(pool.leaves)}")
+            raise ValueError(
+                f"of another model: it has {len(foreign.entries)} layers, the model has {len(pool.leaves)}"
+            )
         pairs = list(zip(pool.leaves, foreign.entries, strict=True))
         for leaf, entry in pairs:
             _check_kind(leaf, entry)

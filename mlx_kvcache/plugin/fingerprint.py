@@ -1,4 +1,4 @@
-"""Tells a model's weights and its tokenizer from others, so that no cache is used with weights it is not of."""
+"""Tells a model's weights and its tokenizer from others, so that no cache is used with the wrong ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -47,7 +48,7 @@ class Version:
         )
 
     def after_call(self, model: nn.Module) -> None:
-        """Some models (gemma3n) replace weights of their own in every call: these say nothing about a version."""
+        """Forget arrays that the model's own call has replaced, as gemma3n does: they tell no versions apart."""
         arrays = _arrays(model)
         own = [i for i, ref in self._arrays.items() if len(arrays) == self._count and ref() is not arrays[i]]
         for place in own:
@@ -112,6 +113,7 @@ def first_form(model: nn.Module) -> str:
 
 
 def is_first_form(digest: object) -> bool:
+    """Whether a file's digest of weights is to be compared with `first_form`."""
     return isinstance(digest, str) and not digest.startswith(_FORM)
 
 
@@ -174,8 +176,10 @@ def _tokenizer(tokenizer: Any) -> str:
     numbers = np.array([vocabulary[word] for word in words], np.int64)
     text = "\0".join(words).encode("utf-8", "surrogatepass")
     digest = _digest(text + numbers.tobytes() + _text(template))
-    gone = weakref.ref(tokenizer, lambda _, key=id(tokenizer): _words.pop(key, None))
-    _words[id(tokenizer)] = gone, state, digest
+    key = id(tokenizer)
+    # One that cannot be referred to weakly is looked at each time.
+    with suppress(TypeError):
+        _words[key] = weakref.ref(tokenizer, lambda _: _words.pop(key, None)), state, digest
     return digest
 
 

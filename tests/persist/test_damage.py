@@ -179,7 +179,10 @@ def flipped(raw: bytes, at: int) -> bytes:
         (lambda raw: pickle.dumps(list(range(100))), "not a safetensors file: byte 8 is "),
         (lambda raw: bytes(1000), r"not a safetensors file: byte 8 is b'\\x00' instead of b'{'"),
         (lambda raw: bytes(8) + raw[8:], "corrupt: the header's length is 0, expected 2 to 16,777,216 bytes"),
-        (lambda raw: b"\xff" * 8 + raw[8:], "corrupt: the header's length is 18,446,744,073,709,551,615, expected"),
+        (
+            lambda raw: b"\xff" * 8 + raw[8:],
+            "corrupt: the header's length is 18,446,744,073,709,551,615, expected",
+        ),
         (lambda raw: (2000).to_bytes(8, "little") + raw[8:], r"truncated: .* its head alone takes 2008"),
         (lambda raw: with_text(raw, b'{"a": }'), "the head is not valid JSON: .*char 6"),
         (lambda raw: with_text(raw, b'{"a": "\xff"}'), "the head is not UTF-8: .*position 7"),

@@ -99,7 +99,7 @@ def test_the_largest_head_that_is_read(tmp_path: Path) -> None:
     write(tmp_path / "a", {"text": "[" * 1000}, arrays)
     assert len(read_contents(tmp_path / "a").entries) == len(arrays)
     more: dict[str, Stored] = {str(i): array for i in range(40_000)}
-    with pytest.raises(CacheFileError, match="the head has .* commas"):
+    with pytest.raises(CacheFileError, match=r"the head has .* commas"):
         write(tmp_path / "a", {}, more)
     deep: Any = []
     for _ in range(64):

@@ -207,7 +207,7 @@ def test_an_option_that_there_is_not(name: str, nearest: str, tmp_path: Path) ->
         make_session_pool(model, folder=tmp_path / "folder", **{name: 4})
     assert not (tmp_path / "folder").exists()
     for tokenizer in ("gpt2", 3):
-        with pytest.raises(TypeError, match="a tokenizer as `mlx_lm.load` returns it is needed, got"):
+        with pytest.raises(TypeError, match=r"a tokenizer as `mlx_lm\.load` returns it is needed, got"):
             PromptCache.load(path, model, tokenizer)
     tokens: Any = [1.5] * 3
     with pytest.raises(TypeError, match="tokens must be whole numbers: 'float'"):

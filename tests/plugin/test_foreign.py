@@ -129,7 +129,9 @@ def test_files_of_mlx_lm_that_do_not_fit(tmp_path: Path) -> None:
         PromptCache.load(path, mamba)
     for told in ({}, {"format": "mlx"}):
         mx.save_safetensors(path, {"model.norm.weight": mx.zeros(3)}, told)
-        with pytest.raises(CacheFileError, match="no prompt cache, such as a model's weights .*; give a file"):
+        with pytest.raises(
+            CacheFileError, match=r"no prompt cache, such as a model's weights .*; give a file"
+        ):
             PromptCache.load(path, model)
     mx.save_safetensors(path, {"0.0": mx.zeros(3)}, {"1.0": "KVCache", "2.0": ""})
     with pytest.raises(CacheFileError, match=r"as mlx-lm 0\.31 or 0\.32 writes it$"):
