@@ -48,7 +48,7 @@ class Version:
         )
 
     def after_call(self, model: nn.Module) -> None:
-        """Forget arrays that the model's own call has replaced, as gemma3n does: they tell no versions apart."""
+        """Forget arrays that the model's own call has replaced (gemma3n): they tell no versions apart."""
         arrays = _arrays(model)
         own = [i for i, ref in self._arrays.items() if len(arrays) == self._count and ref() is not arrays[i]]
         for place in own:

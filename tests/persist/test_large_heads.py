@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvcache import CacheFileError, CausalCache
-from mlx_kvcache.persist import head, load
+from mlx_kvcache.persist import load
 from mlx_kvcache.persist.container import Stored, read_contents, write
 from mlx_kvcache.plugin import PromptCache
 from tests.plugin.tiny import tiny_llama
@@ -58,7 +58,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return parse(text, **options)
 
     parse = json.loads
-    monkeypatch.setattr(head.json, "loads", loads)
+    monkeypatch.setattr(json, "loads", loads)
     return sizes
 
 
