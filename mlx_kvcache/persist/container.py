@@ -123,18 +123,24 @@ def read_contents(path: Path) -> Contents:
     return Contents(path, header, entries, size, digest)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of any writer's safetensors file, whose arrays lie where its size allows it.
+def read_outline(path: Path) -> tuple[dict[str, Any], dict[str, Entry], int]:
+    """The metadata, the arrays and the size of any writer's safetensors file; no array is read.
 
     Raises:
-        CacheFileError: it cannot be read, or is none.
+        CacheFileError: it cannot be read, is none, or its arrays do not lie where its size allows it.
     """
     with _opened(path) as (file, size):
         head = heads.read(file, size)
         fields = heads.parse(head)
-        heads.places(fields, {}, len(head), size)
+        entries = heads.places(fields, {}, len(head), size)
         metadata = fields.get(heads.METADATA)
-        return metadata if isinstance(metadata, dict) else {}
+        return metadata if isinstance(metadata, dict) else {}, entries, size
+
+
+def read_bytes(path: Path, name: str, entry: Entry) -> bytes:
+    """One array of any writer's file, unverified. Raises CacheFileError where it cannot be read."""
+    with _opened(path) as (file, _):
+        return _read(file, name, entry).tobytes()
 
 
 def read_arrays(

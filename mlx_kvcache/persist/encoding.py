@@ -62,9 +62,9 @@ def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], pref
 
 
 def _check_layers(own: Set[int], found: Set[int]) -> None:
-    """Raise ValueError where a cache has other layers: those that a file lacks would be read as zeros."""
-    if own and found and own != found:
-        raise ValueError(f"it holds layers {sorted(found)}, this cache has layers {sorted(own)}")
+    """Raise ValueError where a file lacks layers that a cache has: they would be read as zeros."""
+    if found and own - found:
+        raise ValueError(f"it holds layers {sorted(found)}, this cache has {sorted(own)}")
 
 
 def kind_of(cache: PlanningCache) -> dict[str, Any]:

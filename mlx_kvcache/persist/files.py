@@ -222,8 +222,9 @@ def load(
 ) -> Opened:
     """Make a sequence what was saved. The cache may be of another capacity, and store otherwise.
 
-    An empty cache takes the layers of the file, as many as there are; a cache that has layers takes
-    only files of the same ones. What is loaded is in memory, and can be used from any thread.
+    The file must hold all layers that the cache has. A cache that nothing was ever put into has none
+    yet: it takes those of the file, and one that is put later reads zeros for what was loaded. What is
+    loaded is in memory, and can be used from any thread.
 
     Args:
         model: refuses a file that says otherwise.

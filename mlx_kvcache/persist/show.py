@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import CacheFileError
 from . import container
 from .checks import integer, layer_index, listing, mapping
 from .files import faults_of
@@ -14,6 +15,14 @@ from .head import short
 WIDTH = 64
 """Characters of a picture."""
 FLOAT, PACKED, GONE = "█", "▒", "·"
+
+_ARRAYS = 8
+"""Arrays of a layer that are listed."""
+
+NO_PROMPT_CACHE = (
+    "a safetensors file that holds no prompt cache, such as a model's weights or adapters; give a file of "
+    "PromptCache.save or of mlx-lm's save_prompt_cache"
+)
 
 
 def shown(path: Path, verify: bool = True) -> Iterator[str]:
@@ -25,7 +34,11 @@ def shown(path: Path, verify: bool = True) -> Iterator[str]:
     Raises:
         CacheFileError: the file cannot be read, is damaged, or is none of a cache.
     """
-    contents = container.read_contents(path)
+    try:
+        contents = container.read_contents(path)
+    except container.NotOursError:
+        yield from _theirs(path)
+        return
     if verify:
         for _ in container.read_arrays(contents):
             pass
@@ -41,6 +54,69 @@ def shown(path: Path, verify: bool = True) -> Iterator[str]:
         for index, cache in enumerate(listing(header.get("caches"), "the caches")):
             yield ""
             yield from _cache(mapping(cache, "a cache"), end, f"{index}.", contents.entries)
+
+
+def is_prompt_cache(metadata: Mapping[str, Any]) -> bool:
+    """Whether a safetensors file's metadata is that of mlx-lm's `save_prompt_cache`, 0.31 or 0.32."""
+    return "2.0" in metadata
+
+
+def _theirs(path: Path) -> Iterator[str]:
+    """What the head of mlx-lm's file tells: a class and arrays for each layer.
+
+    Both versions name arrays by layer. 0.31 writes numbers of each layer as "0.", what its user added
+    as "1.", and classes as "2."; 0.32 what its user added as "0.", classes as "1.", and an empty "2.0".
+    """
+    metadata, entries, size = container.read_outline(path)
+    if not is_prompt_cache(metadata):
+        raise CacheFileError(path, NO_PROMPT_CACHE)
+    yield f"{path}: {size:,} bytes, {len(entries)} arrays, of mlx-lm's save_prompt_cache (no checksums)"
+    is_old = bool(metadata["2.0"])
+    added, classes = ("1.", "2.") if is_old else ("0.", "1.")
+    layers = {
+        name.removeprefix(classes): value
+        for name, value in metadata.items()
+        if name.startswith(classes) and name.removeprefix(classes).isdecimal()
+    }
+    told = (_tokens(path, layer, str(kind), is_old, metadata, entries) for layer, kind in layers.items())
+    yield f"tokens    {next((n for n in told if n is not None), 'the layers do not say how many')}"
+    for name, value in metadata.items():
+        if name.startswith(added):
+            yield f"{'metadata':9} {short(name[len(added) :])}: {short(value)}"
+    yield ""
+    groups: dict[str, list[str]] = {}
+    of_layer: dict[str, list[str]] = {}
+    for place, entry in sorted(entries.items()):
+        if entry.shape:
+            of_layer.setdefault(place.partition(".")[0], []).append(f"{entry.dtype} {list(entry.shape)}")
+    for layer, kind in layers.items():
+        arrays = ", ".join(of_layer.get(layer, ["no arrays"])[:_ARRAYS])
+        groups.setdefault(f"{short(kind)}, {arrays}".replace("'", ""), []).append(layer)
+    with faults_of(path):
+        for text, names in groups.items():
+            yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
+
+
+def _tokens(
+    path: Path,
+    layer: str,
+    kind: str,
+    is_old: bool,
+    metadata: Mapping[str, Any],
+    entries: Mapping[str, container.Entry],
+) -> str | None:
+    """After how many tokens a layer of mlx-lm's file is, where it says so in one place."""
+    if is_old:
+        place = {"RotatingKVCache": f"0.{layer}.2", "QuantizedKVCache": f"0.{layer}.0"}.get(kind)
+        keys = entries.get(f"{layer}.0")
+        if place:
+            return short(metadata.get(place)).replace("'", "")
+        return f"{keys.shape[2]:,}" if kind == "KVCache" and keys and len(keys.shape) == 4 else None
+    name = f"{layer}.2"
+    offset = entries.get(name)
+    if not kind.endswith("KVCache") or offset is None or (offset.dtype, offset.shape) != ("I32", ()):
+        return None
+    return f"{int.from_bytes(container.read_bytes(path, name, offset), 'little', signed=True):,}"
 
 
 def _table(title: str, told: Any) -> Iterator[str]:

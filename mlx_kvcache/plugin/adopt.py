@@ -14,7 +14,7 @@ from ..caches.snapshot import Run, Snapshot
 from ..cells.rules import Chunk, Rule, Window
 from ..persist.files import faults_of
 from .conversation import Conversation
-from .files import check_forms, check_room
+from .files import check_forms, check_room, check_shift
 from .foreign import Entry, Foreign
 from .layout import Leaf
 from .pool import Pool
@@ -42,6 +42,7 @@ def adopt(conversation: Conversation, foreign: Foreign) -> None:
             for kind in range(len(pool.caches))
         ]
         check_forms(pool, snapshots)
+        check_shift(conversation, snapshots)
         pool.restore(conversation.sequence, snapshots)
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..arrays.lanes import Lane, Packed
 from ..arrays.pairs import Form
+from ..cells.rules import Window
 from ..errors import CacheError, CacheFullError
 from ..persist.checks import integer, listing, mapping
 from ..persist.files import Opened, Prepared, faults_of, prepare
@@ -68,6 +69,7 @@ def restore(conversation: Conversation, opened: Opened, tokenizer: Any = None) -
     snapshots = opened.snapshots(pool.caches)
     with faults_of(opened.path):
         check_forms(pool, snapshots)
+        check_shift(conversation, snapshots)
         head = _decode_head(opened.options.get(_HEAD), opened.arrays, pool)
         pool.restore(conversation.sequence, snapshots)
     conversation.head = head
@@ -100,6 +102,29 @@ def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
             arrays = state.get(leaf.index)
             if arrays is not None and len(arrays) != leaf.slots:
                 raise ValueError(f"layer {leaf.name} has {len(arrays)} arrays, the model's has {leaf.slots}")
+
+
+def check_shift(conversation: Conversation, snapshots: Sequence[Any]) -> None:
+    """Raise ValueError where a window has forgotten tokens that come into its sight with the first shift."""
+    capacity, overflow, sinks, _ = conversation.limits
+    if overflow != "shift" or capacity is None:
+        return
+    sinks = min(sinks, capacity)
+    drop = max(1, (capacity - sinks) // 2)
+    for kind, cache in conversation.pool.positional():
+        rule, (end, runs, _) = cache._rule, snapshots[kind]
+        if not isinstance(rule, Window):
+            continue
+        after = capacity - drop
+        seen = {*range(min(rule.sinks, after)), *range(max(0, rule.lower(after)), after)}
+        needed = {p if p < sinks else p + drop for p in seen}
+        held = {p for run in runs for p in range(run.begin, run.begin + run.length)}
+        if missing := {p for p in needed if p < end} - held:
+            raise ValueError(
+                f"a window of {rule.size} tokens no longer holds tokens {min(missing)} to {max(missing)}, "
+                f"which a cache of capacity={capacity} needs when it shifts; load it with a capacity of more "
+                f'than {4 * rule.size} tokens, or with overflow="error"'
+            )
 
 
 def _encode_head(head: Head, arrays: dict[str, mx.array]) -> dict[str, Any]:

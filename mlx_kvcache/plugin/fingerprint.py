@@ -1,4 +1,4 @@
-"""Tells a model's weights and its tokenizer from others, so that no cache is used with other weights."""
+"""Tells a model's weights and its tokenizer from others, so that no cache is used with the wrong ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -47,7 +48,7 @@ class Version:
         )
 
     def after_call(self, model: nn.Module) -> None:
-        """Leave out weights that the model itself replaces in every call, as gemma3n does."""
+        """Forget arrays that the model's own call has replaced (gemma3n): they tell no versions apart."""
         arrays = _arrays(model)
         own = [i for i, ref in self._arrays.items() if len(arrays) == self._count and ref() is not arrays[i]]
         for place in own:
@@ -112,7 +113,7 @@ def first_form(model: nn.Module) -> str:
 
 
 def is_first_form(digest: object) -> bool:
-    """Whether a digest is by `first_form`."""
+    """Whether a file's digest of weights is to be compared with `first_form`."""
     return isinstance(digest, str) and not digest.startswith(_FORM)
 
 
@@ -176,8 +177,9 @@ def _tokenizer(tokenizer: Any) -> str:
     text = "\0".join(words).encode("utf-8", "surrogatepass")
     digest = _digest(text + numbers.tobytes() + _text(template))
     key = id(tokenizer)
-    gone = weakref.ref(tokenizer, lambda _: _words.pop(key, None))
-    _words[key] = gone, state, digest
+    # One that cannot be referred to weakly is looked at each time.
+    with suppress(TypeError):
+        _words[key] = weakref.ref(tokenizer, lambda _: _words.pop(key, None)), state, digest
     return digest
 
 

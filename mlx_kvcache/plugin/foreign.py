@@ -17,8 +17,9 @@ from mlx.utils import tree_unflatten
 from ..arrays.lanes import Packed, Plain
 from ..arrays.pairs import Lanes
 from ..errors import CacheFileError
-from ..persist.container import read_metadata
+from ..persist.container import read_outline
 from ..persist.files import faults_of
+from ..persist.show import NO_PROMPT_CACHE, is_prompt_cache
 from ..quantisation import checked_codec
 
 _MOST = 100_000
@@ -80,14 +81,10 @@ def read_foreign(path: Path) -> Foreign:
     Raises:
         CacheFileError: it is none, is damaged as far as that can be told, or is of a batch.
     """
-    metadata = read_metadata(path)
-    # Both versions write this. It is asked before anything is read, as a model's weights are large.
-    if "2.0" not in metadata:
-        raise CacheFileError(
-            path,
-            "a safetensors file that holds no prompt cache, such as a model's weights or adapters; give "
-            "a file of PromptCache.save or of mlx-lm's save_prompt_cache",
-        )
+    metadata, _, _ = read_outline(path)
+    # Before any array is read: a model's weights are large.
+    if not is_prompt_cache(metadata):
+        raise CacheFileError(path, NO_PROMPT_CACHE)
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
         mx.eval(arrays)

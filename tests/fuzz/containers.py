@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvcache import CacheFileError
-from mlx_kvcache.persist.container import Stored, read_arrays, read_contents, read_metadata
+from mlx_kvcache.persist.container import Stored, read_arrays, read_contents, read_outline
 from mlx_kvcache.persist.files import open_file
 from mlx_kvcache.persist.show import shown
 
@@ -52,7 +52,7 @@ def _read(path: Path) -> None:
     except CacheFileError:
         pass
     with suppress(CacheFileError):
-        read_metadata(path)
+        read_outline(path)
     for verify in (True, False):
         try:
             for line in shown(path, verify):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +385,52 @@ def test_saving_holds_no_views(tmp_path: Path) -> None:
         mx.eval(cache._store.arrays)
     assert mx.get_peak_memory() - before < kv.nbytes // 4
     assert np.isfinite(before)
+
+
+def filled_with(layers: int) -> CausalCache:
+    cache = CausalCache()
+    cache.init(mx.float32, capacity=32)
+    with cache.forward(Batch.run(0, 0, 4)):
+        for layer in range(layers):
+            cache.layer(layer).put(mx.ones((1, 2, 4, 8)), mx.ones((1, 2, 4, 8)))
+    return cache
+
+
+def test_a_file_that_lacks_layers_of_the_cache_is_refused(tmp_path: Path) -> None:
+    """Those that it lacks would be read as zeros."""
+    save(tmp_path / "a", filled_with(2), 0)
+    cache = filled_with(3)
+    with pytest.raises(CacheFileError, match=r"it holds layers \[0, 1\], this cache has \[0, 1, 2\]"):
+        load(tmp_path / "a", cache, 1)
+    assert cache.end(1) == 0
+    cache = filled_with(2)
+    load(tmp_path / "a", cache, 1)
+    assert cache.end(1) == 4
+
+
+def test_a_state_that_lacks_layers_of_the_cache_is_refused(tmp_path: Path) -> None:
+    def cache_of(layers: int) -> RecurrentCache:
+        cache = RecurrentCache()
+        cache.init()
+        with cache.forward(Batch.run(0, 0, 4)):
+            for layer in range(layers):
+                cache.layer(layer).put(mx.ones((3,)))
+        return cache
+
+    save(tmp_path / "a", cache_of(1), 0)
+    cache = cache_of(2)
+    with pytest.raises(CacheFileError, match=r"it holds layers \[0\], this cache has \[0, 1\]"):
+        load(tmp_path / "a", cache, 1)
+    assert cache.end(1) == 0
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_one_thread_loads_another_uses(verify: bool, tmp_path: Path) -> None:
+    save(tmp_path / "a", filled_with(1), 0)
+    cache = CausalCache()
+    cache.init(mx.bfloat16, capacity=32)
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(lambda: load(tmp_path / "a", cache, 0, verify=verify)).result()
+    with cache.forward(Batch.run(0, 4, 1)):
+        cache.layer(0).put(mx.ones((1, 2, 1, 8)), mx.ones((1, 2, 1, 8)))
+        assert mx.all(cache.layer(0).get()[0] == 1).item()

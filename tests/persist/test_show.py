@@ -102,6 +102,49 @@ def test_an_empty_file_of_a_cache(tmp_path: Path) -> None:
     assert "nothing is held" in "\n".join(shown(tmp_path / "a"))
 
 
+THEIRS = Path(__file__).parents[1] / "plugin" / "files"
+
+
+@pytest.mark.parametrize(("version", "held"), [("0_31_3", 20), ("0_32_2", 256)])
+def test_files_of_mlx_lm_are_shown(version: str, held: int) -> None:
+    done = run("show", THEIRS / f"mlx_lm_{version}_three.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *lines = done.stdout.splitlines()
+    assert first.endswith("of mlx-lm's save_prompt_cache (no checksums)")
+    assert lines == [
+        "tokens    20",
+        "metadata  'model': 'none'",
+        "",
+        f"  layers 0, 2: KVCache, F16 [1, 1, {held}, 32], F16 [1, 1, {held}, 32]",
+        "  layers 1: RotatingKVCache, F16 [1, 1, 8, 32], F16 [1, 1, 8, 32]",
+    ]
+    done = run("show", THEIRS / f"mlx_lm_{version}_every.safetensors")
+    assert done.returncode == 0
+    for name in ("tokens    20", "layers 7: CacheList, ", "layers 8: ArraysCache, ", "QuantizedKVCache, U32"):
+        assert name in done.stdout
+
+
+def test_lies_in_files_of_mlx_lm(tmp_path: Path) -> None:
+    """Nothing that they name is looked up, and what makes no sense is shown or refused, not raised."""
+    path, odd = tmp_path / "a.safetensors", {"0.0": mx.zeros((1, 2)), "0.2": mx.array(7)}
+    for told in (
+        {"1.0": "KVCache", "2.0": ""},
+        {"1.0": "os.system", "2.0": ""},
+        {"1.9999999999999": "KVCache", "2.0": ""},
+        {"2.0": "KVCache"},
+        {"2.0": "RotatingKVCache"},
+        {"2.0": "x" * 10_000},
+        {"1.x": "y" * 10_000, "2.0": "KVCache"},
+    ):
+        mx.save_safetensors(str(path), odd, told)
+        done = run("show", path)
+        assert "Traceback" not in done.stderr and all(len(line) < 300 for line in done.stdout.splitlines())
+    for other in ({}, {"format": "mlx"}):
+        mx.save_safetensors(str(path), odd, other)
+        done = run("show", path)
+        assert done.returncode == 1 and "such as a model's weights or adapters" in done.stderr
+
+
 def test_help_says_what_the_pictures_mean() -> None:
     assert "show" in run("--help").stdout
     assert PACKED in run("show", "--help").stdout

@@ -15,7 +15,7 @@ import pytest
 from mlx_kvcache import CacheError, CacheFileError, CacheFullError
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool
 from tests.persist.samples import Change
-from tests.plugin.configurations import build
+from tests.plugin.configurations import WINDOW, build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.test_quantised import GROUP, model_of
 from tests.plugin.tiny import tiny_llama
@@ -217,6 +217,34 @@ def test_what_cannot_be_written_or_read(tmp_path: Path) -> None:
         cache.save(tmp_path / "a")
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("format_", ["mlx_kvcache", "mlx-lm"])
+def test_a_window_that_could_not_shift_is_refused_when_it_is_loaded(
+    format_: Any, sinks: int, tmp_path: Path
+) -> None:
+    """What is loaded can shift; what could not is refused before anything is generated with it."""
+    model, path = model_of("llama:window"), tmp_path / "a.safetensors"
+    refused = set[str]()
+    for held in (WINDOW + 3, 2 * WINDOW - 2):
+        cache = make_prompt_cache(model, rewind=1)
+        for i in range(held):
+            logits_of(model, cache, TEXT[i : i + 1])
+        cache.save(path, format=format_)
+        for capacity in (*range(held, 3 * WINDOW), 5 * WINDOW):
+            options: dict[str, Any] = {"capacity": capacity, "overflow": "shift", "sinks": sinks}
+            try:
+                loaded = PromptCache.load(path, model, **options)
+            except CacheFileError as error:
+                refused.add(error.reason)
+                continue
+            for token in range(capacity - held + 1):
+                logits_of(model, loaded, [token % 90])
+            assert loaded.gaps == 1
+            loaded.close()
+    assert bool(refused) == bool(sinks)
+    assert all("no longer holds tokens" in reason and "needs when it shifts" in reason for reason in refused)
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"), [("kvbits", "kv_bits"), ("max_kv_size", "capacity"), ("sink", "sinks")]
 )
@@ -225,14 +253,15 @@ def test_an_option_that_there_is_not(name: str, nearest: str, tmp_path: Path) ->
     cache = make_prompt_cache(model)
     logits_of(model, cache, TEXT[:3])
     cache.save(path)
+    options: dict[str, Any] = {name: 4}
     told = rf"there is no option '{name}': did you mean '{nearest}'\? Options are {nearest}, .*, "
     with pytest.raises(TypeError, match=told):
-        PromptCache.load(path, model, **{name: 4})
+        PromptCache.load(path, model, **options)
     with pytest.raises(TypeError, match=told):
-        make_session_pool(model, folder=tmp_path / "folder", **{name: 4})
+        make_session_pool(model, folder=tmp_path / "folder", **options)
     assert not (tmp_path / "folder").exists()
     for tokenizer in ("gpt2", 3):
-        with pytest.raises(TypeError, match="a tokenizer as `mlx_lm.load` returns it is needed, got"):
+        with pytest.raises(TypeError, match=r"a tokenizer as `mlx_lm\.load` returns it is needed, got"):
             PromptCache.load(path, model, tokenizer)
     tokens: Any = [1.5] * 3
     with pytest.raises(TypeError, match="tokens must be whole numbers: 'float'"):

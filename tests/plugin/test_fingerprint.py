@@ -173,7 +173,12 @@ class Counted(Words):
 def test_weights_and_words_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, sampled = tiny_llama(head_dim=64), Counted("a", "b"), list[int]()
     sample = fingerprint.sample
-    monkeypatch.setattr(fingerprint, "sample", lambda array: sampled.append(1) or sample(array))
+
+    def counted(array: mx.array) -> mx.array:
+        sampled.append(1)
+        return sample(array)
+
+    monkeypatch.setattr(fingerprint, "sample", counted)
     for _ in range(2):
         with make_session_pool(model, folder=tmp_path, max_stored=1, tokenizer=tokenizer) as sessions:
             for i in range(10):

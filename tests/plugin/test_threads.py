@@ -50,7 +50,7 @@ def generate(model: nn.Module, cache: PromptCache, path: Path) -> PromptCache:
 
 def remove(model: nn.Module, cache: PromptCache, path: Path) -> PromptCache:
     try:
-        cache.remove(2, 5)
+        cache.remove(min(2, cache.position), min(5, cache.position))
     except NotSupportedError:
         cache.rewind_to(cache.resume_point(3))
     return cache
@@ -121,7 +121,7 @@ def test_sessions_in_other_threads(name: str) -> None:
     def turn(tokens: list[int]) -> None:
         with pool.open(tokens) as session:
             model(mx.array([session.rest]), cache=session.cache)
-            if name == "llama":
+            if name == "llama" and len(tokens) > 26:
                 session.shift(keep=2, room=40)
                 session.remove(1, 3, salt="shorter")
 
