@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..arrays.pairs import Form
 from ..errors import NotSupportedError
@@ -78,11 +79,23 @@ def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
         try:
             pool.living_model(mx.zeros((1, n), mx.int32), cache=cache)
         except Exception as error:
-            raise NotSupportedError(f"{module} does not run on these caches: {error!r}") from error
+            where = (
+                "these caches" if _runs_without(pool.living_model) else "this device, with or without caches"
+            )
+            raise NotSupportedError(f"{module} does not run on {where}: {error!r}") from error
         written |= {index for index, is_written in enumerate(rows.written_last) if is_written}
     leaves = (pool.leaves[index] for index in sorted(written))
     forms = {leaf.index: _form(pool, leaf) if leaf.rule else None for leaf in leaves}
     return forms, pool.mirrored
+
+
+def _runs_without(model: nn.Module) -> bool:
+    """Whether a model can be called without a cache."""
+    try:
+        model(mx.zeros((1, 2), mx.int32))
+    except Exception:  # noqa: BLE001  # whatever it is, our caches have not caused it
+        return False
+    return True
 
 
 def _form(pool: Pool, leaf: Leaf) -> Form:

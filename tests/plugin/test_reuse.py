@@ -156,7 +156,7 @@ def test_batches_reuse_what_single_prompts_do(model: nn.Module) -> None:
     """Four turns, repeats of the first one, and prompts that part in the middle of it."""
     counts = []
     for is_batch in (False, True):
-        store, counted = LRUPromptCache(), []
+        store, counted = LRUPromptCache(), list[int]()
         generator = BatchGenerator(model)
 
         def reply(
@@ -273,7 +273,7 @@ def test_stores_of_caches_that_are_not_ours_stay_as_they_are() -> None:
                 if tokens:
                     logits_of(model, own, tokens)
                 store.insert_cache("key", tokens, own)
-            asked = ([], TEXT[:1], TEXT[:2], TEXT[:5], TEXT[:7], TEXT[:12], OTHER[:4])
+            asked = (list[int](), TEXT[:1], TEXT[:2], TEXT[:5], TEXT[:7], TEXT[:12], OTHER[:4])
             fetched = [store.fetch_nearest_cache("key", tokens) for tokens in asked]
             found.append([(cache and cache[0].offset, rest) for cache, rest in fetched])
     assert found[0] == found[1]

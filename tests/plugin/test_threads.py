@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from threading import Thread
@@ -107,10 +108,9 @@ def test_every_call_after_every_other_in_another_thread(name: str, tmp_path: Pat
     model = build(name)
     in_thread(lambda: make_prompt_cache(model))
     for first, second in permutations(CALLS, 2):
-        begun = in_thread(lambda: feed(model, make_prompt_cache(model), tmp_path))
-        left = in_thread(lambda begun=begun, first=first: first(model, begun, tmp_path))
-        used = in_thread(lambda left=left, second=second: second(model, left, tmp_path))
-        in_thread(lambda used=used: generate(model, used, tmp_path))
+        cache = make_prompt_cache(model)
+        for call in (feed, first, second, generate):
+            cache = in_thread(partial(call, model, cache, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba2"])
@@ -126,7 +126,7 @@ def test_sessions_in_other_threads(name: str) -> None:
                 session.remove(1, 3, salt="shorter")
 
     for length in (20, 30, 25, 31, 8, 30):
-        in_thread(lambda length=length: turn(TEXT[:length]))
+        in_thread(partial(turn, TEXT[:length]))
     assert pool.counts.hits
 
 
@@ -138,7 +138,7 @@ def work(model: nn.Module, shared: PromptCache, seed: int, tokens: int, path: Pa
         token = seed + 1
         while len(found) < tokens:
             logits = model(mx.array([[token]]), cache=own)
-            token = int(mx.argmax(logits[0, -1]).item())
+            token = int(mx.argmax(logits[0, -1]))
             found.append(token)
             if rng.random() < 0.1:
                 aside = own.fork()
