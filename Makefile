@@ -19,7 +19,7 @@ MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.p
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room attention growth quantised ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test check fmt soak interrupts soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
+.PHONY: help demo test check fmt soak interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +42,10 @@ fmt: $(VENV)/dev  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(VENV)/dev  ## a million random calls with faults against the oracle, and a million tokens of decoding
+soak: $(VENV)/dev  ## random calls with faults against the oracle, a million tokens of decoding, and 8 threads on one pool
 	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=116 MACHINE_STEPS=500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/test_flat.py
+	THREADS=8 THREADS_TOKENS=2000 THREADS_RUNS=20 $(RUN) -m pytest tests/plugin/test_threads.py
 
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
 	OPENBLAS_NUM_THREADS=1 INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
@@ -54,6 +55,9 @@ ranks: $(VENV)/dev  ## the example with 2 and 4 processes, and every architectur
 	$(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/mlx.launch -n $$n --backend ring -- \
 	$(BIN)/python -m examples.10_ranks $$way < /dev/null || exit 1; done; done
 	RANKS_MATRIX=1 $(RUN) -m pytest tests/plugin/ranks
+
+soak-server: $(VENV)/dev  ## 1,000 requests of 8 clients to mlx-lm's server, of which some cannot be served
+	$(RUN) -m tests.plugin.soak
 
 soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
