@@ -117,7 +117,11 @@ class KeyValueLayer(Layer):
 
     @property
     def state(self) -> Any:
-        """What mlx-lm's class of this name would have; of a batch, the buffers that the rows are in."""
+        """What mlx-lm's class of this name would have; of a batch, the buffers that the rows are in.
+
+        After removals the keys are copies, rotated to their own positions: mlx-lm's `save_prompt_cache`
+        reads them here, and a file with the model's offsets would be wrong without a word.
+        """
         if self.rows.is_batch:
             buffers = self._cache._store.layers.get(self.leaf.index)
             pairs = buffers.pairs if buffers else {}

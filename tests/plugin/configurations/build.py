@@ -42,11 +42,17 @@ def _names(file: Path) -> set[str]:
     return names
 
 
-def build(name: str, seed: int = 0, is_wide: bool = False) -> nn.Module:
-    """The model of a configuration, or of it with wider heads, with random float32 weights."""
+# The step from one layer of experts to the next in llama4, and the first of deepseek_v3.
+_WITHOUT_EXPERTS = {"interleave_moe_layer_step": 99, "first_k_dense_replace": 99}
+
+
+def build(name: str, seed: int = 0, is_wide: bool = False, is_dense: bool = False) -> nn.Module:
+    """The model of a configuration, or of it with wider heads or no experts, with random float32 weights."""
     module = importlib.import_module(f"mlx_lm.models.{module_of(name)}")
     # Some models write into the dictionaries that they are given.
     configuration = copy.deepcopy(CONFIGURATIONS[name])
+    if is_dense:
+        configuration.get("text_config", configuration).update(_WITHOUT_EXPERTS)
     arguments = module.ModelArgs.from_dict(widened(configuration) if is_wide else configuration)
     model: nn.Module = module.Model(arguments)
     _randomise(model, seed)
