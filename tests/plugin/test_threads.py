@@ -105,10 +105,10 @@ CALLS: list[Call] = [feed, generate, remove, rewind, fork, join, save, load_lazi
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_call_after_every_other_in_another_thread(name: str, tmp_path: Path) -> None:
-    """What one thread leaves to be computed, another can use."""
+    """What one thread leaves to be computed, another can use: all pairs of calls on one kind."""
     model = build(name)
-    in_thread(lambda: make_prompt_cache(model))
-    for first, second in permutations(CALLS, 2):
+    pairs = list(permutations(CALLS, 2))
+    for first, second in pairs if name == "llama" else random.Random(name).sample(pairs, 25):
         cache = make_prompt_cache(model)
         for call in (feed, first, second, generate):
             cache = in_thread(partial(call, model, cache, tmp_path))
