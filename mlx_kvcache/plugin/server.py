@@ -54,6 +54,9 @@ def insert_segments(
     """
     caches = list(caches or [None] * len(segments))
     most = list(max_tokens or [self.max_tokens] * len(segments))
+    if not len(caches) == len(most) == len(segments):
+        # mlx-lm says what is wrong.
+        return _originals["insert_segments"](self, segments, most, caches, *args, **kwargs)
     running = [*self._prompt_batch.prompt_cache[:1], *self._generation_batch.prompt_cache[:1]]
     pools = [
         rows.pool
