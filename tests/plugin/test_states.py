@@ -139,7 +139,7 @@ def test_a_chunk_of_which_nothing_is_held(way: str, bits: dict[str, Any], tmp_pa
 def generated(model: nn.Module, cache: Any, prompt: list[int], block: int) -> tuple[list[int], mx.array]:
     steps = generate_step(mx.array(prompt), model, max_tokens=4, prompt_cache=cache, prefill_step_size=block)
     tokens, logprobs = zip(*steps, strict=True)
-    return list(tokens), mx.stack(logprobs)
+    return list(tokens), mx.stack(list(logprobs))
 
 
 @lru_cache(maxsize=1)
