@@ -9,7 +9,7 @@ import mlx.core as mx
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from mlx_kvcache.plugin import make_prompt_cache
-from mlx_kvcache.plugin.probe import scheme_of
+from mlx_kvcache.plugin.rope.probe import scheme_of
 from tests.plugin.running import difference
 from tests.plugin.tiny import tiny_llama
 

@@ -13,8 +13,8 @@ from benchmarks.measure import speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import DIM, KV_HEADS, LAYERS, Setting
 from benchmarks.shape import fill
-from mlx_kvcache.arrays.lanes import index_of
 from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.storage.codec import index_of
 from tests.plugin.tiny import tiny_llama
 
 

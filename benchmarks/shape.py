@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from benchmarks.setting import DIM, HEADS, KV_HEADS, LAYERS
-from mlx_kvcache.plugin.ragged import attend
+from mlx_kvcache.plugin.hosts.handles import attend
 
 SCALE = DIM**-0.5
 

@@ -26,8 +26,8 @@ from mlx_kvcache import (
     RecurrentCache,
     SlidingWindowCache,
 )
-from mlx_kvcache.caches.positional import PositionalCache
-from mlx_kvcache.cells.rules import visible
+from mlx_kvcache.caches.causal import PositionalCache
+from mlx_kvcache.cells.visibility import visible
 
 TOKENS = 24
 GONE, KEPT, VISIBLE = range(3)

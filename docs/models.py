@@ -13,9 +13,9 @@ import mlx_lm
 from tqdm import tqdm
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window
+from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 from mlx_kvcache.plugin import make_prompt_cache
-from mlx_kvcache.plugin.pool import Pool
+from mlx_kvcache.plugin.pool.pool import Pool
 from tests.plugin.configurations import (
     CONFIGURATIONS,
     STAY_NARROW,

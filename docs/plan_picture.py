@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from mlx_kvcache import Batch, CacheFullError, CausalCache, SlidingWindowCache, WrapperCache
-from mlx_kvcache.caches.positional import PositionalCache, StepPlan
+from mlx_kvcache.caches.causal import PositionalCache, StepPlan
 
 ROOM = 16
 COLOURS = {"plan": "#a9c7e8", "make": "#1f5fa8", "refuses": "#c25b12"}

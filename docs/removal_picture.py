@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 
 from mlx_kvcache import Batch, CausalCache, rope_shift
 from mlx_kvcache.caches.base import PlanningCache
-from mlx_kvcache.caches.positional import PositionalCache
+from mlx_kvcache.caches.causal import PositionalCache
 from mlx_kvcache.plugin import make_prompt_cache
 
 TOKENS, BEGIN, END = 24, 6, 12

@@ -1,17 +1,15 @@
 """A KV cache for MLX that can rewind, share and shift."""
 
-from .arrays.rope import rope_shift
 from .attention import attention
 from .batch import Batch, CacheConfig, CausalOptions
-from .caches.causal import CausalCache
-from .caches.chunked import ChunkedAttentionCache
+from .caches.causal import CausalCache, ChunkedAttentionCache, SlidingWindowCache
 from .caches.encoder import EncoderCache
 from .caches.interface import Cache, slide
 from .caches.recurrent import RecurrentCache
-from .caches.sliding import SlidingWindowCache
 from .caches.wrapper import WrapperCache
 from .errors import CacheError, CacheFileError, CacheFullError, NotSupportedError, RanksDisagreeError
-from .quantisation import Quantisation
+from .quantization import Quantisation
+from .rope import rope_shift
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .caches.keyvalue import Attending, KeyValueCache, Layer
+from .attend.part import Attending
+from .caches.base import KeyValueCache, Layer
 from .caches.wrapper import WrapperCache
 from .errors import NotSupportedError
 

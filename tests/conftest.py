@@ -24,7 +24,7 @@ if find_spec("mlx_lm") is None:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every choice that depends on the device is made as on this one; the CPU computes all the same."""
     answer: str = request.param
-    monkeypatch.setattr("mlx_kvcache.arrays.device.is_cpu", lambda: answer == "CPU")
+    monkeypatch.setattr("mlx_kvcache.storage.codec.is_cpu", lambda: answer == "CPU")
     return answer
 
 

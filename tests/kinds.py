@@ -10,16 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvcache import (
-    CausalCache,
-    ChunkedAttentionCache,
-    Quantisation,
-    SlidingWindowCache,
-    WrapperCache,
-)
+from mlx_kvcache import CausalCache, ChunkedAttentionCache, Quantisation, SlidingWindowCache, WrapperCache
 from mlx_kvcache.caches.base import PlanningCache
-from mlx_kvcache.caches.positional import Shift
-from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window
+from mlx_kvcache.caches.causal import Shift
+from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 
 STORES: dict[str, Quantisation | None] = {
     "float": None,

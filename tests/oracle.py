@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlx_kvcache import Batch, CacheFullError, NotSupportedError
-from mlx_kvcache.cells.rules import Rule, visible
+from mlx_kvcache.cells.visibility import Rule, visible
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mlx_kvcache.prefixes import PrefixTree
+from mlx_kvcache.radix_tree import PrefixTree
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_kvcache import CacheFileError
 from mlx_kvcache.plugin import make_session_pool
-from mlx_kvcache.plugin.fingerprint import fingerprint
+from mlx_kvcache.plugin.pool.weights import fingerprint
 from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped

@@ -1,20 +1,27 @@
-"""The order of calls, which is the same for every kind, and how plans are made and committed."""
+"""The order of calls, which is the same for every kind, and how plans are made and committed.
+
+Kinds whose layers store keys and values.
+
+Kinds that hold one immutable record for each sequence, rather than cells.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
 from ..arguments import whole
+from ..attend.part import Attending
+from ..attend.step import over
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
-from ..quantisation import Quantisation
-from .interface import checked_range
+from ..quantization import Quantisation
+from .interface import History, checked_range
 from .plan import Plan
 
 Self = TypeVar("Self", bound="PlanningCache")
@@ -298,3 +305,169 @@ def checked_layer(layer: int) -> int:
     """The layer itself. Raises ValueError below 0."""
     (layer,) = whole(layer=layer)
     return layer
+
+
+class Layer:
+    """One model layer of a cache: `put` and `get` without the mode that `set_layer` sets."""
+
+    __slots__ = ("cache", "index")
+
+    def __init__(self, cache: KeyValueCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+    def put(self, keys: mx.array, values: mx.array) -> None:
+        """As `KeyValueCache.put`, for this layer."""
+        self.cache._put(self.index, keys, values)
+
+    def get(self) -> History:
+        """As `KeyValueCache.get`, for this layer."""
+        return self.cache._get(self.index)
+
+
+class KeyValueCache(PlanningCache):
+    """`put` and `get` of keys and values, on the current layer or by a handle."""
+
+    @abstractmethod
+    def _put(self, layer: int, keys: mx.array, values: mx.array) -> None: ...
+    @abstractmethod
+    def _get(self, layer: int) -> History: ...
+    @abstractmethod
+    def _attend(self, layer: int, given: Attending) -> mx.array: ...
+
+    def layer(self, layer: int) -> Layer:
+        """A handle on one model layer. Raises ValueError below 0."""
+        return Layer(self, checked_layer(layer))
+
+    def put(self, keys: mx.array, values: mx.array) -> None:
+        """Store the batch's keys and values, each (1, n_kv_heads, n, head_dim), in batch order.
+
+        Raises:
+            ValueError: a shape that does not fit the batch or the layer, or no float type.
+            CacheError: no batch has been started, or its `forward` is over.
+        """
+        self._put(self._layer, keys, values)
+
+    def get(self) -> History:
+        """History for this layer, the batch included: keys, values and mask.
+
+        Keys and values are (1, n_kv_heads, S, head_dim). The mask is None (all n tokens see
+        all of S), "causal" (as `mx.fast.scaled_dot_product_attention` means it), or (n, S).
+
+        Raises:
+            CacheError: before this layer's `put`.
+        """
+        return self._get(self._layer)
+
+
+class Stream(Protocol):
+    """What is known of a sequence."""
+
+    @property
+    def end(self) -> int: ...
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class Pass(NamedTuple):
+    """A forward pass under way.
+
+    Attributes:
+        begins: for each sequence of the batch, where it ended before.
+        scratch: after `start_forward(reserve=True)`, what takes the place of what is stored, by layer.
+    """
+
+    batch: Batch
+    begins: Mapping[int, int]
+    scratch: dict[int, Any] | None
+
+
+class StreamCache(PlanningCache, Generic[S]):
+    """Sequences as a dict of records; a change is a dict of new ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._streams: dict[int, S] = {}
+        self._pass: Pass | None = None
+        self._finished: Pass | None = None
+        """The last pass whose `forward` is over."""
+
+    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
+        self._streams = {}
+
+    def _close(self) -> None:
+        self._streams = {}
+        self._pass = self._finished = None
+
+    def _plan_reserve(self, batch: Batch) -> Plan:
+        return StreamPlan(self, {}, batch, reserve=True)
+
+    def _snapshot(self, sequence: int) -> S | None:
+        return self._streams.get(sequence)
+
+    def _plan_restore(self, sequence: int, snapshot: S | None) -> Plan:
+        return StreamPlan(self, {sequence: snapshot})
+
+    def _end(self, sequence: int) -> int:
+        stream = self._streams.get(sequence)
+        return stream.end if stream else 0
+
+    def _under_way(self) -> Pass:
+        if self._pass is None:
+            raise self._no_batch()
+        return self._pass
+
+    def _check_unfinished(self) -> None:
+        """Raise CacheError where the `forward` of the last pass is over."""
+        if self._pass is not None and self._pass is self._finished:
+            raise over(len(self._pass.batch))
+
+
+class StreamPlan(Plan, Generic[S]):
+    """New records of some sequences (None forgets one), by a batch or between batches."""
+
+    def __init__(
+        self,
+        cache: StreamCache[S],
+        changes: Mapping[int, S | None],
+        batch: Batch | None = None,
+        reserve: bool = False,
+    ) -> None:
+        self._cache = cache
+        self._changes = changes
+        self._before = {sequence: cache._streams.get(sequence) for sequence in changes}
+        self._last = cache._pass
+        self._pass: Pass | None = None
+        if batch is not None:
+            begins = {sequence: cache._end(sequence) for sequence in batch.rows}
+            self._pass = Pass(batch, begins, {} if reserve else None)
+
+    def make(self) -> None:
+        if self._pass is not None or self._changes:
+            self._cache._pass = self._pass
+            self._assign(self._changes)
+
+    def unmake(self) -> None:
+        self._assign(self._before)
+        self._cache._pass = self._last
+
+    @property
+    def is_under_way(self) -> bool:
+        cache = self._cache
+        return self._pass is not None and cache._pass is self._pass and cache._finished is not self._pass
+
+    def finish(self) -> None:
+        if self.is_under_way:
+            self._cache._finished = self._pass
+
+    def undo(self) -> None:
+        if self._pass is not None and self._cache._pass is self._pass:
+            self._assign(self._before)
+            self._cache._pass = None
+
+    def _assign(self, streams: Mapping[int, S | None]) -> None:
+        for sequence, stream in streams.items():
+            self._cache._streams.pop(sequence, None)
+            if stream is not None:
+                self._cache._streams[sequence] = stream

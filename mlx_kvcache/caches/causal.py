@@ -1,9 +1,311 @@
-"""Full attention."""
+"""K and V by position: what the causal, sliding-window and chunked kinds have in common.
+
+Full attention.
+
+Sliding-window attention.
+
+Attention within chunks.
+"""
 
 from __future__ import annotations
 
-from ..cells.rules import Causal
-from .positional import PositionalCache, Shift
+from collections.abc import Callable, Container, Iterable
+
+import mlx.core as mx
+
+from ..arguments import whole
+from ..attend.part import Attending, check_queries
+from ..attend.sdpa import attend
+from ..attend.step import Step, check_complete
+from ..batch import Batch, CausalOptions
+from ..cells.placement import Placement, allocated_after, append, compact, place
+from ..cells.removal import Removal, drop_tail, remove_range
+from ..cells.spans import FOREVER, Sequence, clip, resumable
+from ..cells.table import CellTable
+from ..cells.visibility import Causal, Chunk, Rule, Window
+from ..errors import NotSupportedError
+from ..quantization import Quantisation
+from ..storage.buffers import Form, Rebase, Staged, Store, arrays_in, cells_in
+from .base import KeyValueCache
+from .interface import History
+from .plan import Journal, Plan
+from .reservation import Reservation
+from .snapshot import RestorePlan, Snapshot, snapshot_of
+
+Shift = Callable[[int, mx.array, mx.array], mx.array]
+"""(layer, keys (1, n_kv_heads, m, head_dim), offsets (m,) int32) -> keys at positions + offsets."""
+
+
+class PositionalCache(KeyValueCache):
+    """K and V of the tokens that a rule lets later tokens see.
+
+    Args:
+        rule: who sees whom.
+        rewind: how many newest tokens can always be dropped.
+        shift: re-bases keys for `remove` with an end; None refuses where that is needed.
+    """
+
+    def __init__(self, rule: Rule, rewind: int, shift: Shift | None) -> None:
+        super().__init__()
+        self._rule = rule
+        self._rewind = rewind
+        self._shift = shift
+        self._table = CellTable(0)
+        self._store = Store(None)
+        self._step: Step | Reservation | None = None
+        self._asked: object = None
+        """The last queries that were found to fit, by what they were compared with."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, what is unused in them included."""
+        return self._store.nbytes
+
+    def check(self) -> None:
+        self._table.check()
+        for layer, buffers in self._store.layers.items():
+            assert set(buffers.pairs) <= set(self._table.capacity), layer
+            for segment, pair in buffers.pairs.items():
+                is_packed = segment in self._table.packed and buffers.form.is_packed
+                assert pair.is_packed == is_packed, (layer, segment)
+
+    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
+        self._table = CellTable(room, quantisation.after if quantisation else FOREVER)
+        self._store = Store(dtype, quantisation)
+
+    def _close(self) -> None:
+        self._open(None, 0, None)
+        self._step = None
+
+    def _plan_forward(self, batch: Batch) -> StepPlan:
+        batch.check_continues(self._end)
+        placement = place(self._table, batch.rows, self._rule, self._rewind)
+        if placement.capacity and allocated_after(self._table, placement) <= self._table.room:
+            # Longer arrays can be seen by nobody yet, so that here no memory is no harm.
+            self._store.grow(placement.capacity)
+        return StepPlan(self, batch, placement)
+
+    def _plan_reserve(self, batch: Batch) -> Plan:
+        return ReservePlan(self, batch)
+
+    def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
+        source = self._table[src]
+        end = min(length, source.end)
+        new = Sequence(end, clip(source.spans, 0, end)) if end else None
+        return EditPlan(self, Removal({dst: new}, None))
+
+    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+        length = self._table[sequence].end
+        stop = self._clipped(sequence, end)
+        if begin >= stop:
+            return EditPlan(self, Removal({}, None))
+        if end is None:
+            return EditPlan(self, drop_tail(self._table, sequence, begin))
+        removal = remove_range(self._table, sequence, begin, stop, self._rule)
+        if removal.rebased and self._shift is None:
+            raise NotSupportedError(
+                f"removing [{begin}, {stop}) from sequence {sequence} of length {length} moves later "
+                "tokens, and this cache was built without a shift hook to re-base their keys"
+            )
+        return self._plan_edit(removal, self._rebase_by(begin - stop))
+
+    def _snapshot(self, sequence: int) -> Snapshot:
+        return snapshot_of(self, sequence)
+
+    def _plan_restore(self, sequence: int, snapshot: Snapshot) -> Plan:
+        return RestorePlan(self, sequence, snapshot)
+
+    def _plan_edit(self, removal: Removal, rebase: Rebase) -> Plan:
+        """Prepare the arrays of a removal, as lazy ones."""
+        staged: Staged = {}
+        moved = removal.rebased
+        if moved:
+            segment, cell, capacity, is_packed, _ = moved.target
+            source = cells_in(moved.source)
+            self._store.stage_rebase(staged, source, segment, cell, capacity, is_packed, rebase)
+        return EditPlan(self, removal, staged)
+
+    def _rebase_by(self, offset: int) -> Rebase:
+        def rebase(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+            assert self._shift is not None
+            moved = self._shift(layer, keys, mx.full((keys.shape[2],), offset, mx.int32))
+            if moved.shape != keys.shape:
+                raise ValueError(f"the shift hook made {moved.shape} of keys {keys.shape} in layer {layer}")
+            return moved.astype(keys.dtype), values
+
+        return rebase
+
+    def _set_causal(self, options: CausalOptions) -> None:
+        step = self._current()
+        options.check(step.n)
+        if isinstance(step, Step):
+            step.set_later(options.except_)
+
+    def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        self._current().put(layer, keys, values)
+
+    def _get(self, layer: int) -> History:
+        return self._current().get(layer)
+
+    def _attend(self, layer: int, given: Attending) -> mx.array:
+        step = self._current()
+        buffers, queries, sinks = self._store.layers.get(layer), given.queries, given.sinks
+        form = buffers and buffers.form
+        asked = form, step.n, queries.shape, queries.dtype, None if sinks is None else sinks.shape
+        if form is None or asked != self._asked:
+            # Before anything is put, so that nothing has changed where they do not fit.
+            form = form or self._coming_form(layer, given)
+            check_queries(given, step.n, layer, form.heads, form.key_dim)
+            self._asked = asked
+        return attend(step, layer, given) if isinstance(step, Step) else step.attend(layer, given)
+
+    def _coming_form(self, layer: int, given: Attending) -> Form:
+        """The form of a layer of which nothing is stored."""
+        keys, values = given.keys, given.values
+        if keys is None or values is None:
+            keys, values, _ = self._get(layer)
+        return self._store.form_for(layer, keys, values)
+
+    def _can_resume(self, sequence: int, position: int) -> bool:
+        end, spans = self._table[sequence]
+        return position <= end and resumable(self._rule, spans, position)
+
+    def _end(self, sequence: int) -> int:
+        return self._table[sequence].end
+
+    def _current(self) -> Step | Reservation:
+        if self._step is None:
+            raise self._no_batch()
+        return self._step
+
+    def _sweep(self, but: Container[int] = ()) -> None:
+        """Let go of the segments that nobody owns, `but` some."""
+        orphans = [segment for segment in self._table.orphans if segment not in but]
+        if orphans:
+            self._store.drop(orphans)
+            self._table.forget(orphans)
+
+
+class StepPlan(Plan):
+    """The tokens of a batch join their sequences."""
+
+    def __init__(self, cache: PositionalCache, batch: Batch, placement: Placement) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._placement = placement
+        self._step: Step | None = None
+        self._journal: Journal | None = None
+        self.made = 0
+
+    def make(self) -> None:
+        cache, table = self._cache, self._cache._table
+        self._journal = journal = Journal(cache)
+        if self._placement.capacity and allocated_after(table, self._placement) > table.room:
+            journal.apply(compact(table), {})
+            self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
+        journal.apply(self._placement, {})
+        placed, n = self._placement.placed, len(self._batch)
+        cache._step = self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
+
+    def unmake(self) -> None:
+        if self._journal:
+            self._journal.roll_back()
+
+    def settle(self) -> None:
+        self._journal = None
+        if self._cache._table.orphans:
+            self._cache._sweep(but=self._placement.in_use())
+
+    @property
+    def is_under_way(self) -> bool:
+        step = self._step
+        return step is not None and self._cache._step is step and not step.is_over
+
+    def finish(self) -> None:
+        if self._step is not None and self.is_under_way:
+            check_complete(self._step, self._placement.undo)
+            self._step.finish()
+
+    def undo(self) -> None:
+        step, cache = self._step, self._cache
+        if step is not None and cache._step is step:
+            cache._table.assign(self._placement.undo)
+            for layer in step.opened:
+                cache._store.layers.pop(layer, None)
+            if not cache._table.sequences:
+                # Where nothing is held, another form may come than that of what is taken out.
+                cache._store.layers.clear()
+            cache._step = None
+
+    def again(self) -> bool:
+        cache, step = self._cache, self._step
+        # Whatever changes the cache takes its step away.
+        if step is None or cache._step is not step or not step.is_plain:
+            return False
+        part = step.parts[0]
+        placement = append(cache._table, part.sequence, part.indices, cache._rule, cache._rewind)
+        if placement is None:
+            return False
+        try:
+            cache._table.assign(placement.changes)
+            step.move(placement.placed[0])
+            self._placement = placement
+            self.made += 1
+        except BaseException:
+            cache._table.assign(placement.undo)
+            # It may be half of either pass.
+            cache._step = None
+            raise
+        return True
+
+
+class ReservePlan(Plan):
+    """A step that touches no bookkeeping."""
+
+    def __init__(self, cache: PositionalCache, batch: Batch) -> None:
+        self._cache = cache
+        self._last = cache._step
+        self._reservation = Reservation(batch, cache._rule, cache._config, cache._store, cache._table)
+
+    def make(self) -> None:
+        self._cache._step = self._reservation
+
+    def unmake(self) -> None:
+        self._cache._step = self._last
+
+    def undo(self) -> None:
+        if self._cache._step is self._reservation:
+            self._cache._step = None
+
+
+class EditPlan(Plan):
+    """Sequences change between steps; the last step's history can no longer be read."""
+
+    def __init__(self, cache: PositionalCache, removal: Removal, staged: Staged | None = None) -> None:
+        self._cache = cache
+        self._staged = staged or {}
+        self._placement = Placement(changes=dict(removal.changes))
+        self._journal: Journal | None = None
+        moved = removal.rebased
+        if moved and moved.target.is_new:
+            self._placement.capacity[moved.target.segment] = moved.target.capacity
+            self._placement.packed.update({moved.target.segment} if moved.target.is_packed else ())
+
+    def make(self) -> None:
+        if self._placement.changes:
+            self._journal = Journal(self._cache)
+            self._cache._step = None
+            self._journal.apply(self._placement, self._staged)
+
+    def unmake(self) -> None:
+        if self._journal:
+            self._journal.roll_back()
+
+    def arrays(self) -> Iterable[mx.array]:
+        return arrays_in(self._staged)
+
+    def settle(self) -> None:
+        self._cache._sweep()
 
 
 class CausalCache(PositionalCache):
@@ -15,3 +317,50 @@ class CausalCache(PositionalCache):
 
     def __init__(self, shift: Shift | None = None) -> None:
         super().__init__(Causal(), rewind=0, shift=shift)
+
+
+class SlidingWindowCache(PositionalCache):
+    """A token sees itself and the `window_size` - 1 before it, and the sinks.
+
+    What is held after each batch is the newest `window_size` + `rewind` - 1 tokens and the
+    sinks, whatever the size of the batch.
+
+    Args:
+        window_size: as mlx-lm and transformers count it, the token itself included.
+        rewind: how many newest tokens can always be dropped.
+        sinks: how many first tokens of each sequence stay visible and held.
+        shift: as of `CausalCache`.
+
+    Raises:
+        ValueError: a window below 1, a negative number, or sinks that fill the window.
+    """
+
+    def __init__(self, window_size: int, rewind: int = 1, sinks: int = 0, shift: Shift | None = None) -> None:
+        (window_size,) = whole(1, window_size=window_size)
+        rewind, sinks = whole(rewind=rewind, sinks=sinks)
+        if sinks >= window_size:
+            raise ValueError(
+                f"sinks must be 0 to {window_size - 1} in a window of {window_size}, got {sinks}"
+            )
+        super().__init__(Window(window_size, sinks), rewind, shift)
+
+
+class ChunkedAttentionCache(PositionalCache):
+    """A token at p sees positions p - p % chunk_size to p.
+
+    Chunks lie at absolute positions. Past ones give their memory back once no rewind can
+    reach them.
+
+    Args:
+        chunk_size: tokens in a chunk.
+        rewind: how many newest tokens can always be dropped.
+        shift: as of `CausalCache`.
+
+    Raises:
+        ValueError: a chunk below 1, or a negative rewind.
+    """
+
+    def __init__(self, chunk_size: int, rewind: int = 1, shift: Shift | None = None) -> None:
+        (chunk_size,) = whole(1, chunk_size=chunk_size)
+        (rewind,) = whole(rewind=rewind)
+        super().__init__(Chunk(chunk_size), rewind, shift)

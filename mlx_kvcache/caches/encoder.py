@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..attend.part import Attending, check_queries
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError
+from .base import KeyValueCache, Pass, StreamCache, StreamPlan
 from .interface import History
-from .keyvalue import Attending, KeyValueCache, check_queries
 from .plan import Plan
-from .streams import Pass, StreamCache, StreamPlan
 
 
 class Entry(NamedTuple):

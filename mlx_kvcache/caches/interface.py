@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import mlx.core as mx
 
 from ..arguments import whole
-from ..arrays.mask import Mask
 from ..batch import Batch, CacheConfig, CausalOptions
-from ..quantisation import Quantisation
+from ..quantization import Quantisation
+from ..storage.masks import Mask
 
 History = tuple[mx.array, mx.array, Mask]
 """Keys and values (1, n_kv_heads, S, head_dim), and who of the n tokens sees which of the S."""

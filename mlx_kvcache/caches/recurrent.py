@@ -10,9 +10,8 @@ import mlx.core as mx
 from ..arguments import whole
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError, NotSupportedError
-from .base import checked_layer
+from .base import Pass, StreamCache, StreamPlan, checked_layer
 from .plan import Plan
-from .streams import Pass, StreamCache, StreamPlan
 
 Arrays = tuple[mx.array | None, ...]
 """One layer's state. MLX arrays never change, so sharing and keeping old ones copies nothing."""

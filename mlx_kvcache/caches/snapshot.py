@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..arrays.lanes import joined
-from ..arrays.pairs import Form, Lanes
-from ..arrays.store import Staged, arrays_in, cells_in
-from ..cells.compaction import allocated_after, compact
-from ..cells.placement import Placement, capacity_for
+from ..cells.placement import Placement, allocated_after, capacity_for, compact
 from ..cells.spans import Sequence, Span, Spans, count, laid_out
 from ..errors import CacheFullError
-from .journal import Journal
-from .plan import Plan
-
-if TYPE_CHECKING:
-    from .positional import PositionalCache
+from ..storage.buffers import Form, Lanes, Staged, arrays_in, cells_in
+from ..storage.codec import joined
+from .plan import HoldsCells, Journal, Plan
 
 
 class Run(NamedTuple):
@@ -40,14 +34,14 @@ class Snapshot(NamedTuple):
     forms: Mapping[int, Form]
 
 
-def snapshot_of(cache: PositionalCache, sequence: int) -> Snapshot:
+def snapshot_of(cache: HoldsCells, sequence: int) -> Snapshot:
     """What a cache holds of a sequence: nothing of an unknown one."""
     end, spans = cache._table[sequence]
     forms = {layer: buffers.form for layer, buffers in cache._store.layers.items()}
     return Snapshot(end, tuple(_runs(cache, spans)), forms if spans else {})
 
 
-def _runs(cache: PositionalCache, spans: Spans) -> Iterator[Run]:
+def _runs(cache: HoldsCells, spans: Spans) -> Iterator[Run]:
     """Each run of positions that are stored in the same way."""
     for own in _neighbours(spans, cache._table.packed):
         cells, is_packed = cells_in(tuple(own)), own[0].segment in cache._table.packed
@@ -80,7 +74,7 @@ class RestorePlan(Plan):
         ValueError: a layer's heads are not those that the cache has.
     """
 
-    def __init__(self, cache: PositionalCache, sequence: int, snapshot: Snapshot) -> None:
+    def __init__(self, cache: HoldsCells, sequence: int, snapshot: Snapshot) -> None:
         table = cache._table
         self._cache = cache
         segment = table.new_segment()

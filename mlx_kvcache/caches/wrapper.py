@@ -11,9 +11,8 @@ import mlx.core as mx
 
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError, NotSupportedError
-from ..quantisation import Quantisation
-from .base import PlanningCache
-from .keyvalue import KeyValueCache
+from ..quantization import Quantisation
+from .base import KeyValueCache, PlanningCache
 from .plan import JointPlan, Plan
 
 

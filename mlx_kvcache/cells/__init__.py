@@ -1,1 +1,4 @@
-"""Bookkeeping: who owns which cell, where the next tokens go, who sees whom. No MLX here."""
+"""Bookkeeping: which sequence owns which cell, where new tokens go, and who sees whom.
+
+Pure Python on ints and tuples. It must not know MLX, arrays or models.
+"""

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from ..errors import CacheFullError, NotSupportedError
 from .placement import capacity_for
-from .rules import Rule
 from .spans import Sequence, Spans, clip, count, join, laid_out, moved, resumable, union
 from .table import CellTable, Changes
+from .visibility import Rule
 
 
 class Target(NamedTuple):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .rules import Rule
+from .visibility import Rule
 
 FOREVER = sys.maxsize
 

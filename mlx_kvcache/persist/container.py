@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from ..arguments import EXTENT
 from ..errors import CacheFileError
-from . import head as heads
+from . import header as heads
 from .atomic import replacing, sweep
-from .head import SIZES, Entry
+from .header import SIZES, Entry
 
 __all__ = ["SIZES", "Contents", "Entry", "NotOursError", "Stored", "read_arrays", "read_contents", "write"]
 

@@ -16,9 +16,8 @@ import numpy as np
 from ..arguments import whole
 from ..caches.base import PlanningCache
 from ..errors import CacheFileError
-from . import container, tensors
-from .checks import integer, listing, mapping, shaped
-from .encoding import decode, encode
+from . import container
+from .schema import as_stored, decode, encode, integer, listing, load_arrays, mapping, shaped
 
 _TOKENS = "tokens"
 
@@ -82,7 +81,7 @@ def prepare(
         "options": dict(options or {}),
         "has_tokens": numbers is not None,
     }
-    return Prepared(header, tensors.as_stored(arrays))
+    return Prepared(header, as_stored(arrays))
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False
         CacheFileError: it cannot be read, is damaged, or its header is none of a cache.
     """
     contents = container.read_contents(Path(path))
-    arrays = tensors.read(contents, verify, lazy)
+    arrays = load_arrays(contents, verify, lazy)
     with faults_of(contents.path):
         header = contents.header
         end = integer(header.get("end"), "the end")

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import CacheFileError
 from . import container
-from .checks import integer, layer_index, listing, mapping
 from .files import faults_of
-from .head import short
+from .header import short
+from .schema import integer, layer_index, listing, mapping
 
 WIDTH = 64
 """Characters of a picture."""

@@ -1,10 +1,10 @@
 """The plug-in for mlx-lm: its models and tools on this package's caches."""
 
 from .attach import attach, detach
-from .holdings import Holding, holdings
-from .many import Generated, Many, generate_many
-from .pooled import make_session_pool
+from .pool.inspection import Holding, holdings
 from .prompt_cache import PromptCache, make_prompt_cache
+from .serving.many import Generated, Many, generate_many
+from .serving.sessions import make_session_pool
 
 __all__ = [
     "Generated",

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from ..errors import CacheError, CacheFullError
-from ..quantisation import GROUP_SIZES, WIDTHS
+from ..quantization import GROUP_SIZES, WIDTHS
 from .attach import attach_all
 
 COMMANDS = ("generate", "chat", "server", "cache_prompt")

@@ -1,26 +1,112 @@
-"""A conversation as a file, and back."""
+"""Files of a cache that several ranks hold: each writes its own, and its name and head tell whose it is.
+
+A conversation as a file, and back.
+
+What a file of mlx-lm's holds, as snapshots for a pool's caches.
+
+From a file of either format to a conversation, and to mlx-lm's format from a cache list.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
 
-from ..arrays.lanes import Lane, Packed
-from ..arrays.pairs import Form
-from ..cells.rules import Window
-from ..errors import CacheError, CacheFullError
-from ..persist.checks import integer, listing, mapping
-from ..persist.files import Opened, Prepared, faults_of, prepare
-from ..persist.positional import decode_codec, decode_lane, encode_lane
-from .conversation import Conversation
-from .fingerprint import fingerprint, first_form, is_first_form, version_of
-from .head import Head, Piece
-from .making import options_of
-from .pool import Pool
-from .rotation import Slot
+from ..caches import recurrent
+from ..caches.snapshot import Run, Snapshot
+from ..cells.visibility import Chunk, Rule, Window
+from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
+from ..persist.atomic import replacing
+from ..persist.container import NotOursError
+from ..persist.files import Opened, Prepared, evaluate, faults_of, open_file, prepare
+from ..persist.schema import decode_codec, decode_lane, encode_lane, integer, listing, mapping
+from ..storage.buffers import Form, Lanes
+from ..storage.codec import Lane, Packed, Plain
+from .entries.keyvalue import QuantizedKVCache
+from .forward.rows import Rows
+from .hosts.layout import Leaf
+from .hosts.mlx_lm_files import Entry, Foreign, read_foreign
+from .options import Storage, by_layer, new_conversation, options_of
+from .pool.conversation import Conversation, Limits
+from .pool.pool import Pool
+from .pool.weights import fingerprint, first_form, is_first_form, version_of
+from .ranks import ALONE, Ranks, ranks_of
+from .rope.rebase import Head, Piece, Slot
+
+_RANKS = "ranks"
+_NAMED = re.compile(r"\.rank\d+of\d+(\.[^.]*)?")
+
+
+def path_of(path: Path, ranks: Ranks) -> Path:
+    """`chat.safetensors` is `chat.rank0of2.safetensors` for the first of two ranks.
+
+    Raises:
+        CacheFileError: the path names a rank already.
+    """
+    if ranks.is_alone:
+        return path
+    if _NAMED.search(path.name):
+        raise CacheFileError(
+            path, "the name of one rank's file, give the name without it: all ranks have one"
+        )
+    return path.with_name(f"{path.stem}.rank{ranks.rank}of{ranks.size}{path.suffix}")
+
+
+def write(ranks: Ranks, path: Path, prepare: Callable[[], Prepared]) -> None:
+    """Write every rank's file, or leave those that there are.
+
+    All write beside their files first, and tell each other when that is on the disk. Only then each
+    takes its place. Where a machine ends between these, or a rename fails, some ranks have the new
+    file and some the old one; `load` tells such files apart by the name of the save.
+
+    Raises:
+        CacheFileError: it cannot be written.
+        RanksDisagreeError: another rank's cannot.
+        ValueError: as `prepare`.
+    """
+    ranks.agree(f"save {path.name}")
+    with ranks.together(f"copy what is to be saved in {path.name}"):
+        own = path_of(path, ranks)
+        prepared = prepare()
+    name = ranks.share("give the save a name", secrets.token_hex(8))[0]
+    prepared.header["options"][_RANKS] = {"rank": ranks.rank, "size": ranks.size, "save": name}
+    failure: CacheFileError | None = None
+    is_written = False
+
+    def ready() -> None:
+        nonlocal is_written
+        ranks.ready()
+        is_written = True
+
+    with ranks.together(f"write {path.name}"):
+        try:
+            prepared.write(own, ready)
+        except CacheFileError as error:
+            if not is_written:
+                raise
+            failure = error
+    with ranks.together(f"put the new {path.name} in the place of the old one"):
+        if failure:
+            raise failure
+
+
+def check_rank(opened: Opened, ranks: Ranks) -> str:
+    """The name of the save that a file is of. Raises CacheFileError where it is another rank's."""
+    with faults_of(opened.path):
+        told: Mapping[str, Any] = mapping(opened.options.get(_RANKS, {}), "the ranks")
+        rank, size = integer(told.get("rank", 0), "the rank"), integer(told.get("size", 1), "the ranks")
+        if (rank, size) != (ranks.rank, ranks.size):
+            raise ValueError(f"of rank {rank} of {size}, and this is rank {ranks.rank} of {ranks.size}")
+    return str(told.get("save"))
+
 
 _HEAD = "head"
 
@@ -172,3 +258,229 @@ def _slot(value: Any) -> Slot:
     if value not in (0, 1):
         raise ValueError(f"{value} is neither keys nor values")
     return 1 if value else 0
+
+
+def adopt(conversation: Conversation, foreign: Foreign) -> None:
+    """Let an empty conversation be what is in a file of mlx-lm's.
+
+    Raises:
+        CacheFileError: the file does not fit the model.
+        CacheFullError: it holds more tokens than the capacity.
+    """
+    pool = conversation.pool
+    check_room(conversation, foreign.end, foreign.path)
+    with faults_of(foreign.path):
+        if len(foreign.entries) != len(pool.leaves):
+            raise ValueError(
+                f"of another model: it has {len(foreign.entries)} layers, the model has {len(pool.leaves)}"
+            )
+        pairs = list(zip(pool.leaves, foreign.entries, strict=True))
+        for leaf, entry in pairs:
+            _check_kind(leaf, entry)
+        snapshots = [
+            _snapshot([pair for pair in pairs if pool.kinds[pair[0].index] == kind], foreign.end, pool)
+            for kind in range(len(pool.caches))
+        ]
+        check_forms(pool, snapshots)
+        check_shift(conversation, snapshots)
+        pool.restore(conversation.sequence, snapshots)
+
+
+def storage_of(foreign: Foreign) -> dict[str, Any]:
+    """Options of `make_prompt_cache` that store as the file does."""
+    for entry in foreign.entries:
+        if entry.lanes and isinstance(entry.lanes[0], Packed):
+            codec = entry.lanes[0].codec
+            return {"kv_bits": codec.bits, "kv_group_size": codec.group_size}
+    return {}
+
+
+def _check_kind(leaf: Leaf, entry: Entry) -> None:
+    if _kind(leaf.rule) != (entry.name, entry.sizes):
+        told = _kind(leaf.rule)
+        raise ValueError(
+            f"of another model: layer {leaf.name} of the model is a {told[0]} {told[1] or ''}, that of the "
+            f"file a {entry.name} {entry.sizes or ''}"
+        )
+
+
+def _kind(rule: Rule | None) -> tuple[str, tuple[int, ...]]:
+    """mlx-lm's class for a rule, and its sizes."""
+    if rule is None:
+        return "ArraysCache", ()
+    if isinstance(rule, Window):
+        return "RotatingKVCache", (rule.size + rule.sinks, rule.sinks)
+    return ("ChunkedKVCache", (rule.size,)) if isinstance(rule, Chunk) else ("KVCache", ())
+
+
+def _snapshot(pairs: Sequence[tuple[Leaf, Entry]], end: int, pool: Pool) -> Any:
+    """What one of the pool's caches is to hold."""
+    if pairs[0][0].rule is None:
+        state = {leaf.index: entry.arrays for leaf, entry in pairs}
+        return recurrent.Stream(end, {end: state}, True) if end else None
+    # Layers that the model never writes are empty.
+    written = [(leaf, entry) for leaf, entry in pairs if leaf.index in pool.forms]
+    if not written:
+        return Snapshot(end, (), {})
+    ranges = {entry.ranges for _, entry in written}
+    if len(ranges) != 1:
+        raise ValueError(f"layers of one kind hold different tokens: {sorted(ranges)}")
+    forms = {leaf.index: _form(pool.forms[leaf.index], entry.lanes) for leaf, entry in written if entry.lanes}
+    runs, at = [], 0
+    for begin, length in ranges.pop():
+        index = slice(None), slice(None), slice(at, at + length)
+        layers = {leaf.index: _at(entry.lanes, index) for leaf, entry in written if entry.lanes}
+        runs.append(Run(begin, length, layers))
+        at += length
+    return Snapshot(end, tuple(runs), forms)
+
+
+def _at(lanes: Lanes, index: tuple[slice, slice, slice]) -> Lanes:
+    return lanes[0].at(index), lanes[1].at(index)
+
+
+def _form(expected: Form | None, lanes: Lanes) -> Form:
+    """The form of lanes; packed ones do not say of which dtype they were."""
+    assert expected is not None
+    own = zip(lanes, (expected.key_dtype, expected.value_dtype), strict=True)
+    dtypes = [lane.array.dtype if isinstance(lane, Plain) else dtype for lane, dtype in own]
+    if not all(mx.issubdtype(dtype, mx.floating) for dtype in dtypes):
+        raise ValueError(f"keys and values are {dtypes[0]} and {dtypes[1]}, expected floats")
+    keys, values = lanes
+    return Form(keys.arrays[0].shape[1], keys.dim, values.dim, dtypes[0], dtypes[1])
+
+
+def loaded(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    verify: bool,
+    options: Mapping[str, Any],
+    lazy: bool = False,
+) -> tuple[Rows, Opened | None]:
+    """What is in a file, made with the file's own options where there are no others. Raises as `load`.
+
+    Args:
+        lazy: read an array when it is first needed, which only this thread can.
+    """
+    own = {name: value for name, value in options.items() if name != "group"}
+    ranks = ranks_of(options.get("group"))
+    if not ranks.is_alone:
+        return _loaded_together(path, model, tokenizer, verify, own, ranks)
+    try:
+        opened = open_file(path, verify, lazy)
+    except NotOursError:
+        foreign = read_foreign(path)
+        rows = _made(model, storage_of(foreign) | own)
+        with rows.edit(f"adopt {path.name}"):
+            adopt(rows.conversation, foreign)
+            _evaluate(rows)
+        return rows, None
+    check_rank(opened, ranks)
+    with _blamed(path, own):
+        rows = _made(model, _chosen(_saved_options(opened), own))
+    with rows.edit(f"restore {path.name}"):
+        restore(rows.conversation, opened, tokenizer)
+        if not lazy:
+            _evaluate(rows)
+    return rows, opened
+
+
+def _evaluate(rows: Rows) -> None:
+    evaluate(rows.pool.caches, rows.conversation.sequence)
+
+
+def _loaded_together(
+    path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any], ranks: Ranks
+) -> tuple[Rows, Opened]:
+    """What is in the files of all ranks, if each has its own and all are of one save."""
+    with ranks.together(f"load {path.name}"):
+        opened = open_file(path_of(path, ranks), verify)
+        save, chosen = check_rank(opened, ranks), _chosen(_saved_options(opened), options)
+    ranks.agree(f"load {opened.end} tokens of save {save}")
+    with ranks.together(f"make a cache for {path.name}"), _blamed(opened.path, options):
+        rows = _made(model, chosen, ranks)
+    with rows.edit(f"restore {path.name}"):
+        restore(rows.conversation, opened, tokenizer)
+        _evaluate(rows)
+    return rows, opened
+
+
+def _saved_options(opened: Opened) -> dict[str, Any]:
+    """Options that a file was saved with. Raises CacheFileError for what cannot be some."""
+    told = opened.options
+    with faults_of(opened.path):
+        options: dict[str, Any] = {"overflow": told.get("overflow")}
+        for name in ("capacity", "sinks", "rewind", "kv_group_size", "quantise_after"):
+            if told.get(name) is not None:
+                options[name] = integer(told[name], name)
+        if told.get("kv_bits") is not None:
+            bits = listing(told["kv_bits"], "kv_bits")
+            options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
+    return options
+
+
+def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Given options in the place of saved ones, without what these only have beside others."""
+    options = {**saved, **given}
+    if options.get("capacity") is None and saved.get("overflow") == "shift" and "overflow" not in given:
+        options["overflow"] = "error"
+    if options["overflow"] == "error" and "sinks" not in given:
+        options["sinks"] = 0
+    return options
+
+
+def _blamed(path: Path, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Options that do not suit the model are the file's fault unless some were given."""
+    return nullcontext() if given else faults_of(path, NotSupportedError)
+
+
+def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) -> Rows:
+    limits = {name: value for name, value in options.items() if name in Limits._fields}
+    storage = {name: value for name, value in options.items() if name not in Limits._fields}
+    return alone(new_conversation(model, Limits(**limits), Storage(**storage), ranks))
+
+
+def alone(conversation: Conversation) -> Rows:
+    """A conversation as the only row of a model's input."""
+    return Rows(conversation.pool, [conversation], is_batch=False)
+
+
+class _Entry(NamedTuple):
+    """What mlx-lm's `save_prompt_cache` asks of a cache."""
+
+    state: Any
+
+
+def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
+    """Write a cache list, whose entries are ours or mlx-lm's, so that mlx-lm can load it.
+
+    Raises:
+        CacheFileError: it cannot be written.
+    """
+    entries = [_loadable(entry) for entry in cache]
+    try:
+        with replacing(path) as file:
+            # MLX chooses the format by the name, and would add an ending to one that has none.
+            mlx_lm_cache.save_prompt_cache(file, entries, metadata)
+    except OSError as error:
+        raise CacheFileError(path, f"cannot be written: {error.strerror or error}") from error
+
+
+def _loadable(entry: Any) -> Any:
+    """An entry as mlx-lm's class of its name would save it."""
+    name, state = _state(entry)
+    return type(name, (_Entry,), {})(state)
+
+
+def _state(entry: Any) -> tuple[str, Any]:
+    """The class and the state that mlx-lm is to write."""
+    children = getattr(entry, "caches", None)
+    if children is not None:
+        states = [_state(child) for child in children]
+        return "CacheList", [(state, name) for name, state in states]
+    if not getattr(entry, "is_packed", False):
+        return type(entry).__name__, entry.state
+    # Many of mlx-lm's models do not take its quantised cache, of one number of bits on full attention.
+    name = "KVCache" if isinstance(entry, QuantizedKVCache) else type(entry).__name__
+    return name, entry.plain_state

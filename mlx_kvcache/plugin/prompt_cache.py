@@ -13,16 +13,13 @@ import mlx.nn as nn
 from ..arguments import size_of, token_ids, whole
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Prepared
-from .bits import KvBits, KvFloat
-from .conversation import Conversation, Limits, Overflow
-from .files import prepared
-from .layers import entries_of
-from .loading import alone, loaded, save_for_mlx_lm
-from .making import Storage, check_options, new_conversation, with_checked_options
-from .pool import Pool
+from .entries.nested import entries_of
+from .files import alone, loaded, prepared, save_for_mlx_lm, write
+from .forward.rows import Rows
+from .options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
+from .pool.conversation import Conversation, Limits, Overflow
+from .pool.pool import Pool
 from .ranks import ranks_of
-from .rows import Rows
-from .shards import write
 
 
 class PromptCache(list[Any]):

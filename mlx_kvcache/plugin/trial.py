@@ -14,17 +14,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arrays.pairs import Form
 from ..errors import NotSupportedError
-from .conversation import Conversation, Limits
-from .fingerprint import Version
-from .layers import entries_of
-from .layout import Leaf
-from .lifetimes import PerModel
-from .outputs import logits_of
-from .pool import Batching, Pool
-from .rows import Rows
-from .tokens import TokenRows
+from ..storage.buffers import Form
+from .entries.nested import entries_of
+from .forward.rows import Rows, TokenRows
+from .hosts.layout import Leaf, logits_of
+from .hosts.lifetimes import PerModel
+from .pool.conversation import Conversation, Limits
+from .pool.pool import Batching, Pool
+from .pool.weights import Version
 
 LENGTHS = (5, 2)
 """Tokens of the rows that are tried."""

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvcache.arrays.lanes import Plain, packed
-from mlx_kvcache.quantisation import Codec
+from mlx_kvcache.quantization import Codec
+from mlx_kvcache.storage.codec import Plain, packed
 
 
 @pytest.mark.parametrize("cells", [1, 383, 384, 600])

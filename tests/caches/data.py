@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvcache import Batch, CacheConfig, CausalCache
+from mlx_kvcache.caches.base import KeyValueCache
 from mlx_kvcache.caches.interface import History
-from mlx_kvcache.caches.keyvalue import KeyValueCache
 from tests.kinds import add_offsets
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_kvcache import Batch, CausalCache, ChunkedAttentionCache, SlidingWindowCache
-from mlx_kvcache.caches.keyvalue import KeyValueCache
+from mlx_kvcache.caches.base import KeyValueCache
 from tests.caches.data import column
 from tests.kinds import add_offsets
 

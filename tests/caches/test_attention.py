@@ -18,12 +18,12 @@ from mlx_kvcache import (
     SlidingWindowCache,
     attention,
 )
-from mlx_kvcache.caches import joined
-from mlx_kvcache.caches.keyvalue import KeyValueCache
-from mlx_kvcache.caches.positional import PositionalCache
-from mlx_kvcache.caches.step import Step
-from mlx_kvcache.cells.rules import Causal, Rule, visible
-from mlx_kvcache.quantisation import Codec
+from mlx_kvcache.attend import cascade as joined
+from mlx_kvcache.attend.step import Step
+from mlx_kvcache.caches.base import KeyValueCache
+from mlx_kvcache.caches.causal import PositionalCache
+from mlx_kvcache.cells.visibility import Causal, Rule, visible
+from mlx_kvcache.quantization import Codec
 from tests.kinds import SINGLE_KINDS, STORES, Kind, add_offsets
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 32, 64

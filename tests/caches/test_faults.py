@@ -12,11 +12,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvcache import Batch, CacheConfig, CacheError, CausalCache, SlidingWindowCache, WrapperCache
-from mlx_kvcache.arrays.pairs import Pair
-from mlx_kvcache.arrays.store import Store
+from mlx_kvcache.attend.step import Step
 from mlx_kvcache.caches.base import PlanningCache
-from mlx_kvcache.caches.step import Step
 from mlx_kvcache.cells.table import CellTable
+from mlx_kvcache.storage.buffers import Pair, Store
 from tests.caches.data import coded, column, fed
 from tests.fuzz.samples import feed, samples
 from tests.interrupts import Planted

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_kvcache import Batch, CausalCache, Quantisation
-from mlx_kvcache.arrays import lanes
+from mlx_kvcache.storage import codec as lanes
 
 LAYERS, TOKENS, BLOCK = 30, 2048, 256
 

@@ -22,10 +22,10 @@ from mlx_kvcache import (
     SlidingWindowCache,
     slide,
 )
-from mlx_kvcache.arrays.pairs import PackedPair
-from mlx_kvcache.caches.keyvalue import KeyValueCache
-from mlx_kvcache.caches.positional import Shift
-from mlx_kvcache.cells.rules import Window
+from mlx_kvcache.caches.base import KeyValueCache
+from mlx_kvcache.caches.causal import Shift
+from mlx_kvcache.cells.visibility import Window
+from mlx_kvcache.storage.buffers import PackedPair
 from tests.caches.data import causal, coded, column, fed, refused
 from tests.kinds import SINGLE_KINDS, Kind, add_offsets
 

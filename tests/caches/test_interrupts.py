@@ -25,8 +25,8 @@ from mlx_kvcache import (
     attention,
     slide,
 )
-from mlx_kvcache.arrays.store import cells_in
 from mlx_kvcache.cells.spans import clip
+from mlx_kvcache.storage.buffers import cells_in
 from tests.interrupts import Tracer, places
 from tests.kinds import KINDS, STORES, add_offsets
 

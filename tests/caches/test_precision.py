@@ -18,11 +18,11 @@ from mlx_kvcache import (
     SlidingWindowCache,
     attention,
 )
-from mlx_kvcache.arrays import device as devices
-from mlx_kvcache.caches import joined
-from mlx_kvcache.caches.positional import PositionalCache
-from mlx_kvcache.cells.rules import visible
-from mlx_kvcache.quantisation import Codec
+from mlx_kvcache.attend import cascade as joined
+from mlx_kvcache.caches.causal import PositionalCache
+from mlx_kvcache.cells.visibility import visible
+from mlx_kvcache.quantization import Codec
+from mlx_kvcache.storage import codec as devices
 from tests.caches.test_attention import drawn
 from tests.kinds import STORES
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvcache.arrays.lanes import Plain
-from mlx_kvcache.caches.products import weighted_sum
+from mlx_kvcache.attend.products import weighted_sum
+from mlx_kvcache.storage.codec import Plain
 
 
 def numbers(array: mx.array) -> np.ndarray:

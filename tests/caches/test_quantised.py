@@ -17,8 +17,8 @@ from mlx_kvcache import (
     attention,
     rope_shift,
 )
-from mlx_kvcache.arrays.pairs import Pair
-from mlx_kvcache.caches.positional import Shift
+from mlx_kvcache.caches.causal import Shift
+from mlx_kvcache.storage.buffers import Pair
 from tests.caches.data import coded, column, fed
 from tests.kinds import add_offsets
 

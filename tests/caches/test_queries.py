@@ -17,7 +17,7 @@ from mlx_kvcache import (
     WrapperCache,
     attention,
 )
-from mlx_kvcache.caches import joined
+from mlx_kvcache.attend import cascade as joined
 from tests.caches.data import column
 from tests.kinds import STORES
 

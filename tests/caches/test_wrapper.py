@@ -24,8 +24,7 @@ from mlx_kvcache import (
     attention,
     slide,
 )
-from mlx_kvcache.caches.base import PlanningCache
-from mlx_kvcache.caches.keyvalue import KeyValueCache
+from mlx_kvcache.caches.base import KeyValueCache, PlanningCache
 from tests.caches.data import coded, column
 from tests.kinds import add_offsets
 

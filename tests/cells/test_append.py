@@ -6,14 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_kvcache.cells.placement import (
-    Write,
-    append,
-    place,
-)
-from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window
+from mlx_kvcache.cells.placement import Write, append, place
 from mlx_kvcache.cells.spans import FOREVER, Sequence, Span
 from mlx_kvcache.cells.table import CellTable
+from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 
 
 def test_what_may_be_rewound_from_the_first_token_on() -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_kvcache.cells.compaction import compact
-from mlx_kvcache.cells.placement import (
-    Move,
-)
-from mlx_kvcache.cells.rules import Causal
+from mlx_kvcache.cells.placement import Move, compact
 from mlx_kvcache.cells.spans import Sequence, Span
 from mlx_kvcache.cells.table import CellTable
+from mlx_kvcache.cells.visibility import Causal
 
 from .ledger import Ledger
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_kvcache.cells.placement import DEAD, STEP
 from mlx_kvcache.cells.removal import rebase_all
-from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window
 from mlx_kvcache.cells.spans import FOREVER
+from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 
 from .ledger import Ledger, random_steps
 

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_kvcache.cells.placement import (
-    DEAD,
-    SMALL_STEP,
-    STEP,
-    Placement,
-    Write,
-    append,
-    capacity_for,
-    place,
-)
-from mlx_kvcache.cells.rules import Causal, Rule, Window
+from mlx_kvcache.cells.placement import DEAD, SMALL_STEP, STEP, Placement, Write, append, capacity_for, place
 from mlx_kvcache.cells.spans import Sequence, Span
 from mlx_kvcache.cells.table import CellTable
+from mlx_kvcache.cells.visibility import Causal, Rule, Window
 from mlx_kvcache.errors import CacheFullError, NotSupportedError
 
 

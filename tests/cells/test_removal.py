@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mlx_kvcache.cells.removal import Rebased, Removal, Target, drop_tail, remove_range
-from mlx_kvcache.cells.rules import Causal, Chunk, Window
 from mlx_kvcache.cells.spans import Sequence, Span
 from mlx_kvcache.cells.table import CellTable
+from mlx_kvcache.cells.visibility import Causal, Chunk, Window
 from mlx_kvcache.errors import CacheFullError, NotSupportedError
 
 

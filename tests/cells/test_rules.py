@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window, visible
+from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window, visible
 
 CASES: list[tuple[Rule, list[set[int]]]] = [
     (Causal(), [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}]),

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_kvcache.cells.rules import Causal, Chunk, Rule, Window, visible
 from mlx_kvcache.cells.spans import (
     EMPTY,
     FOREVER,
@@ -26,6 +25,7 @@ from mlx_kvcache.cells.spans import (
     seen_from,
     union,
 )
+from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window, visible
 
 RULES = st.sampled_from([Causal(), Window(1), Window(3), Window(4, 2), Window(5, 1), Chunk(1), Chunk(4)])
 exhaustive = settings(max_examples=100, deadline=None, derandomize=True, database=None)

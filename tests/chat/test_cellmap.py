@@ -5,9 +5,9 @@ from __future__ import annotations
 from examples.chat.events import Seen
 from examples.chat.tree import Cost
 from examples.chat.ui import cellmap, strip
-from mlx_kvcache.cells.rules import Causal, Window
+from mlx_kvcache.cells.visibility import Causal, Window
 from mlx_kvcache.plugin import Holding
-from mlx_kvcache.plugin.holdings import Span
+from mlx_kvcache.plugin.pool.inspection import Span
 
 FULL = Holding(
     Causal(), 2, {1: 16, 2: 8}, runs={7: (Span(1, 0, 0, 10),), 8: (Span(1, 0, 0, 6), Span(2, 0, 6, 3))}

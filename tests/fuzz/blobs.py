@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_kvcache.persist.container import Stored
-from mlx_kvcache.persist.head import CHECKSUM, DIGEST, FORMAT, METADATA, VERSION, digest
+from mlx_kvcache.persist.header import CHECKSUM, DIGEST, FORMAT, METADATA, VERSION, digest
 
 
 def framed(text: bytes, body: bytes) -> bytes:

@@ -14,9 +14,9 @@ from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_kvcache import CacheError, CacheFileError, CacheFullError
 from mlx_kvcache.persist.container import Stored, read_arrays, read_contents
-from mlx_kvcache.persist.head import METADATA
+from mlx_kvcache.persist.header import METADATA
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
-from mlx_kvcache.plugin.foreign import read_foreign
+from mlx_kvcache.plugin.hosts.mlx_lm_files import read_foreign
 from tests.plugin.files.make import path_of
 
 from .blobs import own_file, plain_file, split

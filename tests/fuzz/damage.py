@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mlx_kvcache.persist.container import Stored
-from mlx_kvcache.persist.head import SIZES
+from mlx_kvcache.persist.header import SIZES
 
 NUMBERS = (-1, 0, 1, 2, 3, 4, 5, 8, 16, 31, 32, 64, 2**31 - 1, 2**31, 2**40, 2**40 + 1, 2**63, 10**30)
 TEXTS = (

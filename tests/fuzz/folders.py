@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.persist.folder import Found, PrefixFolder
+from mlx_kvcache.persist.disk_cache import Found, PrefixFolder
 
 from .bounds import folder
 from .target import drawn

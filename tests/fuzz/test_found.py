@@ -29,9 +29,9 @@ from mlx_kvcache import (
 )
 from mlx_kvcache.persist import save
 from mlx_kvcache.persist.container import Stored
-from mlx_kvcache.persist.folder import PrefixFolder
+from mlx_kvcache.persist.disk_cache import PrefixFolder
 from mlx_kvcache.plugin import Many, PromptCache, make_prompt_cache, make_session_pool
-from mlx_kvcache.plugin.foreign import read_foreign
+from mlx_kvcache.plugin.hosts.mlx_lm_files import read_foreign
 
 from .blobs import own_file, plain_file
 from .conversations import ours, theirs

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_kvcache.persist.atomic import replacing
-from mlx_kvcache.persist.folder import Found, PrefixFolder
+from mlx_kvcache.persist.disk_cache import Found, PrefixFolder
 
 SIZE = 2000
 PLENTY = 10**9

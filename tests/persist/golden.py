@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_kvcache import Batch, CausalCache, Quantisation, RecurrentCache, SlidingWindowCache, WrapperCache
 from mlx_kvcache.persist import save
-from mlx_kvcache.persist.head import VERSION
+from mlx_kvcache.persist.header import VERSION
 
 FOLDER = Path(__file__).with_name("files")
 TOKENS = range(7, 47)

@@ -17,7 +17,7 @@ import pytest
 
 from mlx_kvcache import CacheFileError
 from mlx_kvcache.persist.container import NotOursError, read_arrays, read_contents
-from mlx_kvcache.persist.head import MOST, digest
+from mlx_kvcache.persist.header import MOST, digest
 
 from .samples import assert_same, few, load
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.prefixes import PrefixTree
+from mlx_kvcache.radix_tree import PrefixTree
 from tests.persist.filing import (
     SIZE,
     check_all,

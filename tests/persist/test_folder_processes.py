@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_kvcache.persist.folder import PrefixFolder
+from mlx_kvcache.persist.disk_cache import PrefixFolder
 from tests.persist.filing import (
     PLENTY,
     ROOT,

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvcache import Batch, NotSupportedError
-from mlx_kvcache.caches.positional import PositionalCache
+from mlx_kvcache.caches.causal import PositionalCache
 from mlx_kvcache.persist import save
 
 

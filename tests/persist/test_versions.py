@@ -11,8 +11,8 @@ import pytest
 
 from mlx_kvcache.persist import load
 from mlx_kvcache.persist.container import read_contents
-from mlx_kvcache.persist.folder import PrefixFolder
-from mlx_kvcache.persist.head import VERSION
+from mlx_kvcache.persist.disk_cache import PrefixFolder
+from mlx_kvcache.persist.header import VERSION
 from mlx_kvcache.persist.index import VERSION as TABLES_VERSION
 
 from .golden import FOLDER, MODEL, TOKENS, empty, feed, filled, place, write

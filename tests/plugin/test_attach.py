@@ -15,7 +15,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as mlx_lm_cache
 
-from mlx_kvcache.plugin import PromptCache, attach, detach, ragged
+from mlx_kvcache.plugin import PromptCache, attach, detach
+from mlx_kvcache.plugin.hosts import handles as ragged
 from tests.plugin.tiny import tiny_llama
 
 ORIGINAL = mlx_lm_cache.make_prompt_cache

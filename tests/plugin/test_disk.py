@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, CacheFileError
 from mlx_kvcache.plugin import make_session_pool
-from mlx_kvcache.prefixes import PrefixTree
+from mlx_kvcache.radix_tree import PrefixTree
 from mlx_kvcache.sessions import SessionPool
 from tests.interrupts import Planted
 from tests.plugin.configurations import build

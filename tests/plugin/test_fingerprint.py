@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_kvcache import CacheError, CacheFileError
-from mlx_kvcache.plugin import PromptCache, fingerprint, make_prompt_cache, make_session_pool
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool
+from mlx_kvcache.plugin.pool import weights as fingerprint
 from tests.plugin.configurations import build
 from tests.plugin.running import logits_of
 from tests.plugin.test_disk import TEXT, say

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, CacheFileError
 from mlx_kvcache.plugin import PromptCache, attach, make_prompt_cache
-from mlx_kvcache.plugin.foreign import read_foreign
+from mlx_kvcache.plugin.hosts.mlx_lm_files import read_foreign
 from tests.plugin.configurations import DIFFERS_IN_BLOCKS, build
 from tests.plugin.files.make import path_of
 from tests.plugin.running import difference, logits_of

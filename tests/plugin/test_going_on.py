@@ -12,7 +12,8 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheFullError
-from mlx_kvcache.plugin import PromptCache, forward, make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache
+from mlx_kvcache.plugin.forward import forward
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_kvcache.cells.rules import Causal, Window
+from mlx_kvcache.cells.visibility import Causal, Window
 from mlx_kvcache.plugin import holdings, make_prompt_cache
 from tests.plugin.configurations import build
 from tests.plugin.running import logits_of

@@ -18,8 +18,8 @@ from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import Generated, Many, PromptCache, make_prompt_cache, make_session_pool
-from mlx_kvcache.session import Session
 from mlx_kvcache.sessions import SessionPool
+from mlx_kvcache.sessions.session import Session
 from tests.interrupts import Tracer, places
 from tests.plugin.configurations import build
 from tests.plugin.tiny import tiny_llama

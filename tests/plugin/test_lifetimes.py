@@ -15,18 +15,11 @@ import mlx.nn as nn
 import pytest
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.plugin import (
-    Many,
-    PromptCache,
-    attach,
-    detach,
-    make_prompt_cache,
-    observe,
-    pool,
-    probe,
-    trial,
-)
-from mlx_kvcache.plugin.lifetimes import PerModel
+from mlx_kvcache.plugin import Many, PromptCache, attach, detach, make_prompt_cache, trial
+from mlx_kvcache.plugin.hosts import observe
+from mlx_kvcache.plugin.hosts.lifetimes import PerModel
+from mlx_kvcache.plugin.pool import pool
+from mlx_kvcache.plugin.rope import probe
 from tests.plugin.configurations import build
 from tests.plugin.running import logits_of
 from tests.plugin.tiny import tiny_gpt2, tiny_llama

@@ -12,9 +12,9 @@ import pytest
 from mlx_lm.models import ministral3
 
 from mlx_kvcache import CacheFullError, NotSupportedError
-from mlx_kvcache.plugin import conversation as conversation_module
 from mlx_kvcache.plugin import make_prompt_cache
-from mlx_kvcache.plugin.probe import scheme_of
+from mlx_kvcache.plugin.pool import conversation as conversation_module
+from mlx_kvcache.plugin.rope.probe import scheme_of
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import randomised, tiny_deepseek_v3, tiny_gpt2, tiny_llama

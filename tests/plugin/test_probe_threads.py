@@ -12,7 +12,8 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 
-from mlx_kvcache.plugin import make_prompt_cache, probe
+from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin.rope import probe
 from tests.plugin.configurations import build
 from tests.plugin.running import logits_of
 from tests.plugin.tiny import tiny_deepseek_v3, tiny_gpt2, tiny_llama

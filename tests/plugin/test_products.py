@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from mlx_kvcache.caches.products import attend_single
-from mlx_kvcache.plugin import make_prompt_cache, ragged
+from mlx_kvcache.attend.products import attend_single
+from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin.hosts import handles as ragged
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
 
@@ -20,7 +21,7 @@ TEXT = [(5 * i + i * i) % 97 for i in range(400)]
 @pytest.mark.parametrize("block", [1, 129, 400])
 def test_both_ways_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)
-    monkeypatch.setattr("mlx_kvcache.arrays.device.is_cpu", lambda: False)
+    monkeypatch.setattr("mlx_kvcache.storage.codec.is_cpu", lambda: False)
     assert difference(ours, logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)) <= 2e-5
 
 

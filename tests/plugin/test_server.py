@@ -12,10 +12,10 @@ from mlx_lm.models import mamba2
 from mlx_lm.utils import save_config, save_model
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.plugin.layers.base import Layer
-from mlx_kvcache.plugin.layers.keyvalue import KeyValueLayer
-from mlx_kvcache.plugin.pool import Pool
-from mlx_kvcache.plugin.rows import Rows
+from mlx_kvcache.plugin.entries.base import Layer
+from mlx_kvcache.plugin.entries.keyvalue import KeyValueLayer
+from mlx_kvcache.plugin.forward.rows import Rows
+from mlx_kvcache.plugin.pool.pool import Pool
 from tests.folders import written
 from tests.plugin.serving import Answer, Client, served
 

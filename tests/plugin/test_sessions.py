@@ -13,8 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
-from mlx_kvcache.session import Session
 from mlx_kvcache.sessions import SessionPool
+from mlx_kvcache.sessions.session import Session
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_gpt2, tiny_llama

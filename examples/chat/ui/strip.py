@@ -14,7 +14,7 @@ from ..tree import Message
 
 if TYPE_CHECKING:
     # The screen comes before mlx-lm, which takes seconds to import.
-    from mlx_kvcache.cells.rules import Rule
+    from mlx_kvcache.cells.visibility import Rule
     from mlx_kvcache.plugin import Holding
 
 ROLES = {"system": "#8b5cf6", "user": "#3b82f6", "assistant": "#10b981"}

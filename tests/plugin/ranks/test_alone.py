@@ -10,8 +10,7 @@ import pytest
 
 from mlx_kvcache import CacheFileError, RanksDisagreeError
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
-from mlx_kvcache.plugin.ranks import ALONE, ranks_of
-from mlx_kvcache.plugin.records import RECORD, by_rank, decoded, encoded, told_tokens
+from mlx_kvcache.plugin.ranks import ALONE, RECORD, by_rank, decoded, encoded, ranks_of, told_tokens
 from tests.plugin.tiny import tiny_llama
 
 

@@ -1,0 +1,95 @@
+"""Attention to a run of keys that several sequences share, without copying it.
+
+All queries that see the run go through one product with it, each sequence's own keys through a
+small one. The two results are joined by the sums of their exponentials, as blocks of keys are in
+"FlashAttention" (arXiv 2205.14135), and shared prefixes in "Hydragen" (arXiv 2402.05099).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..storage.buffers import Cells, Lanes, cells_of
+from .part import Attending, Part, take
+from .products import scores_of, weighted_sum
+from .step import Step
+
+LONG = 256
+"""Keys that are at least saved from being copied or read again, for the joining to be worth it."""
+
+
+class Member(NamedTuple):
+    """A sequence's queries, and the cells beyond the shared run that they see."""
+
+    part: Part
+    rest: list[Cells]
+
+
+class Shared(NamedTuple):
+    """A run of cells that all queries of its members see whole."""
+
+    run: Cells
+    members: list[Member]
+
+
+def shared_runs(step: Step) -> list[Shared]:
+    """The runs of a step that are better attended by joining."""
+    groups: dict[tuple[int, int, int], list[Part]] = {}
+    for part in step.parts:
+        if part.cells and step.sees_whole(part):
+            segment, _, index = part.cells[0]
+            groups.setdefault((segment, index[2].start, part.ranges[0][0]), []).append(part)
+    found = []
+    for (segment, start, _), parts in groups.items():
+        # New keys stay in the rest, so that its mask is that of a plain causal block.
+        stop = min(min(part.cells[0][1], start + part.begin - part.ranges[0][0]) for part in parts)
+        size = stop - start
+        copied = sum(len(part.ranges) > 1 for part in parts)
+        if size > 0 and size * max(copied, len(parts) - 1) >= LONG:
+            members = [Member(part, _beyond(part, stop)) for part in parts]
+            found.append(Shared(cells_of(segment, start, stop), members))
+    return found
+
+
+def attend_joined(step: Step, layer: int, shared: Shared, given: Attending) -> list[mx.array]:
+    """Each member's output (1, n_heads, its tokens, value_dim)."""
+    groups = step.store.layers[layer].form.heads
+    run = step.stored(layer, [shared.run])
+    queries = [take(given.queries, member.part.rows) * given.scale for member in shared.members]
+    together = mx.concatenate(queries, axis=2) if len(queries) > 1 else queries[0]
+    run_out, run_sum = _attend(together, run, groups, causal=False)
+    outputs, start = [], 0
+    for (part, rest), own in zip(shared.members, queries, strict=True):
+        stop = start + own.shape[2]
+        own_out, own_sum = _attend(own, step.lanes(layer, part, rest), groups, causal=own.shape[2] > 1)
+        out, total = (
+            (run_out[:, :, start:stop], run_sum[:, :, start:stop]) if len(queries) > 1 else (run_out, run_sum)
+        )
+        # In 16 bits a weight near 1 would lose what the own keys add.
+        weight = mx.sigmoid(total - own_sum)
+        outputs.append((own_out + weight * (out - own_out)).astype(given.queries.dtype))
+        start = stop
+    return outputs
+
+
+def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -> tuple[mx.array, mx.array]:
+    """Outputs (1, n_heads, n, value_dim) and the logarithms of their sums (1, n_heads, n, 1), in float32."""
+    _, heads, n, _ = queries.shape
+    # The query heads of a group are rows of one product.
+    scores = scores_of(queries.reshape(1, groups, -1, queries.shape[3]), pieces)
+    if causal:
+        size = scores.shape[3]
+        seen = mx.arange(size) <= mx.arange(size - n, size)[:, None]
+        scores = mx.where(mx.tile(seen, (heads // groups, 1)), scores, -mx.inf)
+    total = mx.logsumexp(scores.astype(mx.float32), axis=-1, keepdims=True)
+    out = weighted_sum(mx.softmax(scores, axis=-1, precise=True), pieces)
+    return out.astype(mx.float32).reshape(1, heads, n, -1), total.reshape(1, heads, n, 1)
+
+
+def _beyond(part: Part, stop: int) -> list[Cells]:
+    """A part's cells without the first run's up to `stop`."""
+    segment, end, _ = part.cells[0]
+    first = [cells_of(segment, stop, end)] if stop < end else []
+    return first + part.cells[1:]

@@ -1,0 +1,102 @@
+"""Attention by run: each sequence on its own history, and each stretch of a block on what it sees."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..storage import codec
+from .cascade import attend_joined, shared_runs
+from .part import Attending, Part, take
+from .products import attend_all, attend_single
+from .step import Step
+
+
+def attend(step: Step, layer: int, given: Attending) -> mx.array:
+    """Put, unless keys and values are None, and attend; (1, n_heads, n, value_dim) in batch order."""
+    if given.keys is not None and given.values is not None:
+        if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
+            history = step.exchange(layer, given.keys, given.values)
+            if step.is_decoding and given.sinks is None and codec.is_cpu():
+                return attend_single(given.queries, *history, given.scale)
+            return _stretches(step, step.parts[0], given.queries, history, given)
+        step.put(layer, given.keys, given.values)
+    step.check_put(layer)
+    found: dict[int, mx.array] = {}
+    if given.sinks is None:
+        for shared in step.once(shared_runs):
+            outputs = attend_joined(step, layer, shared, given)
+            found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
+        left = [part for part in step.parts if part.sequence not in found]
+        if single := _decodes(step, layer, left):
+            outputs = _decoded(step, layer, single, given)
+            if len(single) == step.n:
+                return _in_batch_order(step, outputs, given)
+            shape = 1, given.queries.shape[1], 1, -1
+            found |= {p.sequence: out.reshape(shape) for p, out in zip(single, outputs, strict=True)}
+    for part in step.parts:
+        if part.sequence not in found:
+            queries, history = take(given.queries, part.rows), step.history(layer, part)
+            found[part.sequence] = _stretches(step, part, queries, history, given)
+    if len(found) == 1 and step.parts[0].rows is None:
+        return found[step.parts[0].sequence]
+    outputs = [found[part.sequence] for part in step.parts]
+    back = step.once(_batch_order)
+    joined = mx.concatenate(outputs, axis=2)
+    return joined if back is None else mx.take(joined, back, axis=2)
+
+
+def _batch_order(step: Step) -> mx.array | None:
+    """Where each of the batch's tokens is, part by part; None where that is their order."""
+    order = [index for part in step.parts for index in part.indices]
+    back = sorted(range(step.n), key=order.__getitem__)
+    return None if back == list(range(step.n)) else mx.array(back)
+
+
+def _is_packed(step: Step, layer: int, part: Part) -> bool:
+    """Whether MLX's own attention would first need what a part sees in float."""
+    return step.store.layers[layer].form.is_packed and step.is_packed(part)
+
+
+def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
+    """Parts with a single query that are faster without MLX's own attention."""
+    if not step.is_decoding:
+        return []
+    if codec.is_cpu():
+        return left
+    return [part for part in left if _is_packed(step, layer, part)]
+
+
+def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:
+    """Outputs (1, n_kv_heads, m, value_dim) of single queries, from lanes as they are stored."""
+    _, heads, n, dim = given.queries.shape
+    groups = step.store.layers[layer].form.heads
+    # The query heads of a group are rows of one product.
+    rows = (given.queries * given.scale).swapaxes(1, 2).reshape(n, groups, heads // groups, dim)
+    each, dtype = mx.split(rows, n), given.queries.dtype
+    return [
+        attend_all(each[part.indices[0]], step.lanes(layer, part, part.cells)).astype(dtype) for part in parts
+    ]
+
+
+def _in_batch_order(step: Step, outputs: list[mx.array], given: Attending) -> mx.array:
+    """Outputs of single queries, one for each part, as (1, n_heads, n, value_dim)."""
+    by_index = dict(zip((part.indices[0] for part in step.parts), outputs, strict=True))
+    joined = mx.concatenate([by_index[index] for index in range(step.n)])
+    return joined.reshape(1, step.n, given.queries.shape[1], -1).swapaxes(1, 2)
+
+
+def _stretches(
+    step: Step, part: Part, queries: mx.array, history: tuple[mx.array, mx.array], given: Attending
+) -> mx.array:
+    """A long block attends in stretches: what a window or a chunk hides is then never multiplied."""
+    sdpa, (keys, values) = mx.fast.scaled_dot_product_attention, history
+    scale, sinks = given.scale, given.sinks
+    stretches = step.stretches(part)
+    if len(stretches) == 1:
+        out = sdpa(queries, keys, values, scale=scale, mask=stretches[0].mask, sinks=sinks)
+        return out.astype(queries.dtype)
+    outputs = [
+        sdpa(queries[:, :, q], keys[:, :, k], values[:, :, k], scale=scale, mask=mask, sinks=sinks)
+        for q, k, mask in stretches
+    ]
+    return mx.concatenate(outputs, axis=2).astype(queries.dtype)

@@ -1,0 +1,67 @@
+"""A worst case that is allocated and thrown away, so that what cannot fit fails early."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..attend.part import Attending
+from ..batch import Batch, CacheConfig
+from ..cells.table import CellTable
+from ..cells.visibility import Causal, Chunk, Rule
+from ..errors import CacheError
+from ..storage.buffers import Store
+from ..storage.masks import Mask
+
+
+class Reservation:
+    """Takes the place of a step after `start_forward(reserve=True)`."""
+
+    def __init__(self, batch: Batch, rule: Rule, config: CacheConfig, store: Store, table: CellTable) -> None:
+        self.n = len(batch)
+        self._config = config
+        self._store = store
+        self._room = room = table.room
+        # Short sequences may fill the room in float, if they are to stay so for a while.
+        self._is_packed = not table.pack_after
+        self._pairs: dict[int, tuple[mx.array, mx.array]] = {}
+        worst = room
+        if not isinstance(rule, Causal):
+            before = rule.size - 1 + (0 if isinstance(rule, Chunk) else rule.sinks)
+            worst = min(room, before * len(batch.rows) + self.n)
+        self._size = max(worst, self.n)
+
+    def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Allocate and evaluate the layer's whole room."""
+        buffers = self._store.layers.get(layer)
+        form = buffers.form if buffers else self._store.form_for(layer, keys, values)
+        form.checked(self.n, layer, keys, values)
+        lanes = form.zeros(max(self._room, self._size), self._is_packed)
+        mx.eval([lane.arrays for lane in lanes])
+        index = slice(None), slice(None), slice(self._size)
+        self._pairs[layer] = form.decoded((lanes[0].at(index), lanes[1].at(index)))
+
+    def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
+        if layer not in self._pairs:
+            raise CacheError(f"layer {layer} has had no put in this batch")
+        size = self._size + -self._size % self._config.padding
+        keys, values = self._pairs[layer]
+        if size > self._size:
+            keys, values = (
+                mx.pad(array, [(0, 0), (0, 0), (0, size - self._size), (0, 0)]) for array in (keys, values)
+            )
+        dtype = self._config.mask_dtype
+        mask = mx.ones((self.n, size), mx.bool_) if dtype is None else mx.zeros((self.n, size), dtype)
+        return keys, values, mask
+
+    def attend(self, layer: int, given: Attending) -> mx.array:
+        """`put`, unless keys and values are None, and attention to the worst case."""
+        if given.keys is not None and given.values is not None:
+            self.put(layer, given.keys, given.values)
+        keys, values, mask = self.get(layer)
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            # Additive masks are for others; MLX wants those of its attention in the type of the result.
+            mask = mask.astype(given.queries.dtype)
+        out = mx.fast.scaled_dot_product_attention(
+            given.queries, keys, values, scale=given.scale, mask=mask, sinks=given.sinks
+        )
+        return out.astype(given.queries.dtype)

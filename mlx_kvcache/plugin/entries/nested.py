@@ -1,0 +1,121 @@
+"""Entries that are several layers in one.
+
+Making the entries of a cache list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..forward.rows import Rows
+from ..hosts.layout import Entry, Leaf
+from ..hosts.observe import Observable
+from .arrays import ArraysCache
+from .base import check_ours
+from .keyvalue import layer_of
+
+
+class CacheList(Observable):
+    """Several layers as one entry of a model's cache list."""
+
+    caches: tuple[Any, ...] = ()
+
+    def __init__(self, *caches: Any) -> None:
+        self.caches = caches
+        self.rows: Rows = caches[0].rows
+
+    def served_by(self, rows: Rows) -> CacheList:
+        """The same entry of other rows."""
+        return type(self)(*(cache.served_by(rows) for cache in self.caches))
+
+    def __getitem__(self, idx: int) -> Any:
+        return self.caches[idx]
+
+    @property
+    def offset(self) -> Any:
+        """Where the model's RoPE goes on."""
+        return self.caches[0].offset
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheList:
+        """As `KeyValueLayer.to_quantized`, of those that hold keys and values."""
+        return type(self)(
+            *(
+                cache.to_quantized(group_size, bits) if hasattr(cache, "to_quantized") else cache
+                for cache in self.caches
+            )
+        )
+
+    def is_trimmable(self) -> bool:
+        return all(cache.is_trimmable() for cache in self.caches)
+
+    def trim(self, n: int) -> int:
+        """As `Layer.trim`."""
+        dropped: list[int] = [cache.trim(n) for cache in self.caches]
+        return max(dropped)
+
+    def size(self) -> int:
+        sizes: list[int] = [cache.size() for cache in self.caches]
+        return max(sizes)
+
+    def empty(self) -> bool:
+        return all(cache.empty() for cache in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def state(self) -> Any:
+        """What mlx-lm's class of this name would have."""
+        return [(cache.state, type(cache).__name__) for cache in self.caches]
+
+    def filter(self, batch_indices: Any) -> None:
+        """As `Layer.filter`."""
+        for cache in self.caches:
+            cache.filter(batch_indices)
+
+    def extend(self, other: CacheList) -> None:
+        """As `Layer.extend`."""
+        check_ours(other, CacheList)
+        for cache, more in zip(self.caches, other.caches, strict=True):
+            cache.extend(more)
+
+    def extract(self, idx: int) -> CacheList:
+        """As `Layer.extract`."""
+        return type(self)(*(cache.extract(idx) for cache in self.caches))
+
+    def prepare(self, **padding: Any) -> None:
+        """As `Layer.prepare`."""
+        for cache in self.caches:
+            cache.prepare(**padding)
+
+    def finalize(self) -> None:
+        """As `Layer.finalize`."""
+        for cache in self.caches:
+            cache.finalize()
+
+    def merge(self, caches: Sequence[CacheList]) -> CacheList:
+        """As `Layer.merge`."""
+        for cache in caches:
+            check_ours(cache, CacheList)
+        return type(self)(
+            *(own.merge([other.caches[i] for other in caches]) for i, own in enumerate(self.caches))
+        )
+
+    def __repr__(self) -> str:
+        return f"CacheList({', '.join(map(repr, self.caches))})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheList:
+        return type(self)(*(cache.__deepcopy__(memo) for cache in self.caches))
+
+
+def entries_of(rows: Rows) -> list[Any]:
+    """One object for each entry of the model's cache list."""
+    return [_entry(rows, entry) for entry in rows.pool.layout.entries]
+
+
+def _entry(rows: Rows, entry: Entry) -> Any:
+    if isinstance(entry, Leaf):
+        return layer_of(rows, entry) if entry.rule else ArraysCache(rows, entry)
+    return CacheList(*(_entry(rows, child) for child in entry))

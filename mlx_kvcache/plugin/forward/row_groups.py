@@ -1,0 +1,100 @@
+"""Calling a model row by row where its rows cannot share an input.
+
+Recurrences read every column, and only some of mlx-lm's take a mask for padding. So rows that
+differ in padding, or in the shapes of their states, go through the model in calls of their own.
+So do all rows of a model that gives other results for a batch than for its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from ..hosts.layout import joined
+from ..hosts.observe import Call, Caller, is_cache
+from ..pool.conversation import Conversation
+from ..pool.pool import Pool
+from .forward import Columns, newest
+
+
+class Divisible(Caller, Protocol):
+    """The rows of one input, of which some can be called alone."""
+
+    pool: Pool
+    conversations: list[Conversation]
+
+    def subset(self, members: Sequence[int]) -> Divisible: ...
+
+
+def groups(rows: Divisible, columns: Sequence[Columns]) -> dict[object, list[int]]:
+    """Rows that can share an input, by what they have in common. Those without tokens are left out."""
+    found: dict[object, list[int]] = {}
+    for row, (first, stop) in enumerate(columns):
+        if first < stop:
+            own = row if rows.pool.batching == "apart" else _form(rows, row)
+            found.setdefault((first, stop, own), []).append(row)
+    return found
+
+
+def is_one_input(
+    rows: Divisible, together: Mapping[object, list[int]], columns: Sequence[Columns], n: int
+) -> bool:
+    """Whether all rows are alike, without padding, and the model takes them as a batch, be it of one."""
+    all_alike = len(together) == 1 and len(next(iter(together.values()))) == len(columns)
+    return rows.pool.batching != "apart" and all_alike and columns[0] == (0, n)
+
+
+def run_apart(
+    rows: Divisible,
+    together: Mapping[object, list[int]],
+    columns: Sequence[Columns],
+    n: int,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call the model once for each group; the outputs of padding are zeros."""
+    outputs = []
+    for members in together.values():
+        first, stop = columns[members[0]]
+        some = rows.subset(members)
+        given = functools.partial(_of_rows, some, members, (first, stop))
+        named = {name: given(value) for name, value in kwargs.items()}
+        outputs.append(some.run(rows.pool.living_model, call, tuple(map(given, args)), named))
+    return joined(outputs, lambda arrays: _in_place(arrays, list(together.values()), columns, n))
+
+
+def _in_place(
+    arrays: Sequence[mx.array], groups_of: Sequence[list[int]], columns: Sequence[Columns], n: int
+) -> mx.array:
+    """The groups' arrays (members, own columns, ...) as one of all rows and columns."""
+    found: dict[int, mx.array] = {}
+    for array, members in zip(arrays, groups_of, strict=True):
+        first, stop = columns[members[0]]
+        edges = [(0, 0), (first, n - stop)] + [(0, 0)] * (array.ndim - 2)
+        for index, row in enumerate(members):
+            found[row] = mx.pad(array[index : index + 1], edges)
+    like = next(iter(found.values()))
+    return mx.concatenate([found.get(row, mx.zeros_like(like)) for row in range(len(columns))])
+
+
+def _of_rows(rows: Divisible, members: Sequence[int], columns: Columns, argument: Any) -> Any:
+    """An argument of the model's call as these members are given it."""
+    if is_cache(argument):
+        return [entry.served_by(rows) for entry in argument]
+    if isinstance(argument, mx.array) and argument.ndim >= 2:
+        return argument[mx.array(list(members)), columns[0] : columns[1]]
+    return argument
+
+
+def _form(rows: Divisible, row: int) -> tuple[object, ...]:
+    """The shapes of a row's recurrent arrays."""
+    conversation = rows.conversations[row]
+    return tuple(
+        tuple(None if array is None else array.shape for array in newest(conversation, leaf))
+        for leaf in rows.pool.leaves
+        if leaf.rule is None
+    )

@@ -1,0 +1,109 @@
+"""Attention of a batch's rows, each on its own keys: no padding, no copies, mostly no masks.
+
+mlx-lm's models pass what `update_and_fetch` and `make_mask` give them on to
+`scaled_dot_product_attention`, and most of them do nothing else with it. Those are given
+handles, which stand for the rows' histories, and the function in their modules is replaced by
+one that attends where it meets a handle. A handle can do nothing else, so that a model which
+needs arrays shows it when it is tried.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base as mlx_lm_base
+
+from ...attend.products import STRETCH, attend_causal, attend_single
+from ...storage import codec
+from .layout import Leaf
+from .observe import Observable
+
+_NAME = "scaled_dot_product_attention"
+_original = mlx_lm_base.scaled_dot_product_attention
+_users: dict[str, set[object]] = {}
+"""For each of mlx-lm's modules, by name, every `serve` that is not over."""
+
+
+class Attends(Protocol):
+    """A forward that can attend by itself."""
+
+    def attend(
+        self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array: ...
+
+
+class Ragged:
+    """Keys or values of a leaf in a forward of several rows."""
+
+    __slots__ = ("forward", "leaf")
+
+    def __init__(self, forward: Attends, leaf: Leaf) -> None:
+        self.forward = forward
+        self.leaf = leaf
+
+
+class RaggedMask:
+    """Who sees whom, by the rule of a leaf; `window_size` narrows it as in `make_mask`."""
+
+    __slots__ = ("leaf", "window_size")
+
+    def __init__(self, leaf: Leaf, window_size: int | None) -> None:
+        self.leaf = leaf
+        self.window_size = window_size
+
+
+def attend(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any = None,
+    scale: float = 1.0,
+    mask: Any = None,
+    sinks: mx.array | None = None,
+    **more: Any,
+) -> mx.array:
+    """Stands in for `mlx_lm.models.base.scaled_dot_product_attention`."""
+    if isinstance(keys, Ragged):
+        return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
+    if sinks is None and isinstance(cache, Observable) and codec.is_cpu():
+        if mask is None and queries.shape[0] == queries.shape[2] == 1:
+            return attend_single(queries, keys, values, scale)
+        if isinstance(mask, str) and queries.shape[2] > STRETCH:
+            return attend_causal(queries, keys, values, scale)
+    result: mx.array = _original(
+        queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more
+    )
+    return result
+
+
+def serve(model: nn.Module) -> Callable[[], None]:
+    """Let the modules of a model attend to handles, until what is returned is called.
+
+    Finalizers may call that: it takes no lock, does not keep the model alive, and may be called twice.
+    """
+    user, names = object(), {type(module).__module__ for module in model.modules()}
+    for name in names:
+        _users.setdefault(name, set()).add(user)
+        _bind(name)
+
+    def leave() -> None:
+        for name in names:
+            _users[name].discard(user)
+            _bind(name)
+
+    return leave
+
+
+def _bind(name: str) -> None:
+    """Let a module have the function that its users need, unless somebody else has replaced it."""
+    module = sys.modules.get(name)
+    while True:
+        old, new = (_original, attend) if _users[name] else (attend, _original)
+        if getattr(module, _NAME, None) is not old:
+            return
+        # Another thread may change the users meanwhile, so look again.
+        setattr(module, _NAME, new)

@@ -1,0 +1,235 @@
+"""mlx-lm's store of prompt caches, for caches that know exactly where they can go on.
+
+`LRUPromptCache` asks a cache whether it can be trimmed, but not by how much. A window cannot be
+trimmed by any number, and a recurrence by some. So a stored cache is used up to the newest
+position that it can go on from, and shorter prefixes are kept where a longer cache cannot go
+back to them. Caches that are not of this package are served as mlx-lm serves them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ...errors import CacheError
+from ...radix_tree import PrefixTree
+from ..forward.rows import Rows
+from ..hosts.observe import Observable
+
+LRUPromptCache = mlx_lm_cache.LRUPromptCache
+original_fetch = LRUPromptCache.fetch_nearest_cache
+original_insert = LRUPromptCache.insert_cache
+
+CANDIDATES = 32
+"""Stored caches that are asked how far they can go back, at most."""
+
+_loaded: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+"""For each store whose models are known: the models that are loaded now."""
+
+
+def note_models(store: Any, models: Iterable[Any]) -> None:
+    """Say which models a store serves from now on: caches of others are dropped."""
+    _loaded[store] = [weakref.ref(model) for model in models]
+
+
+def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+    """Stands in for `LRUPromptCache.fetch_nearest_cache`: a fork of what serves the longest prefix.
+
+    At least one token is always left to compute, without which there is nothing to sample from.
+    """
+    index = _indexed(self)
+    _drop_stale(self)
+    matches = islice(index.matches(model, tokens), CANDIDATES)
+    ours = [(common, entry.prompt_cache) for common, entry in matches if is_ours(entry.prompt_cache)]
+    if not ours:
+        fetched: tuple[list[Any] | None, list[int]] = original_fetch(self, model, tokens)
+        return fetched
+    try:
+        return _forked(ours, tokens)
+    except CacheError as error:
+        # A prompt can always be computed afresh.
+        logging.warning("a stored prompt cache cannot be used: %s", error)
+        return None, tokens
+
+
+def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+    best: tuple[int, list[Any]] = (0, [])
+    for common, cache in ours:
+        most = min(common, len(tokens) - 1)
+        if most <= best[0]:
+            break
+        best = max(best, (resume_point(cache, most), cache), key=lambda pair: pair[0])
+    point, found = best
+    if not point:
+        return None, tokens
+    fork = copy.deepcopy(found)
+    # A cache may hold fewer tokens than it is stored under, where the last was never fed.
+    behind = {id(rows): rows.positions[0] - point for rows in rows_of(fork)}
+    for entry in fork:
+        entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
+    return fork, tokens[point:]
+
+
+def insert_cache(
+    self: Any, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
+) -> None:
+    """Stands in for `LRUPromptCache.insert_cache`: drops those shorter prefixes that this cache serves.
+
+    A cache that has shifted is not kept, as it is not that of these tokens; nor is one that cannot be used.
+    """
+    if not is_ours(prompt_cache):
+        original_insert(self, model, tokens, prompt_cache, cache_type=cache_type)
+        return
+    index = _indexed(self)
+    _drop_stale(self)
+    try:
+        if any(rows.conversation.gaps for rows in rows_of(prompt_cache)):
+            return
+        for length, entry in list(index.prefixes(model, tokens)):
+            if is_ours(entry.prompt_cache) and resume_point(prompt_cache, length) == length:
+                _remove(self, model, tokens[:length])
+        self._trie = _KeepingPrefixes(index)
+        original_insert(self, model, tokens, prompt_cache, cache_type=cache_type)
+    except CacheError as error:
+        logging.warning("a prompt cache is not stored: %s", error)
+    finally:
+        self._trie = index
+
+
+class Index:
+    """Stands in for mlx-lm's `PromptTrie`, whose search takes time with the square of a prompt's length."""
+
+    def __init__(self) -> None:
+        self._trees: dict[Any, PrefixTree[tuple[list[int], Any]]] = {}
+
+    def add(self, model: Any, tokens: list[int], value: Any) -> Any:
+        before = self._trees.setdefault(model, PrefixTree()).put(tokens, (tokens, value))
+        return before and before[1]
+
+    def get(self, model: Any, tokens: list[int]) -> Any:
+        return self._trees[model].get(tokens)[1]
+
+    def pop(self, model: Any, tokens: list[int]) -> Any:
+        _, value = self._trees[model].pop(tokens)
+        if not self._trees[model]:
+            del self._trees[model]
+        return value
+
+    def matches(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, Any]]:
+        """As `PrefixTree.matches`."""
+        return ((common, value) for common, (_, value) in self._found(model, tokens))
+
+    def prefixes(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, Any]]:
+        """Values of shorter prefixes of these tokens, with their lengths."""
+        return (
+            (common, value)
+            for common, (stored, value) in self._found(model, tokens)
+            if common == len(stored) < len(tokens)
+        )
+
+    def pop_prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
+        prefixes = list(self.prefixes(model, tokens))
+        return [(length, self.pop(model, tokens[:length])) for length, _ in prefixes]
+
+    def search(self, model: Any, tokens: list[int]) -> Any:
+        """As `PromptTrie.search`, which ignores prefixes of one token."""
+        found = [(common, stored) for common, (stored, _) in self._found(model, tokens)]
+        lengths = {len(stored) for common, stored in found if common == len(stored)}
+        if len(tokens) in lengths:
+            return mlx_lm_cache.PromptTrieResult(model, tokens, None, None, 0)
+        common = max((common for common, _ in found), default=0)
+        shorter = max((length for length in lengths if length > 1), default=0)
+        longer = min((stored for c, stored in found if c == common), key=len, default=None)
+        return mlx_lm_cache.PromptTrieResult(
+            model, None, tokens[:shorter] or None, longer if common else None, common
+        )
+
+    def _found(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, tuple[list[int], Any]]]:
+        tree = self._trees.get(model)
+        return tree.matches(tokens) if tree else iter(())
+
+
+class _KeepingPrefixes:
+    """An index that gives up no shorter prefixes: which of them can go has been decided before."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._index, name)
+
+    def pop_prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
+        return []
+
+
+def is_ours(cache: Sequence[Any]) -> bool:
+    """Whether a list has layers of this package; those of a draft model may be others."""
+    return any(isinstance(entry, Observable) for entry in cache)
+
+
+def resume_point(cache: Sequence[Any], position: int) -> int:
+    """The newest position <= `position` that every cache of a list, some of them ours, can go on from."""
+    all_rows = rows_of(cache)
+    point = min(position, *(rows.positions[0] for rows in all_rows))
+    while (lower := min(rows.resume_point(point) for rows in all_rows)) < point:
+        point = lower
+    theirs = (entry for entry in cache if not isinstance(entry, Observable))
+    is_end = all(point == rows.positions[0] for rows in all_rows)
+    return point if is_end or all(entry.is_trimmable() for entry in theirs) else 0
+
+
+def rows_of(cache: Sequence[Any]) -> list[Rows]:
+    """What the layers of this package in a list belong to; two where a draft model's are ours, too."""
+    found = {id(entry.rows): entry.rows for entry in cache if isinstance(entry, Observable)}
+    return list(found.values())  # type: ignore[arg-type]
+
+
+def _indexed(store: Any) -> Index:
+    """The index of a store, which takes the place of mlx-lm's."""
+    if not isinstance(store._trie, Index):
+        index = Index()
+        for model, tokens in _stored(store):
+            index.add(model, tokens, store._trie.get(model, tokens))
+        store._trie = index
+    trie: Index = store._trie
+    return trie
+
+
+def _stored(store: Any) -> list[tuple[Any, list[int]]]:
+    """Under which model and tokens each cache is stored."""
+    return [each for lru in store._lru._lrus.values() for each in lru]
+
+
+def _drop_stale(store: Any) -> None:
+    """Let go of caches that are closed, or whose model is gone or has been loaded again as another object."""
+    loaded = _loaded.get(store)
+    live = None if loaded is None else [model() for model in loaded]
+    for model, tokens in _stored(store):
+        all_rows = rows_of(store._trie.get(model, tokens).prompt_cache)
+        if any(_is_stale(rows, live) for rows in all_rows):
+            _remove(store, model, tokens)
+
+
+def _is_stale(rows: Rows, live: list[Any] | None) -> bool:
+    model = rows.pool.model
+    if model is None or (live is not None and all(model is not other for other in live)):
+        return True
+    try:
+        rows.check_open()
+    except CacheError:
+        return True
+    return False
+
+
+def _remove(store: Any, model: Any, tokens: list[int]) -> None:
+    """Take a cache out of a store."""
+    entry = store._trie.pop(model, tokens)
+    store._n_bytes -= entry.nbytes
+    store._n_bytes_by_type[entry.cache_type] -= entry.nbytes
+    store._lru.remove(model, tokens)

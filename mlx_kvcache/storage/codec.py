@@ -1,0 +1,229 @@
+"""The device that computes: the one place where it is asked for, so that tests can give either answer.
+
+A row of cells that holds keys or values: in float, or in fewer bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import mlx.core as mx
+
+from ..quantization import Codec
+
+
+def is_cpu() -> bool:
+    """Whether MLX computes on a CPU.
+
+    There its attention has no kernel of its own: it repeats the keys for each query head, and multiplies
+    keys that the mask hides.
+    """
+    return mx.default_device().type == mx.cpu
+
+
+Index = tuple[slice, slice, slice]
+"""Of neighbouring cells in an array (1, heads, cells, dim)."""
+
+_LARGEST = 32752.0
+"""Half of float16's range, so that the distance of two numbers fits it too."""
+_ALL = slice(None)
+_FEW, _MANY = 4, 384
+"""Rows and cells from which a CPU multiplies faster by cell than by row."""
+
+
+def index_of(low: int, high: int) -> Index:
+    """The cells [low, high)."""
+    return _ALL, _ALL, slice(low, high)
+
+
+class Plain(NamedTuple):
+    """Cells in float, (1, heads, cells, dim)."""
+
+    array: mx.array
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored."""
+        return (self.array,)
+
+    @property
+    def dim(self) -> int:
+        """Features of a head."""
+        return self.array.shape[3]
+
+    def written(self, index: Index, tokens: mx.array) -> Plain:
+        """The same with tokens at these cells."""
+        return Plain(_written(self.array, index, tokens))
+
+    def at(self, index: Index) -> Plain:
+        """A view of some cells."""
+        return Plain(self.array[index])
+
+    def grown(self, cells: int) -> Plain:
+        """The same with zeros up to so many cells, computed at once."""
+        return Plain(grown(self.array, cells))
+
+    def renewed(self, array: mx.array) -> Plain:
+        """The same with another array for the first that is stored."""
+        return Plain(array)
+
+    def decoded(self, dtype: mx.Dtype) -> mx.array:
+        """The cells in float."""
+        return self.array.astype(dtype)
+
+    def scores(self, rows: mx.array) -> mx.array:
+        """Products of rows (1, heads, m, dim) with each cell: (1, heads, m, cells)."""
+        if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and is_cpu():
+            # BLAS packs what it multiplies by, and few rows are packed sooner than many cells.
+            return (self.array @ rows.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return rows @ self.array.swapaxes(-1, -2)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        """Sums of the cells by weights (1, heads, m, cells): (1, heads, m, dim)."""
+        return weights @ self.array
+
+
+class Packed(NamedTuple):
+    """Cells in fewer bits: packed words, and a scale and a bias for each group of features."""
+
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
+    codec: Codec
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored."""
+        return self.words, self.scales, self.biases
+
+    @property
+    def dim(self) -> int:
+        """Features of a head."""
+        return self.scales.shape[3] * self.codec.group_size
+
+    @classmethod
+    def of(cls, arrays: Iterable[mx.array], codec: Codec) -> Packed:
+        """Words, scales and biases."""
+        words, scales, biases = arrays
+        return cls(words, scales, biases, codec)
+
+    def written(self, index: Index, tokens: mx.array) -> Packed:
+        """As `Plain.written`; the tokens are in float."""
+        new = zip(self.arrays, packed(tokens, self.codec).arrays, strict=True)
+        return Packed.of((_written(old, index, part) for old, part in new), self.codec)
+
+    def at(self, index: Index) -> Packed:
+        """A view of some cells."""
+        return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
+
+    def grown(self, cells: int) -> Packed:
+        """As `Plain.grown`."""
+        return Packed.of((grown(array, cells) for array in self.arrays), self.codec)
+
+    def renewed(self, array: mx.array) -> Packed:
+        """As `Plain.renewed`."""
+        return self._replace(words=array)
+
+    def decoded(self, dtype: mx.Dtype) -> mx.array:
+        """The cells in float."""
+        words, scales, biases, (bits, group_size) = self
+        # It computes in the scales' dtype, whatever is asked for.
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+
+    def scores(self, rows: mx.array) -> mx.array:
+        """As `Plain.scores`."""
+        return self._product(rows, transpose=True)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        """As `Plain.weighted`."""
+        return self._product(weights, transpose=False)
+
+    def _product(self, rows: mx.array, transpose: bool) -> mx.array:
+        words, scales, biases, (bits, group_size) = self
+        if is_cpu():
+            # There the product of rows of 16 bits is 20 to 50 times slower, and sums in 16 bits.
+            rows = rows.astype(mx.float32)
+        return mx.quantized_matmul(
+            rows, words, scales, biases, transpose=transpose, group_size=group_size, bits=bits
+        )
+
+
+Lane: TypeAlias = Plain | Packed
+
+
+def alias(array: mx.array) -> mx.array:
+    """Another object for the same array: assigning to one's elements leaves the other as it was."""
+    return array.astype(array.dtype)
+
+
+def grown(array: mx.array, cells: int) -> mx.array:
+    """An array (1, heads, n, dim) with zeros up to so many cells, computed at once."""
+    _, heads, size, dim = array.shape
+    if size >= cells:
+        return array
+    new = mx.concatenate([array, mx.zeros((1, heads, cells - size, dim), array.dtype)], axis=2)
+    mx.eval(new)
+    return new
+
+
+def _written(array: mx.array, index: Index, tokens: mx.array) -> mx.array:
+    new = alias(array)
+    new[index] = tokens
+    return new
+
+
+def packed(tokens: mx.array, codec: Codec) -> Packed:
+    """Tokens (1, heads, n, dim) in fewer bits, with scales and biases of 16 bits."""
+    if tokens.dtype == mx.float32:
+        tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
+    words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
+    return Packed(words, scales, biases, codec)
+
+
+def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
+    """A lane in the form of others: by a codec, or where that is None in float."""
+    if codec is None:
+        return Plain(lane.decoded(dtype))
+    if isinstance(lane, Packed) and lane.codec == codec:
+        kind = scale_dtype(dtype)
+        return Packed(lane.words, lane.scales.astype(kind), lane.biases.astype(kind), codec)
+    return packed(lane.decoded(dtype), codec)
+
+
+def copied(lane: Lane) -> Lane:
+    """The same in arrays of its own, so that it keeps no longer ones alive."""
+    arrays = [array + 0 for array in lane.arrays]
+    return Packed.of(arrays, lane.codec) if isinstance(lane, Packed) else Plain(*arrays)
+
+
+def joined(lanes: Sequence[Lane]) -> Lane:
+    """Lanes of one form, one after the other."""
+    first = lanes[0]
+    if len(lanes) == 1:
+        return first
+    parts = zip(*(lane.arrays for lane in lanes), strict=True)
+    arrays = [mx.concatenate(list(part), axis=2) for part in parts]
+    return Packed.of(arrays, first.codec) if isinstance(first, Packed) else Plain(*arrays)
+
+
+def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None) -> Lane:
+    """A lane whose cells are all zero."""
+    if codec is None:
+        return Plain(mx.zeros((1, heads, cells, dim), dtype))
+    words = mx.zeros((1, heads, cells, dim * codec.bits // 32), mx.uint32)
+    groups = mx.zeros((1, heads, cells, dim // codec.group_size), scale_dtype(dtype))
+    return Packed(words, groups, groups, codec)
+
+
+def cell_bytes(dim: int, dtype: mx.Dtype, codec: Codec | None) -> int:
+    """Bytes of one head's share of a cell."""
+    if codec is None:
+        return dim * dtype.size
+    return dim * codec.bits // 8 + 2 * mx.float16.size * (dim // codec.group_size)
+
+
+def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Of the scales and biases for arrays of this dtype: always 16 bits."""
+    return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
