@@ -16,7 +16,7 @@ UNTRACED := $(addprefix --ignore=tests/,chat benchmarks examples docs caches/tes
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
 # Files that notice most in little time come first.
-CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room attention growth quantised ancestor faults machine stream_machine)
+CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room attention growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
 .PHONY: help demo test check fmt soak interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean

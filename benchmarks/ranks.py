@@ -51,7 +51,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Link:
-    """Between neighbours in a ring: seconds that a message takes at least, and bytes per second."""
+    """Between neighbors in a ring: seconds that a message takes at least, and bytes per second."""
 
     latency: float
     bandwidth: float

@@ -20,7 +20,7 @@ class Row:
         ours, theirs: medians of all runs, or single measurements where nothing varies.
         peer: who else did it.
         ratio: by kind: theirs / ours of "speed", ours / theirs of "less".
-        spread: lower and upper quartile of the ratios of neighbouring runs.
+        spread: lower and upper quartile of the ratios of neighboring runs.
         runs: how many pairs of runs there were.
         peak: bytes of MLX's arrays at most during one run above those before it, here and in the peer.
     """

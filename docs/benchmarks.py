@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, the figures in README.md and guides/quantise.md, and draws their pictures."""
+"""Writes docs/benchmarks.md, the figures in README.md and guides/quantize.md, and draws their pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PICTURES = DOCS / "pictures"
 PAGE = DOCS / "benchmarks.md"
-QUANTISE = DOCS / "guides" / "quantise.md"
+QUANTISE = DOCS / "guides" / "quantize.md"
 BEGIN, END = "<!-- figures: made by `make figures` -->\n", "<!-- end of figures -->\n"
 
 INTRODUCTION = """# Benchmarks
@@ -30,7 +30,7 @@ INTRODUCTION = """# Benchmarks
 Made by `make figures` from [`benchmarks/results`](../benchmarks/results), which `make bench`,
 `make bench-endless` and `make bench-chat` write. Each benchmark does the same work here and in a peer,
 in one process and in turn, after a warm-up, and stops if the two compute different things. Times are
-medians; the ratio is the median of the ratios of neighbouring runs, with its quartiles. "Peak" is the
+medians; the ratio is the median of the ratios of neighboring runs, with its quartiles. "Peak" is the
 most memory of MLX's arrays during one run, above what was there before, here and in the peer.
 
 `python -m benchmarks --list` names them, `python -m benchmarks decode --quick` runs one, `make bench-check`

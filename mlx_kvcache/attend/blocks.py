@@ -16,7 +16,7 @@ SHORTEST = 64
 
 
 class Stretch(NamedTuple):
-    """Neighbouring queries of a part, the keys that any of them sees, and who sees which."""
+    """Neighboring queries of a part, the keys that any of them sees, and who sees which."""
 
     queries: slice
     keys: slice

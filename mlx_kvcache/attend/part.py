@@ -12,7 +12,7 @@ from ..storage.buffers import cells_in
 from ..storage.codec import index_of
 
 Rows = slice | mx.array | None
-"""Some of a batch's tokens: neighbours, any, or all in order (None)."""
+"""Some of a batch's tokens: neighbors, any, or all in order (None)."""
 
 
 def rows_of(indices: Sequence[int], n: int) -> Rows:

@@ -20,7 +20,7 @@ from ..attend.part import Attending
 from ..attend.step import over
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
-from ..quantization import Quantisation
+from ..quantization import Quantization
 from .interface import History, checked_range
 from .plan import Plan
 
@@ -44,7 +44,7 @@ class PlanningCache(ABC):
         """The step of the `forward` that is being run."""
 
     @abstractmethod
-    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None: ...
+    def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None: ...
     @abstractmethod
     def _plan_forward(self, batch: Batch) -> Plan: ...
     @abstractmethod
@@ -95,7 +95,7 @@ class PlanningCache(ABC):
         max_sequences: int = 1,
         capacity: int = 4096,
         max_batch: int = 512,
-        quantisation: Quantisation | None = None,
+        quantization: Quantization | None = None,
         head_dim: int | None = None,
     ) -> None:
         """Make room for `max_sequences * capacity` tokens, shared by all sequences.
@@ -106,13 +106,13 @@ class PlanningCache(ABC):
             max_sequences, capacity: their product is the room in cells. Neither bounds
                 the number, the names or the lengths of sequences.
             max_batch: the most tokens in one forward pass.
-            quantisation: to store K and V in fewer bits; encoders' and recurrent kinds' stay as
+            quantization: to store K and V in fewer bits; encoders' and recurrent kinds' stay as
                 they are.
             head_dim: features of a head, where they are known; `put` checks them otherwise.
 
         Raises:
             ValueError: a number below 1, a dtype that is no float type, or a head_dim that the
-                quantisation's groups do not divide.
+                quantization's groups do not divide.
             CacheError: a second call.
         """
         self._check_open()
@@ -126,10 +126,10 @@ class PlanningCache(ABC):
         self._max_batch = max_batch
         if head_dim is not None:
             (head_dim,) = whole(1, head_dim=head_dim)
-            if quantisation:
-                quantisation.check(head_dim)
+            if quantization:
+                quantization.check(head_dim)
         try:
-            self._open(dtype, max_sequences * capacity, quantisation)
+            self._open(dtype, max_sequences * capacity, quantization)
             self._ready = True
         except BaseException:
             self._unready()
@@ -393,7 +393,7 @@ class StreamCache(PlanningCache, Generic[S]):
         self._finished: Pass | None = None
         """The last pass whose `forward` is over."""
 
-    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
+    def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None:
         self._streams = {}
 
     def _close(self) -> None:

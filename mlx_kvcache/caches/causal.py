@@ -24,7 +24,7 @@ from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
 from ..errors import NotSupportedError
-from ..quantization import Quantisation
+from ..quantization import Quantization
 from ..storage.buffers import Form, Rebase, Staged, Store, arrays_in, cells_in
 from .base import KeyValueCache
 from .interface import History
@@ -69,9 +69,9 @@ class PositionalCache(KeyValueCache):
                 is_packed = segment in self._table.packed and buffers.form.is_packed
                 assert pair.is_packed == is_packed, (layer, segment)
 
-    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
-        self._table = CellTable(room, quantisation.after if quantisation else FOREVER)
-        self._store = Store(dtype, quantisation)
+    def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None:
+        self._table = CellTable(room, quantization.after if quantization else FOREVER)
+        self._store = Store(dtype, quantization)
 
     def _close(self) -> None:
         self._open(None, 0, None)

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..arguments import whole
 from ..batch import Batch, CacheConfig, CausalOptions
-from ..quantization import Quantisation
+from ..quantization import Quantization
 from ..storage.masks import Mask
 
 History = tuple[mx.array, mx.array, Mask]
@@ -37,7 +37,7 @@ class Cache(Protocol):
         max_sequences: int = ...,
         capacity: int = ...,
         max_batch: int = ...,
-        quantisation: Quantisation | None = ...,
+        quantization: Quantization | None = ...,
         head_dim: int | None = ...,
     ) -> None:
         """Make room for `max_sequences * capacity` tokens, shared by all sequences."""

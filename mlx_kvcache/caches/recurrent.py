@@ -297,7 +297,7 @@ def _cut(stream: Stream, length: int) -> Stream | None:
 
 
 def _most_crowded(positions: list[int], end: int) -> int:
-    """The position whose neighbours lie closest together, in proportion to its age."""
+    """The position whose neighbors lie closest together, in proportion to its age."""
 
     def spread(index: int) -> float:
         before = positions[index - 1] if index else 0

@@ -16,7 +16,7 @@ from .plan import HoldsCells, Journal, Plan
 
 
 class Run(NamedTuple):
-    """Neighbouring positions from `begin` on, and each layer's keys and values there."""
+    """Neighboring positions from `begin` on, and each layer's keys and values there."""
 
     begin: int
     length: int
@@ -43,7 +43,7 @@ def snapshot_of(cache: HoldsCells, sequence: int) -> Snapshot:
 
 def _runs(cache: HoldsCells, spans: Spans) -> Iterator[Run]:
     """Each run of positions that are stored in the same way."""
-    for own in _neighbours(spans, cache._table.packed):
+    for own in _neighbors(spans, cache._table.packed):
         cells, is_packed = cells_in(tuple(own)), own[0].segment in cache._table.packed
         layers = {}
         for layer, buffers in cache._store.layers.items():
@@ -54,7 +54,7 @@ def _runs(cache: HoldsCells, spans: Spans) -> Iterator[Run]:
         yield Run(own[0].position, count(own), layers)
 
 
-def _neighbours(spans: Spans, packed: Set[int]) -> list[list[Span]]:
+def _neighbors(spans: Spans, packed: Set[int]) -> list[list[Span]]:
     """Spans that go on where the one before ends, and are packed if that is, together."""
     groups: list[list[Span]] = []
     for span in spans:

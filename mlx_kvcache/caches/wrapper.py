@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError, NotSupportedError
-from ..quantization import Quantisation
+from ..quantization import Quantization
 from .base import KeyValueCache, PlanningCache
 from .plan import JointPlan, Plan
 
@@ -23,7 +23,7 @@ class WrapperCache(PlanningCache):
     current layer type, which `start_forward` sets to 0.
 
     Args:
-        caches: the children, in the order of layer types; not initialised yet.
+        caches: the children, in the order of layer types; not initialized yet.
 
     Raises:
         ValueError: no child, or one twice.
@@ -112,13 +112,13 @@ class WrapperCache(PlanningCache):
         self._check_ready()
         return self.underlying_cache
 
-    def _open(self, dtype: mx.Dtype | None, room: int, quantisation: Quantisation | None) -> None:
+    def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None:
         for index, child in enumerate(self._children):
             child._check_open()
             if child._ready:
-                raise CacheError(f"child {index} has been initialised by itself")
+                raise CacheError(f"child {index} has been initialized by itself")
         for child in self._children:
-            child.init(dtype, 1, room, self._max_batch, quantisation)
+            child.init(dtype, 1, room, self._max_batch, quantization)
 
     def _unready(self) -> None:
         super()._unready()

@@ -23,7 +23,7 @@ DEAD = 128
 
 
 class Write(NamedTuple):
-    """`size` of a sequence's new tokens, from the `first` on, go to neighbouring cells."""
+    """`size` of a sequence's new tokens, from the `first` on, go to neighboring cells."""
 
     first: int
     size: int

@@ -92,7 +92,7 @@ def moved(spans: Spans, by: int) -> Spans:
 
 
 def join(spans: Spans) -> Spans:
-    """The same, with neighbours in one span where both cells and positions go on."""
+    """The same, with neighbors in one span where both cells and positions go on."""
     if len(spans) < 2:
         return spans
     joined = [spans[0]]
@@ -106,7 +106,7 @@ def join(spans: Spans) -> Spans:
 
 
 def laid_out(segment: int, start: int, spans: Spans) -> Spans:
-    """The positions of `spans` in neighbouring cells of `segment` from `start` on."""
+    """The positions of `spans` in neighboring cells of `segment` from `start` on."""
     placed = []
     for span in spans:
         placed.append(Span(segment, start, span.position, span.length))

@@ -163,7 +163,7 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Rising numbers, neighbours as one range."""
+    """Rising numbers, neighbors as one range."""
     groups: list[list[int]] = []
     for number in numbers:
         if groups and groups[-1][-1] + 1 == number:

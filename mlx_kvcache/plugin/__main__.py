@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help="features that share a scale"
     )
     parser.add_argument(
-        "--quantise-after",
+        "--quantize-after",
         type=_whole,
         default=0,
         metavar="N",

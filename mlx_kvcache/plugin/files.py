@@ -109,6 +109,13 @@ def check_rank(opened: Opened, ranks: Ranks) -> str:
 
 
 _HEAD = "head"
+_WRITTEN = {"quantize_after": "quantise_after"}
+"""Options that files spell in another way."""
+
+
+def _as_written(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names in files."""
+    return {_WRITTEN.get(name, name): value for name, value in options.items()}
 
 
 def prepared(
@@ -133,7 +140,7 @@ def prepared(
         conversation.sequence,
         tokens,
         fingerprint(conversation.pool.living_model, tokenizer),
-        options_of(conversation) | {_HEAD: head},
+        _as_written(options_of(conversation)) | {_HEAD: head},
         extra,
     )
 
@@ -411,9 +418,10 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
     told = opened.options
     with faults_of(opened.path):
         options: dict[str, Any] = {"overflow": told.get("overflow")}
-        for name in ("capacity", "sinks", "rewind", "kv_group_size", "quantise_after"):
-            if told.get(name) is not None:
-                options[name] = integer(told[name], name)
+        for name in ("capacity", "sinks", "rewind", "kv_group_size", "quantize_after"):
+            written = told.get(_WRITTEN.get(name, name))
+            if written is not None:
+                options[name] = integer(written, name)
         if told.get("kv_bits") is not None:
             bits = listing(told["kv_bits"], "kv_bits")
             options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
@@ -481,6 +489,6 @@ def _state(entry: Any) -> tuple[str, Any]:
         return "CacheList", [(state, name) for name, state in states]
     if not getattr(entry, "is_packed", False):
         return type(entry).__name__, entry.state
-    # Many of mlx-lm's models do not take its quantised cache, of one number of bits on full attention.
+    # Many of mlx-lm's models do not take its quantized cache, of one number of bits on full attention.
     name = "KVCache" if isinstance(entry, QuantizedKVCache) else type(entry).__name__
     return name, entry.plain_state

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
-from ..quantization import Bits, Quantisation
+from ..quantization import Bits, Quantization
 from .hosts.layout import Layout, Leaf, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import pool_for
@@ -48,36 +48,36 @@ class _ByLeaf:
         return self.bits[leaf]
 
 
-def quantisation_of(
+def quantization_of(
     layout: Layout,
     mirrored: Container[int],
     kv_bits: KvBits,
     group_size: int,
     kv_float: KvFloat,
     after: int,
-) -> Quantisation | None:
+) -> Quantization | None:
     """What a model's pool is to be made with; None where all stays in float.
 
     Args:
         mirrored: leaves whose values must be stored as their keys are.
 
     Raises:
-        ValueError: as `Quantisation`, or a layer that the model does not have.
+        ValueError: as `Quantization`, or a layer that the model does not have.
     """
-    (after,) = whole(quantise_after=after)
+    (after,) = whole(quantize_after=after)
     in_float = _float_layers(layout, kv_float)
     bits = tuple(
         None if leaf.rule is None or leaf.layer in in_float else _bits_of(leaf, kv_bits, mirrored)
         for leaf in layout.leaves
     )
     # Checks all of them, also those that are to be float.
-    by_leaf = Quantisation(_ByLeaf(bits), group_size, after)
+    by_leaf = Quantization(_ByLeaf(bits), group_size, after)
     for leaf in layout.leaves:
         by_leaf.of(leaf.index)
     keyed = {own for own, leaf in zip(bits, layout.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
-    return Quantisation(keyed.pop(), group_size, after) if len(keyed) == 1 else by_leaf
+    return Quantization(keyed.pop(), group_size, after) if len(keyed) == 1 else by_leaf
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
@@ -115,12 +115,12 @@ class Storage(NamedTuple):
     kv_bits: KvBits = None
     kv_group_size: int = 64
     kv_float: KvFloat = ()
-    quantise_after: int = 0
+    quantize_after: int = 0
 
 
 OPTIONS = (*Limits._fields, *Storage._fields, "group")
 """Of `make_prompt_cache`."""
-_THEIRS = {"quantized_kv_start": "quantise_after"}
+_THEIRS = {"quantized_kv_start": "quantize_after"}
 """mlx-lm's names of options."""
 
 
@@ -205,9 +205,9 @@ def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     if not ranks.is_alone:
         # Tried by all now, as ranks of a pipeline with other layers would need it at other times.
         _ = pool.batching
-    quantisation = quantisation_of(layout, pool.mirrored, *storage)
-    if quantisation:
-        pool = pool.sibling(quantisation)
+    quantization = quantization_of(layout, pool.mirrored, *storage)
+    if quantization:
+        pool = pool.sibling(quantization)
     if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
     return Conversation(pool, limits)
@@ -217,7 +217,7 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     """Options of `make_prompt_cache` that make one like this, as JSON can hold them."""
     pool = conversation.pool
     options: dict[str, Any] = conversation.limits._asdict()
-    if pool.quantisation is None:
+    if pool.quantization is None:
         return options
     bits: list[Any] = [None] * len(pool.layout.entries)
     for leaf in reversed(pool.leaves):
@@ -226,8 +226,8 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
             bits[leaf.layer] = [codec and codec.bits for codec in pool.codecs(leaf)]
     return options | {
         "kv_bits": bits,
-        "kv_group_size": pool.quantisation.group_size,
-        "quantise_after": pool.quantisation.after,
+        "kv_group_size": pool.quantization.group_size,
+        "quantize_after": pool.quantization.after,
     }
 
 

@@ -255,7 +255,7 @@ def make_prompt_cache(
     kv_bits: KvBits = None,
     kv_group_size: int = 64,
     kv_float: KvFloat = (),
-    quantise_after: int = 0,
+    quantize_after: int = 0,
     group: mx.distributed.Group | None = None,
 ) -> PromptCache:
     """A prompt cache for an mlx-lm model, which answers every entry of the model's own in kind.
@@ -272,7 +272,7 @@ def make_prompt_cache(
             None stores in the model's own precision.
         kv_group_size: 32, 64 or 128 features share a scale and a bias; heads must be multiples.
         kv_float: layers that stay in float all the same: indices, or "last".
-        quantise_after: a cache stays in float until it holds more tokens than this.
+        quantize_after: a cache stays in float until it holds more tokens than this.
         group: the processes that the model is sharded over, as of `mx.distributed.init()`. Each
             makes the same calls; before anything changes they compare what they are about to do.
             Layers are then counted in each rank's own cache list. None, or a group of one, compares
@@ -290,5 +290,5 @@ def make_prompt_cache(
             are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind)
-    storage = Storage(kv_bits, kv_group_size, kv_float, quantise_after)
+    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after)
     return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

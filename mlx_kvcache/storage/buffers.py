@@ -11,11 +11,11 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..cells.spans import Spans
-from ..quantization import Codec, Codecs, Quantisation, check_width
+from ..quantization import Codec, Codecs, Quantization, check_width
 from .codec import Index, Lane, Plain, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
 Lanes = tuple[Lane, Lane]
-"""Keys and values of neighbouring cells."""
+"""Keys and values of neighboring cells."""
 
 
 class Form(NamedTuple):
@@ -232,7 +232,7 @@ Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 """(layer, keys, values) -> keys and values at their new positions, of the same shapes."""
 
 Cells = tuple[int, int, Index]
-"""Neighbouring cells: their segment, the cell after the last one, and how to index them."""
+"""Neighboring cells: their segment, the cell after the last one, and how to index them."""
 
 
 def cells_of(segment: int, low: int, high: int) -> Cells:
@@ -298,12 +298,12 @@ class Store:
 
     Args:
         dtype: in which K and V come and go; None keeps that of each layer's first ones.
-        quantisation: how they lie in packed segments; None if there are no such.
+        quantization: how they lie in packed segments; None if there are no such.
     """
 
-    def __init__(self, dtype: mx.Dtype | None, quantisation: Quantisation | None = None) -> None:
+    def __init__(self, dtype: mx.Dtype | None, quantization: Quantization | None = None) -> None:
         self._dtype = dtype
-        self._quantisation = quantisation
+        self._quantization = quantization
         self.layers: dict[int, Buffers] = {}
 
     def codecs(self, layer: int) -> Codecs:
@@ -340,7 +340,7 @@ class Store:
     def _with_codecs(self, layer: int, form: Form) -> Form:
         """The form of a layer that begins with arrays of this one."""
         dtypes = self._dtype or form.key_dtype, self._dtype or form.value_dtype
-        codecs = self._quantisation.of(layer) if self._quantisation else (None, None)
+        codecs = self._quantization.of(layer) if self._quantization else (None, None)
         return Form(*form[:3], *dtypes).packed_by(codecs, f"layer {layer}")
 
     def open(self, layer: int, form: Form) -> Buffers:

@@ -23,7 +23,7 @@ def is_cpu() -> bool:
 
 
 Index = tuple[slice, slice, slice]
-"""Of neighbouring cells in an array (1, heads, cells, dim)."""
+"""Of neighboring cells in an array (1, heads, cells, dim)."""
 
 _LARGEST = 32752.0
 """Half of float16's range, so that the distance of two numbers fits it too."""

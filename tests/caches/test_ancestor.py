@@ -1,4 +1,4 @@
-"""The published behaviours of the Go package that these kinds descend from, with its windows w as w + 1."""
+"""The published behaviors of the Go package that these kinds descend from, with its windows w as w + 1."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def drawn(rng: np.random.Generator, shape: tuple[int, ...], codec: Codec | None 
 
 def drawn_batch(rng: np.random.Generator, store: str, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries, keys and values of n tokens for the layer that is tried."""
-    quantisation = STORES[store]
-    codecs = quantisation.of(LAYER) if quantisation else (None, None)
+    quantization = STORES[store]
+    codecs = quantization.of(LAYER) if quantization else (None, None)
     return (
         drawn(rng, (1, HEADS, n, DIM)),
         drawn(rng, (1, KV_HEADS, n, DIM), codecs[0]),
@@ -94,7 +94,7 @@ def test_equals_a_fresh_softmax(kind: Kind, store: str, learned: bool, device: s
     rng = np.random.default_rng(1)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
     assert isinstance(cache, PositionalCache)
-    cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64, quantisation=STORES[store])
+    cache.init(mx.float32, max_sequences=3, capacity=64, max_batch=64, quantization=STORES[store])
     sinks = rng.standard_normal(HEADS).astype(np.float32) if learned else None
     ends = {0: 0, 3: 0, 7: 0}
     for step in range(12):
@@ -221,7 +221,7 @@ def test_shared_runs_are_joined(kind: Kind, store: str, device: str, monkeypatch
     rng = np.random.default_rng(2)
     cache, fresh = kind.make(add_offsets), Fresh(kind.rule)
     assert isinstance(cache, PositionalCache)
-    cache.init(mx.float32, max_sequences=8, capacity=64, max_batch=64, quantisation=STORES[store])
+    cache.init(mx.float32, max_sequences=8, capacity=64, max_batch=64, quantization=STORES[store])
     cache.set_layer(LAYER)
     ends = dict.fromkeys(range(5), 0)
     times_joined = 0

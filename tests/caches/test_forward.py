@@ -13,7 +13,7 @@ from mlx_kvcache import (
     CacheError,
     CausalCache,
     EncoderCache,
-    Quantisation,
+    Quantization,
     RecurrentCache,
     WrapperCache,
     attention,
@@ -111,11 +111,11 @@ def test_a_layer_whose_put_failed_is_not_late() -> None:
     feed(cache, 1, (0,))
 
 
-@pytest.mark.parametrize("quantisation", [None, Quantisation(8, group_size=32)])
-def test_attention_puts(quantisation: Quantisation | None) -> None:
+@pytest.mark.parametrize("quantization", [None, Quantization(8, group_size=32)])
+def test_attention_puts(quantization: Quantization | None) -> None:
     """By the short way of single tokens, by blocks, and by packed cells."""
     cache = CausalCache()
-    cache.init(mx.float32, quantisation=quantisation)
+    cache.init(mx.float32, quantization=quantization)
     for n in (5, 1, 1, 3):
         q, k, v = mx.random.normal((3, 1, 2, n, 32), key=mx.random.key(n))
         with cache.forward(Batch.run(0, cache.end(0), n)):

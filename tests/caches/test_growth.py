@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvcache import Batch, CausalCache, Quantisation
+from mlx_kvcache import Batch, CausalCache, Quantization
 from mlx_kvcache.storage import codec as lanes
 
 LAYERS, TOKENS, BLOCK = 30, 2048, 256
@@ -39,14 +39,14 @@ def test_little_is_there_twice_while_all_layers_grow() -> None:
     assert mx.get_peak_memory() - before <= 1.13 * live
 
 
-@pytest.mark.parametrize("quantisation", [None, Quantisation(8, group_size=32)], ids=["float", "8 bits"])
+@pytest.mark.parametrize("quantization", [None, Quantization(8, group_size=32)], ids=["float", "8 bits"])
 @pytest.mark.parametrize("refused", range(1, 5))
 def test_no_memory_to_grow_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, quantisation: Quantisation | None, refused: int
+    monkeypatch: pytest.MonkeyPatch, quantization: Quantization | None, refused: int
 ) -> None:
     """Whichever of the arrays there is no memory for."""
     cache = CausalCache()
-    cache.init(mx.float32, capacity=4096, quantisation=quantisation)
+    cache.init(mx.float32, capacity=4096, quantization=quantization)
     feed(cache, 64)
     calls = []
 
@@ -57,8 +57,8 @@ def test_no_memory_to_grow_changes_nothing(
         return original(array, cells)
 
     original = lanes.grown
-    for module in ("lanes", "pairs"):
-        monkeypatch.setattr(f"mlx_kvcache.arrays.{module}.grown", limited)
+    for module in ("codec", "buffers"):
+        monkeypatch.setattr(f"mlx_kvcache.storage.{module}.grown", limited)
     with pytest.raises(MemoryError, match="no room for"):
         feed(cache, 100)
     cache.check()

@@ -19,7 +19,7 @@ from mlx_kvcache import (
     CausalCache,
     CausalOptions,
     EncoderCache,
-    Quantisation,
+    Quantization,
     RecurrentCache,
     WrapperCache,
     attention,
@@ -41,11 +41,11 @@ LAYERS = range(3)
 class Subject:
     """A cache of some kind and store, as interruptions need it: made, filled and looked at."""
 
-    def __init__(self, name: str, make: Callable[[], Any], quantisation: Quantisation | None) -> None:
+    def __init__(self, name: str, make: Callable[[], Any], quantization: Quantization | None) -> None:
         self.name = name
         self.make = make
-        self.quantisation = quantisation
-        self.dims = (32, 64) if quantisation else (2, 3)
+        self.quantization = quantization
+        self.dims = (32, 64) if quantization else (2, 3)
 
     def __str__(self) -> str:
         return self.name
@@ -54,7 +54,7 @@ class Subject:
         return list(getattr(cache, "_children", [cache]))
 
     def init(self, cache: Any) -> None:
-        cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16, quantisation=self.quantisation)
+        cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16, quantization=self.quantization)
 
     def fed(self, cache: Any, tokens: dict[int, int], layers: range = range(2)) -> None:
         """So many tokens more of each sequence."""

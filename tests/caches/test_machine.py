@@ -81,9 +81,9 @@ class Machine(RuleBasedStateMachine):
         self.serial = 0
         self.cache: Any = self.kind.make(self.shift)
         self.hook_fails = False
-        quantisation = STORES[self.store]
-        self.dims = (2, 1) if quantisation is None else (32, 64)
-        self.cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16, quantisation=quantisation)
+        quantization = STORES[self.store]
+        self.dims = (2, 1) if quantization is None else (32, 64)
+        self.cache.init(mx.float32, max_sequences=3, capacity=12, max_batch=16, quantization=quantization)
         self.children = getattr(self.cache, "_children", [self.cache])
         self.oracles = [Oracle(rule, rewind, 36, shifts=True) for rule, rewind in self.kind.children]
 

@@ -14,7 +14,7 @@ from mlx_kvcache import (
     CausalCache,
     CausalOptions,
     ChunkedAttentionCache,
-    Quantisation,
+    Quantization,
     SlidingWindowCache,
     attention,
 )
@@ -41,16 +41,16 @@ class World:
         self,
         cache: PositionalCache,
         dtype: mx.Dtype,
-        quantisation: Quantisation | None = None,
+        quantization: Quantization | None = None,
         learned: bool = False,
     ) -> None:
         self.cache = cache
         self.dtype = dtype
-        self.codecs = quantisation.of(LAYER) if quantisation else (None, None)
+        self.codecs = quantization.of(LAYER) if quantization else (None, None)
         self.rng = np.random.default_rng(3)
         self.tokens: dict[int, tuple[mx.array, mx.array]] = {}
         self.sinks = mx.array(self.rng.standard_normal(HEADS), dtype) if learned else None
-        cache.init(dtype, max_sequences=4, capacity=2048, max_batch=1024, quantisation=quantisation)
+        cache.init(dtype, max_sequences=4, capacity=2048, max_batch=1024, quantization=quantization)
 
     def feed(self, *runs: tuple[int, int], later: Iterable[int] = ()) -> None:
         """Attends with n more tokens of each sequence of `runs`, (sequence, n)."""

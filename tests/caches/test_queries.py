@@ -67,7 +67,7 @@ def test_queries_that_do_not_fit(
 ) -> None:
     monkeypatch.setattr(joined, "LONG", 1)
     cache = make()
-    cache.init(mx.float32, max_sequences=4, capacity=32, quantisation=STORES[store])
+    cache.init(mx.float32, max_sequences=4, capacity=32, quantization=STORES[store])
     shape, said = WRONG[what]
 
     def attend(batch: Batch, queries: mx.array, is_shared: bool = False) -> mx.array:

@@ -140,7 +140,7 @@ def test_join(spans: Spans) -> None:
         (Span(1, 4, 15, 2), False),
     ],
 )
-def test_join_needs_neighbours_in_all(other: Span, is_joined: bool) -> None:
+def test_join_needs_neighbors_in_all(other: Span, is_joined: bool) -> None:
     spans = (Span(1, 0, 10, 4), other)
     assert join(spans) == ((Span(1, 0, 10, 6),) if is_joined else spans)
 
@@ -162,5 +162,5 @@ def test_union(intervals: list[tuple[int, int]]) -> None:
         c for low, high in intervals for c in range(low, high)
     }
     for (_, before), (after, _) in pairwise(merged):
-        assert before < after, "neighbours are one interval"
+        assert before < after, "neighbors are one interval"
     assert union(reversed(intervals)) == merged

@@ -16,7 +16,7 @@ from mlx_kvcache import (
     CausalOptions,
     ChunkedAttentionCache,
     EncoderCache,
-    Quantisation,
+    Quantization,
     RecurrentCache,
     SlidingWindowCache,
     WrapperCache,
@@ -53,7 +53,7 @@ class Made(NamedTuple):
     c: Any
     config: tuple[Any, Any] | None
     init: dict[str, Any]
-    quantisation: tuple[Any, Any, Any] | None
+    quantization: tuple[Any, Any, Any] | None
 
 
 class Call(NamedTuple):
@@ -89,8 +89,8 @@ def _new(made: Made) -> Any:
     cache = kinds[made.kind]()
     if made.config:
         cache.set_config(CacheConfig(*made.config))
-    quantisation = Quantisation(*made.quantisation) if made.quantisation else None
-    cache.init(quantisation=quantisation, **made.init)
+    quantization = Quantization(*made.quantization) if made.quantization else None
+    cache.init(quantization=quantization, **made.init)
     return cache
 
 
@@ -237,7 +237,7 @@ def check_programme(programme: Programme) -> None:
         return
     except TypeError:
         made = programme.made
-        given = [*made.init.values(), *(made.quantisation or ()), *(made.config or ())]
+        given = [*made.init.values(), *(made.quantization or ()), *(made.config or ())]
         given += {"causal": [], "encoder": [], "chunk": [made.a, made.b]}.get(made.kind, made[1:4])
         assert not all(isinstance(value, (int, mx.Dtype, tuple)) for value in given), programme.made
         return

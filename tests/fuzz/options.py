@@ -40,7 +40,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "kv_bits": bits | st.tuples(bits, bits) | st.lists(bits, max_size=3) | layered,
     "kv_group_size": often(st.sampled_from((32, 64)), number),
     "kv_float": often(st.sampled_from(((), "last", [0], [-1])), number | st.lists(number, max_size=2)),
-    "quantise_after": number,
+    "quantize_after": number,
 }
 options = st.fixed_dictionaries({}, optional=OPTIONS) | st.fixed_dictionaries(
     {}, optional={"overflow": st.just("shift"), "capacity": st.sampled_from((1, 8, 16)), "sinks": st.just(1)}

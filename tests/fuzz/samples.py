@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_kvcache import Batch, EncoderCache, Quantisation, RecurrentCache, WrapperCache
+from mlx_kvcache import Batch, EncoderCache, Quantization, RecurrentCache, WrapperCache
 from mlx_kvcache.caches.base import PlanningCache
 from mlx_kvcache.persist import save
 from mlx_kvcache.persist.container import Stored, read_arrays, read_contents
@@ -51,9 +51,9 @@ def feed(cache: Any, n: int, sequence: int = 0) -> None:
                     mx.eval(cache.layer(layer).get()[:2])
 
 
-def _made(kind: Kind, quantisation: Quantisation | None) -> PlanningCache:
+def _made(kind: Kind, quantization: Quantization | None) -> PlanningCache:
     cache = kind.make(add_offsets)
-    cache.init(mx.float32, capacity=80, max_batch=32, quantisation=quantisation)
+    cache.init(mx.float32, capacity=80, max_batch=32, quantization=quantization)
     return cache
 
 

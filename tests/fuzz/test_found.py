@@ -20,7 +20,7 @@ from mlx_kvcache import (
     ChunkedAttentionCache,
     EncoderCache,
     NotSupportedError,
-    Quantisation,
+    Quantization,
     RecurrentCache,
     SlidingWindowCache,
     WrapperCache,
@@ -175,7 +175,7 @@ FRACTIONS: dict[str, Callable[[], Any]] = {
     "a rewind": lambda: ChunkedAttentionCache(4, rewind=float("nan")),  # type: ignore[arg-type]
     "an interval": lambda: RecurrentCache(1.5),  # type: ignore[arg-type]
     "a capacity": lambda: CausalCache().init(capacity=1.5),  # type: ignore[arg-type]
-    "a length in float": lambda: Quantisation(after=1.5),  # type: ignore[arg-type]
+    "a length in float": lambda: Quantization(after=1.5),  # type: ignore[arg-type]
     "a layer": lambda: _causal().layer(0.5),  # type: ignore[arg-type]
     "a layer type": lambda: WrapperCache(CausalCache()).set_layer_type(0.5),  # type: ignore[arg-type]
     "a run": lambda: Batch.run(0.5, 0, 1),  # type: ignore[arg-type]

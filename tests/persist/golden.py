@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_kvcache import Batch, CausalCache, Quantisation, RecurrentCache, SlidingWindowCache, WrapperCache
+from mlx_kvcache import Batch, CausalCache, Quantization, RecurrentCache, SlidingWindowCache, WrapperCache
 from mlx_kvcache.persist import save
 from mlx_kvcache.persist.header import VERSION
 
@@ -26,7 +26,7 @@ def place(version: str) -> Path:
 def empty() -> WrapperCache:
     """A window with sinks, full attention of which the end is packed, and a recurrence."""
     cache = WrapperCache(SlidingWindowCache(8, sinks=2), CausalCache(), RecurrentCache(interval=16))
-    cache.init(mx.float16, capacity=64, quantisation=Quantisation((8, None), group_size=32, after=32))
+    cache.init(mx.float16, capacity=64, quantization=Quantization((8, None), group_size=32, after=32))
     return cache
 
 

@@ -20,7 +20,7 @@ from mlx_kvcache import (
     CacheFullError,
     CausalCache,
     EncoderCache,
-    Quantisation,
+    Quantization,
     RecurrentCache,
     SlidingWindowCache,
     WrapperCache,
@@ -36,7 +36,7 @@ DIMS = (32, 64)
 
 def made(kind: Kind, store: str, room: int = 200) -> Any:
     cache = kind.make(add_offsets)
-    cache.init(mx.float32, capacity=room, max_batch=64, quantisation=STORES[store])
+    cache.init(mx.float32, capacity=room, max_batch=64, quantization=STORES[store])
     return cache
 
 
@@ -191,7 +191,7 @@ def test_states_of_another_form_are_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     cache = CausalCache()
-    cache.init(mx.float32, capacity=100, quantisation=Quantisation(8, group_size=32, after=10))
+    cache.init(mx.float32, capacity=100, quantization=Quantization(8, group_size=32, after=10))
     for n in (4, 12):
         kv = mx.random.normal((1, 2, n, 32), key=mx.random.key(n))
         with cache.forward(Batch.run(0, cache.end(0), n)):
@@ -237,7 +237,7 @@ def test_a_file_of_another_model_cache_or_size_is_refused(saved: Path) -> None:
     with pytest.raises(CacheFileError, match="layer 1 has 2 heads of 32 and 32 features, this cache's has 4"):
         load(saved, wide, 1)
     narrow = CausalCache()
-    narrow.init(mx.float32, quantisation=Quantisation(8, group_size=64))
+    narrow.init(mx.float32, quantization=Quantization(8, group_size=64))
     with pytest.raises(CacheFileError, match="32 features, which groups of 64 do not divide"):
         load(saved, narrow, 1)
 

@@ -13,7 +13,7 @@ from mlx_kvcache import (
     Batch,
     CausalCache,
     EncoderCache,
-    Quantisation,
+    Quantization,
     RecurrentCache,
     SlidingWindowCache,
     WrapperCache,
@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
     """A window with sinks that has slid, full attention of which the end is packed, and a recurrence."""
     causal = CausalCache()
     wrapper = WrapperCache(SlidingWindowCache(16, sinks=8), causal, RecurrentCache(), EncoderCache())
-    wrapper.init(mx.float16, capacity=200, quantisation=Quantisation((8, None), group_size=32, after=32))
+    wrapper.init(mx.float16, capacity=200, quantization=Quantization((8, None), group_size=32, after=32))
     for sequence, n in ((0, 32), (0, 0), (1, 32)):
         if not n:
             wrapper.copy_prefix(0, 1, 32)

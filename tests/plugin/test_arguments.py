@@ -65,7 +65,7 @@ def test_options_that_are_misspelled(tmp_path: Path, cache: PromptCache) -> None
             TypeError, match=rf"^{name} has no option kvbits; did you mean kv_bits\?.*capacity"
         ):
             call(kvbits=4)
-        with pytest.raises(TypeError, match="did you mean quantise_after"):
+        with pytest.raises(TypeError, match="did you mean quantize_after"):
             call(quantized_kv_start=4)
         with pytest.raises(TypeError, match='use capacity=64, overflow="shift", sinks=4'):
             call(max_kv_size=64)

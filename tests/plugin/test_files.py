@@ -17,7 +17,7 @@ from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool
 from tests.persist.samples import Change
 from tests.plugin.configurations import WINDOW, build
 from tests.plugin.running import difference, logits_of
-from tests.plugin.test_quantised import GROUP, model_of
+from tests.plugin.test_quantized import GROUP, model_of
 from tests.plugin.tiny import tiny_llama
 
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
@@ -86,7 +86,7 @@ def test_removals_go_on_without_drift(bits: int | None, tmp_path: Path) -> None:
         {"capacity": 44, "overflow": "shift", "sinks": 2},
         {"kv_bits": 4, "kv_group_size": 32},
         {"kv_bits": None},
-        {"quantise_after": 100},
+        {"quantize_after": 100},
     ],
 )
 def test_into_other_options(options: dict[str, Any], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_into_other_options(options: dict[str, Any], tmp_path: Path) -> None:
     assert loaded.capacity == options.get("capacity", 60)
     ours, theirs = (logits_of(model, each.fork(), TEXT[40:44]) for each in (cache, loaded))
     # What comes after loading is stored as the options say.
-    limit = {4: 1.5, None: 0.05}.get(options.get("kv_bits", 8), 0.05 if "quantise_after" in options else 1e-5)
+    limit = {4: 1.5, None: 0.05}.get(options.get("kv_bits", 8), 0.05 if "quantize_after" in options else 1e-5)
     assert difference(ours, theirs) <= limit * mx.std(ours)
     assert loaded.pool is make_prompt_cache(model, **({"kv_bits": 8, "capacity": 60} | options)).pool
     with pytest.raises(CacheFullError, match="40 cells needed, 39 free of a capacity of 39: so many are in"):

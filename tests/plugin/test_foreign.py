@@ -21,7 +21,7 @@ from tests.plugin.configurations import DIFFERS_IN_BLOCKS, build
 from tests.plugin.files.make import path_of
 from tests.plugin.running import difference, logits_of
 from tests.plugin.test_files import SOME, STORAGE, TEXT
-from tests.plugin.test_quantised import model_of
+from tests.plugin.test_quantized import model_of
 from tests.plugin.tiny import tiny_llama
 
 

@@ -67,7 +67,7 @@ def shifted(model: nn.Module) -> Any:
 
 
 def packed(model: nn.Module) -> Any:
-    return filled(model, kv_bits=8, kv_group_size=32, quantise_after=20)
+    return filled(model, kv_bits=8, kv_group_size=32, quantize_after=20)
 
 
 def batched(model: nn.Module) -> Any:

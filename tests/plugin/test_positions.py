@@ -17,7 +17,7 @@ from mlx_kvcache.plugin.pool import conversation as conversation_module
 from mlx_kvcache.plugin.rope.probe import scheme_of
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
-from tests.plugin.tiny import randomised, tiny_deepseek_v3, tiny_gpt2, tiny_llama
+from tests.plugin.tiny import randomized, tiny_deepseek_v3, tiny_gpt2, tiny_llama
 
 TEXT = [(7 * i + i * i) % 97 for i in range(90)]
 LLAMA3 = {
@@ -74,7 +74,7 @@ def tiny_ministral3() -> nn.Module:
             "original_max_position_embeddings": 16,
         },
     }
-    return randomised(ministral3.Model(ministral3.ModelArgs.from_dict(arguments)))
+    return randomized(ministral3.Model(ministral3.ModelArgs.from_dict(arguments)))
 
 
 NAMES = [*SCALINGS, "traditional", "deepseek_v3", "ministral3"]

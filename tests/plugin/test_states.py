@@ -101,7 +101,7 @@ def test_after_each_token(name: str, tmp_path: Path) -> None:
             assert_saved(model, cache, TEXT[position], tmp_path / "cache.safetensors")
 
 
-@pytest.mark.parametrize("bits", [{}, {"kv_bits": 8}, {"kv_bits": 8, "quantise_after": 9}], ids=str)
+@pytest.mark.parametrize("bits", [{}, {"kv_bits": 8}, {"kv_bits": 8, "quantize_after": 9}], ids=str)
 @pytest.mark.parametrize("way", ["grown", "rewound", "removed", "trimmed", "restored", "of a batch"])
 def test_a_chunk_of_which_nothing_is_held(way: str, bits: dict[str, Any], tmp_path: Path) -> None:
     """However a conversation comes to a chunk's first token; in float and packed, alone and in batches."""

@@ -10,7 +10,7 @@ from mlx_lm.models import deepseek_v3, gpt2, llama
 VOCABULARY = 97
 
 
-def randomised(model: nn.Module, dtype: mx.Dtype = mx.float32, seed: int = 0) -> nn.Module:
+def randomized(model: nn.Module, dtype: mx.Dtype = mx.float32, seed: int = 0) -> nn.Module:
     """All weights random, norms too: norms of one would hide faults."""
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
 
@@ -35,7 +35,7 @@ def tiny_llama(dtype: mx.Dtype = mx.float32, **changes: object) -> nn.Module:
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 512,
     }
-    return randomised(llama.Model(llama.ModelArgs.from_dict(arguments | changes)), dtype)
+    return randomized(llama.Model(llama.ModelArgs.from_dict(arguments | changes)), dtype)
 
 
 def tiny_gpt2() -> nn.Module:
@@ -49,7 +49,7 @@ def tiny_gpt2() -> nn.Module:
         layer_norm_epsilon=1e-5,
         vocab_size=VOCABULARY,
     )
-    return randomised(gpt2.Model(arguments))
+    return randomized(gpt2.Model(arguments))
 
 
 def tiny_deepseek_v3(num_hidden_layers: int = 2) -> nn.Module:
@@ -73,4 +73,4 @@ def tiny_deepseek_v3(num_hidden_layers: int = 2) -> nn.Module:
         first_k_dense_replace=1,
         rope_scaling=None,
     )
-    return randomised(deepseek_v3.Model(arguments))
+    return randomized(deepseek_v3.Model(arguments))

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from mlx_kvcache import Batch, CacheFullError, CausalCache, Quantisation, attention, rope_shift, slide
+from mlx_kvcache import Batch, CacheFullError, CausalCache, Quantization, attention, rope_shift, slide
 from mlx_kvcache.persist import Opened, load, save
 
 
 def turn(q: mx.array, k: mx.array, v: mx.array) -> Iterator[mx.array]:
     cache = CausalCache(shift=rope_shift(dims=64))
-    cache.init(dtype=mx.float16, quantisation=Quantisation(8))
+    cache.init(dtype=mx.float16, quantization=Quantization(8))
     try:
         with cache.forward(Batch(positions=[0, 1], sequences=[0, 0])) as same:
             reveal_type(same)

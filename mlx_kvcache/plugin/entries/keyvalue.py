@@ -13,7 +13,7 @@ from ...caches.causal import PositionalCache
 from ...cells.spans import Spans, seen_from
 from ...cells.visibility import Causal, Chunk, Window
 from ...errors import CacheError
-from ...quantization import Quantisation
+from ...quantization import Quantization
 from ...storage.buffers import AnyPair, Cells, Lanes, cells_in, concatenated
 from ...storage.codec import Plain, alias, joined
 from ..forward.forward import Forward
@@ -150,7 +150,7 @@ class KeyValueLayer(Layer):
         Raises:
             ValueError: bits that there are not, or heads that groups do not divide.
         """
-        self.rows.quantise(Quantisation(bits, group_size))
+        self.rows.quantize(Quantization(bits, group_size))
         return layer_of(self.rows, self.leaf)
 
     @property
@@ -313,7 +313,7 @@ def layer_of(rows: Rows, leaf: Leaf) -> KeyValueLayer:
     """A layer of the class that mlx-lm would have here."""
     pool = rows.pool
     keys, values = pool.codecs(leaf)
-    is_packed = pool.quantisation is not None and not pool.quantisation.after and keys is not None
+    is_packed = pool.quantization is not None and not pool.quantization.after and keys is not None
     if isinstance(leaf.rule, Causal) and is_packed and keys == values:
         return QuantizedKVCache(rows, leaf)
     return _CLASSES[type(leaf.rule)](rows, leaf)

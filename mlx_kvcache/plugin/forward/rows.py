@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ...arguments import whole
 from ...caches.plan import JointPlan
 from ...errors import CacheError
-from ...quantization import Quantisation
+from ...quantization import Quantization
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
@@ -427,15 +427,15 @@ class Rows(Passes, Caller):
             with edit_together(self, about, is_sure):
                 yield
 
-    def quantise(self, quantisation: Quantisation) -> None:
+    def quantize(self, quantization: Quantization) -> None:
         """Store keys and values in fewer bits from here on, if they are in the model's precision.
 
         Raises:
             ValueError: heads that groups do not divide; nothing has changed.
         """
-        with self.edit(f"store in fewer bits: {quantisation}"):
-            if self.pool.quantisation is None:
-                pool = self.pool.sibling(quantisation)
+        with self.edit(f"store in fewer bits: {quantization}"):
+            if self.pool.quantization is None:
+                pool = self.pool.sibling(quantization)
                 with pool.lock:
                     moved = [conversation.moved(pool) for conversation in self.conversations]
                     self.conversations, self.pool = moved, pool

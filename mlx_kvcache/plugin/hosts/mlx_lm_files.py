@@ -39,7 +39,7 @@ _FAULTS = (
 """What comes of data that are not what they should be: numbers that are no letters, trees too deep."""
 
 Ranges = tuple[tuple[int, int], ...]
-"""(position, length) of neighbouring tokens."""
+"""(position, length) of neighboring tokens."""
 
 
 class Entry(NamedTuple):
@@ -205,7 +205,7 @@ def _full(keys: Any, values: Any, offset: int) -> Entry:
     return Entry("KVCache", offset, lanes, ((0, offset),))
 
 
-def _quantised(keys: Any, values: Any, offset: int, group_size: int, bits: int) -> Entry:
+def _quantized(keys: Any, values: Any, offset: int, group_size: int, bits: int) -> Entry:
     if keys is None or not offset:
         return Entry("KVCache", 0)
     codec = checked_codec(bits, group_size)
@@ -253,7 +253,7 @@ def _arrays(arrays: Any, left_padding: Any, lengths: Any) -> Entry:
 
 _READERS: dict[str, Callable[..., Entry]] = {
     "KVCache": _full,
-    "QuantizedKVCache": _quantised,
+    "QuantizedKVCache": _quantized,
     "RotatingKVCache": _rotating,
     "ChunkedKVCache": _chunked,
     "ArraysCache": _arrays,

@@ -34,7 +34,7 @@ class Caller(Protocol):
 
 
 class Observable:
-    """Base of the entries of a cache list, by which a model's call is recognised."""
+    """Base of the entries of a cache list, by which a model's call is recognized."""
 
     rows: Caller
 

@@ -160,7 +160,7 @@ class Conversation:
         pool.ranks.ready()
         if self.head.lead + gap > FARTHEST:
             # Only now, as nothing changes where the removal is refused.
-            self._renormalise()
+            self._renormalize()
             plan = self._plan_head(begin, end)
         pool.apply(plan)
 
@@ -241,7 +241,7 @@ class Conversation:
             plans.append(cache._plan_edit(removal, rebase))
         return JointPlan([*plans, HeadPlan(self, self.head, gaps=1)])
 
-    def _renormalise(self) -> None:
+    def _renormalize(self) -> None:
         """Rotate everything back, so that offsets equal positions again."""
         rebase = self._by(-self.head.lead)
         plans = [

@@ -32,7 +32,7 @@ from ...caches.causal import PositionalCache
 from ...caches.plan import JointPlan, Plan
 from ...caches.recurrent import RecurrentCache, arrays_in
 from ...errors import CacheError
-from ...quantization import Codecs, Quantisation
+from ...quantization import Codecs, Quantization
 from ...storage.buffers import Form
 from ..hosts.handles import serve
 from ..hosts.layout import Layout, Leaf
@@ -77,7 +77,7 @@ class Pool:
         architecture: the module of the model's class.
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
-        quantisation: how keys and values are stored, by leaf; None for the model's own precision.
+        quantization: how keys and values are stored, by leaf; None for the model's own precision.
         ranks: the processes that run the model together.
         version: of the model's weights, those that all caches of the pool are computed with.
         forms: what the model writes, by leaf: the form of keys and values, None for arrays.
@@ -91,7 +91,7 @@ class Pool:
         model: nn.Module,
         layout: Layout,
         rewinds: Sequence[int],
-        quantisation: Quantisation | None = None,
+        quantization: Quantization | None = None,
         ranks: Ranks = ALONE,
         version: Version | None = None,
     ) -> None:
@@ -101,14 +101,14 @@ class Pool:
         self.ranks = ranks
         self.layout = layout
         self.rewinds = tuple(rewinds)
-        self.quantisation = quantisation
+        self.quantization = quantization
         self.leaves = layout.leaves
         self.caches = tuple(
             RecurrentCache() if rule is None else PositionalCache(rule, rewind, None)
             for rule, rewind in zip(layout.rules, rewinds, strict=True)
         )
         for cache in self.caches:
-            cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantisation=quantisation)
+            cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantization=quantization)
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.lock = threading.RLock()
         self.forms: dict[int, Form | None] = dict.fromkeys(range(len(self.leaves)))
@@ -180,16 +180,16 @@ class Pool:
 
     def codecs(self, leaf: Leaf) -> Codecs:
         """In how many bits a leaf's keys and values are stored."""
-        return self.quantisation.of(leaf.index) if self.quantisation else (None, None)
+        return self.quantization.of(leaf.index) if self.quantization else (None, None)
 
-    def sibling(self, quantisation: Quantisation | None) -> Pool:
+    def sibling(self, quantization: Quantization | None) -> Pool:
         """A pool like this that stores otherwise. Raises ValueError for heads that groups do not divide."""
         for leaf in self.leaves:
             form = self.forms.get(leaf.index)
-            if form and quantisation:
-                form.packed_by(quantisation.of(leaf.index), f"layer {leaf.name}")
+            if form and quantization:
+                form.packed_by(quantization.of(leaf.index), f"layer {leaf.name}")
         model = self.living_model
-        pool = pool_for(model, self.layout, self.rewinds, quantisation, self.ranks, self.version)
+        pool = pool_for(model, self.layout, self.rewinds, quantization, self.ranks, self.version)
         pool.forms, pool.mirrored, pool.ask = self.forms, self.mirrored, self.ask
         return pool
 
@@ -274,7 +274,7 @@ class Pool:
     def wants_handles(self, sequence: int) -> bool:
         """Whether attention to a sequence as it is stored saves copies: in several runs, or packed."""
         spans = (cache._table[sequence].spans for _, cache in self.positional())
-        return self.quantisation is not None or any(len(own) > 1 for own in spans)
+        return self.quantization is not None or any(len(own) > 1 for own in spans)
 
     def end(self, sequence: int) -> int:
         return self.caches[0]._end(sequence)
@@ -346,7 +346,7 @@ def pool_for(
     model: nn.Module,
     layout: Layout,
     rewinds: Sequence[int],
-    quantisation: Quantisation | None,
+    quantization: Quantization | None,
     ranks: Ranks,
     version: Version | None = None,
 ) -> Pool:
@@ -356,9 +356,9 @@ def pool_for(
     """
     version = version or version_of(model)
     # A pool keeps its version alive, so the id is no other's.
-    key, pools = (id(version), layout, tuple(rewinds), quantisation, ranks), _pools.of(model)
+    key, pools = (id(version), layout, tuple(rewinds), quantization, ranks), _pools.of(model)
     with _lock:
         pool = pools.get(key)
         if pool is None:
-            pool = pools[key] = Pool(model, layout, rewinds, quantisation, ranks, version)
+            pool = pools[key] = Pool(model, layout, rewinds, quantization, ranks, version)
         return pool

@@ -133,5 +133,5 @@ class _ModelSessions(SessionPool):
 def _namespace(cache: PromptCache, model: dict[str, str]) -> str:
     """What caches must have in common to serve each other: the model, and how they are stored."""
     options = options_of(cache._conversation)
-    storage = {name: options.get(name) for name in ("kv_bits", "kv_group_size", "quantise_after")}
+    storage = {name: options.get(name) for name in ("kv_bits", "kv_group_size", "quantize_after")}
     return hashlib.sha256(json.dumps([model, storage], sort_keys=True).encode()).hexdigest()

@@ -55,12 +55,12 @@ def build(name: str, seed: int = 0, is_wide: bool = False, is_dense: bool = Fals
         configuration.get("text_config", configuration).update(_WITHOUT_EXPERTS)
     arguments = module.ModelArgs.from_dict(widened(configuration) if is_wide else configuration)
     model: nn.Module = module.Model(arguments)
-    _randomise(model, seed)
+    _randomize(model, seed)
     model.eval()
     return model
 
 
-def _randomise(model: nn.Module, seed: int) -> None:
+def _randomize(model: nn.Module, seed: int) -> None:
     """Draw all weights anew, norms and biases too: those of one and zero hide faults."""
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
     model.update(tree_map_with_path(lambda path, array: _draw(path, array, next(keys)), model.parameters()))

@@ -24,7 +24,7 @@ CONFIGURATIONS = {name: own for name, own in _ALL.items() if find_spec(f"mlx_lm.
 
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "its linear layers are Metal kernels without a substitute",
-    "muse_spark": "normalises, rotates and gates in Metal kernels without a substitute",
+    "muse_spark": "normalizes, rotates and gates in Metal kernels without a substitute",
     "olmo": "ends the process on import where the package ai2-olmo is missing",
     "phi3small": "writes to the logits of tokens up to 100351: a smaller vocabulary corrupts the heap",
 }

@@ -20,7 +20,7 @@ CANNOT = {
     "bailing_hybrid/pipeline": "its groups of layers leave the second rank none of two",
     "deepseek_v41/tensor": "caches by a class of its own, which no cache of this package answers",
     "deepseek_v41/pipeline": "caches by a class of its own, which no cache of this package answers",
-    "prism_hadamard_qwen35/tensor": "halves of its weights are narrower than a group of its quantisation",
+    "prism_hadamard_qwen35/tensor": "halves of its weights are narrower than a group of its quantization",
     "step3p5/tensor": "its one head of keys cannot be halved",
 }
 """What of the small configurations is not for two ranks, and why."""

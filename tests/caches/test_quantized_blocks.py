@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_kvcache import Batch, ChunkedAttentionCache, Quantisation, SlidingWindowCache
+from mlx_kvcache import Batch, ChunkedAttentionCache, Quantization, SlidingWindowCache
 
 
 @pytest.mark.parametrize("kind", [SlidingWindowCache, ChunkedAttentionCache])
@@ -15,7 +15,7 @@ def test_the_tokens_of_a_block_are_read_as_if_all_were_stored(
 ) -> None:
     kv = mx.random.normal((1, 3, 20, 64), key=mx.random.key(0))
     cache = kind(8)
-    cache.init(mx.float32, capacity=64, quantisation=Quantisation(4, after=after))
+    cache.init(mx.float32, capacity=64, quantization=Quantization(4, after=after))
     with cache.forward(Batch.run(0, 0, 20)):
         cache.layer(0).put(kv, kv)
         keys, values, _ = cache.layer(0).get()

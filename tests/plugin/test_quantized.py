@@ -124,18 +124,18 @@ def test_batches(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_bits_of_mlx_lms_commands(name: str) -> None:
-    """Where generation is told to quantise, from a length on, mlx-lm can on full attention only."""
+    """Where generation is told to quantize, from a length on, mlx-lm can on full attention only."""
     model = model_of(name)
     cache = make_prompt_cache(model)
     before = None
     told = {"kv_bits": 8, "kv_group_size": GROUP, "quantized_kv_start": 20}
     for _ in generate_step(mx.array(TEXT[:16]), model, max_tokens=3, prompt_cache=cache, **told):
-        assert cache.pool.quantisation is None
+        assert cache.pool.quantization is None
         before = cache.nbytes
     position = cache.position
     more = generate_step(mx.array(TEXT[16:20]), model, max_tokens=3, prompt_cache=cache, **told)
     assert len(list(more)) == 3
-    assert cache.pool.quantisation is not None
+    assert cache.pool.quantization is not None
     assert cache.position > position + 4
     assert before is not None and (cache.nbytes < before or cache.pool.layout.is_recurrent)
     reference = make_prompt_cache(model, kv_bits=8, kv_group_size=GROUP)
@@ -149,7 +149,7 @@ def test_each_layer_is_told_how() -> None:
         ({"kv_bits": 8, "kv_float": "last"}, ["QuantizedKVCache", "QuantizedKVCache", "KVCache"]),
         ({"kv_bits": 8, "kv_float": [0, -1]}, ["KVCache", "QuantizedKVCache", "KVCache"]),
         ({"kv_bits": lambda layer: (8, 4) if layer else None}, ["KVCache"] * 3),
-        ({"kv_bits": 8, "quantise_after": 10}, ["KVCache"] * 3),
+        ({"kv_bits": 8, "quantize_after": 10}, ["KVCache"] * 3),
     ]
     sizes = []
     for options, names in ways:
@@ -176,7 +176,7 @@ def test_an_iterator_of_layers_serves_every_cache() -> None:
 
 def test_a_cache_begins_in_float() -> None:
     model = tiny_llama(head_dim=64)
-    cache, plain = make_prompt_cache(model, kv_bits=4, quantise_after=20), make_prompt_cache(model)
+    cache, plain = make_prompt_cache(model, kv_bits=4, quantize_after=20), make_prompt_cache(model)
     logits_of(model, cache, TEXT[:20]), logits_of(model, plain, TEXT[:20])
     assert cache.nbytes == plain.nbytes
     assert difference(logits_of(model, cache.fork(), [1]), logits_of(model, plain.fork(), [1])) > 0
@@ -249,7 +249,7 @@ def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
         ({"kv_bits": 8, "kv_float": "first"}, "got 'first'"),
         ({"kv_bits": 8, "kv_group_size": 48}, "group size of 48"),
         ({"kv_bits": 8, "kv_float": [3]}, "names layer 3; there are 3"),
-        ({"kv_bits": 8, "quantise_after": -1}, "after must be 0 or more, got -1"),
+        ({"kv_bits": 8, "quantize_after": -1}, "after must be 0 or more, got -1"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from mlx_kvcache import (
     Batch,
     CausalCache,
     EncoderCache,
-    Quantisation,
+    Quantization,
     SlidingWindowCache,
     WrapperCache,
     attention,
@@ -26,10 +26,10 @@ HEADS, DIM = 3, 64
 
 
 def made(
-    quantisation: Quantisation | None, dtype: mx.Dtype = mx.float16, shift: Shift | None = None
+    quantization: Quantization | None, dtype: mx.Dtype = mx.float16, shift: Shift | None = None
 ) -> CausalCache:
     cache = CausalCache(shift)
-    cache.init(dtype, capacity=1024, quantisation=quantisation)
+    cache.init(dtype, capacity=1024, quantization=quantization)
     return cache
 
 
@@ -74,7 +74,7 @@ def distance(a: mx.array, b: mx.array) -> float:
 )
 def test_bytes_and_error(bits: Any, most: float, error: float, dtype: mx.Dtype) -> None:
     """Bytes are beside those of float16, whatever the dtype."""
-    cache = made(Quantisation(bits), dtype)
+    cache = made(Quantization(bits), dtype)
     kv = noise(512, dtype=dtype)
     put(cache, kv)
     assert cache.nbytes <= most * 2 * HEADS * 512 * DIM * 2
@@ -84,7 +84,7 @@ def test_bytes_and_error(bits: Any, most: float, error: float, dtype: mx.Dtype) 
 
 
 def test_bits_of_each_layer() -> None:
-    cache = made(Quantisation(lambda layer: None if layer == 2 else (8, 4)))
+    cache = made(Quantization(lambda layer: None if layer == 2 else (8, 4)))
     kv = noise(100)
     with cache.forward(Batch.run(0, 0, 100)):
         for layer in range(3):
@@ -96,7 +96,7 @@ def test_bits_of_each_layer() -> None:
 
 
 def test_a_sequence_begins_in_float() -> None:
-    cache = made(Quantisation(4, after=200))
+    cache = made(Quantization(4, after=200))
     kv = noise(200)
     put(cache, kv[:, :, :199])
     assert distance(got(cache)[0], kv[:, :, :199]) == 0
@@ -110,7 +110,7 @@ def test_a_sequence_begins_in_float() -> None:
 
 
 def test_going_back_does_not_unpack() -> None:
-    cache = made(Quantisation(8, after=20))
+    cache = made(Quantization(8, after=20))
     put(cache, noise(30))
     cache.remove(0, 10)
     for step in range(15):
@@ -121,7 +121,7 @@ def test_going_back_does_not_unpack() -> None:
 
 def test_a_snapshot_of_a_branch_that_goes_on_in_float() -> None:
     """Its beginning is packed, what follows is not yet: both are restored as they were."""
-    cache = made(Quantisation(8, after=20))
+    cache = made(Quantization(8, after=20))
     put(cache, noise(30))
     cache.copy_prefix(0, 1, 10)
     put(cache, noise(5, seed=1), sequence=1)
@@ -142,7 +142,7 @@ def test_a_snapshot_of_a_branch_that_goes_on_in_float() -> None:
 
 
 def test_a_forward_that_throws_leaves_what_was_in_float() -> None:
-    cache = made(Quantisation(2, after=20))
+    cache = made(Quantization(2, after=20))
     kv = noise(20)
     put(cache, kv)
     with pytest.raises(RuntimeError), cache.forward(Batch.run(0, 20, 1)):
@@ -155,7 +155,7 @@ def test_a_forward_that_throws_leaves_what_was_in_float() -> None:
 
 
 def test_what_is_shared_and_packed_is_moved_to_a_packed_copy() -> None:
-    cache = made(Quantisation(8), shift=add_offsets)
+    cache = made(Quantization(8), shift=add_offsets)
     put(cache, noise(30))
     cache.copy_prefix(0, 1, 30)
     cache.remove(0, 10, 20)
@@ -166,7 +166,7 @@ def test_what_is_shared_and_packed_is_moved_to_a_packed_copy() -> None:
 
 
 def test_what_is_shared_stays_in_float_while_it_is() -> None:
-    cache = made(Quantisation(4, after=50))
+    cache = made(Quantization(4, after=50))
     kv = noise(50)
     put(cache, kv)
     cache.copy_prefix(0, 1, 50)
@@ -180,7 +180,7 @@ def test_what_is_shared_stays_in_float_while_it_is() -> None:
 @pytest.mark.parametrize("bits", [8, (8, 4), (None, 8)])
 def test_removal_rotates_what_is_packed(bits: Any) -> None:
     shift = rope_shift(DIM)
-    packed, plain = made(Quantisation(bits), mx.float32, shift), made(None, mx.float32, shift)
+    packed, plain = made(Quantization(bits), mx.float32, shift), made(None, mx.float32, shift)
     for cache in (packed, plain):
         put(cache, noise(300, dtype=mx.float32))
         cache.remove(0, 100, 150)
@@ -197,7 +197,7 @@ def test_removal_rotates_what_is_packed(bits: Any) -> None:
 def test_removals_move_positions_exactly() -> None:
     """Through windows, and again and again."""
     cache = SlidingWindowCache(24, rewind=16, shift=add_offsets)
-    cache.init(mx.float32, capacity=64, quantisation=Quantisation(8, group_size=32))
+    cache.init(mx.float32, capacity=64, quantization=Quantization(8, group_size=32))
     dims = (32, 32)
     with cache.forward(Batch.run(0, 0, 40)):
         cache.put(*coded(range(40), dims=dims))
@@ -211,14 +211,14 @@ def test_removals_move_positions_exactly() -> None:
 
 
 def test_numbers_beyond_16_bits_stay_finite() -> None:
-    cache = made(Quantisation(8), mx.float32)
+    cache = made(Quantization(8), mx.float32)
     put(cache, noise(4, dtype=mx.float32) * 1e30)
     assert mx.isfinite(got(cache)[0]).all().item()
 
 
 def test_other_kinds_keep_their_arrays() -> None:
     cache = WrapperCache(EncoderCache(), CausalCache())
-    cache.init(mx.float32, quantisation=Quantisation(2, group_size=32))
+    cache.init(mx.float32, quantization=Quantization(2, group_size=32))
     with cache.forward(Batch([0], [0])):
         odd = mx.random.normal((2, 5, 7), key=mx.random.key(0))
         cache.put(odd, odd)
@@ -228,10 +228,10 @@ def test_other_kinds_keep_their_arrays() -> None:
 def test_widths_that_do_not_fit_are_refused_with_the_numbers() -> None:
     cache = CausalCache()
     with pytest.raises(ValueError, match="80 features, which groups of 64 do not divide; no group size does"):
-        cache.init(quantisation=Quantisation(8), head_dim=80)
+        cache.init(quantization=Quantization(8), head_dim=80)
     with pytest.raises(ValueError, match="96 features, which groups of 64 do not divide; groups of 32 do"):
-        cache.init(quantisation=Quantisation(8), head_dim=96)
-    cache.init(quantisation=Quantisation((None, 8)), head_dim=128)
+        cache.init(quantization=Quantization(8), head_dim=96)
+    cache.init(quantization=Quantization((None, 8)), head_dim=128)
     with cache.forward(Batch([0], [0])):
         with pytest.raises(ValueError, match="values of layer 3 have 80 features"):
             cache.layer(3).put(noise(1, dim=80), noise(1, dim=80))
@@ -250,11 +250,11 @@ def test_widths_that_do_not_fit_are_refused_with_the_numbers() -> None:
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Quantisation(**options)
+        Quantization(**options)
 
 
 def test_nothing_is_packed_without_bits() -> None:
-    cache = made(Quantisation(None))
+    cache = made(Quantization(None))
     put(cache, noise(8))
     assert distance(got(cache)[0], noise(8)) == 0
     assert fed(made(None), range(3))[0].shape == (1, 1, 3, 2)
@@ -265,7 +265,7 @@ def test_reserving_takes_what_the_packed_room_will() -> None:
     taken = []
     for after in (0, 100):
         cache = CausalCache()
-        cache.init(mx.float32, capacity=4096, quantisation=Quantisation(bits=4, after=after))
+        cache.init(mx.float32, capacity=4096, quantization=Quantization(bits=4, after=after))
         before = mx.get_active_memory()
         cache.start_forward(Batch([0], [0]), reserve=True)
         cache.put(*[mx.zeros((1, HEADS, 1, DIM))] * 2)
@@ -276,7 +276,7 @@ def test_reserving_takes_what_the_packed_room_will() -> None:
 
 
 def test_check_finds_float_where_it_is_packed() -> None:
-    cache = made(Quantisation(bits=8))
+    cache = made(Quantization(bits=8))
     put(cache, noise(3))
     cache.check()
     pairs = cache._store.layers[0].pairs
