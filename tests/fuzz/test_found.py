@@ -243,7 +243,7 @@ def test_fractions_leave_layers_and_sessions_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rewind": 1.5}, {"capacity": 8.5}, {"sinks": 0.5}, {"quantise_after": 1.5}]
+    "options", [{"rewind": 1.5}, {"capacity": 8.5}, {"sinks": 0.5}, {"quantize_after": 1.5}]
 )
 def test_options_that_are_fractions(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"must be a whole number, got .*5"):

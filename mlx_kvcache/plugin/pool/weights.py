@@ -17,6 +17,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..hosts.lifetimes import PerModel
+
 NUMBERS = 1024
 """Elements of each array that are looked at, about: to read all would take as long as loading the model."""
 
@@ -65,8 +67,8 @@ class Version:
 
 
 _lock = threading.Lock()
-# By id, as modules cannot be hashed. Entries go when their objects do.
-_versions: dict[int, Version] = {}
+_versions: PerModel[list[Version]] = PerModel(list)
+"""For each model its newest version."""
 _words: dict[int, tuple[weakref.ref[Any], Any, str]] = {}
 
 
@@ -75,14 +77,11 @@ def version_of(model: nn.Module) -> Version:
 
     Takes well under a millisecond for a model of 48 layers, and reads no array.
     """
-    arrays = _arrays(model)
+    arrays, known = _arrays(model), _versions.of(model)
     with _lock:
-        known = _versions.get(id(model))
-        if known is None or not known.is_of(model, arrays):
-            if known is None:
-                weakref.finalize(model, _versions.pop, id(model), None)
-            known = _versions[id(model)] = Version(model, arrays)
-        return known
+        if not known or not known[0].is_of(model, arrays):
+            known[:] = [Version(model, arrays)]
+        return known[0]
 
 
 def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
