@@ -16,7 +16,7 @@ UNTRACED := $(addprefix --ignore=tests/,chat benchmarks examples docs caches/tes
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
 # Files that notice most in little time come first.
-CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room attention growth quantized ancestor faults machine stream_machine)
+CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
 .PHONY: help demo test check fmt soak interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
@@ -44,8 +44,8 @@ fmt: $(VENV)/dev  ## format the code
 
 soak: $(VENV)/dev  ## random calls with faults against the oracle, a million tokens of decoding, and 8 threads on one pool
 	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=116 MACHINE_STEPS=500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
-	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/test_flat.py
-	THREADS=8 THREADS_TOKENS=2000 THREADS_RUNS=20 $(RUN) -m pytest tests/plugin/test_threads.py
+	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/forward/test_flat.py
+	THREADS=8 THREADS_TOKENS=2000 THREADS_RUNS=20 $(RUN) -m pytest tests/plugin/pool/test_threads.py
 
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
 	OPENBLAS_NUM_THREADS=1 INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
@@ -57,7 +57,7 @@ ranks: $(VENV)/dev  ## the example with 2 and 4 processes, and every architectur
 	RANKS_MATRIX=1 $(RUN) -m pytest tests/plugin/ranks
 
 soak-server: $(VENV)/dev  ## 1,000 requests of 8 clients to mlx-lm's server, of which some cannot be served
-	$(RUN) -m tests.plugin.soak
+	$(RUN) -m tests.plugin.serving.soak
 
 soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
@@ -75,6 +75,7 @@ mutants: $(VENV)/proof  ## change the bookkeeping and the caches line by line, i
 	rm -rf build/mutants && mkdir -p build/mutants
 	cp -r mlx_kvcache tests pyproject.toml mutants.toml build/mutants
 	cd build/mutants && $(MUTANTS) --of mlx_kvcache/cells --tests tests/cells
+	cd build/mutants && MACHINE_SEEDS=1 MACHINE_STEPS=60 $(MUTANTS) --of mlx_kvcache/attend --tests tests/attend $(CACHES_TESTS)
 	cd build/mutants && MACHINE_SEEDS=1 MACHINE_STEPS=60 $(MUTANTS) --of mlx_kvcache/caches --tests $(CACHES_TESTS)
 
 bench: $(VENV)/bench  ## every benchmark but endless text and the chat, into benchmarks/results

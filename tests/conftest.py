@@ -15,7 +15,7 @@ mx.set_default_device(mx.cpu)
 # The core is tested where mlx-lm cannot be installed, too: on Python 3.10.
 if find_spec("mlx_lm") is None:
     collect_ignore = [
-        "arrays/test_rope.py", "benchmarks", "chat", "docs", "examples", "fuzz", "plugin", "project",
+        "test_rope.py", "benchmarks", "chat", "docs", "examples", "fuzz", "plugin", "project",
         "test_api.py",
     ]  # fmt: skip
 

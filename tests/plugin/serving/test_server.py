@@ -17,7 +17,7 @@ from mlx_kvcache.plugin.entries.keyvalue import KeyValueLayer
 from mlx_kvcache.plugin.forward.rows import Rows
 from mlx_kvcache.plugin.pool.pool import Pool
 from tests.folders import written
-from tests.plugin.serving import Answer, Client, served
+from tests.plugin.serving.clients import Answer, Client, served
 
 LONG = " ".join(f"word {i}" for i in range(80))
 SHORT = "one two three"

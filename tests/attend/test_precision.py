@@ -23,7 +23,7 @@ from mlx_kvcache.caches.causal import PositionalCache
 from mlx_kvcache.cells.visibility import visible
 from mlx_kvcache.quantization import Codec
 from mlx_kvcache.storage import codec as devices
-from tests.caches.test_attention import drawn
+from tests.attend.test_attention import drawn
 from tests.kinds import STORES
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 64, 32

@@ -18,7 +18,7 @@ from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool
 from mlx_kvcache.plugin.pool import weights as fingerprint
 from tests.plugin.configurations import build
 from tests.plugin.running import logits_of
-from tests.plugin.test_disk import TEXT, say
+from tests.plugin.serving.test_disk import TEXT, say
 from tests.plugin.test_files import Words
 from tests.plugin.tiny import tiny_llama
 

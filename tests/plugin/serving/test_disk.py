@@ -166,7 +166,7 @@ OTHER = """
 import sys
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-from tests.plugin.test_disk import TEXT, say, tiny_llama
+from tests.plugin.serving.test_disk import TEXT, say, tiny_llama
 from mlx_kvcache.plugin import make_session_pool
 model = tiny_llama(head_dim=64)
 with make_session_pool(model, folder=sys.argv[1]) as pool:
