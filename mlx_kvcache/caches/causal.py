@@ -320,7 +320,7 @@ class CausalCache(PositionalCache):
 
 
 class SlidingWindowCache(PositionalCache):
-    """Cache for sliding-window attention: a token sees itself, the `window_size` - 1 before it, and the sinks.
+    """Cache for sliding-window attention: a token sees the newest `window_size` tokens and the sinks.
 
     After each batch, of any size, the cache holds the newest `window_size` + `rewind` - 1 tokens of a
     sequence and its sinks.

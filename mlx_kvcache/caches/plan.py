@@ -49,7 +49,7 @@ class Plan(ABC):
         """Free whatever only `unmake` needs. Changes nothing visible."""
 
     def undo(self) -> None:
-        """Remove the tokens of a forward pass again. Does nothing if it was not made or no longer is the last.
+        """Remove the tokens of a forward pass again, if it was made and the cache has not changed since.
 
         Only plans of forward passes implement this.
         """
@@ -165,7 +165,7 @@ class Journal:
     def apply(self, placement: Placement, staged: Staged) -> None:
         """Make a planned placement: first the arrays, then the owners of cells.
 
-        Segments that lose their last owner stay until the plan is settled, because a rollback needs them.
+        Segments without an owner stay until they are swept, because a rollback may need them.
         """
         table, store = self._cache._table, self._cache._store
         for move in placement.moves:
