@@ -32,7 +32,7 @@ Self = TypeVar("Self", bound="PlanningCache")
 class PlanningCache(ABC):
     """Implements the public methods of `Cache` on a kind's abstract methods.
 
-    A `_plan_...` method computes a change and raises if it is impossible. It must not change the cache:
+    A `_plan_...` method computes a change and raises if it is impossible. It must not change any sequence:
     the plan's `make` does. So `WrapperCache` can plan a change of all its children before it makes any.
     """
 

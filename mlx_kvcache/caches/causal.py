@@ -320,15 +320,16 @@ class CausalCache(PositionalCache):
 
 
 class SlidingWindowCache(PositionalCache):
-    """Cache for sliding-window attention: a token sees the newest `window_size` tokens and the sinks.
+    """Cache for sliding-window attention, with or without attention sinks.
 
-    After each batch, of any size, the cache holds the newest `window_size` + `rewind` - 1 tokens of a
-    sequence and its sinks.
+    A token sees itself, the `window_size` - 1 tokens before it, and the first `sinks` of its sequence. After
+    each batch, of any size, the cache holds the newest `window_size` + `rewind` - 1 tokens of a sequence
+    and its sinks.
 
     Args:
         window_size: the number of tokens that a token sees, itself included, as in mlx-lm and transformers.
         rewind: the number of newest tokens that can always be removed.
-        sinks: the number of first tokens of each sequence (attention sinks) that stay visible.
+        sinks: the number of first tokens of each sequence that stay visible.
         shift: as in `CausalCache`.
 
     Raises:
