@@ -151,8 +151,8 @@ def test_numbers_out_of_range(cache: KeyValueCache) -> None:
 def test_kinds_out_of_range() -> None:
     for make, told in (
         (lambda: SlidingWindowCache(0), "window_size must be 1 or more, got 0"),
-        (lambda: SlidingWindowCache(4, sinks=4), "sinks must be 0 to 3 in a window of 4, got 4"),
-        (lambda: SlidingWindowCache(4, sinks=5), "sinks must be 0 to 3 in a window of 4, got 5"),
+        (lambda: SlidingWindowCache(4, sinks=4), "sinks must be 0 to 3 in a window of 4 tokens, got 4"),
+        (lambda: SlidingWindowCache(4, sinks=5), "sinks must be 0 to 3 in a window of 4 tokens, got 5"),
         (lambda: SlidingWindowCache(4, sinks=-1), "sinks must be 0 or more, got -1"),
         (lambda: SlidingWindowCache(4, rewind=-1), "rewind must be 0 or more, got -1"),
         (lambda: ChunkedAttentionCache(0), "chunk_size must be 1 or more, got 0"),
