@@ -232,7 +232,7 @@ class Step:
         keys, values = take(batch[0], part.rows), take(batch[1], part.rows)
         form = self.store.layers[layer].form
         if form.is_packed and any(segment in self._packed for segment, _, _ in part.stores):
-            # Quantize and decode them like stored tokens, or outputs would depend on the batch size.
+            # Quantize and decode them like stored tokens, or outputs would depend on how a prompt is split.
             return form.decoded(form.stored((Plain(keys), Plain(values)), is_packed=True))
         return keys, values
 

@@ -295,7 +295,7 @@ def in_layer(name: str, value: Any) -> Change:
         (in_layer("dims", [32]), "not a list of 2"),
         (in_layer("dtypes", ["I32", "F32"]), "expected floats"),
         (in_layer("dtypes", ["F64", "F32"]), "MLX has no dtype 'F64'"),
-        (in_layer("codecs", [[7, 32], None]), "in 7 bits"),
+        (in_layer("codecs", [[7, 32], None]), "to 7 bits"),
         (in_layer("codecs", [[4, 32], [8, 32]]), "the header says"),
         (lambda header, arrays: header.pop("caches"), "the caches is None"),
         (lambda header, arrays: header["caches"].append({}), "not a list of 1"),
