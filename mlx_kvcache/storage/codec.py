@@ -45,12 +45,12 @@ class Plain(NamedTuple):
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """What is stored."""
+        """The stored arrays."""
         return (self.array,)
 
     @property
     def dim(self) -> int:
-        """Features of a head."""
+        """The number of features per head."""
         return self.array.shape[3]
 
     def written(self, index: Index, tokens: mx.array) -> Plain:
@@ -95,12 +95,12 @@ class Packed(NamedTuple):
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """What is stored."""
+        """The stored arrays."""
         return self.words, self.scales, self.biases
 
     @property
     def dim(self) -> int:
-        """Features of a head."""
+        """The number of features per head."""
         return self.scales.shape[3] * self.codec.group_size
 
     @classmethod
