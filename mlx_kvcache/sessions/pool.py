@@ -203,7 +203,9 @@ class SessionPool:
         if len(tokens) != cache.position:
             raise ValueError(f"got {len(tokens)} tokens for a cache that holds {cache.position}")
         if not self._takes(cache):
-            raise ValueError("the cache is of another pool: its model or its options differ from this pool's")
+            raise ValueError(
+                "the cache is of another pool: it has another model or other options than this pool"
+            )
         if not tokens:
             return self._reject("empty", cache)
         entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
