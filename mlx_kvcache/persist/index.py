@@ -400,7 +400,7 @@ class Index:
         return removed
 
     def _remove(self, connection: sqlite3.Connection, name: str) -> None:
-        """Remove a file, then its entry. A reader notices a missing file; nobody notices a missing entry."""
+        """Remove a file, then its entry: readers detect a missing file, but not a file without an entry."""
         # A corrupt index could name any path.
         if _NAME.fullmatch(name):
             (self._folder / name).unlink(missing_ok=True)
