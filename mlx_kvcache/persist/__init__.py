@@ -1,4 +1,4 @@
-"""Caches as files."""
+"""Saves sequences of caches to files, and loads them."""
 
 from .files import Opened, load, save
 

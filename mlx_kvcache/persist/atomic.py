@@ -1,4 +1,9 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Writes files atomically: a crash leaves either the old file or the complete new one.
+
+A file is written under a temporary name in the same folder, synced to the disk, and renamed. The writer
+holds a lock on the temporary file, so that others can tell a file in progress from one that a killed
+process left behind.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +21,17 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.part", re.DOTALL)
 
 @contextmanager
 def replacing(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its place at the end; an exception inside removes it.
+    """Open a temporary file that replaces `path` when the block ends. An exception inside discards it.
 
     Args:
-        ready: called when it is on the disk, before it takes its place.
+        path: the file to create or replace.
+        ready: called after the new file is synced to the disk, before it is renamed.
 
     Raises:
-        OSError: as opening, writing and renaming do.
+        OSError: the file cannot be opened, written or renamed.
     """
     sweep(path.parent, path.name)
-    # The folder is opened first: where that is refused, nothing has been replaced yet.
+    # Opening the folder may fail, so open it before anything is replaced.
     with _folder(path.parent) as folder:
         temporary, file = _locked(path)
         try:
@@ -38,15 +44,19 @@ def replacing(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        # Lets the rename survive a power cut.
+        # The rename survives a power failure only after the folder is synced.
         os.fsync(folder)
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove the temporary files that killed processes left, of one file or of the whole folder.
+    """Remove temporary files that killed processes left behind.
 
-    A living process holds a lock on its own, which ends with it in any way. What may not be listed
-    or removed stays.
+    A running process holds a lock on its temporary file, and the system releases the lock when the
+    process ends. Files that cannot be listed or removed are skipped.
+
+    Args:
+        folder: where to look.
+        name: the file whose temporary files are removed; empty for those of all files.
     """
     with suppress(OSError):
         for left in _temporary(folder, name):
@@ -54,7 +64,7 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """The temporary files of one file, or of all."""
+    """Yield the temporary files of one file, or of all if `name` is empty."""
     for path in folder.iterdir():
         found = _TEMPORARY.fullmatch(path.name)
         if found and name in {"", found["name"]}:
@@ -62,8 +72,8 @@ def _temporary(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _remove(left: Path) -> None:
-    """Remove a temporary file if nobody holds its lock."""
-    # Opened for writing, since NFS gives no exclusive lock otherwise.
+    """Remove a temporary file unless it is locked."""
+    # NFS grants an exclusive lock only on a file that is open for writing.
     with suppress(OSError), left.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         left.unlink()
@@ -71,10 +81,10 @@ def _remove(left: Path) -> None:
 
 @contextmanager
 def claiming(path: Path) -> Iterator[None]:
-    """Show others that `path` is being made, before there is anything of it and until the end.
+    """Mark `path` as being written, for `is_claimed`, until the block ends.
 
     Raises:
-        OSError: as opening does.
+        OSError: the marker file cannot be opened.
     """
     temporary, file = _locked(path)
     with file:
@@ -85,13 +95,13 @@ def claiming(path: Path) -> Iterator[None]:
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether a living process is making or writing `path`."""
+    """Return whether a running process is writing `path`."""
     sweep(path.parent, path.name)
     return any(_temporary(path.parent, path.name))
 
 
 def _locked(path: Path) -> tuple[Path, BinaryIO]:
-    """A new temporary file for `path`, and a lock on it."""
+    """Create a temporary file for `path`, and lock it."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
         file = temporary.open("xb")
@@ -101,7 +111,7 @@ def _locked(path: Path) -> tuple[Path, BinaryIO]:
             file.close()
             temporary.unlink(missing_ok=True)
             raise
-        # Between opening and locking, somebody may have taken it for one that was left.
+        # Another process may have removed the file as a leftover before it was locked.
         if os.fstat(file.fileno()).st_nlink:
             return temporary, file
         file.close()

@@ -1,7 +1,8 @@
-"""A file of named arrays with checksums, which other readers of safetensors open, too.
+"""Writes and reads files of named arrays with checksums, in safetensors format.
 
-The head is that of safetensors, padded so that every array is aligned to its elements. Each array has
-a checksum in the head, and the head has one in a last array, so that no byte can change unseen.
+The header is padded so that every array is aligned to the size of its elements. The header holds a
+checksum for each array, and the last array is the checksum of the header, so a change of any byte is
+detected. Other safetensors readers can open these files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..arguments import EXTENT
 from ..errors import CacheFileError
-from . import header as heads
+from . import header as file_header
 from .atomic import replacing, sweep
 from .header import SIZES, Entry
 
@@ -30,16 +31,16 @@ __all__ = ["SIZES", "Contents", "Entry", "NotOursError", "Stored", "read_arrays"
 
 
 class NotOursError(CacheFileError):
-    """A safetensors file that is not a container: another format's reader may know it."""
+    """A valid safetensors file that another program wrote. Another reader may support it."""
 
 
 class Stored(NamedTuple):
     """An array as bytes.
 
     Attributes:
-        dtype: safetensors' name, as in `SIZES`.
-        shape: its dimensions.
-        data: its elements (bytes,), in C order.
+        dtype: the safetensors name, a key of `SIZES`.
+        shape: the dimensions.
+        data: the elements in C order, as uint8 of shape (bytes,).
     """
 
     dtype: str
@@ -49,14 +50,14 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a file, without the arrays' bytes.
+    """The header of a file, without the arrays' bytes.
 
     Attributes:
         path: the file.
-        header: what the writer said of it.
-        entries: the arrays by name, in the order of the file.
-        size: bytes of the file.
-        digest: of the head, and so of all that it has checksums of.
+        header: the JSON object that the writer passed.
+        entries: the arrays by name, in file order.
+        size: the size of the file in bytes.
+        digest: the checksum of the header. It covers the arrays too, since the header holds their checksums.
     """
 
     path: Path
@@ -72,73 +73,72 @@ def write(
     arrays: Mapping[str, Stored],
     ready: Callable[[], None] = lambda: None,
 ) -> int:
-    """Write a file, whole or not at all, and return its size in bytes.
+    """Write a file atomically, and return its size in bytes.
 
     Args:
-        path: where; a file that is there is replaced.
-        header: anything that JSON can hold.
-        arrays: by any names but "checksum" and "__metadata__".
-        ready: called when all is on the disk, before it takes the place of what is there.
+        path: the file; an existing one is replaced.
+        header: the caller's JSON object.
+        arrays: the arrays by name. The names "checksum" and "__metadata__" are reserved.
+        ready: called after the new file is synced to the disk, before it replaces an existing one.
 
     Raises:
-        CacheFileError: it cannot be written; a file that was there still is.
-        TypeError, ValueError: the header or an array cannot be held.
+        CacheFileError: the file cannot be written. An existing file is left unchanged.
+        TypeError, ValueError: the header is not JSON, or an array is invalid.
     """
-    entries = _lay(arrays)
-    head = heads.encode(header, entries)
-    if len(head) - heads.LENGTH > heads.MOST:
-        raise CacheFileError(
-            path, f"its head would take {len(head):,} bytes, at most {heads.MOST:,} can be read"
-        )
-    with _named(path, "written"):
-        for text, what in ((head, "the head"), (json.dumps(header).encode(), "the header")):
-            heads.check_bounds(text, what)
-    size = len(head) + sum(stored.data.nbytes for stored in arrays.values()) + heads.DIGEST
-    with _named(path, f"written ({size} bytes)"), replacing(path, ready) as file:
-        file.write(head)
+    entries = _lay_out(arrays)
+    raw = file_header.encode(header, entries)
+    length = len(raw) - file_header.LENGTH
+    if length > file_header.MOST:
+        raise CacheFileError(path, f"the header takes {length:,} bytes; the limit is {file_header.MOST:,}")
+    with _as_file_error(path, "written"):
+        file_header.check_bounds(raw, "the header")
+        file_header.check_bounds(json.dumps(header).encode(), "metadata field 'header'")
+    size = len(raw) + sum(stored.data.nbytes for stored in arrays.values()) + file_header.DIGEST
+    with _as_file_error(path, f"written ({size} bytes)"), replacing(path, ready) as file:
+        file.write(raw)
         for name in entries:
             file.write(arrays[name].data.data)
-        file.write(heads.digest(head))
+        file.write(file_header.digest(raw))
     return size
 
 
 def read_contents(path: Path) -> Contents:
-    """What is in a file; its header is checked, its arrays are not read.
+    """Read and verify the header of a file. Arrays are not read.
 
-    What killed writers of this file left is removed.
+    Also removes temporary files that killed writers of this file left behind.
 
     Raises:
-        NotOursError: it is a safetensors file, but not one that `write` wrote.
-        CacheFileError: it cannot be read, or is damaged.
+        NotOursError: another program wrote this safetensors file.
+        CacheFileError: the file cannot be read or is corrupt.
     """
     with _opened(path) as (file, size):
-        head = heads.read(file, size)
-        fields = heads.parse(head)
-        if not heads.is_ours(fields):
-            raise NotOursError(path, "a safetensors file, but not one of mlx_kvcache's")
-        header, entries = heads.decode(fields, len(head), size)
-        digest = heads.digest(head)
-        if _last(file) != digest:
-            raise ValueError(f"the head is damaged: its checksum differs, bytes 0 to {len(head)}")
+        raw = file_header.read(file, size)
+        fields = file_header.parse(raw)
+        if not file_header.is_ours(fields):
+            raise NotOursError(path, "a safetensors file, but not written by mlx_kvcache")
+        header, entries = file_header.decode(fields, len(raw), size)
+        digest = file_header.digest(raw)
+        if _last_bytes(file) != digest:
+            raise ValueError(f"corrupt file: checksum mismatch in the header, bytes 0 to {len(raw)}")
     return Contents(path, header, entries, size, digest)
 
 
 def read_outline(path: Path) -> tuple[dict[str, Any], dict[str, Entry], int]:
-    """The metadata, the arrays and the size of any writer's safetensors file; no array is read.
+    """Read the metadata, the arrays' locations and the size of any safetensors file. Arrays are not read.
 
     Raises:
-        CacheFileError: it cannot be read, is none, or its arrays do not lie where its size allows it.
+        CacheFileError: the file cannot be read, is not a safetensors file, or is corrupt.
     """
     with _opened(path) as (file, size):
-        head = heads.read(file, size)
-        fields = heads.parse(head)
-        entries = heads.places(fields, {}, len(head), size)
-        metadata = fields.get(heads.METADATA)
+        raw = file_header.read(file, size)
+        fields = file_header.parse(raw)
+        entries = file_header.places(fields, {}, len(raw), size)
+        metadata = fields.get(file_header.METADATA)
         return metadata if isinstance(metadata, dict) else {}, entries, size
 
 
 def read_bytes(path: Path, name: str, entry: Entry) -> bytes:
-    """One array of any writer's file, unverified. Raises CacheFileError where it cannot be read."""
+    """Read one array of any safetensors file without verifying it. Raises CacheFileError on failure."""
     with _opened(path) as (file, _):
         return _read(file, name, entry).tobytes()
 
@@ -146,82 +146,93 @@ def read_bytes(path: Path, name: str, entry: Entry) -> bytes:
 def read_arrays(
     contents: Contents, names: Iterable[str] | None = None, verify: bool = True
 ) -> Iterator[tuple[str, Stored]]:
-    """Read arrays one by one, as the caller takes them, each into memory of its own.
+    """Read arrays one at a time. Each is read when the caller asks for it, into its own memory.
 
     Args:
-        contents: as `read_contents` returned it.
-        names: which arrays, in the order in which they come; by default all, in the order of the file.
-        verify: whether to compare the checksums, which costs more time than reading.
+        contents: the result of `read_contents`.
+        names: the arrays to read, in this order. None reads all, in file order.
+        verify: compare the checksums, which takes longer than reading.
 
     Raises:
-        CacheFileError: the file cannot be read, an array is damaged, or the file is another by now.
+        CacheFileError: the file cannot be read, an array is corrupt, or the file was replaced.
         KeyError: no array has such a name.
     """
     chosen = {name: contents.entries[name] for name in (contents.entries if names is None else names)}
     with _opened(contents.path) as (file, size):
-        if size != contents.size or _last(file) != contents.digest:
-            raise ValueError(f"replaced since its head was read: it has {size} bytes, had {contents.size}")
+        if size != contents.size or _last_bytes(file) != contents.digest:
+            raise ValueError(
+                f"replaced after its header was read: the file has {size} bytes, had {contents.size}"
+            )
         for name, entry in chosen.items():
             data = _read(file, name, entry)
-            if verify and heads.digest(data.data).hex() != entry.checksum:
-                place = f"bytes {entry.begin} to {entry.end}"
-                raise ValueError(f"array {heads.short(name)} is damaged: its checksum differs, {place}")
+            if verify and file_header.digest(data.data).hex() != entry.checksum:
+                array = f"array {file_header.short(name)}"
+                raise ValueError(
+                    f"corrupt file: checksum mismatch in {array}, bytes {entry.begin} to {entry.end}"
+                )
             yield name, Stored(entry.dtype, entry.shape, data)
 
 
-def _lay(arrays: Mapping[str, Stored]) -> dict[str, Entry]:
-    """Places that count from the end of the head: the largest elements first, so that all are aligned."""
+def _lay_out(arrays: Mapping[str, Stored]) -> dict[str, Entry]:
+    """Assign offsets from the end of the header, the largest elements first so that all are aligned."""
     for name, stored in arrays.items():
         _check(name, stored)
     entries, at = dict[str, Entry](), 0
     for name in sorted(arrays, key=lambda name: (-SIZES[arrays[name].dtype], name)):
         dtype, shape, data = arrays[name]
-        entries[name] = Entry(dtype, shape, at, at + data.nbytes, heads.digest(data.data).hex())
+        entries[name] = Entry(dtype, shape, at, at + data.nbytes, file_header.digest(data.data).hex())
         at += data.nbytes
     return entries
 
 
 def _check(name: str, stored: Stored) -> None:
-    """Raise ValueError where an array would not be read again."""
+    """Raise ValueError if an array could not be read back."""
     dtype, shape, data = stored
-    if name in {heads.METADATA, heads.CHECKSUM}:
-        raise ValueError(f"no array may be named {name!r}")
+    if name in {file_header.METADATA, file_header.CHECKSUM}:
+        raise ValueError(f"array name {name!r} is reserved")
     if dtype not in SIZES:
-        raise ValueError(f"array {name!r} is of dtype {dtype!r}, which is none of {', '.join(SIZES)}")
-    if len(shape) > heads.DIMENSIONS or not all(0 <= n <= EXTENT for n in shape):
-        raise ValueError(f"array {name!r} has more or larger dimensions than can be held: {shape}")
+        raise ValueError(f"array {name!r} has dtype {dtype!r}, expected one of {', '.join(SIZES)}")
+    if len(shape) > file_header.DIMENSIONS or not all(0 <= n <= EXTENT for n in shape):
+        raise ValueError(
+            f"array {name!r} has shape {shape}; the limits are {file_header.DIMENSIONS} dimensions "
+            f"of 0 to {EXTENT:,}"
+        )
     if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
-        raise ValueError(f"array {name!r} is given as {data.dtype} {data.shape}, not as contiguous bytes")
+        raise ValueError(
+            f"data of array {name!r} is {data.dtype} of shape {data.shape}, expected contiguous bytes"
+        )
     needed = SIZES[dtype] * math.prod(shape)
     if data.nbytes != needed:
-        raise ValueError(f"array {name!r} has {data.nbytes} bytes, {dtype} {shape} takes {needed}")
+        raise ValueError(
+            f"array {name!r} has {data.nbytes} bytes, but {dtype} of shape {shape} takes {needed}"
+        )
 
 
 def _read(file: BufferedReader, name: str, entry: Entry) -> NDArray[np.uint8]:
-    """The bytes of an array, whose place has been found to lie inside the file."""
+    """Read the bytes of an array. Its location has been validated."""
     data = np.empty(entry.end - entry.begin, np.uint8)
     file.seek(entry.begin)
     count = file.readinto(data.data)
     if count < data.nbytes:
         raise ValueError(
-            f"truncated while it was read: array {heads.short(name)} has {count} bytes of {data.nbytes}"
+            f"truncated while reading: got {count} of {data.nbytes} bytes of array {file_header.short(name)}"
         )
     return data
 
 
-def _last(file: BufferedReader) -> bytes:
-    """The last bytes, where the digest of the head is."""
-    file.seek(-heads.DIGEST, os.SEEK_END)
-    return file.read(heads.DIGEST)
+def _last_bytes(file: BufferedReader) -> bytes:
+    """Read the end of the file, which holds the checksum of the header."""
+    file.seek(-file_header.DIGEST, os.SEEK_END)
+    return file.read(file_header.DIGEST)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
-    """A file and its size in bytes. What killed writers left beside it is removed first."""
-    with _named(path, "read"):
+    """Open a file, and return it with its size in bytes. Removes leftover temporary files first."""
+    with _as_file_error(path, "read"):
         sweep(path.parent, path.name)
         mode = path.stat().st_mode
-        # Opening a pipe would wait for a writer.
+        # Opening a named pipe would block until another process writes to it.
         if not stat.S_ISREG(mode):
             raise ValueError("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
         with path.open("rb") as file:
@@ -229,8 +240,8 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
 
 
 @contextmanager
-def _named(path: Path, done: str) -> Iterator[None]:
-    """Errors of the system and of the format as those of one file."""
+def _as_file_error(path: Path, done: str) -> Iterator[None]:
+    """Raise errors of the system and of the format as CacheFileError with the path."""
     try:
         yield
     except OSError as error:

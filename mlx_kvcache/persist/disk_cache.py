@@ -1,8 +1,9 @@
-"""A thread for what nobody waits for, which loses nothing when the process ends.
+"""A prefix cache on disk: caches that are evicted from memory, found again by their tokens.
 
-A folder of files by the tokens that they were computed for, shared by processes and kept over restarts.
-
-A second place for caches that have to leave memory: a folder of files.
+`DiskTier` converts caches to files and back. `PrefixFolder` stores the files with an SQLite index, evicts
+the least recently used, and finds those that share a prefix with given tokens; several processes may use
+a folder, and it outlives them. `Background` is the thread that writes the files; it finishes its work
+before the process exits.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ Work = Callable[[], None]
 
 
 class Background:
-    """A thread that does one thing after another.
+    """A thread that runs functions in the order in which they were added.
 
     Args:
-        finish: called at the end, after all else.
+        finish: called last, when the thread has ended.
     """
 
     def __init__(self, finish: Work) -> None:
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         thread = threading.Thread(target=_work, args=(self._queue,), name="mlx_kvcache", daemon=True)
         thread.start()
-        # Runs at `close`, when this object is dropped, or at the end of the process. What waits
-        # holds whoever gave it, so behind a dropped one nothing waits, and dropping is quick.
+        # Runs on `close`, when this object is collected, or at exit. Queued work refers to this object's
+        # owner, so collection happens only when the queue is empty and does not block.
         self._end = weakref.finalize(self, _end, self._queue, thread, finish)
 
     @property
@@ -50,59 +51,59 @@ class Background:
         return self._end.alive
 
     def add(self, work: Work) -> None:
-        """Have something done that raises nothing. What is added behind a close is not done."""
+        """Queue a function, which must not raise. Functions that are added after `close` do not run."""
         self._queue.put(work)
 
     def close(self) -> None:
-        """Wait for all that was added, and end. A second close does nothing."""
+        """Wait for queued functions to run, and end the thread. Closing again does nothing."""
         self._end()
 
 
 def _work(queue: SimpleQueue[Work | None]) -> None:
     while (work := queue.get()) is not None:
         work()
-        # It may hold arrays, which must not live on until there is something to do again.
+        # The function may hold arrays. Free them before waiting for the next one.
         del work
 
 
 def _end(queue: SimpleQueue[Work | None], thread: threading.Thread, finish: Work) -> None:
     queue.put(None)
-    # The thread itself may be the one that drops the last reference.
+    # The thread itself may drop the last reference, and a thread cannot join itself.
     if thread is not threading.current_thread():
         thread.join()
     finish()
 
 
 class Found(NamedTuple):
-    """A file, and the tokens that it was written for."""
+    """A file, and the tokens of the sequence in it."""
 
     tokens: tuple[int, ...]
     path: Path
 
 
 class PrefixFolder:
-    """Files that are found again by the tokens' beginnings, the least recently used removed.
+    """A folder of files that are found by a prefix of their tokens; the least recently used are evicted.
 
-    What is in a file is the caller's business. A thread writes the files one after another. All
-    methods may be called from any thread, and several processes may use a folder at once; what
-    one of them has written the others find. The file system must be a local one.
+    The caller decides the contents of the files. A background thread writes them one at a time. All
+    methods are thread-safe. Several processes may use a folder at once, and each finds the files of the
+    others. The folder must be on a local file system.
 
     Args:
-        folder: made where it is missing.
-        max_bytes: of all files that can be found, those of other namespaces included. Where
-            processes give different bounds, each holds to its own when it has written.
-        namespace: tells apart what must never be found by others, such as a digest of the
-            model and the options; they share the folder and its bound.
-        max_pending: the most bytes that wait to be written. A single file may be larger.
+        folder: created if it is missing.
+        max_bytes: the limit for all files, those of other namespaces included. If processes give different
+            limits, each applies its own after writing a file.
+        namespace: separates files that must not be mixed, such as a digest of the model and the options.
+            Namespaces share the folder and its limit.
+        max_pending: the most bytes that may wait to be written. A single file may be larger.
 
     Attributes:
-        counts: what has happened, by name: "written", "evicted", "discarded"; why a file was
-            not taken: "already there", "larger than the budget", "behind", "salt cannot be
-            written"; and "failed: " with the kind of error, for what went wrong on the thread.
-        last_failure: the message of the newest of these errors.
+        counts: the number of events by name: "written", "evicted" and "discarded" files; refused files, by
+            reason: "already there", "larger than the budget", "behind" (more than `max_pending` bytes would
+            wait), "salt cannot be written"; and failures of the thread: "failed: " with the kind of error.
+        last_failure: the message of the newest failure of the thread.
 
     Raises:
-        ValueError: a negative bound.
+        ValueError: a limit is negative.
         CacheFileError: the folder or its index cannot be used.
     """
 
@@ -133,36 +134,37 @@ class PrefixFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files that can be found, those of other namespaces and processes included.
+        """The size of all files in bytes, those of other namespaces and processes included.
 
         Raises:
+            CacheError: the folder is closed.
             CacheFileError: the index cannot be read.
         """
         self._check_open()
         return self._index.nbytes
 
     def put(self, tokens: Sequence[int], salt: Hashable, write: Callable[[Path], int], nbytes: int) -> bool:
-        """Have a file written, later and on another thread.
+        """Queue a file to be written on the background thread.
 
         Args:
-            tokens: what it is for.
-            salt: keeps apart what must not be shared. It can be None, a bool, int, float, str or
-                bytes, or a tuple of such; unlike in a dict, 1, 1.0 and True are three.
-            write: makes the file at a path and returns its bytes; it is there whole or not at
-                all, and an exception is counted.
-            nbytes: how many they will be, about.
+            tokens: the tokens of the sequence in the file.
+            salt: separates sequences that must not be shared: None, a bool, int, float, str, bytes, or a
+                tuple of these. Unlike in a dict, 1, 1.0 and True are different.
+            write: writes the file to a path atomically, and returns its size in bytes. An exception is
+                counted in `counts`.
+            nbytes: the approximate size of the file in bytes.
 
         Returns:
-            Whether it will be written; `counts` says why not. One that is there for the same
-            tokens counts as used.
+            Whether the file will be written. If not, `counts` has the reason. An existing file for the same
+            tokens is marked as used.
 
         Raises:
-            ValueError: no tokens, or negative ones.
-            CacheError: it is closed.
+            ValueError: there are no tokens, or one is outside [0, 2**63).
+            CacheError: the folder is closed.
             CacheFileError: the index cannot be read.
         """
         if not len(tokens):
-            raise ValueError("a file is for at least 1 token")
+            raise ValueError("cannot store a file for 0 tokens: at least 1 token is needed")
         text, blob = salt_text(salt), packed(tokens)
         with self._lock:
             self._check_open()
@@ -176,14 +178,14 @@ class PrefixFolder:
             if self._pending and sum(self._pending.values()) + nbytes > self._max_pending:
                 return self._refuse("behind")
             self._pending[key] = nbytes
-            self._later(partial(self._write, key, write))
+            self._queue(partial(self._write, key, write))
             return True
 
     def has(self, tokens: Sequence[int], salt: Hashable) -> bool:
-        """Whether there is a file for just these tokens, or will be; that counts as a use.
+        """Return whether a file for exactly these tokens exists or is queued, and mark it as used.
 
         Raises:
-            CacheError: it is closed.
+            CacheError: the folder is closed.
             CacheFileError: the index cannot be read.
         """
         text = salt_text(salt)
@@ -194,12 +196,13 @@ class PrefixFolder:
             return self._is_there(Key(self._namespace, text, packed(tokens)))
 
     def matches(self, tokens: Sequence[int], salt: Hashable) -> Iterator[tuple[int, Found]]:
-        """Files with the number of first tokens that they share, the longest first, as in a `PrefixTree`.
+        """Yield files with the number of leading tokens that they share, as in `PrefixTree.matches`.
 
-        A file may be gone by the time that it is opened: `discard` it, and take it for a miss.
+        The longest match comes first. Another process may remove a file before it is opened: in that case,
+        call `discard` and treat it as a miss.
 
         Raises:
-            CacheError: it is closed.
+            CacheError: the folder is closed.
             CacheFileError: the index cannot be read.
         """
         text = salt_text(salt)
@@ -210,17 +213,17 @@ class PrefixFolder:
             return iter(list(tree.matches(tokens)) if tree else [])
 
     def touch(self, found: Found) -> None:
-        """Note that a file was used just now. Raises CacheError where it is closed."""
+        """Mark a file as used. Raises CacheError if the folder is closed."""
         with self._lock:
             self._check_open()
-            self._later(partial(self._use, found.path.name))
+            self._queue(partial(self._use, found.path.name))
 
     def discard(self, found: Found) -> None:
-        """Forget a file that is damaged or gone, and remove what there is of it.
+        """Remove a corrupt or missing file, and its index entry.
 
         Raises:
-            CacheError: it is closed.
-            CacheFileError: the file cannot be removed, or the index not be written.
+            CacheError: the folder is closed.
+            CacheFileError: the file cannot be removed, or the index cannot be written.
         """
         self._check_open()
         self._index.remove(found.path.name)
@@ -228,7 +231,7 @@ class PrefixFolder:
             self.counts["discarded"] += 1
 
     def flush(self) -> None:
-        """Wait until what was put has been written or has failed. Raises CacheError where it is closed."""
+        """Wait until all queued files are written or have failed. Raises CacheError if it is closed."""
         done = threading.Event()
         with self._lock:
             self._check_open()
@@ -236,9 +239,9 @@ class PrefixFolder:
         done.wait()
 
     def close(self) -> None:
-        """Write what was put, and stop. A second close does nothing.
+        """Write all queued files, and stop the thread. Closing again does nothing.
 
-        Without it the end of the process does the same.
+        An open folder is closed when the process exits.
         """
         with self._lock:
             self._is_closed = True
@@ -254,30 +257,30 @@ class PrefixFolder:
 
     def _check_open(self) -> None:
         if self._is_closed or not self._background.is_open:
-            raise CacheError(f"{self._folder}: it is closed")
+            raise CacheError(f"{self._folder} is closed")
         if self._process != os.getpid():
-            # Threads do not come along, and connections must not.
-            raise CacheError(f"{self._folder}: opened before a fork; each process opens its own")
+            # A fork copies no threads, and SQLite connections must not be used across a fork.
+            raise CacheError(f"{self._folder} was opened before a fork; open it again in this process")
 
     def _is_there(self, key: Key) -> bool:
-        """Whether there is a file for a key, or will be; that counts as a use."""
+        """Return whether a file for a key exists or is queued, and mark it as used."""
         name = None if key in self._pending else self._index.find(key)
         if name:
-            self._later(partial(self._use, name))
+            self._queue(partial(self._use, name))
         return key in self._pending or name is not None
 
     def _refuse(self, reason: str) -> bool:
         self.counts[reason] += 1
         return False
 
-    def _later(self, work: Callable[[], Counter[str]]) -> None:
-        self._background.add(partial(self._count, work))
+    def _queue(self, work: Callable[[], Counter[str]]) -> None:
+        self._background.add(partial(self._run, work))
 
-    def _count(self, work: Callable[[], Counter[str]]) -> None:
-        """Do something on the thread, and count what came of it."""
+    def _run(self, work: Callable[[], Counter[str]]) -> None:
+        """Run queued work on the thread, and add its events to `counts`."""
         try:
             happened = work()
-        except BaseException as error:  # noqa: BLE001  # the thread must go on with what others put
+        except BaseException as error:  # noqa: BLE001  # the thread must go on with the rest of the queue
             happened = Counter([f"failed: {_kind(error)}"])
             self.last_failure = f"{type(error).__name__}: {error}"
         with self._lock:
@@ -292,7 +295,7 @@ class PrefixFolder:
                 try:
                     return Counter(evicted=self._index.finish(path.name, write(path)), written=1)
                 except BaseException:
-                    # Should this fail too, the next start takes it for an ended process's.
+                    # If this fails too, the next process to open the folder removes the entry.
                     with suppress(CacheFileError):
                         self._index.remove(path.name)
                     raise
@@ -305,7 +308,7 @@ class PrefixFolder:
         return Counter()
 
     def _refresh(self) -> None:
-        """Bring the trees up to date with what this and other processes have written and removed."""
+        """Update the trees with the files that this and other processes have written and removed."""
         stamp = self._index.stamp
         if stamp == self._stamp:
             return
@@ -326,7 +329,7 @@ class PrefixFolder:
 
 
 def _kind(error: BaseException) -> str:
-    """One of a few texts: messages name files and sizes, and a count for each would be one for each file."""
+    """Return a short name for an error. Messages contain paths and sizes, so they cannot be counted."""
     cause = error.__cause__ if isinstance(error, CacheFileError) else error
     if isinstance(cause, OSError) and cause.errno is not None:
         return os.strerror(cause.errno)
@@ -336,17 +339,23 @@ def _kind(error: BaseException) -> str:
 
 
 CANDIDATES = 8
-"""Files that are opened to ask how far they can go back, at most."""
+"""The most files that `nearest` opens to ask for their resume points."""
 
 
 class Load(Protocol):
-    """Makes a cache of a file. Without `verify` only what it holds is read."""
+    """Loads a cache from a file. Without `verify`, the arrays are not read."""
 
     def __call__(self, path: Path, verify: bool) -> Any: ...
 
 
 class Kept(NamedTuple):
-    """A cache that was in a file, the tokens in it, and how many first ones it can go on from."""
+    """A cache that was loaded from a file.
+
+    Attributes:
+        tokens: the tokens in the cache.
+        cache: the cache.
+        point: the number of leading tokens that it can resume from.
+    """
 
     tokens: tuple[int, ...]
     cache: Any
@@ -354,14 +363,14 @@ class Kept(NamedTuple):
 
 
 class DiskTier:
-    """Caches of one model in a `PrefixFolder`.
+    """Stores caches of one model in a `PrefixFolder`.
 
-    All work with MLX is done by whoever calls; the folder's thread writes bytes only.
+    MLX is called on the caller's thread only. The folder's thread writes bytes.
 
     Args:
-        folder: where; its namespace must tell the model from others.
-        prepare: copies what is to be written of a cache, for these tokens.
-        load: makes a cache of a file.
+        folder: where to store files. Its namespace must identify the model.
+        prepare: copies the contents of a cache that holds the given tokens.
+        load: loads a cache from a file.
     """
 
     def __init__(
@@ -372,9 +381,13 @@ class DiskTier:
         self._load = load
 
     def put(self, tokens: Sequence[int], salt: Hashable, cache: Any) -> bool:
-        """Have a cache written. Returns whether it will be; it may be closed in any case.
+        """Copy a cache, and queue the copy to be written. The caller may close the cache afterwards.
+
+        Returns:
+            Whether the cache will be written.
 
         Raises:
+            CacheError: the folder is closed.
             CacheFileError: the folder cannot be used.
         """
         if self.folder.has(tokens, salt):
@@ -383,9 +396,20 @@ class DiskTier:
         return self.folder.put(tokens, salt, prepared.write, prepared.nbytes)
 
     def nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
-        """The cache that saves most of these tokens, if it is more than so many; one is left to compute.
+        """Load the cache that can resume from the longest prefix of these tokens.
+
+        At least one token is always left to compute.
+
+        Args:
+            tokens: the tokens of a conversation.
+            salt: the salt that was given to `put`.
+            more_than: the prefix must be longer than this number of tokens.
+
+        Returns:
+            The cache, or None if no file has a long enough prefix.
 
         Raises:
+            CacheError: the folder is closed.
             CacheFileError: the folder cannot be used.
         """
         best: tuple[int, Found | None] = (more_than, None)
@@ -393,7 +417,7 @@ class DiskTier:
             most = min(common, len(tokens) - 1)
             if most <= best[0]:
                 break
-            # Nothing of its arrays is read for that.
+            # A resume point needs no arrays, so none are read.
             cache = self._loaded(found, verify=False)
             if cache is not None:
                 point = cache.resume_point(most)
@@ -404,21 +428,21 @@ class DiskTier:
             return None
         cache = self._loaded(chosen, verify=True)
         if cache is None:
-            # It was damaged; what remains may do.
+            # The file was corrupt and is discarded now. Try the others.
             return self.nearest(tokens, salt, more_than)
         self.folder.touch(chosen)
         return Kept(chosen.tokens, cache, point)
 
     def close(self) -> None:
-        """Write what is waiting, and let go of the folder."""
+        """Write all queued files, and close the folder."""
         self.folder.close()
 
     def _loaded(self, found: Found, verify: bool) -> Any:
-        """The cache of a file, or None where it is too long, damaged or gone; the last two are forgotten."""
+        """Load a file. Returns None if it is too long; discards it and returns None if corrupt or missing."""
         try:
             return self._load(found.path, verify)
         except CacheFullError:
-            # It is longer than these caches may be; a shorter one may do.
+            # The file exceeds this pool's capacity, but it may fit other pools.
             return None
         except CacheFileError:
             self.folder.discard(found)

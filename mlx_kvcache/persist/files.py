@@ -1,4 +1,9 @@
-"""Sequences of caches as files: written whole or not at all, and believed only as far as checked."""
+"""Saves a sequence of a cache to a file, and loads it into another cache.
+
+Saving has two steps: `prepare` copies a sequence out of MLX, and `Prepared.write` writes the copy, which
+any thread may do. Loading also has two: `open_file` reads and validates a file, and the cache plans the
+restore before anything changes.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +28,28 @@ _TOKENS = "tokens"
 
 
 class Prepared(NamedTuple):
-    """What is to be written, in memory that is not MLX's: any thread may write it."""
+    """A copy of a sequence outside MLX's memory, which any thread may write."""
 
     header: dict[str, Any]
     arrays: dict[str, container.Stored]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """The size of the arrays in bytes."""
         return sum(stored.data.nbytes for stored in self.arrays.values())
 
     def write(self, path: str | PathLike[str], ready: Callable[[], None] = lambda: None) -> int:
-        """Write it, and return the bytes. Raises CacheFileError; what was there still is.
+        """Write the file atomically.
 
         Args:
-            ready: called when all is on the disk, before it takes the place of what is there.
+            path: the file; an existing one is replaced.
+            ready: called after the new file is synced to the disk, before it replaces an existing one.
+
+        Returns:
+            The size of the file in bytes.
+
+        Raises:
+            CacheFileError: the file cannot be written. An existing file is left unchanged.
         """
         return container.write(Path(path), self.header, self.arrays, ready)
 
@@ -50,26 +62,29 @@ def prepare(
     options: Mapping[str, Any] | None = None,
     extra: Mapping[str, mx.array] | None = None,
 ) -> Prepared:
-    """Copy what caches hold of a sequence, without what is unused in their buffers. Evaluates it.
+    """Copy a sequence out of caches, without unused cells. Evaluates the arrays.
 
     Args:
-        tokens: the sequence's; as many as it is long.
-        model: what tells the model from others, by what is compared.
-        options: anything that JSON can hold.
-        extra: more arrays, by names that begin with a letter.
+        caches: caches that hold the same sequence.
+        sequence: the sequence to copy.
+        tokens: the sequence's token IDs, or None to leave them out.
+        model: names and values that identify the model, for `Opened.check_model`.
+        options: a JSON object to save with the sequence.
+        extra: more arrays, with names that begin with a letter.
 
     Raises:
-        ValueError: another number of tokens than the sequence is long, or ones outside [0, 2**63).
+        TypeError: a token is not a whole number.
+        ValueError: the number of tokens is not the length of the sequence, or a token is outside [0, 2**63).
     """
     end = caches[0]._end(sequence)
     if tokens is not None and len(tokens) != end:
-        raise ValueError(f"{len(tokens)} tokens for a sequence of {end}")
+        raise ValueError(f"got {len(tokens)} tokens for a sequence of {end}")
     try:
         numbers = None if tokens is None else [index(token) for token in tokens]
     except TypeError as error:
         raise TypeError(f"tokens must be whole numbers: {error}") from error
     if outside := [token for token in numbers or () if not 0 <= token < 2**63]:
-        raise ValueError(f"token {outside[0]} is negative, or not below 2**63")
+        raise ValueError(f"token {outside[0]} is out of range, expected 0 to 2**63 - 1")
     arrays = dict(extra or {})
     encoded = [encode(cache, sequence, arrays, f"{i}.") for i, cache in enumerate(caches)]
     if numbers is not None:
@@ -86,15 +101,16 @@ def prepare(
 
 @dataclass(frozen=True)
 class Opened:
-    """A file that has been opened.
+    """The contents of a file.
 
     Attributes:
-        path: which.
-        end: how many tokens it is for.
-        model, options: as they were saved.
-        tokens: where they were given.
-        arrays: by name.
-        is_verified: whether the arrays' checksums have been compared.
+        path: the file.
+        end: the length of the sequence in tokens.
+        model: names and values that identify the model, as saved.
+        options: the JSON object that was saved with the sequence.
+        tokens: the token IDs, or None if they were not saved.
+        arrays: the arrays by name.
+        is_verified: whether the arrays' checksums were compared.
     """
 
     path: Path
@@ -107,19 +123,23 @@ class Opened:
     _caches: list[Any] = field(repr=False)
 
     def check_model(self, model: Mapping[str, str]) -> None:
-        """Raise CacheFileError where the file tells of another model, in what both of them tell."""
+        """Raise CacheFileError if the file was saved for another model.
+
+        Args:
+            model: names and values that identify the model. Names that the file lacks are ignored.
+        """
         for name, value in model.items():
             if self.model.get(name, value) != value:
                 raise CacheFileError(
                     self.path,
                     f"of another model: its {name} is {self.model[name]}, this one's is {value}; "
-                    f"load it with what it was saved with",
+                    "load it with the model and tokenizer that it was saved with",
                 )
 
     def snapshots(self, caches: Sequence[PlanningCache]) -> list[Any]:
-        """For each cache what is to be restored. Raises CacheFileError where it does not fit them."""
+        """Decode one snapshot for each cache. Raises CacheFileError if the file does not fit the caches."""
         with faults_of(self.path):
-            told = listing(self._caches, "the caches", len(caches))
+            told = listing(self._caches, "caches", len(caches))
             pairs = enumerate(zip(caches, told, strict=True))
             found = [decode(cache, part, self.arrays, f"{i}.") for i, (cache, part) in pairs]
             for snapshot in found:
@@ -128,31 +148,34 @@ class Opened:
 
 
 def check_end(snapshot: Any, end: int) -> None:
-    """Raise ValueError unless a snapshot, or all of several, are of so many tokens."""
+    """Raise ValueError unless a snapshot, or each one of a list, ends after `end` tokens."""
     if isinstance(snapshot, list):
         for child in snapshot:
             check_end(child, end)
     elif (snapshot.end if snapshot else 0) != end:
-        raise ValueError(f"its caches hold {snapshot.end if snapshot else 0} and {end} tokens")
+        held = snapshot.end if snapshot else 0
+        raise ValueError(f"a cache in the file holds {held} tokens, but the file is for {end}")
 
 
 def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False) -> Opened:
-    """Read a file.
+    """Read a file and validate its header.
 
     Args:
-        verify: compare the checksums of all arrays. Otherwise damage in them goes unseen; the header
+        path: the file.
+        verify: compare the checksums of all arrays. Without it, corrupt arrays are not detected; the header
             is always verified.
-        lazy: with `verify=False`, read an array when it is first needed, which only this thread can.
+        lazy: read each array when it is first evaluated, which only this thread may do. Requires
+            `verify=False`.
 
     Raises:
-        NotOursError: a safetensors file of another writer.
-        CacheFileError: it cannot be read, is damaged, or its header is none of a cache.
+        NotOursError: another program wrote this safetensors file.
+        CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
     """
     contents = container.read_contents(Path(path))
     arrays = load_arrays(contents, verify, lazy)
     with faults_of(contents.path):
         header = contents.header
-        end = integer(header.get("end"), "the end")
+        end = integer(header.get("end"), "end")
         tokens = None
         if header.get("has_tokens") is True:
             found: Any = shaped(arrays, _TOKENS, (end,), mx.int64).tolist()
@@ -160,17 +183,17 @@ def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False
         return Opened(
             contents.path,
             end,
-            mapping(header.get("model"), "the model"),
-            mapping(header.get("options"), "the options"),
+            mapping(header.get("model"), "model"),
+            mapping(header.get("options"), "options"),
             tokens,
             arrays,
             verify,
-            listing(header.get("caches"), "the caches"),
+            listing(header.get("caches"), "caches"),
         )
 
 
 def evaluate(caches: Sequence[PlanningCache], sequence: int) -> None:
-    """Compute what caches hold of a sequence, so that other threads than this one can use it."""
+    """Evaluate a sequence's arrays, so that other threads can use them."""
     arrays: dict[str, mx.array] = {}
     for i, cache in enumerate(caches):
         encode(cache, sequence, arrays, f"{i}.")
@@ -179,7 +202,7 @@ def evaluate(caches: Sequence[PlanningCache], sequence: int) -> None:
 
 @contextmanager
 def faults_of(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """ValueErrors inside, and errors of the other kinds that are given, are faults of a file."""
+    """Raise ValueError, and errors of the given types, as CacheFileError with the path."""
     kinds: tuple[type[Exception], ...] = (ValueError, *more)
     try:
         yield
@@ -194,18 +217,24 @@ def save(
     tokens: Sequence[int] | None = None,
     model: Mapping[str, str] | None = None,
 ) -> int:
-    """Save what a cache holds of a sequence; the file is there whole or not at all.
+    """Save a sequence of a cache to a file.
+
+    The file is written atomically: after a crash, either the old file or the complete new one exists.
 
     Args:
-        tokens: the sequence's, for whoever loads it.
-        model: what tells the model from others, such as a digest of its configuration.
+        path: the file; an existing one is replaced.
+        cache: the cache that holds the sequence.
+        sequence: the sequence to save.
+        tokens: the sequence's token IDs, to be returned when the file is loaded.
+        model: names and values that identify the model, such as a digest of its configuration.
 
     Returns:
-        Bytes of the file.
+        The size of the file in bytes.
 
     Raises:
-        CacheFileError: it cannot be written; a file that was there still is.
-        ValueError: another number of tokens than the sequence is long.
+        CacheFileError: the file cannot be written. An existing file is left unchanged.
+        TypeError: a token is not a whole number.
+        ValueError: the number of tokens is not the length of the sequence.
     """
     cache._check_ready()
     (sequence,) = whole(sequence=sequence)
@@ -219,19 +248,26 @@ def load(
     model: Mapping[str, str] | None = None,
     verify: bool = True,
 ) -> Opened:
-    """Make a sequence what was saved. The cache may be of another capacity, and store otherwise.
+    """Load a saved sequence into a cache, in place of the sequence's contents.
 
-    The file must hold all layers that the cache has. A cache that nothing was ever put into has none
-    yet: it takes those of the file, and one that is put later reads zeros for what was loaded. What is
-    loaded is in memory, and can be used from any thread.
+    The cache must be of the saved kind; its capacity, dtype and quantization may differ. The file must hold
+    all layers that the cache has. An unused cache has no layers yet and takes those of the file; a layer
+    that is added later reads zeros for the loaded tokens. All arrays are evaluated, so any thread may use
+    the cache.
 
     Args:
-        model: refuses a file that says otherwise.
-        verify: as of `open_file`.
+        path: the file.
+        cache: the cache to load into.
+        sequence: the sequence to replace.
+        model: names and values that identify the model. A file that differs in one of them is refused.
+        verify: compare the checksums of all arrays. The header is always verified.
+
+    Returns:
+        The contents of the file, such as `tokens`.
 
     Raises:
-        CacheFileError: the file cannot be read, is damaged, or does not fit the cache or the model.
-        CacheFullError: there is no room. The cache is unchanged in either case.
+        CacheFileError: the file cannot be read, is corrupt, or does not fit the cache or the model.
+        CacheFullError: the sequence does not fit the capacity. The cache is unchanged in both cases.
     """
     cache._check_ready()
     (sequence,) = whole(sequence=sequence)

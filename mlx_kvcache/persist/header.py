@@ -1,7 +1,10 @@
-"""The head of a container: JSON that says what lies where, of which nothing is believed unchecked.
+"""Encodes, reads and validates the header of a cache file.
 
-In safetensors' format the JSON follows 8 bytes with its length, and the arrays follow without holes.
-Every fault is a ValueError whose message is for the user; the caller knows the name of the file.
+The format is safetensors: 8 bytes with the header's length, a JSON header that lists each array's dtype,
+shape and offsets, then the arrays without gaps. This package's metadata adds a format version, a checksum
+for each array, and the caller's own JSON. The last array is the checksum of the header itself.
+
+Every field is validated before it is used. Faults raise ValueError; the caller adds the file name.
 """
 
 from __future__ import annotations
@@ -19,15 +22,15 @@ from ..arguments import EXTENT
 FORMAT = "mlx_kvcache"
 VERSION = "1"
 METADATA = "__metadata__"
-CHECKSUM = "checksum"  # the last array: the digest of the head
-LENGTH = 8
-DIGEST = 16
-MOST = 16 << 20  # bytes of JSON
-PARTS = 500_000  # commas, brackets and quotation marks in it: those of some 15,000 arrays
-DEPTH = 64  # brackets in brackets
-DIMENSIONS = 64  # of an array, as in NumPy
+CHECKSUM = "checksum"  # the last array: the digest of the header
+LENGTH = 8  # bytes of the header's length
+DIGEST = 16  # bytes of a checksum
+MOST = 16 << 20  # largest header, in bytes
+PARTS = 500_000  # most commas, brackets and quotation marks in JSON: enough for about 15,000 arrays
+DEPTH = 64  # deepest nesting of JSON
+DIMENSIONS = 64  # most dimensions of an array, as in NumPy
 
-# Bytes of an element, by safetensors' name. All but F64 are read by mx.load, too.
+# Bytes of an element by safetensors dtype name. mx.load reads all but F64.
 SIZES = {
     name: size
     for size, names in {
@@ -44,14 +47,14 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Entry(NamedTuple):
-    """An array in a file.
+    """The location and type of an array in a file.
 
     Attributes:
-        dtype: safetensors' name, as in `SIZES`.
-        shape: its dimensions.
-        begin: offset of its first byte in the file.
-        end: offset after its last byte.
-        checksum: hexadecimal digest of its bytes.
+        dtype: the safetensors name, a key of `SIZES`.
+        shape: the dimensions.
+        begin: the offset of the first byte in the file.
+        end: the offset after the last byte.
+        checksum: the hexadecimal digest of the bytes.
     """
 
     dtype: str
@@ -62,12 +65,17 @@ class Entry(NamedTuple):
 
 
 def digest(data: bytes | memoryview) -> bytes:
-    """DIGEST bytes that tell whether others have changed."""
+    """Return the checksum of some bytes: the first `DIGEST` bytes of their SHA-256."""
     return hashlib.sha256(data).digest()[:DIGEST]
 
 
 def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
-    """The length and the JSON, for entries in the order of the file that count from the end of the head."""
+    """Return the header with its length prefix.
+
+    Args:
+        header: the caller's own JSON object.
+        entries: the arrays in file order. Their offsets count from the end of the header.
+    """
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -86,87 +94,92 @@ def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
 
 
 def read(file: BinaryIO, size: int) -> bytes:
-    """The length and the JSON, from the start of a file of `size` bytes.
+    """Read the header with its length prefix from the start of a file of `size` bytes.
 
     Raises:
-        ValueError: the file is truncated, or not of safetensors' format.
+        ValueError: the file is truncated or not in safetensors format.
     """
     start = file.read(LENGTH + 1)
     if not start:
-        raise ValueError("empty: it has 0 bytes")
+        raise ValueError("empty file: 0 bytes")
     if len(start) <= LENGTH:
-        raise ValueError(f"truncated: it has {size} bytes, a head takes at least {LENGTH + 2}")
+        raise ValueError(f"truncated file: {size} bytes, expected at least {LENGTH + 2}")
     if start[LENGTH:] != b"{":
-        raise ValueError(f"not a safetensors file: byte {LENGTH} is {start[LENGTH:]!r} instead of b'{{'")
+        raise ValueError(f"not a safetensors file: byte {LENGTH} is {start[LENGTH:]!r}, expected b'{{'")
     length = int.from_bytes(start[:LENGTH], "little")
     if not 2 <= length <= MOST:
-        raise ValueError(f"corrupt: the header's length is {length:,}, expected 2 to {MOST:,} bytes")
+        raise ValueError(f"corrupt file: header length is {length:,}, expected 2 to {MOST:,} bytes")
     if size < LENGTH + length:
-        raise ValueError(f"truncated: it has {size} bytes, its head alone takes {LENGTH + length}")
-    head = start + file.read(length - 1)
-    if len(head) < LENGTH + length:
-        raise ValueError(f"truncated while it was read: its head has {len(head)} bytes of {LENGTH + length}")
-    return head
+        raise ValueError(f"truncated file: {size} bytes, but the header alone takes {LENGTH + length}")
+    raw = start + file.read(length - 1)
+    if len(raw) < LENGTH + length:
+        raise ValueError(f"truncated while reading: got {len(raw)} of {LENGTH + length} header bytes")
+    return raw
 
 
 def check_bounds(text: bytes, what: str) -> None:
-    """Raise ValueError for JSON that would take long to parse, which counting and no parsing finds out."""
-    # Quotation marks are then the ends of strings, in which brackets do not count.
+    """Raise ValueError if JSON is too large or too deeply nested to be parsed quickly.
+
+    Counts delimiters instead of parsing, so the check itself takes time linear in the size.
+    """
+    # Without escapes, every quotation mark begins or ends a string. Brackets inside strings do not nest.
     bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     parts = sum(map(bare.count, (b",", b"[", b"{", b'"')))
     if parts > PARTS:
-        raise ValueError(
-            f"{what} has {parts:,} commas, brackets and quotation marks, at most {PARTS:,} are read"
-        )
+        raise ValueError(f"{what} has {parts:,} commas, brackets and quotation marks; the limit is {PARTS:,}")
     brackets = b"".join(bare.split(b'"')[::2]).translate(None, _NO_BRACKETS)
     deepest = max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
     if deepest > DEPTH:
-        raise ValueError(f"{what} is nested too deeply: {deepest:,} brackets, at most {DEPTH} are read")
+        raise ValueError(f"{what} is nested {deepest:,} levels deep; the limit is {DEPTH}")
 
 
-def parse(head: bytes) -> dict[str, Any]:
-    """The JSON of any safetensors file. Raises ValueError where it is invalid."""
+def parse(raw: bytes) -> dict[str, Any]:
+    """Parse the JSON of any safetensors header. Raises ValueError if it is invalid."""
     try:
-        text = head[LENGTH:].decode()
+        text = raw[LENGTH:].decode()
     except ValueError as error:
-        raise ValueError(f"the head is not UTF-8: {error}") from error
-    return _object(text, "the head")
+        raise ValueError(f"the header is not UTF-8: {error}") from error
+    return _object(text, "the header")
 
 
 def is_ours(fields: Mapping[str, Any]) -> bool:
-    """Whether a parsed head is that of a container, of whatever version."""
+    """Return whether this package wrote a parsed header, in any version of the format."""
     metadata = fields.get(METADATA)
     return isinstance(metadata, dict) and metadata.get("format") == FORMAT
 
 
 def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The caller's header, and the arrays but for the head's own checksum, in the order of the file.
+    """Validate a parsed header. Return the caller's JSON object, and the arrays in file order.
+
+    The arrays do not include the header's own checksum.
 
     Args:
-        fields: the parsed head, which `is_ours`.
-        begin: bytes of the head.
-        size: bytes of the file.
+        fields: the parsed header; `is_ours` must be true.
+        begin: the size of the header in bytes, with its length prefix.
+        size: the size of the file in bytes.
 
     Raises:
-        ValueError: something is not as `encode` writes it, or not where the size allows it.
+        ValueError: a field is invalid, or an array lies outside the file.
     """
     metadata = fields[METADATA]
     _check_version(metadata.get("version"))
-    header = _object(metadata.get("header"), "the header")
-    checksums = _object(metadata.get("checksums"), "the list of checksums")
+    header = _object(metadata.get("header"), "metadata field 'header'")
+    checksums = _object(metadata.get("checksums"), "metadata field 'checksums'")
     if unmatched := sorted((fields.keys() - {METADATA}) ^ {*checksums, CHECKSUM}):
         raise ValueError(f"arrays without checksums, or checksums without arrays: {short(unmatched)}")
     found = places(fields, checksums, begin, size)
     own = found.pop(CHECKSUM)
     if (own.dtype, own.shape, own.end) != ("U8", (DIGEST,), size):
-        raise ValueError(f"the head's checksum is at bytes {own.begin} to {own.end}, not the last {DIGEST}")
+        raise ValueError(
+            f"the header checksum is at bytes {own.begin} to {own.end}, expected the last {DIGEST} of {size}"
+        )
     return header, found
 
 
 def places(
     fields: Mapping[str, Any], checksums: Mapping[str, Any], begin: int, size: int
 ) -> dict[str, Entry]:
-    """All arrays of a parsed head, in the order of the file. Raises ValueError as `decode` does."""
+    """Return all arrays of a parsed header in file order. Raises ValueError like `decode`."""
     arrays = {name: field for name, field in fields.items() if name != METADATA}
     entries = [(name, _entry(name, field, begin, checksums.get(name, ""))) for name, field in arrays.items()]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
@@ -178,68 +191,70 @@ def _check_version(version: object) -> None:
     if version == VERSION:
         return
     if isinstance(version, str) and version.isdecimal():
-        raise ValueError(f"written by a newer version: {version:.20}, this one reads {VERSION}")
-    raise ValueError(f"of an unknown version: {short(version)}, this one reads {VERSION}")
+        raise ValueError(f"format version {version:.20} is newer than {VERSION}; update mlx_kvcache")
+    raise ValueError(f"unknown format version: {short(version)}, expected '{VERSION}'")
 
 
 def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
-    """An array as the head describes it, its offsets moved to count from the start of the file."""
+    """Validate one array of the header. `data` is added to its offsets, to count from the file's start."""
     array = f"array {short(name)}"
     if not isinstance(field, dict):
-        raise ValueError(f"{array} is described by {short(field)}, not by an object")
+        raise ValueError(f"the header entry of {array} is {short(field)}, expected an object")
     dtype = field.get("dtype")
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise ValueError(f"{array} is of an unknown dtype, {short(dtype)}")
+        raise ValueError(f"{array} has unknown dtype {short(dtype)}")
     shape = _counts(field.get("shape"), f"the shape of {array}", EXTENT)
     if len(shape) > DIMENSIONS:
-        raise ValueError(f"{array} has {len(shape)} dimensions, at most {DIMENSIONS} are read")
-    offsets = _counts(field.get("data_offsets"), f"the place of {array}", 2**63 - 1)
+        raise ValueError(f"{array} has {len(shape)} dimensions; the limit is {DIMENSIONS}")
+    offsets = _counts(field.get("data_offsets"), f"data_offsets of {array}", 2**63 - 1)
     if len(offsets) != 2:
-        raise ValueError(f"the place of {array} is given by {len(offsets)} offsets instead of 2")
+        raise ValueError(f"data_offsets of {array} has length {len(offsets)}, expected 2")
     if not isinstance(checksum, str):
-        raise ValueError(f"the checksum of {array} is {short(checksum)}, not text")
+        raise ValueError(f"the checksum of {array} is {short(checksum)}, expected a string")
     return Entry(dtype, shape, data + offsets[0], data + offsets[1], checksum)
 
 
 def _check_places(entries: list[tuple[str, Entry]], begin: int, size: int) -> None:
-    """Arrays, sorted by their offsets, fill the file from `begin` to its end."""
+    """Raise ValueError unless the arrays, sorted by offset, fill the file from `begin` to its end."""
     at = begin
     for name, entry in entries:
         array = f"array {short(name)}"
         if entry.begin != at:
-            fault = "overlaps what is before it" if entry.begin < at else "leaves a hole before it"
-            raise ValueError(f"{array} {fault}: it begins at byte {entry.begin} instead of {at}")
+            fault = "overlaps the array before it" if entry.begin < at else "leaves a gap before it"
+            raise ValueError(f"{array} {fault}: it begins at byte {entry.begin}, expected {at}")
         needed = SIZES[entry.dtype] * math.prod(entry.shape)
         if entry.end - entry.begin != needed:
             raise ValueError(
-                f"{array} takes {entry.end - entry.begin} bytes (from {entry.begin} to {entry.end}), "
-                f"but its shape {short(list(entry.shape))} of {entry.dtype} takes {short(needed)}"
+                f"{array} has {entry.end - entry.begin} bytes (from {entry.begin} to {entry.end}), "
+                f"but shape {short(list(entry.shape))} of {entry.dtype} takes {short(needed)}"
             )
         at = entry.end
     if at > size:
-        raise ValueError(f"truncated: it has {size} bytes of {at}")
+        raise ValueError(f"truncated file: {size} bytes, expected {at}")
     if at < size:
-        raise ValueError(f"{size - at} bytes too many after the last array, which ends at byte {at}")
+        raise ValueError(
+            f"corrupt file: {size - at} extra bytes after the last array, which ends at byte {at}"
+        )
 
 
 def _counts(value: object, what: str, most: int) -> tuple[int, ...]:
-    """A list of whole numbers from 0 to `most`; a bool, which is an int to Python, is none."""
+    """Return a list of whole numbers from 0 to `most` as a tuple. Bools are refused."""
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= most for n in value):
-        raise ValueError(f"{what} is {short(value)}, not a list of whole numbers from 0 to {most}")
+        raise ValueError(f"{what} is {short(value)}, expected a list of whole numbers from 0 to {most}")
     return tuple(value)
 
 
 def _object(text: object, what: str) -> dict[str, Any]:
-    """JSON text of an object."""
+    """Parse the JSON text of an object."""
     if not isinstance(text, str):
-        raise ValueError(f"{what} is {short(text)}, not text")
+        raise ValueError(f"{what} is {short(text)}, expected a string")
     check_bounds(text.encode("utf-8", "surrogatepass"), what)
     try:
         value = json.loads(text, parse_constant=_refuse)
     except ValueError as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {short(value)}, not an object")
+        raise ValueError(f"{what} is {short(value)}, expected an object")
     return value
 
 
@@ -248,7 +263,7 @@ def _refuse(constant: str) -> None:
 
 
 def short(value: object) -> str:
-    """What a file holds, for a message: of bounded length, width and depth."""
+    """Return the repr of a value from a file, shortened for an error message."""
     bounded = Repr()
     bounded.maxstring = bounded.maxlong = 60
     return bounded.repr(value)

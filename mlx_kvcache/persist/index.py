@@ -1,8 +1,8 @@
-"""What a file was computed for, written so that all processes write it alike.
+"""The SQLite index of a folder of cache files: each file's tokens, size and last use.
 
-A database that several threads and processes use at once, and that is begun anew where it is damaged.
-
-Which files a folder holds, for what, and how lately each was used.
+`Index` adds, finds and evicts files. `Key` identifies a file by namespace, salt and tokens, in the same
+bytes in every process. `Database` lets several threads and processes use one SQLite file, and replaces a
+corrupt file with an empty one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import atomic
 
 
 class Key(NamedTuple):
-    """What tells files apart: a namespace, a salt as text, and packed tokens."""
+    """The key of a file: a namespace, a salt as text, and packed tokens."""
 
     namespace: str
     salt: str
@@ -39,23 +39,23 @@ class Key(NamedTuple):
 
 
 def packed(tokens: Iterable[int]) -> bytes:
-    """Tokens as little-endian numbers of 8 bytes. Raises ValueError for negative or larger ones."""
+    """Return tokens as little-endian integers of 8 bytes. Raises ValueError if one is out of range."""
     numbers = [index(token) for token in tokens]
     if min(numbers, default=0) < 0 or max(numbers, default=0) >= 2**63:
-        raise ValueError("tokens must be 0 or more and below 2**63")
+        raise ValueError("tokens must be at least 0 and less than 2**63")
     return pack(f"<{len(numbers)}q", *numbers)
 
 
 def unpacked(tokens: bytes) -> tuple[int, ...]:
-    """The tokens again."""
+    """Return the tokens that `packed` encoded."""
     return unpack(f"<{len(tokens) // 8}q", tokens)
 
 
 def salt_text(salt: Hashable) -> str | None:
-    """A salt as text, different for different ones, or None where there is none to rely on.
+    """Return a salt as unambiguous text, or None if its type is not supported.
 
-    None, bool, int, float, str, bytes and tuples of them have a text. Unlike in a dict, 1, 1.0
-    and True are three. Subclasses have none, as they may look like anything.
+    Supported are None, bool, int, float, str, bytes and tuples of them. Unlike in a dict, 1, 1.0 and True
+    are different. Subclasses are not supported, since their repr may be anything.
     """
     return ascii(salt) if _is_plain(salt) else None
 
@@ -66,8 +66,8 @@ def _is_plain(salt: Hashable) -> bool:
     return salt is None or type(salt) in {bool, int, float, str, bytes}
 
 
-_PATIENCE = 30.0
-"""Seconds to wait for other processes' changes, which take milliseconds each."""
+_TIMEOUT = 30.0
+"""Seconds to wait for another process's transaction, which takes milliseconds."""
 
 
 class _Connection(NamedTuple):
@@ -76,18 +76,18 @@ class _Connection(NamedTuple):
 
 
 class Database:
-    """Connections to one SQLite file, each used by one thread at a time.
+    """A pool of connections to one SQLite file, each used by one thread at a time.
 
-    A damaged file gets the ending `.damaged`, for whoever wants to look into it.
+    A corrupt file is renamed to end in `.damaged`, and a new one is created.
 
     Args:
-        path: the file; its folder is made where it is missing, and errors name the folder.
-        tables: statements that make what is in a new one.
-        version: of the tables. A file with a later one is left alone.
-        tidy: called in a change of its own, once and whenever the tables have been made.
+        path: the file. Its folder is created if it is missing. Errors name the folder.
+        tables: SQL statements that create the tables of a new file.
+        version: the version of the tables. A file of a newer version is refused and left unchanged.
+        tidy: cleans up, in a transaction of its own, when the file is first opened or was created anew.
 
     Raises:
-        CacheFileError: here and from all methods, where the file or its folder cannot be used.
+        CacheFileError: the file or its folder cannot be used. All methods raise it.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection that nobody else uses meanwhile; after an exception it is not used again."""
+        """Lend a connection for exclusive use. After an exception, the connection is closed."""
         try:
             connection = self._take()
             try:
@@ -122,19 +122,19 @@ class Database:
 
     @contextmanager
     def changing(self) -> Iterator[sqlite3.Connection]:
-        """The same in a transaction, which no other's change comes between. An exception undoes it."""
+        """Lend a connection inside a write transaction. An exception rolls it back."""
         with self.reading() as connection, _transaction(connection):
             yield connection
 
     def close(self) -> None:
-        """Close all connections. A second close does nothing."""
+        """Close all connections. Closing again does nothing."""
         self._is_closed = True
         with suppress(IndexError):
             while True:
                 self._idle.pop().raw.close()
 
     def _take(self) -> _Connection:
-        """An idle connection to the file that is there now, or a new one."""
+        """Return an idle connection to the current file, or a new one."""
         with suppress(FileNotFoundError, IndexError):
             inode = self._path.stat().st_ino
             while True:
@@ -143,7 +143,7 @@ class Database:
                     return connection
                 connection.raw.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Alone, lest a process that has seen damage sets aside what another has begun instead.
+        # The lock keeps a process from setting aside the new file of another that saw the same corruption.
         with _alone(self._path.parent):
             try:
                 return self._open()
@@ -160,8 +160,8 @@ class Database:
             self._idle.append(connection)
 
     def _open(self) -> _Connection:
-        raw = sqlite3.connect(self._path, _PATIENCE, isolation_level=None, check_same_thread=False)
-        # Damaged text is for the reader to refuse, not for the connection.
+        raw = sqlite3.connect(self._path, _TIMEOUT, isolation_level=None, check_same_thread=False)
+        # Invalid text must not raise here: `_mend` removes its row.
         raw.text_factory = partial(str, encoding="utf-8", errors="replace")
         try:
             self._prepare(raw)
@@ -173,10 +173,10 @@ class Database:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         [(version,)] = connection.execute("PRAGMA user_version")
         if version > self._version:
-            reason = f"made by a later release: version {version}, not {self._version}"
+            reason = f"index version {version} is newer than {self._version}; update mlx_kvcache"
             raise CacheFileError(self._path, reason)
         connection.execute("PRAGMA journal_mode = WAL")
-        # Without a sync for each change: a power cut may take back the last ones, but does no damage.
+        # No sync for each transaction: a power failure may lose the last ones but does not corrupt the file.
         connection.execute("PRAGMA synchronous = NORMAL")
         if version == 0:
             with _transaction(connection):
@@ -192,7 +192,7 @@ class Database:
         self._is_checked = True
 
     def _set_aside(self) -> None:
-        # The journal first, as a new file must not meet it.
+        # Remove the journal first: SQLite would apply it to the new file.
         for ending in ("-wal", "-shm"):
             self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
         self._path.replace(self._path.with_name(f"{self._path.name}.damaged"))
@@ -207,7 +207,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads out of their own such block for the same folder."""
+    """Hold an exclusive lock on a folder, against other processes and threads."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -217,25 +217,26 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether the file's bytes are not what they should be; all else comes as a subclass.
+    """Return whether an error means that the file is corrupt.
 
-    Damage can be such that SQLite's message about it is no text.
+    SQLite reports corruption as DatabaseError itself, and other errors as subclasses. Its message about a
+    corrupt file may not be valid UTF-8.
     """
     return type(error) in {sqlite3.DatabaseError, UnicodeDecodeError}
 
 
 VERSION = 1
-"""Of the tables."""
+"""The version of the tables."""
 
-# So narrow that a file which a user keeps in the folder is never taken for one of ours.
+# Only files with such a name are removed, so a user's own files in the folder are safe.
 _NAME = re.compile(r"[0-9a-f]{32}\.kvcache")
 
 TOO_LARGE = "larger than the budget"
 REPLACED = "the index was replaced meanwhile"
-"""Why a file that has been written is not entered."""
+"""Reasons why a written file is not added to the index."""
 
 _MOST = 2**53
-"""Of bytes and uses: sums of such do not overflow."""
+"""The limit for sizes and use counters, so that their sums do not overflow."""
 
 _TABLES = (
     """CREATE TABLE entries (
@@ -249,8 +250,8 @@ _TABLES = (
         tokens BLOB NOT NULL
     )""",
     "CREATE INDEX by_use ON entries (used)",
-    # A new number whenever other entries can be found than before. It is random, so that
-    # an index that takes another's place has never the same.
+    # The stamp changes whenever the set of ready entries changes. It is random, so that a new index
+    # never has the stamp of the one that it replaces.
     "CREATE TABLE state (stamp INTEGER NOT NULL)",
     "INSERT INTO state VALUES (random())",
     """CREATE TRIGGER finished AFTER UPDATE OF is_ready ON entries
@@ -261,22 +262,22 @@ _TABLES = (
 
 
 def new_name() -> str:
-    """A file's name, never given before: what was found under a name is that or gone."""
+    """Return a random name for a file. Names are never reused."""
     return f"{secrets.token_hex(16)}.kvcache"
 
 
 class Index:
-    """The entries of a folder, and the removal of their files.
+    """The index of a folder. It also removes files.
 
-    An entry is begun before its file is written and finished afterwards, and it goes after its
-    file; so no file is ever there without an entry, whatever ends the process. Safe in threads.
+    An entry is added before its file is written, becomes ready afterwards, and is removed after its file.
+    So every file has an entry, even if the process is killed. Thread-safe.
 
     Args:
-        folder: made where it is missing.
-        max_bytes: of all files whose entries are finished.
+        folder: created if it is missing.
+        max_bytes: the limit for the files of all ready entries.
 
     Raises:
-        CacheFileError: here and from all methods, where the folder or the index cannot be used.
+        CacheFileError: the folder or the index cannot be used. All methods raise it.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -286,41 +287,41 @@ class Index:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files whose entries are finished, whatever their namespace."""
+        """The size of the files of all ready entries in bytes, in all namespaces."""
         with self._database.reading() as connection:
             return _total(connection)
 
     @property
     def stamp(self) -> int:
-        """The same number while the same entries can be found."""
+        """A random number that changes whenever the set of ready entries changes."""
         with self._database.reading() as connection:
             [(stamp,)] = connection.execute("SELECT stamp FROM state")
             return int(stamp)
 
     def salts(self, namespace: str) -> dict[str, str]:
-        """The names of a namespace's finished entries, with their salts."""
+        """Return the salts of a namespace's ready entries by file name."""
         question = "SELECT name, salt FROM entries WHERE namespace = ? AND is_ready"
         with self._database.reading() as connection:
             return dict(connection.execute(question, (namespace,)))
 
     def tokens(self, name: str) -> tuple[int, ...] | None:
-        """An entry's tokens, or None where it is gone."""
+        """Return the tokens of an entry, or None if it was removed."""
         with self._database.reading() as connection:
             row = connection.execute("SELECT tokens FROM entries WHERE name = ?", (name,)).fetchone()
             return unpacked(row[0]) if row else None
 
     def find(self, key: Key) -> str | None:
-        """The name of the finished entry for just this key."""
+        """Return the file name of the ready entry for this key, or None."""
         question = "SELECT name FROM entries WHERE digest = ? AND is_ready"
         with self._database.reading() as connection:
             row = connection.execute(question, (key.digest,)).fetchone()
             return row[0] if row else None
 
     def begin(self, name: str, key: Key) -> bool:
-        """Enter a file that is going to be written, and that the caller has claimed.
+        """Add an entry for a file that will be written. The caller must hold `atomic.claiming` on it.
 
         Returns:
-            False where there is one for the same key, or a living process is writing one.
+            False if a file for the same key exists, or a running process is writing one.
         """
         question = "SELECT name, is_ready FROM entries WHERE digest = ?"
         with self._database.changing() as connection:
@@ -337,13 +338,13 @@ class Index:
             return True
 
     def finish(self, name: str, nbytes: int) -> int:
-        """Let a file be found that has been written, and remove others that are too much now.
+        """Mark the entry of a written file as ready, and evict others until the limit holds.
 
         Returns:
-            How many were removed.
+            The number of evicted files.
 
         Raises:
-            CacheFileError: it is too large by itself, or its entry is gone.
+            CacheFileError: the file alone exceeds the limit, or its entry was removed.
         """
         if nbytes > self._max_bytes:
             raise CacheFileError(self._folder / name, TOO_LARGE)
@@ -357,24 +358,24 @@ class Index:
             return self._shrink(connection)
 
     def use(self, name: str) -> None:
-        """Note that a file was used just now, if it is still there."""
+        """Mark a file as used. Does nothing if its entry was removed."""
         with self._database.changing() as connection:
             _use(connection, name)
 
     def remove(self, name: str) -> None:
-        """Remove a file and its entry, as far as they are there."""
+        """Remove a file and its entry, if they exist."""
         with self._database.changing() as connection:
             self._remove(connection, name)
 
     def close(self) -> None:
-        """Close all connections. A second close does nothing."""
+        """Close all connections. Closing again does nothing."""
         self._database.close()
 
     def _tidy(self, connection: sqlite3.Connection) -> None:
-        """Remove what ended processes left, entries without files, and files without entries.
+        """Remove leftovers of killed processes, entries without files, and files without entries.
 
-        A file is entered before any of it is written, and others cannot enter any during this
-        transaction. So a file without an entry is nobody's, such as after a power cut.
+        Entries are added before their files are written, and no other process can add one during this
+        transaction. So a file without an entry, such as after a power failure, is not in use.
         """
         atomic.sweep(self._folder)
         _mend(connection)
@@ -389,7 +390,7 @@ class Index:
         self._shrink(connection)
 
     def _shrink(self, connection: sqlite3.Connection) -> int:
-        """Remove the least recently used until the budget holds, and say how many they were."""
+        """Evict the least recently used files until the limit holds, and return their number."""
         total, removed = _total(connection), 0
         oldest = "SELECT name, nbytes FROM entries WHERE is_ready ORDER BY used LIMIT 1"
         while total > self._max_bytes:
@@ -399,15 +400,15 @@ class Index:
         return removed
 
     def _remove(self, connection: sqlite3.Connection, name: str) -> None:
-        """The file first: an entry without a file is found out by its reader, a stray file by nobody."""
-        # Whatever an index tells, nothing else is removed.
+        """Remove a file, then its entry: readers detect a missing file, but not a file without an entry."""
+        # A corrupt index could name any path.
         if _NAME.fullmatch(name):
             (self._folder / name).unlink(missing_ok=True)
         connection.execute("DELETE FROM entries WHERE name = ?", (name,))
 
 
 def _mend(connection: sqlite3.Connection) -> None:
-    """Forget entries that are not as they were entered: SQLite has no checksums, and names become paths."""
+    """Remove corrupt entries. SQLite has no checksums, and the names become paths."""
     columns = "rowid, name, digest, namespace, salt, tokens, nbytes, used, is_ready"
     for row, *entry in connection.execute(f"SELECT {columns} FROM entries").fetchall():  # noqa: S608
         if not _is_sound(*entry):
@@ -428,7 +429,7 @@ def _is_sound(
 
 
 def _use(connection: sqlite3.Connection, name: str) -> None:
-    """Numbers rather than times, as clocks of several processes may differ or be set back."""
+    """Mark a file as used. A counter orders the uses, since clocks may be set back."""
     connection.execute(
         "UPDATE entries SET used = (SELECT max(used) + 1 FROM entries) WHERE name = ?", (name,)
     )

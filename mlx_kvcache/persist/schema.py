@@ -1,12 +1,10 @@
-"""Reading what a file's header says, of which nothing is believed: every fault is a ValueError.
+"""Converts sequences of every kind of cache to JSON and named arrays, and back.
 
-MLX arrays as bytes, and back.
+`encode` describes a sequence as a JSON object and collects its arrays; `decode` returns the snapshot that a
+cache of the same kind restores. Below them are one pair of functions for each kind of cache, the conversion
+of MLX arrays to bytes and back, and checks of JSON values.
 
-A snapshot of keys and values by position, as JSON and named arrays, and back.
-
-Sequences of the encoder and recurrent kinds, as JSON and named arrays, and back.
-
-What a cache holds of a sequence, as JSON and named arrays, and back.
+A file may be corrupt or malicious, so decoding validates every field. Faults raise ValueError.
 """
 
 from __future__ import annotations
@@ -33,50 +31,50 @@ from .container import Contents, Stored, read_arrays
 from .header import short
 
 LARGEST = 2**40
-"""Of positions and counts."""
+"""The largest position or count that is accepted."""
 
 
 def integer(value: object, what: str, low: int = 0, high: int = LARGEST) -> int:
-    """A whole number from `low` to `high`; a bool, which is an int to Python, is none."""
+    """Return a whole number from `low` to `high`. Bools are refused."""
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{what} is {short(value)}, not a whole number from {low} to {high}")
+        raise ValueError(f"{what} is {short(value)}, expected a whole number from {low} to {high}")
     return value
 
 
 def mapping(value: object, what: str) -> dict[str, Any]:
-    """An object of JSON."""
+    """Return a JSON object."""
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {short(value)}, not an object")
+        raise ValueError(f"{what} is {short(value)}, expected an object")
     return value
 
 
 def listing(value: object, what: str, length: int | None = None) -> list[Any]:
-    """A list, of `length` items where that is given."""
+    """Return a list, of `length` items unless that is None."""
     if not isinstance(value, list) or (length is not None and len(value) != length):
-        raise ValueError(f"{what} is {short(value)}, not a list" + (f" of {length}" if length else ""))
+        raise ValueError(f"{what} is {short(value)}, expected a list" + (f" of {length}" if length else ""))
     return value
 
 
 def layer_index(name: object) -> int:
-    """The key of an object by layers."""
+    """Return the layer index that a JSON object has as a key."""
     if not isinstance(name, str) or not name.isdecimal() or len(name) > 9:
-        raise ValueError(f"{short(name)} is no layer")
+        raise ValueError(f"{short(name)} is not a layer index")
     return int(name)
 
 
 def array(arrays: Mapping[str, mx.array], name: object) -> mx.array:
-    """An array of the file."""
+    """Return an array of the file."""
     if not isinstance(name, str) or name not in arrays:
-        raise ValueError(f"there is no array {short(name)}")
+        raise ValueError(f"array {short(name)} is missing")
     return arrays[name]
 
 
 def shaped(arrays: Mapping[str, mx.array], name: str, shape: tuple[int, ...], *dtypes: mx.Dtype) -> mx.array:
-    """An array of the file that has a shape, and one of some dtypes."""
+    """Return an array of the file that has the given shape and one of the given dtypes."""
     found = array(arrays, name)
     if found.shape != shape or found.dtype not in dtypes:
-        told = f"{shape} of {' or '.join(str(dtype) for dtype in dtypes)}"
-        raise ValueError(f"array {short(name)} is {found.shape} of {found.dtype}, the header says {told}")
+        expected = f"{shape} of {' or '.join(str(dtype) for dtype in dtypes)}"
+        raise ValueError(f"array {short(name)} is {found.shape} of {found.dtype}, expected {expected}")
     return found
 
 
@@ -95,44 +93,46 @@ _DTYPES: dict[str, tuple[mx.Dtype, type[np.generic]]] = {
     "F32": (mx.float32, np.float32),
     "C64": (mx.complex64, np.complex64),
 }
-"""By safetensors' names MLX's dtypes, and those of NumPy's that hold their bytes."""
+"""MLX dtypes by safetensors name, each with a NumPy dtype that holds its bytes."""
 _NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
 
 
 def name_of(dtype: mx.Dtype) -> str:
-    """Safetensors' name of a dtype."""
+    """Return the safetensors name of a dtype."""
     return _NAMES[dtype]
 
 
 def dtype_of(name: str) -> mx.Dtype:
-    """The other way round. Raises ValueError for a dtype that MLX does not have."""
+    """Return the dtype of a safetensors name. Raises ValueError if MLX does not have it."""
     if name not in _DTYPES:
         raise ValueError(f"MLX has no dtype {name!r}")
     return _DTYPES[name][0]
 
 
 def as_stored(arrays: Mapping[str, mx.array]) -> dict[str, Stored]:
-    """Copies of arrays as bytes, which hold none of MLX's memory. Evaluates them."""
+    """Evaluate arrays, and copy them to bytes outside MLX's memory."""
     mx.eval(list(arrays.values()))
     return {name: _as_stored(array) for name, array in arrays.items()}
 
 
 def _as_stored(array: mx.array) -> Stored:
-    # NumPy has no bfloat16; the bytes are the same.
+    # NumPy has no bfloat16, so its bytes are copied as uint16.
     plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
     data = np.array(plain, order="C", copy=True).reshape(-1).view(np.uint8)
     return Stored(name_of(array.dtype), tuple(array.shape), data)
 
 
 def load_arrays(contents: Contents, verify: bool, lazy: bool = False) -> dict[str, mx.array]:
-    """The arrays of a file, in memory: MLX can evaluate a lazy one only in the thread that made it.
+    """Load the arrays of a file.
 
     Args:
-        verify: compare their checksums. Otherwise damage goes unseen.
-        lazy: read nothing now. Each array is read when it is evaluated, in this thread.
+        contents: the header of the file.
+        verify: compare the checksums. Without it, corrupt arrays are not detected.
+        lazy: read each array when it is evaluated, and do not verify it. MLX can evaluate a lazy array only
+            in the thread that made it.
 
     Raises:
-        CacheFileError: the file cannot be read, or an array is damaged.
+        CacheFileError: the file cannot be read, or an array is corrupt.
     """
     if not lazy:
         return dict(_read(contents, verify))
@@ -147,9 +147,7 @@ def load_arrays(contents: Contents, verify: bool, lazy: bool = False) -> dict[st
 def _read(contents: Contents, verify: bool) -> Iterator[tuple[str, mx.array]]:
     for name, (dtype, shape, data) in read_arrays(contents, verify=verify):
         if dtype not in _DTYPES:
-            raise CacheFileError(
-                contents.path, f"array {name!r} is of dtype {dtype}, which MLX does not have"
-            )
+            raise CacheFileError(contents.path, f"array {name!r} has dtype {dtype}, which MLX does not have")
         ours, theirs = _DTYPES[dtype]
         array = mx.array(data.view(theirs)).view(ours).reshape(shape)
         mx.eval(array)
@@ -162,7 +160,7 @@ _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def encode_positional(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
-    """Describe a snapshot, and add its arrays to others under names that begin with `prefix`."""
+    """Describe a snapshot, and add its arrays to `arrays` under names that begin with `prefix`."""
     runs = []
     for index, run in enumerate(snapshot.runs):
         for layer, lanes in run.layers.items():
@@ -175,15 +173,15 @@ def encode_positional(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: s
 
 
 def decode_positional(told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str) -> Snapshot:
-    """The snapshot again. Raises ValueError where it would not be one."""
-    end = integer(told.get("end"), "the end")
-    layers = mapping(told.get("layers"), "the layers")
+    """Return the snapshot that `encode_positional` described. Raises ValueError if it is invalid."""
+    end = integer(told.get("end"), "end")
+    layers = mapping(told.get("layers"), "layers")
     forms = {layer_index(name): _decode_form(layer) for name, layer in layers.items()}
     runs, at = [], 0
-    for index, run in enumerate(listing(told.get("runs"), "the runs")):
+    for index, run in enumerate(listing(told.get("runs"), "runs")):
         own = mapping(run, "a run")
-        begin = integer(own.get("begin"), "the beginning of a run", at, end)
-        length = integer(own.get("length"), "the length of a run", 1, end - begin)
+        begin = integer(own.get("begin"), "begin of a run", at, end)
+        length = integer(own.get("length"), "length of a run", 1, end - begin)
         is_packed = own.get("packed") is True
         lanes = {
             layer: _decode_lanes(arrays, f"{prefix}{index}.{layer}", form, length, is_packed)
@@ -192,7 +190,7 @@ def decode_positional(told: Mapping[str, Any], arrays: Mapping[str, mx.array], p
         runs.append(Run(begin, length, lanes))
         at = begin + length
     if runs and not forms:
-        raise ValueError(f"{len(runs)} runs of tokens, and no layer that has stored them")
+        raise ValueError(f"layers is empty, but the file has {len(runs)} runs of tokens")
     return Snapshot(end, tuple(runs), forms if runs else {})
 
 
@@ -207,16 +205,16 @@ def _encode_form(form: Form) -> dict[str, Any]:
 
 def _decode_form(told: Any) -> Form:
     layer = mapping(told, "a layer")
-    key_dim, value_dim = listing(layer.get("dims"), "the sizes of heads", 2)
-    dtypes = [dtype_of(str(name)) for name in listing(layer.get("dtypes"), "the dtypes", 2)]
+    key_dim, value_dim = listing(layer.get("dims"), "dims", 2)
+    dtypes = [dtype_of(str(name)) for name in listing(layer.get("dtypes"), "dtypes", 2)]
     if any(dtype not in _FLOATS for dtype in dtypes):
-        raise ValueError(f"keys and values of {dtypes[0]} and {dtypes[1]}, expected floats")
-    codecs = [decode_codec(codec) for codec in listing(layer.get("codecs"), "the codecs", 2)]
+        raise ValueError(f"keys and values have dtypes {dtypes[0]} and {dtypes[1]}, expected floats")
+    codecs = [decode_codec(codec) for codec in listing(layer.get("codecs"), "codecs", 2)]
     return Form(
         integer(layer.get("heads"), "the number of heads", 1),
-        # A layer has keys; for want of both nothing would bound the number of its cells.
-        integer(key_dim, "the size of keys", 1),
-        integer(value_dim, "the size of values"),
+        # With empty keys and values, the size of the file would not bound the number of cells.
+        integer(key_dim, "head_dim of keys", 1),
+        integer(value_dim, "head_dim of values"),
         dtypes[0],
         dtypes[1],
         codecs[0],
@@ -225,7 +223,7 @@ def _decode_form(told: Any) -> Form:
 
 
 def decode_codec(told: Any) -> Codec | None:
-    """A codec, or None for float. Raises ValueError for one that there is not."""
+    """Return a codec, or None for float. Raises ValueError if it is not supported."""
     if told is None:
         return None
     return checked_codec(*listing(told, "a codec", 2))
@@ -242,7 +240,7 @@ def _decode_lanes(
 
 
 def encode_lane(lane: Lane, arrays: dict[str, mx.array], name: str) -> None:
-    """Add a lane to others under a name, or names that begin with it."""
+    """Add a lane to `arrays`: one array under `name`, or several whose names begin with it."""
     if isinstance(lane, Packed):
         arrays |= {f"{name}.{part}": stored for part, stored in zip(_PARTS, lane.arrays, strict=True)}
     else:
@@ -256,12 +254,23 @@ def decode_lane(
     dtype: mx.Dtype,
     codec: Codec | None,
 ) -> Lane:
-    """A lane of (heads, cells, dim). Raises ValueError where its arrays are not of that size."""
+    """Return a lane that `encode_lane` added.
+
+    Args:
+        arrays: the arrays of the file.
+        name: the name that was given to `encode_lane`.
+        size: (heads, cells, head_dim).
+        dtype: the dtype of a float lane.
+        codec: the codec of a quantized lane, or None for a float one.
+
+    Raises:
+        ValueError: an array is missing, or has another shape or dtype.
+    """
     heads, length, dim = size
     if codec is None:
         return Plain(shaped(arrays, name, (1, heads, length, dim), dtype))
     if dim % codec.group_size:
-        raise ValueError(f"heads of {dim} features in groups of {codec.group_size}")
+        raise ValueError(f"head_dim {dim} is not a multiple of group_size {codec.group_size}")
     words = shaped(arrays, f"{name}.words", (1, heads, length, dim * codec.bits // 32), mx.uint32)
     groups = (1, heads, length, dim // codec.group_size)
     scales, biases = (
@@ -271,7 +280,7 @@ def decode_lane(
 
 
 def encode_encoder(stream: encoder.Stream, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
-    """Describe what a sequence looks at, and add its arrays to others."""
+    """Describe the encoder input of a sequence, and add its arrays to `arrays`."""
     layers = stream.entry.layers if stream.entry else {}
     for layer, (keys, values) in layers.items():
         arrays |= {f"{prefix}{layer}.keys": keys, f"{prefix}{layer}.values": values}
@@ -282,21 +291,21 @@ def encode_encoder(stream: encoder.Stream, arrays: dict[str, mx.array], prefix: 
 def decode_encoder(
     told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str
 ) -> encoder.Stream | None:
-    """The sequence again. Raises ValueError where it would not be one."""
-    end = integer(told.get("end"), "the end")
+    """Return the stream that `encode_encoder` described. Raises ValueError if it is invalid."""
+    end = integer(told.get("end"), "end")
     if not end or told.get("position") is None:
         return encoder.Stream(end, None) if end else None
-    names = listing(told.get("layers"), "the layers")
+    names = listing(told.get("layers"), "layers")
     layers = {
         layer_index(name): (array(arrays, f"{prefix}{name}.keys"), array(arrays, f"{prefix}{name}.values"))
         for name in names
     }
-    position = integer(told["position"], "the position of the input", 0, end - 1)
+    position = integer(told["position"], "position of the encoder input", 0, end - 1)
     return encoder.Stream(end, encoder.Entry(position, layers))
 
 
 def encode_recurrent(stream: recurrent.Stream, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
-    """Describe states, and add their arrays to others. One that several states share is there once."""
+    """Describe the states of a sequence, and add their arrays to `arrays`. Shared arrays are added once."""
     names: dict[int, str] = {}
 
     def name_of(state: mx.array | None) -> str | None:
@@ -319,18 +328,19 @@ def encode_recurrent(stream: recurrent.Stream, arrays: dict[str, mx.array], pref
 def decode_recurrent(
     told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str
 ) -> recurrent.Stream | None:
-    """The states again. Raises ValueError where they would not be some."""
-    end = integer(told.get("end"), "the end")
+    """Return the stream that `encode_recurrent` described. Raises ValueError if it is invalid."""
+    end = integer(told.get("end"), "end")
     if not end:
         return None
     states = {}
-    for told_state in listing(told.get("states"), "the states"):
+    for told_state in listing(told.get("states"), "states"):
         state = mapping(told_state, "a state")
-        position = integer(state.get("position"), "the position of a state", 1, end)
-        layers = mapping(state.get("layers"), "the layers of a state")
+        position = integer(state.get("position"), "position of a state", 1, end)
+        layers = mapping(state.get("layers"), "layers of a state")
         states[position] = {
             layer_index(name): tuple(
-                None if part is None else array(arrays, part) for part in listing(parts, "a layer's state")
+                None if part is None else array(arrays, part)
+                for part in listing(parts, "the state of a layer")
             )
             for name, parts in layers.items()
         }
@@ -340,7 +350,7 @@ def decode_recurrent(
 def encode(
     cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str = ""
 ) -> dict[str, Any]:
-    """Describe a sequence, and add its arrays to others under names that begin with `prefix`."""
+    """Describe a sequence, and add its arrays to `arrays` under names that begin with `prefix`."""
     snapshot, kind = cache._snapshot(sequence), kind_of(cache)
     if isinstance(cache, WrapperCache):
         children = enumerate(cache._children)
@@ -355,17 +365,19 @@ def encode(
 
 
 def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], prefix: str = "") -> Any:
-    """The snapshot for `_plan_restore` of a cache of the same kind.
+    """Return the snapshot that `encode` described, for `_plan_restore` of a cache of the same kind.
 
     Raises:
-        ValueError: it is of another kind, or what is told would not be a sequence.
+        ValueError: the sequence is of another kind of cache, or is invalid.
     """
     encoded, expected = mapping(told, "a cache"), kind_of(cache)
     if any(encoded.get(name) != value for name, value in expected.items()):
         found = {name: encoded[name] for name in ("kind", "size", "sinks") if name in encoded}
-        raise ValueError(f"it holds {_text(found)}, this cache is {_text(expected)}")
+        raise ValueError(
+            f"cannot load a cache of {_text(found) or 'unknown kind'} into one of {_text(expected)}"
+        )
     if isinstance(cache, WrapperCache):
-        children = listing(encoded.get("children"), "the children", len(cache._children))
+        children = listing(encoded.get("children"), "children", len(cache._children))
         pairs = enumerate(zip(cache._children, children, strict=True))
         return [decode(child, part, arrays, f"{prefix}{i}.") for i, (child, part) in pairs]
     if isinstance(cache, PositionalCache):
@@ -381,13 +393,13 @@ def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], pref
 
 
 def _check_layers(own: Set[int], found: Set[int]) -> None:
-    """Raise ValueError where a file lacks layers that a cache has: they would be read as zeros."""
+    """Raise ValueError if a file lacks layers that the cache has. They would be read as zeros."""
     if found and own - found:
-        raise ValueError(f"it holds layers {sorted(found)}, this cache has {sorted(own)}")
+        raise ValueError(f"the file has layers {sorted(found)}, but this cache has {sorted(own)}")
 
 
 def kind_of(cache: PlanningCache) -> dict[str, Any]:
-    """What a cache must have in common with one whose sequences it takes."""
+    """Return the fields that must be equal for a sequence to be loaded into a cache."""
     if isinstance(cache, PositionalCache):
         rule = cache._rule
         if isinstance(rule, Causal):
@@ -396,14 +408,16 @@ def kind_of(cache: PlanningCache) -> dict[str, Any]:
             return {"kind": "window", "size": rule.size, "sinks": rule.sinks}
         if isinstance(rule, Chunk):
             return {"kind": "chunk", "size": rule.size}
-        # A rule of somebody's own is none of these, and would be read back as another.
         raise NotSupportedError(
-            f"a cache of {type(rule).__name__} cannot be saved: files have no name for it"
+            f"cannot save a cache with the rule {type(rule).__name__}; supported: Causal, Window, Chunk"
         )
     for kind, name in ((WrapperCache, "wrapper"), (EncoderCache, "encoder"), (RecurrentCache, "recurrent")):
         if isinstance(cache, kind):
             return {"kind": name}
-    raise NotSupportedError(f"a {type(cache).__name__} cannot be saved")
+    raise NotSupportedError(
+        f"cannot save a {type(cache).__name__}; supported: caches with a visibility rule, wrapper, encoder "
+        "and recurrent caches"
+    )
 
 
 def _text(kind: Mapping[Any, Any]) -> str:

@@ -1,4 +1,7 @@
-"""What is in a file, as text."""
+"""Describes the contents of a cache file as text.
+
+Supports this package's files, and files of mlx-lm's `save_prompt_cache`.
+"""
 
 from __future__ import annotations
 
@@ -13,64 +16,68 @@ from .header import short
 from .schema import integer, layer_index, listing, mapping
 
 WIDTH = 64
-"""Characters of a picture."""
+"""The width of a picture in characters."""
 FLOAT, PACKED, GONE = "█", "▒", "·"
 
 _ARRAYS = 8
-"""Arrays of a layer that are listed."""
+"""The most arrays that are listed for a layer."""
 
 NO_PROMPT_CACHE = (
-    "a safetensors file that holds no prompt cache, such as a model's weights or adapters; give a file of "
-    "PromptCache.save or of mlx-lm's save_prompt_cache"
+    "a safetensors file without a prompt cache, such as a model's weights or adapters; expected a file "
+    "written by PromptCache.save or by mlx-lm's save_prompt_cache"
 )
 
 
 def shown(path: Path, verify: bool = True) -> Iterator[str]:
-    """Lines that tell what a file holds, with a picture of its runs.
+    """Yield lines of text that describe a file, with a picture of the stored tokens.
 
     Args:
-        verify: read the arrays too, and compare their checksums.
+        path: the file.
+        verify: read the arrays, and compare their checksums.
 
     Raises:
-        CacheFileError: the file cannot be read, is damaged, or is none of a cache.
+        CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
     """
     try:
         contents = container.read_contents(path)
     except container.NotOursError:
-        yield from _theirs(path)
+        yield from _shown_of_mlx_lm(path)
         return
     if verify:
         for _ in container.read_arrays(contents):
             pass
-    checked = "all checksums are right" if verify else "only the head was verified"
+    checked = "all checksums match" if verify else "only the header was verified"
     yield f"{path}: {contents.size:,} bytes, {len(contents.entries)} arrays, {checked}"
     with faults_of(path):
         header = contents.header
-        end = integer(header.get("end"), "the end")
-        given = "given" if header.get("has_tokens") is True else "not given"
-        yield f"tokens    {end:,}, their numbers {given}"
+        end = integer(header.get("end"), "end")
+        stored = "stored" if header.get("has_tokens") is True else "not stored"
+        yield f"tokens    {end:,}, token IDs {stored}"
         yield from _table("model", header.get("model"))
         yield from _table("options", header.get("options"))
-        for index, cache in enumerate(listing(header.get("caches"), "the caches")):
+        for index, cache in enumerate(listing(header.get("caches"), "caches")):
             yield ""
             yield from _cache(mapping(cache, "a cache"), end, f"{index}.", contents.entries)
 
 
 def is_prompt_cache(metadata: Mapping[str, Any]) -> bool:
-    """Whether a safetensors file's metadata is that of mlx-lm's `save_prompt_cache`, 0.31 or 0.32."""
+    """Return whether `save_prompt_cache` of mlx-lm 0.31 or 0.32 wrote a safetensors file's metadata."""
     return "2.0" in metadata
 
 
-def _theirs(path: Path) -> Iterator[str]:
-    """What the head of mlx-lm's file tells: a class and arrays for each layer.
+def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
+    """Describe a file of mlx-lm: the class and arrays of each layer.
 
-    Both versions name arrays by layer. 0.31 writes numbers of each layer as "0.", what its user added
-    as "1.", and classes as "2."; 0.32 what its user added as "0.", classes as "1.", and an empty "2.0".
+    Both versions name arrays by layer. mlx-lm 0.31 writes the layers' numbers under "0.", the user's
+    metadata under "1.", and class names under "2.". mlx-lm 0.32 writes the user's metadata under "0.",
+    class names under "1.", and an empty "2.0".
     """
     metadata, entries, size = container.read_outline(path)
     if not is_prompt_cache(metadata):
         raise CacheFileError(path, NO_PROMPT_CACHE)
-    yield f"{path}: {size:,} bytes, {len(entries)} arrays, of mlx-lm's save_prompt_cache (no checksums)"
+    yield (
+        f"{path}: {size:,} bytes, {len(entries)} arrays, written by mlx-lm's save_prompt_cache (no checksums)"
+    )
     is_old = bool(metadata["2.0"])
     added, classes = ("1.", "2.") if is_old else ("0.", "1.")
     layers = {
@@ -79,7 +86,7 @@ def _theirs(path: Path) -> Iterator[str]:
         if name.startswith(classes) and name.removeprefix(classes).isdecimal()
     }
     told = (_tokens(path, layer, str(kind), is_old, metadata, entries) for layer, kind in layers.items())
-    yield f"tokens    {next((n for n in told if n is not None), 'the layers do not say how many')}"
+    yield f"tokens    {next((n for n in told if n is not None), 'unknown')}"
     for name, value in metadata.items():
         if name.startswith(added):
             yield f"{'metadata':9} {short(name[len(added) :])}: {short(value)}"
@@ -105,7 +112,7 @@ def _tokens(
     metadata: Mapping[str, Any],
     entries: Mapping[str, container.Entry],
 ) -> str | None:
-    """After how many tokens a layer of mlx-lm's file is, where it says so in one place."""
+    """Return the number of tokens in a layer of mlx-lm's file, or None if the layer does not store it."""
     if is_old:
         place = {"RotatingKVCache": f"0.{layer}.2", "QuantizedKVCache": f"0.{layer}.0"}.get(kind)
         keys = entries.get(f"{layer}.0")
@@ -120,8 +127,8 @@ def _tokens(
 
 
 def _table(title: str, told: Any) -> Iterator[str]:
-    for name, value in mapping(told, f"the {title}").items():
-        # What is rotated before a removed range is for the program, not for people.
+    for name, value in mapping(told, title).items():
+        # "head" describes the re-based keys before a removed range: internal, and long.
         if name != "head" and value is not None:
             yield f"{title:9} {name}: {short(value)}"
 
@@ -129,18 +136,18 @@ def _table(title: str, told: Any) -> Iterator[str]:
 def _cache(
     cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str, container.Entry]
 ) -> Iterator[str]:
-    """One cache of the file: its kind, its layers, and what it holds of the tokens."""
+    """Describe one cache of the file: its kind, its layers and its stored tokens."""
     size = sum(entry.end - entry.begin for name, entry in entries.items() if name.startswith(prefix))
     sizes = [f"{name} {short(cache[name])}" for name in ("size", "sinks") if cache.get(name)]
     yield f"{short(cache.get('kind'))} {' '.join(sizes)}: {size:,} bytes".replace("'", "").replace(" :", ":")
     for index, child in enumerate(cache.get("children") or ()):
         yield from _cache(mapping(child, "a child"), end, f"{prefix}{index}.", entries)
     if "runs" in cache:
-        yield from _layers(mapping(cache.get("layers"), "the layers"))
-        yield from _runs(listing(cache["runs"], "the runs"), end)
+        yield from _layers(mapping(cache.get("layers"), "layers"))
+        yield from _runs(listing(cache["runs"], "runs"), end)
     elif "states" in cache:
-        states = [mapping(state, "a state") for state in listing(cache["states"], "the states")]
-        at = [integer(state.get("position"), "the position of a state", 1, end) for state in states]
+        states = [mapping(state, "a state") for state in listing(cache["states"], "states")]
+        at = [integer(state.get("position"), "position of a state", 1, end) for state in states]
         picture = [GONE] * WIDTH
         for position in at:
             picture[min(WIDTH - 1, position * WIDTH // max(1, end))] = FLOAT
@@ -148,13 +155,13 @@ def _cache(
 
 
 def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
-    """Layers of the same form on one line."""
+    """Describe the layers, one line for all layers of the same form."""
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
         form = mapping(layer, "a layer")
         dims, dtypes, codecs = (listing(form.get(key), key, 2) for key in ("dims", "dtypes", "codecs"))
         slots = [
-            f"{what} of {short(dim)} features in {_width(dtype, codec)}"
+            f"{what} {short(dim)} wide in {_storage(dtype, codec)}"
             for what, dim, dtype, codec in zip(("keys", "values"), dims, dtypes, codecs, strict=True)
         ]
         groups.setdefault(f"{short(form.get('heads'))} heads, {', '.join(slots)}", []).append(name)
@@ -163,7 +170,7 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Rising numbers, neighbors as one range."""
+    """Format ascending numbers, with consecutive ones as a range."""
     groups: list[list[int]] = []
     for number in numbers:
         if groups and groups[-1][-1] + 1 == number:
@@ -173,21 +180,21 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}" for own in groups)
 
 
-def _width(dtype: Any, codec: Any) -> str:
+def _storage(dtype: Any, codec: Any) -> str:
     if codec is None:
         return str(dtype)
     bits, group_size = listing(codec, "a codec", 2)
-    return f"{short(bits)} bits by {short(group_size)} for {dtype}"
+    return f"{short(bits)} bits (groups of {short(group_size)}, from {dtype})"
 
 
 def _runs(runs: list[Any], end: int) -> Iterator[str]:
     picture, told = [GONE] * WIDTH, []
     for run in runs:
         own = mapping(run, "a run")
-        begin = integer(own.get("begin"), "the beginning of a run", 0, end)
-        length = integer(own.get("length"), "the length of a run", 1, end - begin)
+        begin = integer(own.get("begin"), "begin of a run", 0, end)
+        length = integer(own.get("length"), "length of a run", 1, end - begin)
         is_packed = own.get("packed") is True
         for place in range(begin * WIDTH // end, max(1, -(-(begin + length) * WIDTH // end))):
             picture[place] = PACKED if is_packed else FLOAT
-        told.append(f"[{begin}, {begin + length}) {'packed' if is_packed else 'in float'}")
-    yield f"  {''.join(picture)}  {', '.join(told) or 'nothing is held'}"
+        told.append(f"[{begin}, {begin + length}) {'quantized' if is_packed else 'float'}")
+    yield f"  {''.join(picture)}  {', '.join(told) or 'no tokens stored'}"

@@ -1,6 +1,7 @@
-"""Conversations that are found by their tokens, so that equal beginnings are computed once.
+"""A prefix cache: conversations that share a prefix of tokens share its keys and values.
 
-A prefix cache for anything that can rewind and fork. It must not know mlx-lm.
+It works with any cache that has the methods of `session.Branch`, such as `rewind_to` and `fork`, and does not
+depend on mlx-lm.
 """
 
 from .pool import Counts, SessionPool

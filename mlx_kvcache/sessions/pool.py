@@ -1,4 +1,9 @@
-"""Conversations by their tokens: what has been computed for one serves all that begin alike."""
+"""A pool of prompt caches that finds the longest stored prefix of a conversation.
+
+Stored caches are in a radix tree for each salt. `open` forks the cache that saves the most tokens, and
+`store` keeps a cache for later conversations. The least recently used caches are evicted, to disk if there
+is a `DiskTier`.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +24,29 @@ from .session import Branch, Session
 __all__ = ["Counts", "Session", "SessionPool"]
 
 CANDIDATES = 32
-"""Stored sequences that are asked how far they can go back, at most."""
+"""The most stored caches that a lookup asks for their resume points."""
 
 
 @dataclass
 class Counts:
-    """What has happened in a pool. `rejected` is by reason."""
+    """Statistics of a pool."""
 
     hits: int = 0
+    """Sessions that reused tokens."""
     misses: int = 0
+    """Sessions that reused none."""
     reused: int = 0
-    """Tokens that did not have to be computed again."""
+    """Tokens that sessions did not have to compute again."""
     evicted: int = 0
+    """Caches that were evicted from memory."""
     from_disk: int = 0
-    """Hits that came out of a file."""
+    """Caches that were loaded from files."""
     to_disk: int = 0
-    """Caches that were given to a file."""
+    """Caches that were queued to be written to files."""
     rejected: Counter[str] = field(default_factory=Counter)
+    """Caches that could not be stored or used, by reason, and failures of the disk as "disk"."""
     disk_error: str = ""
-    """What went wrong with the disk when that was last counted as `rejected["disk"]`."""
+    """The message of the newest failure that is counted as `rejected["disk"]`."""
 
 
 @dataclass(eq=False)
@@ -50,22 +59,24 @@ class _Stored:
 
 
 class SessionPool:
-    """Prompt caches by their tokens, the least recently used given up first.
+    """Stores prompt caches by their tokens, and evicts the least recently used.
 
-    May be used from several threads. The model's calls are kept apart by the caches' own lock, which may
-    be held while anything here is called: nothing of a cache is asked while this pool's own lock is held.
+    Thread-safe.
 
     Args:
-        make: makes an empty prompt cache; all must be of one model and made alike.
-        max_bytes: the most bytes that the caches' pool may hold, open sessions included; what
-            they share counts once. Only stored caches are given up for it.
+        make: makes an empty prompt cache. All caches must be of one model and have the same options.
+        max_bytes: the limit for all caches in bytes, open sessions included; shared cells count once. Only
+            stored caches are evicted, so open sessions and pinned caches may exceed it.
         max_stored: the most stored caches.
-        disk: where caches go that are given up for a bound, and come back from.
+        disk: stores evicted caches, and returns them later.
 
     Raises:
-        ValueError: a negative bound.
-        TypeError: `make` is no function, or `disk` no tier.
+        ValueError: a limit is negative.
+        TypeError: `make` is not callable, or `disk` is not a `DiskTier`.
     """
+
+    # Calls of the model take the caches' own lock, and may call this pool while they hold it. To prevent a
+    # deadlock, the pool calls no method of a cache while it holds its own lock.
 
     def __init__(
         self,
@@ -77,12 +88,12 @@ class SessionPool:
         whole(**{n: b for n, b in (("max_bytes", max_bytes), ("max_stored", max_stored)) if b is not None})
         if not callable(make):
             raise TypeError(
-                f"make must be a function that makes an empty prompt cache, got {class_of(make)}; "
-                "such as lambda: make_prompt_cache(model)"
+                f"make must be a function that returns an empty prompt cache, got {class_of(make)}; "
+                "use for example lambda: make_prompt_cache(model)"
             )
         if disk is not None and not isinstance(disk, DiskTier):
             raise TypeError(
-                f"disk must be a DiskTier, got {class_of(disk)}; see make_session_pool(folder=...)"
+                f"disk must be a DiskTier, got {class_of(disk)}; use make_session_pool(folder=...)"
             )
         self.counts = Counts()
         self._make = make
@@ -96,7 +107,7 @@ class SessionPool:
         self._cells: Any = None
 
     def __len__(self) -> int:
-        """How many caches are stored."""
+        """The number of stored caches."""
         return len(self._stored)
 
     def __repr__(self) -> str:
@@ -104,29 +115,32 @@ class SessionPool:
 
     @property
     def cells(self) -> Any:
-        """The pool of cells that the caches share; None before there is a cache."""
+        """The pool of cells that the caches share, or None before the first cache is made."""
         return self._cells
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches' pool, open sessions included."""
+        """The size of all caches in bytes, open sessions included."""
         return self._cells.nbytes if self._cells is not None else 0
 
     def open(self, tokens: Sequence[int], salt: Hashable = None) -> Session:
-        """Begin or go on with a conversation.
+        """Open a session for a conversation, and reuse the longest stored prefix.
 
         Args:
-            tokens: all of it so far.
-            salt: keeps apart what must not be shared, such as tenants, or images behind
-                equal tokens.
+            tokens: all token IDs of the conversation so far.
+            salt: separates conversations that must not share a cache, such as those of different tenants,
+                or of different images with the same tokens.
+
+        Returns:
+            A session. Compute its `rest` with its `cache`, then close it.
 
         Raises:
-            ValueError: no tokens.
-            TypeError: tokens that are no sequence of whole numbers, such as a text.
+            ValueError: there are no tokens.
+            TypeError: `tokens` is not a sequence of whole numbers.
         """
         tokens = token_ids(tokens)
         if not tokens:
-            raise ValueError("a session needs at least 1 token")
+            raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
         reused, cache = self._forked(tokens, salt)
         with self._lock:
             if cache is None:
@@ -141,7 +155,11 @@ class SessionPool:
         return Session(self, cache, tokens, reused, salt)
 
     def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, Any]:
-        """A fork of the cache that saves the most tokens, cut to these, or None."""
+        """Fork the cache that saves the most tokens, and rewind the fork to the shared prefix.
+
+        Returns:
+            The number of reused tokens and the fork, or 0 and None.
+        """
         while True:
             reused, found = self._nearest(tokens, salt)
             reused, found = self._from_disk(tokens, salt, reused, found)
@@ -151,7 +169,7 @@ class SessionPool:
                 cache = found.cache.fork()
                 cache.rewind_to(reused)
             except CacheError:
-                # Another thread has given it up meanwhile.
+                # Another thread has evicted the cache.
                 self._forget(found, "closed")
                 continue
             with self._lock:
@@ -161,26 +179,32 @@ class SessionPool:
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
     ) -> bool:
-        """Keep a cache for others that begin alike; it belongs to the pool from here on.
+        """Store a cache for later conversations. The pool owns the cache from then on.
 
-        A pinned one is never given up, such as a system prompt's.
+        Removes stored caches of shorter prefixes that this cache can also serve.
+
+        Args:
+            tokens: the token IDs in the cache.
+            cache: the prompt cache.
+            salt: see `open`.
+            is_pinned: never evict the cache, such as that of a system prompt.
 
         Returns:
-            Whether it is kept; `counts.rejected` says why not.
+            Whether the cache is stored. If not, it is closed and `counts.rejected` has the reason.
 
         Raises:
-            ValueError: the tokens are not what is in the cache, or it is of another model or made with
-                other options than the pool's own.
-            TypeError: tokens that are no sequence of whole numbers, or no prompt cache.
+            ValueError: the number of tokens is not the cache's position, or the cache is of another model
+                or has other options than the pool's caches.
+            TypeError: `tokens` is not a sequence of whole numbers, or `cache` is not a prompt cache.
         """
         tokens = token_ids(tokens)
         if not hasattr(cache, "position"):
             raise TypeError(f"cache must be a prompt cache, got {class_of(cache)}")
         if len(tokens) != cache.position:
-            raise ValueError(f"{len(tokens)} tokens for a cache that holds {cache.position}")
+            raise ValueError(f"got {len(tokens)} tokens for a cache that holds {cache.position}")
         if not self._takes(cache):
             raise ValueError(
-                "the cache is of another pool: of another model, or made with other options than here"
+                "the cache is of another pool: it has another model or other options than this pool"
             )
         if not tokens:
             return self._reject("empty", cache)
@@ -196,7 +220,7 @@ class SessionPool:
             return False
 
     def _shorter(self, entry: _Stored) -> list[_Stored]:
-        """Stored caches of shorter prefixes of its tokens that may go."""
+        """Return the unpinned stored caches whose tokens are a proper prefix of the entry's."""
         with self._lock:
             tree = self._trees.get(entry.salt)
             matches = list(islice(tree.matches(entry.tokens[:-1]), CANDIDATES)) if tree else []
@@ -207,7 +231,7 @@ class SessionPool:
             ]
 
     def _takes(self, cache: Branch) -> bool:
-        """Whether a cache is of the model that this pool is for, and made as its caches are."""
+        """Return whether a cache has the same model and options as this pool's caches."""
         if self._cells is None:
             made = self._make()
             self._cells = made.pool
@@ -215,21 +239,21 @@ class SessionPool:
         return cache.pool is self._cells
 
     def _reject(self, reason: str, cache: Branch) -> bool:
-        """Close a cache that cannot be kept, and count why. Returns False."""
+        """Close a cache that cannot be stored, and count the reason. Returns False."""
         with self._lock:
             self.counts.rejected[reason] += 1
         cache.close()
         return False
 
     def flush(self) -> None:
-        """Have all stored caches written, and wait until they are. Does nothing without a disk."""
+        """Write all stored caches to disk, and wait for it. Does nothing without a disk."""
         for entry in list(self._stored):
             self._to_disk(entry)
         if self._disk:
             self._disk.folder.flush()
 
     def close(self) -> None:
-        """Have all stored caches written where there is a disk, and give them up."""
+        """Write all stored caches to disk, if there is one, and close them."""
         if self._disk and self._disk.folder.is_open:
             self.flush()
             self._disk.close()
@@ -245,12 +269,18 @@ class SessionPool:
         self.close()
 
     def clear(self) -> None:
-        """Give up all stored caches, pinned ones too. What is on disk stays there."""
+        """Close all stored caches, including pinned ones. Files on disk stay."""
         for entry in list(self._stored):
             self._remove(entry)
 
     def _nearest(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, _Stored | None]:
-        """The stored cache that saves the most tokens, and how many. One is always left to compute."""
+        """Find the stored cache that can resume from the longest prefix of these tokens.
+
+        At least one token is always left to compute.
+
+        Returns:
+            The length of the prefix and the cache, or 0 and None.
+        """
         with self._lock:
             tree = self._trees.get(salt)
             matches = list(islice(tree.matches(tokens), CANDIDATES)) if tree else []
@@ -262,7 +292,7 @@ class SessionPool:
             try:
                 point = entry.cache.resume_point(most)
             except CacheError:
-                # By whoever kept it after it was stored, or its model is gone.
+                # The caller closed the cache after storing it, or its model no longer exists.
                 self._forget(entry, "closed")
                 continue
             if point > best[0]:
@@ -272,13 +302,13 @@ class SessionPool:
     def _from_disk(
         self, tokens: Sequence[int], salt: Hashable, reused: int, found: _Stored | None
     ) -> tuple[int, _Stored | None]:
-        """What a file saves, where that is more than what is stored in memory does."""
+        """Load a cache from disk if it saves more tokens than `reused`; otherwise return the arguments."""
         if self._disk is None:
             return reused, found
         try:
             kept = self._disk.nearest(tokens, salt, reused)
         except CacheError as error:
-            # Whatever is wrong with the disk, a conversation can go on without it.
+            # The conversation can go on without the disk.
             self._count_failure(error)
             return reused, found
         if kept is None:
@@ -287,7 +317,7 @@ class SessionPool:
         return kept.point, self._put(_Stored(kept.tokens, kept.cache, salt, False, 0))
 
     def _to_disk(self, entry: _Stored) -> None:
-        """Have a cache written, if it is not yet."""
+        """Queue a cache to be written to disk, unless a file for its tokens exists."""
         if self._disk is None:
             return
         try:
@@ -296,12 +326,15 @@ class SessionPool:
             self._count_failure(error)
 
     def _count_failure(self, error: CacheError) -> None:
-        """Count an error of the disk, and keep the newest: a key for each would be a key for each file."""
+        """Count a failure of the disk, and keep its message.
+
+        All failures have one key, since messages contain paths.
+        """
         self.counts.rejected["disk"] += 1
         self.counts.disk_error = str(error)
 
     def _put(self, entry: _Stored) -> _Stored:
-        """Store a cache in the place of what was stored for the same tokens."""
+        """Store a cache. It replaces the one that was stored for the same tokens."""
         with self._lock:
             self._touch(entry)
             try:
@@ -309,14 +342,14 @@ class SessionPool:
                 entry.is_pinned |= before is not None and before.is_pinned
                 self._stored = [*(other for other in self._stored if other is not before), entry]
             except BaseException:
-                self._replant()
+                self._rebuild_trees()
                 raise
         if before is not None and before.cache is not entry.cache:
             before.cache.close()
         return entry
 
     def _evict(self) -> None:
-        """Give up the least recently used until all bounds hold, or only pinned ones are left."""
+        """Evict the least recently used caches until the limits hold or only pinned ones are left."""
         while self._exceeds():
             with self._lock:
                 unpinned = [entry for entry in self._stored if not entry.is_pinned]
@@ -333,7 +366,7 @@ class SessionPool:
         return self._max_bytes is not None and self.nbytes > self._max_bytes
 
     def _remove(self, entry: _Stored) -> bool:
-        """Give up a stored cache. Returns False where another thread has."""
+        """Remove and close a stored cache. Returns False if another thread already has."""
         with self._lock:
             if entry not in self._stored:
                 return False
@@ -344,7 +377,7 @@ class SessionPool:
                     del self._trees[entry.salt]
                 self._stored.remove(entry)
             except BaseException:
-                self._replant()
+                self._rebuild_trees()
                 raise
             is_last = not any(other.cache is entry.cache for other in self._stored)
         if is_last:
@@ -352,12 +385,12 @@ class SessionPool:
         return True
 
     def _forget(self, entry: _Stored, reason: str) -> None:
-        """Give up a stored cache that cannot be used, and count why."""
+        """Remove a stored cache that cannot be used, and count the reason."""
         if self._remove(entry):
             self.counts.rejected[reason] += 1
 
-    def _replant(self) -> None:
-        """Grow the trees anew, after something came between them and the list of what is stored."""
+    def _rebuild_trees(self) -> None:
+        """Rebuild the trees from the list of stored caches, after an interrupted change."""
         self._trees = {}
         for entry in self._stored:
             self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)

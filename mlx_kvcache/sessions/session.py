@@ -1,4 +1,4 @@
-"""A conversation under way, and the cache that it goes on with."""
+"""A session: an open conversation with its tokens and its prompt cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CacheError, NotSupportedError
 
 
 class Branch(Protocol):
-    """A conversation's cache, as `mlx_kvcache.plugin.PromptCache` is one."""
+    """The interface of a prompt cache. `mlx_kvcache.plugin.PromptCache` implements it."""
 
     @property
     def position(self) -> int: ...
@@ -29,7 +29,7 @@ class Branch(Protocol):
 
 
 class Keeper(Protocol):
-    """Who takes a session's cache when it is over."""
+    """The interface of a pool that takes a session's cache when the session is closed."""
 
     def _takes(self, cache: Any) -> bool: ...
 
@@ -41,14 +41,14 @@ class Keeper(Protocol):
 
 
 class Session:
-    """A conversation that is under way.
+    """An open conversation. `SessionPool.open` makes it.
 
     Attributes:
-        cache: its prompt cache, to give to the model.
-        tokens: what is in the cache, or will be when `rest` has been computed.
-        reused: how many of them were there already.
-        rest: those that are left to compute, at least one.
-        salt: under which the cache is stored at the end.
+        cache: the prompt cache, to pass to the model.
+        tokens: the token IDs of the conversation, in the cache or still to be computed.
+        reused: the number of leading tokens that were reused from the pool.
+        rest: the tokens that remained to be computed when the session was opened, at least one.
+        salt: the salt with which the cache is stored on close.
     """
 
     def __init__(self, pool: Keeper, cache: Any, tokens: Sequence[int], reused: int, salt: Hashable) -> None:
@@ -68,52 +68,62 @@ class Session:
         return f"Session({len(self.tokens)} tokens, {self.reused} reused, {left} to compute)"
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Note tokens that have been or will be computed behind the others, such as a reply's.
+        """Append tokens to the conversation, such as those of a reply. Computes nothing.
 
         Raises:
-            TypeError: no sequence of whole numbers.
+            TypeError: `tokens` is not a sequence of whole numbers.
         """
         self.tokens += token_ids(tokens)
 
     def remove(self, begin: int, end: int, salt: Hashable) -> None:
-        """Take out [begin, end) of what has been computed; later tokens move down.
+        """Remove tokens [begin, end) from the conversation and the cache. Later tokens move down.
 
         Args:
-            salt: keeps the cache apart from here on: tokens after the gap were computed with
-                knowledge of what is gone, which another conversation of these tokens has not.
+            begin: the first position to remove.
+            end: the position after the last one to remove.
+            salt: the session's new salt. The keys and values after the gap still depend on the removed
+                tokens, so conversations without them must not reuse the cache.
 
         Raises:
             ValueError: not 0 <= begin <= end <= the cache's position.
-            NotSupportedError: the cache cannot; nothing has changed.
+            NotSupportedError: the cache cannot remove these tokens. Nothing has changed.
         """
         begin, end = whole(None, begin=begin, end=end)
         hash(salt)
         if not 0 <= begin <= end <= self.cache.position:
-            raise ValueError(f"cannot remove [{begin}, {end}) of {self.cache.position} tokens")
+            raise ValueError(f"cannot remove [{begin}, {end}): the cache holds {self.cache.position} tokens")
         self._remove(begin, end, salt)
 
     def shift(self, keep: int = 0, room: int = 1, salt: Hashable = None) -> list[int]:
-        """Make room for more tokens where the cache has a capacity: drop the older half after `keep`.
+        """Make room for more tokens, if the cache is full: drop the older half after the first `keep`.
+
+        Does nothing if the cache has no capacity, or already has the room. Drops more than half if that is
+        needed for `room`.
 
         Args:
-            salt: as of `remove`; None is one that nobody else has.
+            keep: the number of leading tokens to keep.
+            room: the number of tokens to make room for.
+            salt: the session's new salt, see `remove`. None makes a unique one.
 
         Returns:
-            Tokens to compute again: none, or, where the model's tokens cannot be moved, all
-            that stay and that the cache could not keep.
+            The tokens to compute again, usually none. If the cache cannot remove tokens from the middle, it
+            is rewound, and these are the remaining tokens that it lost.
 
         Raises:
-            ValueError: a negative number, or more room than there can be.
-            CacheError: not all of `tokens` has been computed.
+            ValueError: a number is negative, or `keep` and `room` exceed the capacity.
+            CacheError: some of `tokens` have not been computed.
         """
         keep, room = whole(None, keep=keep, room=room)
         position, capacity = self.cache.position, self.cache.capacity
         if keep < 0 or room < 0 or (capacity is not None and keep + room > capacity):
             raise ValueError(
-                f"keep={keep} and room={room} must be 0 or more and fit a capacity of {capacity}"
+                f"keep={keep} and room={room} must be at least 0 and fit the capacity, {capacity}"
             )
         if position < len(self.tokens):
-            raise CacheError(f"only {position} of {len(self.tokens)} tokens have been computed")
+            raise CacheError(
+                f"cannot shift: only {position} of {len(self.tokens)} tokens have been computed; compute the "
+                "others first"
+            )
         if capacity is None or position + room <= capacity:
             return []
         begin = min(keep, position)
@@ -134,7 +144,7 @@ class Session:
         self._edit(lambda: self.cache.remove(begin, end), left, reused, salt)
 
     def _edit(self, edit: Callable[[], None], tokens: list[int], reused: int, salt: Hashable) -> None:
-        """Take tokens out of the cache, and note what is left, or neither."""
+        """Edit the cache and the session together. If the edit fails, neither changes."""
         position, before = self.cache.position, (self.tokens, self.reused, self.salt)
         try:
             self.tokens, self.reused, self.salt = tokens, reused, salt
@@ -147,12 +157,15 @@ class Session:
             raise
 
     def close(self, is_pinned: bool = False) -> None:
-        """Give the cache back, for others that begin alike. A second close does nothing.
+        """Return the cache to the pool, for later conversations. Closing again does nothing.
 
-        What was computed beyond `tokens`, such as an end token that nobody noted, is dropped first. A
-        cache that tokens have been taken out of otherwise than by the session's own methods, such as by
-        `overflow="shift"`, is given up: what is in it is not what `tokens` says. So is one that has left the
-        pool, such as by mlx-lm's `kv_bits`.
+        Tokens in the cache beyond `tokens`, such as an end token that was not passed to `extend`, are
+        dropped first. The cache is closed instead of stored if `tokens` no longer describes it, because
+        tokens were removed other than by this session's methods, such as by `overflow="shift"`; or if it
+        left the pool, such as by mlx-lm's `kv_bits`.
+
+        Args:
+            is_pinned: never evict the cache.
         """
         if not self._is_open:
             return

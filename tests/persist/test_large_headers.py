@@ -21,8 +21,8 @@ from .test_damage import metadata, with_fields, with_text
 
 MB = 1 << 20
 
-MANY = "commas, brackets and quotation marks, at most 500,000 are read"
-DEEP = "nested too deeply"
+MANY = "commas, brackets and quotation marks; the limit is 500,000"
+DEEP = r"nested [\d,]+ levels deep; the limit is 64"
 
 
 def of(part: str, n: int = 4 * MB) -> str:
@@ -43,7 +43,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "deep behind a bracket in a string": ('["]]]]",' + "[" * 65, DEEP),
     "deep behind a string with an escaped end": ('["\\\\","\\"]]]]",' + "[" * 65, DEEP),
     "quotation marks": ('"' * 2_000_000, MANY),
-    "too long": (of("1" * 1000, 17 * MB), "corrupt: the header's length is"),
+    "too long": (of("1" * 1000, 17 * MB), "corrupt file: header length is"),
 }
 
 
@@ -98,11 +98,11 @@ def test_the_largest_head_that_is_read(tmp_path: Path) -> None:
     write(tmp_path / "a", {"text": "[" * 1000}, arrays)
     assert len(read_contents(tmp_path / "a").entries) == len(arrays)
     more: dict[str, Stored] = {str(i): array for i in range(40_000)}
-    with pytest.raises(CacheFileError, match=r"the head has .* commas"):
+    with pytest.raises(CacheFileError, match=r"the header has .* commas"):
         write(tmp_path / "a", {}, more)
     deep: Any = []
     for _ in range(64):
         deep = [deep]
-    with pytest.raises(CacheFileError, match="the header is nested too deeply: 66 brackets"):
+    with pytest.raises(CacheFileError, match="metadata field 'header' is nested 66 levels deep"):
         write(tmp_path / "a", {"deep": deep}, {})
     assert len(read_contents(tmp_path / "a").entries) == len(arrays)

@@ -55,14 +55,14 @@ def path(tmp_path: Path) -> Path:
 def test_a_file_and_its_pictures(path: Path) -> None:
     done = run("show", path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "tokens    64, their numbers given" in done.stdout
-    assert "all checksums are right" in done.stdout
+    assert "tokens    64, token IDs stored" in done.stdout
+    assert "all checksums match" in done.stdout
     assert "model     configuration: '1234'" in done.stdout
     assert "window size 16 sinks 8" in done.stdout
     assert FLOAT * 8 + GONE * 40 + PACKED * 16 in done.stdout
     assert FLOAT * 32 + PACKED * 32 in done.stdout
-    assert "[0, 32) in float, [32, 64) packed" in done.stdout
-    assert "layers 0 to 1: 2 heads, keys of 32 features in 8 bits by 32 for F16, values" in done.stdout
+    assert "[0, 32) float, [32, 64) quantized" in done.stdout
+    assert "layers 0 to 1: 2 heads, keys 32 wide in 8 bits (groups of 32, from F16), values" in done.stdout
     assert "states after 32, 64 tokens" in done.stdout
     assert all(len(line) < 160 for line in done.stdout.splitlines())
     assert any(GONE * (WIDTH // 2) in line for line in done.stdout.splitlines())
@@ -74,7 +74,7 @@ def test_damage_is_said_and_makes_the_command_fail(path: Path) -> None:
     path.write_bytes(content)
     done = run("show", path)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"{path}: array ") and "is damaged" in done.stderr
+    assert done.stderr.startswith(f"{path}: corrupt file: checksum mismatch in array ")
     assert run("show", path, "--quick").returncode == 0
     assert run("show", path.parent / "missing").returncode == 1
 
@@ -99,7 +99,7 @@ def test_an_empty_file_of_a_cache(tmp_path: Path) -> None:
     cache = CausalCache()
     cache.init()
     save(tmp_path / "a", cache, 0)
-    assert "nothing is held" in "\n".join(shown(tmp_path / "a"))
+    assert "no tokens stored" in "\n".join(shown(tmp_path / "a"))
 
 
 THEIRS = Path(__file__).parents[1] / "plugin" / "files"
@@ -110,7 +110,7 @@ def test_files_of_mlx_lm_are_shown(version: str, held: int) -> None:
     done = run("show", THEIRS / f"mlx_lm_{version}_three.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
     first, *lines = done.stdout.splitlines()
-    assert first.endswith("of mlx-lm's save_prompt_cache (no checksums)")
+    assert first.endswith("written by mlx-lm's save_prompt_cache (no checksums)")
     assert lines == [
         "tokens    20",
         "metadata  'model': 'none'",

@@ -199,7 +199,7 @@ def test_what_cannot_be_written_or_read(tmp_path: Path) -> None:
     logits_of(model, cache, TEXT[:9])
     cache.save(tmp_path / "a", tokens=range(9))
     before = (tmp_path / "a").read_bytes()
-    with pytest.raises(ValueError, match="token -3 is negative"):
+    with pytest.raises(ValueError, match="token -3 is out of range"):
         cache.save(tmp_path / "a", tokens=range(-3, 6))
     with pytest.raises(ValueError, match="8 tokens for a sequence of 9"):
         cache.save(tmp_path / "a", tokens=range(8))

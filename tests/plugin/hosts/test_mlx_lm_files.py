@@ -130,7 +130,7 @@ def test_files_of_mlx_lm_that_do_not_fit(tmp_path: Path) -> None:
     for told in ({}, {"format": "mlx"}):
         mx.save_safetensors(path, {"model.norm.weight": mx.zeros(3)}, told)
         with pytest.raises(
-            CacheFileError, match=r"no prompt cache, such as a model's weights .*; give a file"
+            CacheFileError, match=r"without a prompt cache, such as a model's weights .*; expected a file"
         ):
             PromptCache.load(path, model)
     mx.save_safetensors(path, {"0.0": mx.zeros(3)}, {"1.0": "KVCache", "2.0": ""})
