@@ -98,7 +98,7 @@ def test_inputs_of_other_shapes(cache: PromptCache) -> None:
         (mx.array([1, 2, 3]), r"tokens must be \(batch, n\), got shape \(3,\)"),
         (mx.array(3), r"tokens must be \(batch, n\), got shape \(\)"),
         (mx.zeros((1, 0), mx.int32), r"got shape \(1, 0\)"),
-        (mx.zeros((3, 2), mx.int32), "3 rows of input for a cache of 1"),
+        (mx.zeros((3, 2), mx.int32), "input has 3 rows, but the prompt cache has 1"),
         ([[1, 2]], "without tokens"),
     ):
         with pytest.raises(ValueError, match=message):
