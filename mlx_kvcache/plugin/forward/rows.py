@@ -25,17 +25,17 @@ returns. The error is CacheError.
     call with another model's cache, without tokens, or with a wrong number of rows raises before it changes
     anything. An exception in a layer that is driven by hand, or between two, leaves the forward open.
 [3] A forward or an edit of other rows in the same pool; reading, and making a cache, do not count. Calls and
-    edits hold the pool's lock, so in the state called only the calling thread can do this.
+    edits hold the pool's lock, so other threads wait for a call to end; layers driven by hand do not hold it.
 [4] If the layer has neither asked for a mask nor written in this forward, and n is the forward's length.
 [5] The last layer's write ends the forward: none. A recurrent layer writes by assigning its last slot; it
     never begins a forward, so in the states none and interrupted this is an error that changes nothing.
 [6] The inner call belongs to the outer call's forward.
-[7] Not supported: the layers that follow raise CacheError, or begin a forward by hand after an edit; if no
-    layer follows, the call ends with an AssertionError.
+[7] Not supported: the rest of the call runs in the new state, so the call ends with a wrong output, with a
+    CacheError, or with an AssertionError.
 
 Announced padding is not a state: it chooses the columns of the input that are tokens, and lowers offsets by
-the padding on the left. A forward uses it up when it ends, not when it is undone. Only `prepare`, `finalize`,
-`filter` and `extend` change it otherwise.
+the padding on the left. A forward uses it up when it ends, not when it is undone. Otherwise only prepare,
+finalize, filter and extend change it.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class Rows(Caller):
         if self.unfinished:
             self.settle()
             raise CacheError(
-                "a layer has written twice, but not every layer has written; "
+                "a forward was left unfinished: a layer wrote again before all layers had written; "
                 "the forward was undone: run it again from its first layer"
             )
         self.begin(n)
@@ -513,7 +513,7 @@ class Rows(Caller):
         entries = next((len(value) for value in given if is_cache(value)), layers)
         if entries < layers:
             raise ValueError(
-                f"the model is called with {entries} of the {layers} layers of its prompt cache: pass all of them"
+                f"the model is called with {entries} of the {layers} layers of its cache: pass all of them"
             )
         for value in given:
             if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:

@@ -121,7 +121,10 @@ def test_a_state_changes_in_a_call_only() -> None:
 def test_input_of_another_number_of_rows() -> None:
     model = tiny_llama()
     cache = make_prompt_cache(model)
-    for tokens, message in (([[1], [2]], "input has 2 rows, but the prompt cache has 1"), ([[]], r"got shape \(1, 0\)")):
+    for tokens, message in (
+        ([[1], [2]], "2 rows, but the prompt cache has 1"),
+        ([[]], r"got shape \(1, 0\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             model(mx.array(tokens, mx.int32), cache=cache)
     assert cache.position == 0
