@@ -19,8 +19,8 @@ interrupted   begin: asked      error: none        begin: called    edit        
 After all layers have written by hand, the state is none; in a model's call it stays called until the call
 returns. The error is CacheError.
 
-[1] trim, prepare, finalize, filter, extend, merge, extract, rewind, remove, fork, save, to_quantized. close()
-    does not undo a model's call: the cells are freed later.
+[1] trim, prepare, finalize, filter, extend, merge, extract, rewind, remove, fork, save, to_quantized. extend and
+    merge also undo the open forwards of the other rows. close() lets a model's call end, then frees the cells.
 [2] Of a model's call, and raised after it has begun. CacheFullError undoes a forward that was open, too. A
     call with another model's cache, without tokens, or with a wrong number of rows raises before it changes
     anything. An exception in a layer that is driven by hand, or between two, leaves the forward open.
