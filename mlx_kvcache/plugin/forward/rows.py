@@ -19,13 +19,14 @@ interrupted   begin: asked      error: none        begin: called    edit        
 After all layers have written by hand, the state is none; in a model's call it stays called until the call
 returns. The error is CacheError.
 
-[1] trim, prepare, finalize, filter, extend, merge, extract, rewind, remove, fork, save, to_quantized. extend and
-    merge also undo the open forwards of the other rows. close() lets a model's call end, then frees the cells.
+[1] trim, prepare, finalize, filter, extend, merge, extract, rewind, remove, fork, save, to_quantized. close()
+    undoes a forward that is driven by hand, but lets a model's call end before the cells are freed.
 [2] Of a model's call, and raised after it has begun. CacheFullError undoes a forward that was open, too. A
     call with another model's cache, without tokens, or with a wrong number of rows raises before it changes
     anything. An exception in a layer that is driven by hand, or between two, leaves the forward open.
-[3] A forward or an edit of other rows in the same pool; reading, and making a cache, do not count. Calls and
-    edits hold the pool's lock, so other threads wait for a call to end; layers driven by hand do not hold it.
+[3] A forward or an edit of other rows in the same pool, which has one open forward at most. Reading, and
+    making a cache, do not count. Calls and edits hold the pool's lock, so other threads wait for a call to
+    end; layers driven by hand do not hold it.
 [4] If the layer has neither asked for a mask nor written in this forward, and n is the forward's length.
 [5] The last layer's write ends the forward: none. A recurrent layer writes by assigning its last slot; it
     never begins a forward, so in the states none and interrupted this is an error that changes nothing.
