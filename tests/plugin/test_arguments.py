@@ -95,10 +95,10 @@ def test_numbers_that_are_no_numbers(cache: PromptCache) -> None:
 def test_inputs_of_other_shapes(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     for tokens, message in (
-        (mx.array([1, 2, 3]), r"tokens must be \(batch, n\), got shape \(3,\)"),
-        (mx.array(3), r"tokens must be \(batch, n\), got shape \(\)"),
+        (mx.array([1, 2, 3]), r"tokens must be an array \(batch, n\), got shape \(3,\)"),
+        (mx.array(3), r"tokens must be an array \(batch, n\), got shape \(\)"),
         (mx.zeros((1, 0), mx.int32), r"got shape \(1, 0\)"),
-        (mx.zeros((3, 2), mx.int32), "3 rows of input for a cache of 1"),
+        (mx.zeros((3, 2), mx.int32), "input has 3 rows, but the prompt cache has 1"),
         ([[1, 2]], "without tokens"),
     ):
         with pytest.raises(ValueError, match=message):

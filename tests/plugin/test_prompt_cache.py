@@ -289,7 +289,7 @@ def test_options_out_of_range() -> None:
 
 
 def test_a_batch_of_rows_is_refused(cache: PromptCache) -> None:
-    with pytest.raises(ValueError, match="2 rows of input for a cache of 1"):
+    with pytest.raises(ValueError, match="input has 2 rows, but the prompt cache has 1"):
         MODEL(mx.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
     assert cache.position == 0
     logits_of(MODEL, cache, TEXT[:5])

@@ -1,5 +1,5 @@
-"""What mlx-lm sees: one object for each entry of a model's cache list.
+"""The entries of a model's cache list: one object for each layer, with the interface of mlx-lm's caches.
 
-The classes have the names of mlx-lm's own and answer `state` like them, so that files which mlx-lm writes
-load with or without this package. They hold no arrays: they pass calls on to the rows they belong to.
+The classes have the names and the `state` of mlx-lm's classes, so that files written by mlx-lm load with or
+without this package. Entries hold no arrays: they pass calls on to the rows behind their cache list.
 """

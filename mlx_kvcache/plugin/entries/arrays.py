@@ -1,4 +1,4 @@
-"""Layers of a recurrence: arrays that every token changes."""
+"""The entry of a recurrent layer: a list of arrays that every token changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Layer
 
 
 class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
-    """A list of arrays, of which some may be None. Some models ask whether it is mlx-lm's class."""
+    """A list of arrays or None. Derives from mlx-lm's class because some models test for it."""
 
     @property
     def batch_size(self) -> int:
@@ -21,7 +21,7 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
 
     @property
     def cache(self) -> list[mx.array | None]:
-        """The arrays, (B, ...) each. Those of a forward under way change as the model assigns to them."""
+        """The arrays (B, ...). During a forward, those that the model has assigned so far."""
         forward = self.rows.forward
         if forward is not None:
             return forward.state(self.leaf)
@@ -31,10 +31,12 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
         return self.cache[idx]
 
     def __setitem__(self, idx: int, value: mx.array | None) -> None:
-        """Change an array. Raises CacheError outside a call of the model."""
+        """Replace an array. Raises CacheError unless a forward is under way."""
         forward = self.rows.forward
         if forward is None:
-            raise CacheError(f"layer {self.leaf.name} can change only while the model is called")
+            raise CacheError(
+                f"layer {self.leaf.name} can change only while the model is called: no forward is under way"
+            )
         forward.state(self.leaf)[idx] = value
         if self.rows.is_called or idx in (self.leaf.slots - 1, -1):
             forward.written[self.leaf.index] = True
@@ -42,13 +44,13 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
 
     @property
     def left_padding(self) -> mx.array | None:
-        """Columns of padding before the next tokens of each row, or None where there are none."""
+        """The number of padding columns before the next tokens of each row (B,), or None without padding."""
         left = self.rows.padding.left
         return mx.array(left) - self._passed if any(left) else None
 
     @property
     def lengths(self) -> mx.array | None:
-        """How many tokens of each row are to come, where rows are padded on the right; else None."""
+        """The number of tokens of each row (B,) still to come, or None without padding on the right."""
         lengths = self.rows.padding.lengths
         return mx.array(lengths) - self._passed if lengths is not None else None
 
@@ -58,7 +60,7 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
         return forward.n if forward is not None and self.leaf.index in forward.advanced else 0
 
     def advance(self, N: int) -> None:
-        """The layer has read N columns."""
+        """Note that the layer has read all columns of the forward. N is ignored."""
         if self.rows.forward is not None:
             self.rows.forward.advanced.add(self.leaf.index)
 
@@ -70,7 +72,7 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this layer's arrays, those of checkpoints included."""
+        """The bytes of this layer's arrays, including checkpoints."""
         cache = self.rows.pool.recurrent(self.leaf)
         return sum(
             cache.layer_nbytes(self.leaf.index, conversation.sequence)
@@ -79,7 +81,7 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
 
     @property
     def state(self) -> Any:
-        """What mlx-lm's class of this name would have."""
+        """The state in the form of mlx-lm's class of this name; for a batch, a list of its arrays."""
         if self.rows.is_batch:
             arrays = [array for c in self.rows.conversations for array in newest(c, self.leaf)]
             return [array for array in arrays if array is not None]

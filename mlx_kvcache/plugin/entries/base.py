@@ -1,4 +1,4 @@
-"""What all layers have in common: they belong to rows, and pass on what they are told."""
+"""The base class of all layers of a cache list: passes edits on to the rows behind the list."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Self = TypeVar("Self", bound="Layer")
 
 
 class Layer(Observable):
-    """One leaf of a cache list. Has neither a length nor a truth value, as mlx-lm tests that.
+    """One layer of a cache list. Defines neither `__len__` nor `__bool__`, because mlx-lm tests truth values.
 
     Args:
-        rows: what it shares with the other layers of its list.
-        leaf: which one it is.
+        rows: the rows that all layers of the list share.
+        leaf: the layer's place in the list.
     """
 
     rows: Rows
@@ -33,12 +33,12 @@ class Layer(Observable):
         self.leaf = leaf
 
     def served_by(self: Self, rows: Rows) -> Self:
-        """The same layer of other rows."""
+        """The same layer for other rows."""
         return type(self)(rows, self.leaf)
 
     @property
     def offset(self) -> Any:
-        """Where the model's RoPE goes on, an int or an array (B,). After removals it runs ahead of tokens."""
+        """The RoPE offset of the next token: an int, or an array (B,). Larger than `size` after removals."""
         return self.rows.offset(self.leaf.index)
 
     def size(self) -> int:
@@ -48,13 +48,13 @@ class Layer(Observable):
         return self.size() == 0
 
     def trim(self, n: int) -> int:
-        """Drop the newest n tokens of every layer; the first that is asked does it for all.
+        """Drop the newest n tokens. The first layer that is called drops them for all layers.
 
         Returns:
-            How many were dropped: fewer than n where there are fewer.
+            The number of dropped tokens: fewer than n if there are fewer.
 
         Raises:
-            NotSupportedError: what the tokens before those need is not held; nothing has changed.
+            NotSupportedError: the cache cannot be resumed at the earlier position; nothing has changed.
             CacheError: layers are told different numbers.
         """
         return self.rows.edits.tell(self.leaf.index, "trim", n, lambda: self.rows.trim(n))
@@ -65,8 +65,18 @@ class Layer(Observable):
         lengths: Sequence[int] | None = None,
         right_padding: Sequence[int] | None = None,
     ) -> None:
-        """Announce padding of the next inputs, a number for each row. Raises ValueError for other numbers."""
-        # As ints, which can be compared with what other layers are told.
+        """Announce padding of the next inputs, one number for each row.
+
+        Args:
+            left_padding: padding columns that come first.
+            lengths: the number of tokens that follow, over all inputs until `finalize`.
+            right_padding: padding columns at the end of the next input. Ignored if `lengths` is given.
+
+        Raises:
+            ValueError: there is not one number for each row, or one is negative.
+            CacheError: layers are told different numbers.
+        """
+        # Plain ints, so that they can be compared with those of other layers.
         told = tuple(
             numbers if numbers is None else [operator.index(number) for number in _listed(numbers)]
             for numbers in (left_padding, lengths, right_padding)
@@ -74,32 +84,32 @@ class Layer(Observable):
         self.rows.edits.tell(self.leaf.index, "prepare", told, lambda: self.rows.prepare(*told))
 
     def finalize(self) -> None:
-        """What comes next is not padded on the right."""
+        """End the announced padding on the right."""
         self.rows.edits.tell(self.leaf.index, "finalize", None, self.rows.finalize)
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
-        """Keep just these rows, in this order."""
+        """Keep only these rows, in this order."""
         keep = _listed(batch_indices)
         self.rows.edits.tell(self.leaf.index, "filter", keep, lambda: self.rows.filter(keep))
 
     def extend(self, other: Layer) -> None:
-        """Take another batch's rows behind these, as forks.
+        """Append forks of another batch's rows.
 
         Raises:
-            ValueError: one of another pool.
-            TypeError: one of another package, such as mlx-lm's own.
+            ValueError: the other batch is in another pool.
+            TypeError: the other entry is not of this package.
         """
         check_ours(other)
         told = weakref.ref(other.rows)
         self.rows.edits.tell(self.leaf.index, "extend", told, lambda: self.rows.extend(other.rows))
 
     def extract(self: Self, idx: int) -> Self:
-        """This layer of a fork of one row."""
+        """This layer for a fork of one row."""
         rows = self.rows.copies.tell(self.leaf.index, "extract", idx, lambda: self.rows.extracted(idx))
         return self.served_by(rows)
 
     def merge(self: Self, caches: Sequence[Layer]) -> Self:
-        """This layer of a batch of forks of these. Raises as `extend`."""
+        """This layer for a batch of forks of these caches' rows. Raises as `extend`."""
         for cache in caches:
             check_ours(cache)
         all_rows = [cache.rows for cache in caches]
@@ -116,7 +126,7 @@ class Layer(Observable):
         return f"{type(self).__name__}(layer {self.leaf.name}, {held})"
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        """The same layer of a fork; all layers that are copied together belong to one."""
+        """The same layer for a fork. All layers that are copied together share one fork."""
         rows = memo.get(id(self.rows))
         if rows is None:
             rows = memo[id(self.rows)] = self.rows.fork()
@@ -124,15 +134,15 @@ class Layer(Observable):
 
 
 def check_ours(entry: Any, kind: type[Observable] = Layer) -> None:
-    """Raise TypeError unless this is an entry of a cache list of this package's, of this kind."""
+    """Raise TypeError unless this is an entry of this package and of this kind."""
     if not isinstance(entry, kind):
         raise TypeError(
-            f"only {kind.__name__} of this package's caches can join a batch of them, got {class_of(entry)}; "
-            "make it by make_prompt_cache, or attach the model"
+            f"only an mlx_kvcache {kind.__name__} can join a batch here, got {class_of(entry)}; "
+            "make the cache by make_prompt_cache, or attach the model"
         )
 
 
 def _listed(numbers: Sequence[int] | mx.array) -> list[int]:
-    """Numbers of rows, as mlx-lm's tools give them."""
+    """A list of numbers, which mlx-lm may give as an array."""
     listed: Any = numbers.tolist() if isinstance(numbers, mx.array) else numbers
     return list(listed)

@@ -1,6 +1,6 @@
-"""What a conversation's layer holds, in mlx-lm's form.
+"""The entries of attention layers: full attention, sliding windows and chunks.
 
-Layers of keys and values: full attention, sliding windows and chunks.
+`stored`, `packed` and `buffers_of` read a layer's keys and values in the form that mlx-lm saves.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .base import Layer
 
 
 def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
-    """K and V (1, n_kv_heads, S, head_dim) of the newest tokens, as many as mlx-lm would keep.
+    """The keys and values (1, n_kv_heads, S, head_dim) of the newest tokens, as many as mlx-lm would keep.
 
-    At the first token of a chunk there are none, S = 0. Keys are returned at the tokens' own positions,
-    whatever the model's offset is.
+    S is 0 at the first token of a chunk. Keys are rotated to the tokens' own positions, even if the model's
+    offset is larger.
     """
     pool = conversation.pool
     cells = _kept(conversation, leaf)
     if not cells:
-        # After a load the store may not know the layer yet, but the model has been tried.
+        # After a load the store may have no buffers for the layer, but the model's trial set its form.
         form = pool.forms[leaf.index]
         assert form is not None
         return form.decoded(form.zeros(0))
@@ -44,7 +44,7 @@ def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
 
 
 def packed(conversation: Conversation, leaf: Leaf) -> Lanes:
-    """The same in the bits that the leaf is packed in."""
+    """Like `stored`, but quantized as the layer stores it."""
     buffers = conversation.pool.keyed(leaf)._store.layers[leaf.index]
     if conversation.head.lead:
         keys, values = stored(conversation, leaf)
@@ -54,7 +54,7 @@ def packed(conversation: Conversation, leaf: Leaf) -> Lanes:
 
 
 def buffers_of(conversation: Conversation, leaf: Leaf) -> list[mx.array]:
-    """All that is stored of what `stored` returns, as it is."""
+    """The buffers, unchanged, of the tokens that `stored` returns."""
     pieces = conversation.pool.keyed(leaf)._store.layers[leaf.index].lanes(_kept(conversation, leaf))
     return [array for piece in pieces for lane in piece for array in lane.arrays]
 
@@ -63,22 +63,32 @@ def _kept(conversation: Conversation, leaf: Leaf) -> list[Cells]:
     cache = conversation.pool.keyed(leaf)
     spans, position = cache._table[conversation.sequence].spans, conversation.position
     if not isinstance(leaf.rule, Chunk):
-        # The newest token still sees what the next one pushes out.
+        # The newest token still sees the cell that the next token evicts.
         position -= 1
     return cells_in(seen_from(cache._rule, spans, position))
 
 
 class KeyValueLayer(Layer):
-    """K and V by position."""
+    """A layer of keys and values by position."""
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **more: Any
     ) -> Any:
-        """The mask for the next N tokens, as `mlx_lm.models.base.create_attention_mask` asks for it.
+        """The mask for the next N tokens, for `mlx_lm.models.base.create_attention_mask`.
+
+        Outside a model's call this may begin a forward; see `forward/rows.py`.
+
+        Args:
+            N: the number of columns of the model's input.
+            return_array: return an array instead of "causal".
+            window_size: hide all but this many of the newest tokens.
 
         Returns:
-            None, "causal", or booleans (N, S); of a batch (B, 1, N, S). In a model's call it may be a
-            handle, which only attention understands.
+            None, "causal", or booleans (N, S), for a batch (B, 1, N, S). In a model's call it may be a
+            handle, which only attention accepts.
+
+        Raises:
+            CacheFullError: there is no room for N tokens; an open forward is undone.
         """
         rows, leaf = self.rows, self.leaf
         forward = rows.forward
@@ -92,14 +102,17 @@ class KeyValueLayer(Layer):
         return forward.mask(leaf, return_array, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Store K and V (B, n_kv_heads, n, head_dim) and return the history, these included.
+        """Store keys and values (B, n_kv_heads, n, head_dim).
 
-        In a model's call it may be handles, which only attention understands.
+        Returns:
+            The history of keys and of values, including the new ones. In a model's call these may be handles,
+            which only attention accepts.
 
         Raises:
-            ValueError: arrays of other shapes than before, or of other rows than there are.
-            CacheFullError: there is no room; nothing has changed.
-            CacheError: this layer has stored its tokens of this call already.
+            ValueError: the arrays have other shapes than before, or another number of rows.
+            CacheFullError: there is no room; an open forward is undone.
+            CacheError: this layer has written in this forward already, or another prompt cache of the pool
+                was used in the middle of it.
         """
         rows, leaf = self.rows, self.leaf
         forward = rows.forward
@@ -111,7 +124,7 @@ class KeyValueLayer(Layer):
         return history
 
     def keys_and_values(self) -> Any:
-        """What `update_and_fetch` returned last."""
+        """The history that `update_and_fetch` returned last."""
         forward = self.rows.forward
         if forward is not None and forward.written[self.leaf.index]:
             return forward.history(self.leaf)
@@ -119,7 +132,7 @@ class KeyValueLayer(Layer):
 
     @property
     def keys(self) -> mx.array | None:
-        """The buffer that the newest keys are in; assigning one of the same shape replaces it."""
+        """The buffer of the newest keys. Assigning an array of the same shape replaces it."""
         pair = self._newest_pair()
         return alias(pair.keys) if pair else None
 
@@ -129,7 +142,7 @@ class KeyValueLayer(Layer):
 
     @property
     def values(self) -> mx.array | None:
-        """The same of values."""
+        """The buffer of the newest values. Assigning an array of the same shape replaces it."""
         pair = self._newest_pair()
         return alias(pair.values) if pair else None
 
@@ -142,20 +155,20 @@ class KeyValueLayer(Layer):
         return True
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> KeyValueLayer:
-        """Store keys and values of all layers in fewer bits, where they are in the model's precision.
+        """Quantize the keys and values of all layers, unless they are quantized already.
 
         Returns:
-            What takes this layer's place in the cache list.
+            The entry that replaces this one in the cache list.
 
         Raises:
-            ValueError: bits that there are not, or heads that groups do not divide.
+            ValueError: the bit width is not supported, or head_dim is not a multiple of `group_size`.
         """
         self.rows.quantize(Quantization(bits, group_size))
         return layer_of(self.rows, self.leaf)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this layer's held K and V, what is shared counted in full."""
+        """The bytes of this layer's keys and values. Shared cells count in full."""
         buffers = self._cache._store.layers.get(self.leaf.index)
         if buffers is None:
             return 0
@@ -165,10 +178,10 @@ class KeyValueLayer(Layer):
 
     @property
     def state(self) -> Any:
-        """What mlx-lm's class of this name would have; of a batch, the buffers that the rows are in.
+        """The state in the form of mlx-lm's class of this name; for a batch, a list of the rows' buffers.
 
-        After removals the keys are copies, rotated to their own positions: mlx-lm's `save_prompt_cache`
-        reads them here, and a file with the model's offsets would be wrong without a word.
+        After removals the keys are copies, rotated to the tokens' own positions. mlx-lm's `save_prompt_cache`
+        reads them here, and a file of keys at the model's offsets would be wrong without an error.
         """
         if self.rows.is_batch:
             buffers = self._cache._store.layers.get(self.leaf.index)
@@ -176,13 +189,13 @@ class KeyValueLayer(Layer):
             segments = {span.segment for spans in self._spans() for span in spans}
             return [alias(array) for s in segments if s in pairs for array in pairs[s].arrays]
         if self.is_packed:
-            # One array more or less than any of mlx-lm's classes has, so that none takes it for its own.
+            # None of mlx-lm's classes has a state of this length, so none can load it by mistake.
             return [buffers_of(self.rows.conversation, self.leaf)]
         return self.plain_state
 
     @property
     def is_packed(self) -> bool:
-        """Whether any of what is held is in fewer bits."""
+        """Whether any of the held keys or values are quantized."""
         buffers = self._cache._store.layers.get(self.leaf.index)
         spans = (span for spans in self._spans() for span in spans)
         packed = self._cache._table.packed
@@ -190,7 +203,7 @@ class KeyValueLayer(Layer):
 
     @property
     def plain_state(self) -> Any:
-        """What mlx-lm's class would have, in float."""
+        """The state in the form of mlx-lm's class, not quantized."""
         if self.empty():
             return self._state(None, None)
         return self._state(*stored(self.rows.conversation, self.leaf))
@@ -199,10 +212,12 @@ class KeyValueLayer(Layer):
         raise NotImplementedError
 
     def _begun(self, keys: mx.array) -> Forward:
-        """The forward that these keys belong to, where that is not plain."""
+        """The forward that these keys begin. Raises CacheError if this layer has written already."""
         rows = self.rows
         if rows.is_called and rows.forward and rows.forward.written[self.leaf.index]:
-            raise CacheError(f"layer {self.leaf.name} is written twice in one call")
+            raise CacheError(
+                f"layer {self.leaf.name} is written twice in one call: call update_and_fetch once"
+            )
         if not rows.is_called:
             rows.begin_unasked(keys.shape[-2])
         assert rows.forward is not None
@@ -213,12 +228,12 @@ class KeyValueLayer(Layer):
         return self.rows.pool.keyed(self.leaf)
 
     def _spans(self) -> list[Spans]:
-        """Where what each row holds lies."""
+        """The spans of each row."""
         self.rows.check_open()
         return [self._cache._table[conversation.sequence].spans for conversation in self.rows.conversations]
 
     def _newest_pair(self) -> AnyPair | None:
-        """Of the first row: models that assign to it want no more than that it is evaluated."""
+        """The newest buffers of the first row. Models assign to them only to have them evaluated."""
         buffers = self._cache._store.layers.get(self.leaf.index)
         spans = next((spans for spans in self._spans() if spans), None)
         return buffers.pairs.get(spans[-1].segment) if buffers and spans else None
@@ -228,7 +243,7 @@ class KeyValueLayer(Layer):
         shape = getattr(pair, slot).shape if pair else None
         if array.shape != shape:
             raise ValueError(
-                f"{slot} of layer {self.leaf.name} are {shape}, they cannot become {array.shape}"
+                f"{slot} of layer {self.leaf.name} have shape {shape}, cannot assign shape {array.shape}"
             )
         setattr(pair, slot, alias(array))
 
@@ -241,11 +256,11 @@ class KVCache(KeyValueLayer):
 
 
 class QuantizedKVCache(KVCache):
-    """A layer of full attention that is packed from its first token on, keys and values alike."""
+    """A layer of full attention whose keys and values have one bit width from the first token on."""
 
     @property
     def state(self) -> Any:
-        """As `KeyValueLayer.state`."""
+        """See `KeyValueLayer.state`."""
         codec = self.rows.pool.codecs(self.leaf)[0]
         if self.rows.is_batch or codec is None:
             return super().state
@@ -256,7 +271,7 @@ class QuantizedKVCache(KVCache):
 
 
 class RotatingKVCache(KeyValueLayer):
-    """A layer with a sliding window. `keep` first tokens stay, and `max_size` in all are seen."""
+    """A layer with a sliding window of `max_size` tokens, including `keep` attention sinks."""
 
     @property
     def _window(self) -> Window:
@@ -280,7 +295,7 @@ class RotatingKVCache(KeyValueLayer):
 
 
 class ChunkedKVCache(KeyValueLayer):
-    """A layer of attention within chunks. Its model makes masks of its own, for one sequence only."""
+    """A layer of chunked attention. Its model makes its own masks, for one sequence only."""
 
     @property
     def chunk_size(self) -> int:
@@ -289,12 +304,12 @@ class ChunkedKVCache(KeyValueLayer):
 
     @property
     def start_position(self) -> int:
-        """The position of the first key that the tokens under way see."""
+        """The position of the first key of the current chunk."""
         position = self.rows.positions[0]
         return position - position % self.chunk_size
 
     def maybe_trim_front(self) -> None:
-        """What chunks behind no longer need has gone already."""
+        """Does nothing: earlier chunks have been evicted already."""
 
     def _state(self, keys: mx.array | None, values: mx.array | None) -> Any:
         position = self.rows.positions[0]
@@ -310,7 +325,7 @@ _CLASSES: dict[type, type[KeyValueLayer]] = {
 
 
 def layer_of(rows: Rows, leaf: Leaf) -> KeyValueLayer:
-    """A layer of the class that mlx-lm would have here."""
+    """Make the entry of an attention layer, named as the class that mlx-lm would use."""
     pool = rows.pool
     keys, values = pool.codecs(leaf)
     is_packed = pool.quantization is not None and not pool.quantization.after and keys is not None

@@ -1,7 +1,4 @@
-"""Entries that are several layers in one.
-
-Making the entries of a cache list.
-"""
+"""Makes the entries of a cache list, among them `CacheList` for entries of several layers."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from .keyvalue import layer_of
 
 
 class CacheList(Observable):
-    """Several layers as one entry of a model's cache list."""
+    """Several layers as one entry of a model's cache list. Methods are those of `Layer`, for all layers."""
 
     caches: tuple[Any, ...] = ()
 
@@ -26,7 +23,7 @@ class CacheList(Observable):
         self.rows: Rows = caches[0].rows
 
     def served_by(self, rows: Rows) -> CacheList:
-        """The same entry of other rows."""
+        """The same entry for other rows."""
         return type(self)(*(cache.served_by(rows) for cache in self.caches))
 
     def __getitem__(self, idx: int) -> Any:
@@ -34,11 +31,11 @@ class CacheList(Observable):
 
     @property
     def offset(self) -> Any:
-        """Where the model's RoPE goes on."""
+        """The RoPE offset of the next token."""
         return self.caches[0].offset
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheList:
-        """As `KeyValueLayer.to_quantized`, of those that hold keys and values."""
+        """Quantize the attention layers; see `KeyValueLayer.to_quantized`."""
         return type(self)(
             *(
                 cache.to_quantized(group_size, bits) if hasattr(cache, "to_quantized") else cache
@@ -50,7 +47,7 @@ class CacheList(Observable):
         return all(cache.is_trimmable() for cache in self.caches)
 
     def trim(self, n: int) -> int:
-        """As `Layer.trim`."""
+        """See `Layer.trim`."""
         dropped: list[int] = [cache.trim(n) for cache in self.caches]
         return max(dropped)
 
@@ -67,36 +64,36 @@ class CacheList(Observable):
 
     @property
     def state(self) -> Any:
-        """What mlx-lm's class of this name would have."""
+        """The state in the form of mlx-lm's class of this name."""
         return [(cache.state, type(cache).__name__) for cache in self.caches]
 
     def filter(self, batch_indices: Any) -> None:
-        """As `Layer.filter`."""
+        """See `Layer.filter`."""
         for cache in self.caches:
             cache.filter(batch_indices)
 
     def extend(self, other: CacheList) -> None:
-        """As `Layer.extend`."""
+        """See `Layer.extend`."""
         check_ours(other, CacheList)
         for cache, more in zip(self.caches, other.caches, strict=True):
             cache.extend(more)
 
     def extract(self, idx: int) -> CacheList:
-        """As `Layer.extract`."""
+        """See `Layer.extract`."""
         return type(self)(*(cache.extract(idx) for cache in self.caches))
 
     def prepare(self, **padding: Any) -> None:
-        """As `Layer.prepare`."""
+        """See `Layer.prepare`."""
         for cache in self.caches:
             cache.prepare(**padding)
 
     def finalize(self) -> None:
-        """As `Layer.finalize`."""
+        """See `Layer.finalize`."""
         for cache in self.caches:
             cache.finalize()
 
     def merge(self, caches: Sequence[CacheList]) -> CacheList:
-        """As `Layer.merge`."""
+        """See `Layer.merge`."""
         for cache in caches:
             check_ours(cache, CacheList)
         return type(self)(
@@ -111,7 +108,7 @@ class CacheList(Observable):
 
 
 def entries_of(rows: Rows) -> list[Any]:
-    """One object for each entry of the model's cache list."""
+    """Make all entries of the model's cache list."""
     return [_entry(rows, entry) for entry in rows.pool.layout.entries]
 
 

@@ -1,4 +1,4 @@
-"""A model's call: when it begins and ends, for one sequence or the rows of a batch.
+"""Forwards: when they begin and end, for one sequence or for the rows of a batch.
 
-It turns calls on layers into plans of a pool. It must not know the classes of entries, or options.
+Turns calls on layers into plans of a pool. Must not import the classes of entries, or options.
 """

@@ -1,13 +1,11 @@
-"""Runs an edit once although mlx-lm calls it on every layer.
+"""Makes the layers of a cache list, and the ranks of a model, act together.
 
-What a pool has stored, kept for a moment so that a forward leaves nothing behind.
+`Told` runs an edit once although mlx-lm calls it on every layer. `forward_together` and `edit_together` run
+a forward or an edit on all ranks or on none.
 
-A forward that is taken back frees its cells, but what was to be written there stays in the arrays'
-graphs. Of ranks that came to different points of a model, these graphs hold different collectives,
-and whoever evaluates an array later would wait for what the others never send.
-
-
-What the ranks of a model tell each other about the rows of a cache list.
+If a rank fails in a forward, undoing it frees the cells, but the arrays' graphs still hold its writes. Ranks
+that stopped at different layers would hold different collectives, and evaluating an array later would wait
+for data that the other ranks never send. So `unless_all_can` also restores the pool's arrays.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ T = TypeVar("T")
 
 
 class Told:
-    """The first layer that is told something does it for all; the others learn the result.
+    """Runs a call once for all layers: the first layer runs it, the others get its result.
 
     Args:
-        names: of all layers.
-        strict: whether layers that are told different things are an error, as edits are. Otherwise
-            what is done gives an object, which is not kept alive for the other layers.
+        names: the names of all layers.
+        strict: raise an error if layers are told different things, as for edits. Otherwise the result must
+            be an object, and only a weak reference to it is kept for the other layers.
     """
 
     def __init__(self, names: Sequence[str], strict: bool) -> None:
@@ -46,14 +44,17 @@ class Told:
         self._heard: set[int] = set()
 
     def tell(self, layer: int, name: str, arguments: Any, act: Callable[[], T]) -> T:
-        """Do it, or return what it gave when another layer was told the same.
+        """Call `act`, or return its result if another layer was just told the same.
 
         Args:
-            arguments: anything with `==`. They are kept until all layers have been told the same or
-                `forget` is called, so let them hold objects by weak references only.
+            layer: the index of the layer.
+            name: the name of the method.
+            arguments: its arguments, compared by `==`. They are kept until all layers have been told the
+                same or `forget` is called, so they must refer to objects by weak references only.
+            act: makes the call for all layers.
 
         Raises:
-            CacheError: edits differ from layer to layer.
+            CacheError: the layers are told different edits.
         """
         what = name, arguments
         if self._heard and layer not in self._heard:
@@ -65,7 +66,8 @@ class Told:
             if self._strict:
                 other, others = self._what
                 raise CacheError(
-                    f"layer {self._names[layer]} is told to {name} {arguments}, others to {other} {others}"
+                    f"layer {self._names[layer]} is told to {name} {arguments}, others to {other} {others}; "
+                    "give all layers the same"
                 )
         result = act()
         found = (lambda: result) if self._strict else weakref.ref(result)
@@ -74,7 +76,7 @@ class Told:
         return result
 
     def forget(self) -> None:
-        """Whatever layers have been told is done with."""
+        """Forget the current call: the next layer starts a new one."""
         self._what, self._result, self._heard = ("", None), _nothing, set()
 
     def _forget_if_done(self) -> None:
@@ -87,7 +89,7 @@ def _nothing() -> None:
 
 
 def arrays_of(pool: Pool) -> list[mx.array]:
-    """All that the model's last calls have written: keys, values, and the newest state of each recurrence."""
+    """The arrays that the model's last calls wrote: keys, values, and the newest state of each recurrence."""
     states = [
         array
         for cache in pool.caches
@@ -101,11 +103,11 @@ def arrays_of(pool: Pool) -> list[mx.array]:
 
 
 Kept = dict[int, tuple[Buffers, dict[int, AnyPair]]]
-"""By leaf: its buffers, and copies of their pairs by segment."""
+"""For each leaf its buffers, and copies of their pairs by segment."""
 
 
 def keep(pool: Pool) -> Kept:
-    """All arrays as they are. Let go of it before anything is evaluated, or MLX copies what it changes."""
+    """A copy of references to all arrays. Drop it before evaluating, or MLX copies arrays that it changes."""
     return {
         leaf: (buffers, {segment: pair.copy() for segment, pair in buffers.pairs.items()})
         for _, cache in pool.positional()
@@ -114,7 +116,7 @@ def keep(pool: Pool) -> Kept:
 
 
 def put_back(pool: Pool, kept: Kept) -> None:
-    """Make all arrays what they were."""
+    """Restore all arrays."""
     for _, cache in pool.positional():
         for leaf, buffers in cache._store.layers.items():
             buffers.pairs.clear()
@@ -123,7 +125,7 @@ def put_back(pool: Pool, kept: Kept) -> None:
 
 
 class Together(Protocol):
-    """Conversations that go through the model together."""
+    """Conversations that share one input of the model."""
 
     pool: Pool
     conversations: list[Conversation]
@@ -135,13 +137,13 @@ class Together(Protocol):
 def forward_together(
     rows: Together, n: int, given: Iterable[Any], act: Callable[[], mx.array | None]
 ) -> mx.array | None:
-    """Take the next n columns in on all ranks, or on none.
+    """Run a forward of the next n columns on all ranks, or on none.
 
     Args:
-        given: the arguments of the model's call; its tokens are compared with the other ranks'.
-            Those of a single column wait for the next vote: the device is still at work on them,
-            and should get its next work meanwhile.
-        act: does it, and gives the model's output.
+        given: the arguments of the model's call, whose tokens are compared with those of the other ranks. A
+            single column is compared at the next vote: the device is still computing its token, and should
+            get its next work meanwhile.
+        act: runs the forward and returns the model's output, if there is one.
     """
     ranks = rows.pool.ranks
     if ranks.is_alone:
@@ -159,7 +161,7 @@ def forward_together(
 
 @contextmanager
 def unless_all_can(pool: Pool) -> Iterator[None]:
-    """What is written inside is taken back where a rank fails. MLX computes later, so none waits yet."""
+    """Restore the pool's arrays if a rank fails. Nothing is evaluated yet, so no rank waits for another."""
     if pool.ranks.is_alone:
         yield
         return
@@ -176,10 +178,11 @@ def unless_all_can(pool: Pool) -> Iterator[None]:
 
 @contextmanager
 def edit_together(rows: Together, about: str, is_sure: bool) -> Iterator[None]:
-    """A section in which all ranks edit, or none.
+    """A section in which all ranks make an edit, or none.
 
     Args:
-        is_sure: it can be done, so that ranks need no more than to agree on it.
+        about: describes the edit to the other ranks.
+        is_sure: the edit cannot fail, so that ranks vote before it instead of during it.
     """
     ranks = rows.pool.ranks
     if ranks.is_alone:
@@ -193,11 +196,11 @@ def edit_together(rows: Together, about: str, is_sure: bool) -> Iterator[None]:
 
 
 def named(rows: Together) -> str:
-    """Which conversations these are, in words that are the same on every rank."""
+    """The names of the conversations, the same on every rank."""
     return f"conversation {', '.join(conversation.name for conversation in rows.conversations)}"
 
 
 def _tokens_of(given: Iterable[Any]) -> mx.array | None:
-    """The tokens (B, n) that the model is given, if it is given any."""
+    """The tokens (B, n) among the arguments of the model's call, or None."""
     arrays = (value for value in given if isinstance(value, mx.array))
     return next((a for a in arrays if a.ndim == 2 and mx.issubdtype(a.dtype, mx.integer)), None)

@@ -1,12 +1,11 @@
-"""Which columns of the coming inputs are padding, as mlx-lm's `prepare` announces it.
+"""One forward of a model: stores the new keys, values and states, and returns histories and masks.
 
-A model's pass over the next tokens: what each of its caches is given, and gives.
+`SingleForward` is for one sequence, `BatchedForward` for several as the rows of one input, and `TokenForward`
+for inputs in which every token is a row. `Padding` keeps the columns that mlx-lm's `prepare` announces.
 
-A model's pass over several sequences as the rows of one input.
-
-Where the model takes handles, each row attends to its own history. For others the histories are
-gathered into a rectangle: padded on the left, so that the new tokens end them all, with a mask
-that hides the padding. Nothing of that is stored.
+If the model accepts handles, each row attends to its own history. Otherwise the rows' histories are gathered
+into one array. It is padded on the left, so that all rows end with their new tokens, and a mask hides the
+padding. The padding is never stored.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 
 Columns = tuple[int, int]
-"""The columns [first, stop) of a row that are tokens; the others are padding."""
+"""The columns [first, stop) of a row that are tokens. The others are padding."""
 
 
 class Padding:
-    """For each row: padding to come on the left, then tokens, then padding until `finalized`.
+    """The announced padding of each row: columns on the left, then tokens, then padding until `finalized`.
 
-    It does not change: what happens makes another.
+    Immutable: every method returns another object.
     """
 
     def __init__(self, rows: int) -> None:
@@ -48,25 +47,28 @@ class Padding:
 
     @property
     def is_announced(self) -> bool:
-        """Whether any padding is to come."""
+        """Whether any padding is still to come."""
         return any(self.left) or self.lengths is not None or self._right is not None
 
     def prepared(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
     ) -> Padding:
-        """The same with more padding announced.
+        """Add padding, one number for each row.
 
         Args:
-            left: columns of padding to come first.
-            lengths: tokens that follow, over all inputs until `finalized`.
-            right: where `lengths` is not given, columns of padding at the end of the next input.
+            left: padding columns that come first.
+            lengths: the number of tokens that follow, over all inputs until `finalized`.
+            right: padding columns at the end of the next input. Ignored if `lengths` is given.
 
         Raises:
-            ValueError: not one number for each row, or a negative one.
+            ValueError: there is not one number for each row, or one is negative.
         """
         for name, numbers in (("left_padding", left), ("lengths", lengths), ("right_padding", right)):
             if numbers is not None and (len(numbers) != len(self.left) or min(numbers) < 0):
-                raise ValueError(f"{name}={list(numbers)}: {len(self.left)} numbers of 0 or more are needed")
+                raise ValueError(
+                    f"{name} must be {len(self.left)} numbers of 0 or more, one for each row, "
+                    f"got {list(numbers)}"
+                )
         other = self._copy()
         if left is not None:
             other.left = [old + new for old, new in zip(self.left, left, strict=True)]
@@ -77,13 +79,13 @@ class Padding:
         return other
 
     def finalized(self) -> Padding:
-        """The same where what comes next is not padded on the right."""
+        """End the padding on the right."""
         other = Padding(0)
         other.left = self.left
         return other
 
     def columns(self, n: int) -> list[Columns]:
-        """Which of the next n columns are tokens, for each row."""
+        """For each row, the range of the next n columns that are tokens."""
         result = []
         for row, left in enumerate(self.left):
             first = min(left, n)
@@ -96,7 +98,7 @@ class Padding:
         return result
 
     def passed(self, columns: Sequence[Columns]) -> Padding:
-        """What is still to come after these columns have been computed."""
+        """The padding that is left after a forward of these columns."""
         if not self.is_announced:
             return self
         other = self._copy()
@@ -112,7 +114,7 @@ class Padding:
         return self.filtered(range(len(self.left)))
 
     def filtered(self, keep: Sequence[int]) -> Padding:
-        """The same for some of the rows."""
+        """The padding of some of the rows."""
         chosen = Padding(0)
         chosen.left = [self.left[row] for row in keep]
         chosen.lengths = None if self.lengths is None else [self.lengths[row] for row in keep]
@@ -120,7 +122,7 @@ class Padding:
         return chosen
 
     def extended(self, other: Padding) -> Padding:
-        """The same with another's rows after these; padding on the right is announced anew after that."""
+        """Append another's rows. Padding on the right must be announced again afterwards."""
         joined = Padding(0)
         joined.left = self.left + other.left
         return joined
@@ -131,17 +133,20 @@ History = tuple[mx.array, mx.array]
 
 
 class Forward(ABC):
-    """The next n tokens of some sequences, which `start` takes into all caches of their pool.
+    """A forward of n columns through all caches of a pool.
 
     Args:
-        columns: for each sequence, which of the n columns of the model's input are its tokens.
-        is_ragged: the model is given handles for histories.
+        pool: the pool of the conversations.
+        conversations: one for each row.
+        columns: for each conversation, the range of the n columns that are its tokens.
+        n: the number of columns of the model's input.
+        is_ragged: return handles instead of arrays as histories.
 
     Attributes:
-        begins: positions of the first of them.
-        written: for each leaf, by index, whether it has stored its own.
-        asked: indices of the leaves that have been asked for a mask.
-        advanced: indices of the recurrences that have said that they read their columns.
+        begins: for each conversation, the position of its first new token.
+        written: for each leaf, by index, whether it has written.
+        asked: indices of the leaves that have asked for a mask.
+        advanced: indices of the recurrences that have called `advance`.
     """
 
     def __init__(
@@ -158,7 +163,7 @@ class Forward(ABC):
         self.columns = columns
         self.n = n
         self.begins = [conversation.position for conversation in conversations]
-        # A set would grow, layer by layer, at every step.
+        # Cheaper than a set, which would grow with every layer.
         self.written = bytearray(len(pool.leaves))
         self.asked: set[int] = set()
         self.advanced: set[int] = set()
@@ -169,12 +174,12 @@ class Forward(ABC):
         self._states: dict[int, list[mx.array | None]] = {}
 
     def start(self) -> None:
-        """Take the tokens in. What interrupts that can leave them there: `undo` takes them out."""
+        """Add the tokens to all caches. After an interrupt, `undo` removes them."""
         self._plan.commit()
         self._steps = [getattr(cache, "_step", None) for cache in self._caches]
 
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        """Store a leaf's K and V (B, n_kv_heads, n, head_dim) and return what its tokens see."""
+        """Store a leaf's keys and values (B, n_kv_heads, n, head_dim) and return its history."""
         step = self.step(leaf)
         if not self.is_ragged:
             return self._exchange(step, leaf, keys, values)
@@ -182,13 +187,13 @@ class Forward(ABC):
         return self._handles(leaf)
 
     def history(self, leaf: Leaf) -> Any:
-        """What `update` returned."""
+        """The history that `update` returned."""
         step = self.step(leaf)
         step.check_put(leaf.index)
         return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
-        """Who of the n tokens sees which of a leaf's history."""
+        """The mask of the n columns for a leaf's history: None, "causal", an array or a handle."""
         step = self.step(leaf)
         rule = narrowed(leaf.rule, window_size)
         if not self.is_ragged:
@@ -199,7 +204,7 @@ class Forward(ABC):
     def attend(
         self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
-        """Attention of queries (B, n_heads, n, head_dim) to a leaf's history, for which it gave handles."""
+        """Attention of queries (B, n_heads, n, head_dim) to the history behind a leaf's handles."""
         step = self.step(leaf)
         if isinstance(mask, RaggedMask):
             rule = narrowed(mask.leaf.rule, mask.window_size)
@@ -213,22 +218,22 @@ class Forward(ABC):
         return self._rows(attend(step, leaf.index, given))
 
     def state(self, leaf: Leaf) -> list[mx.array | None]:
-        """A recurrence's arrays, (B, ...) each: before these tokens, until it is changed in place."""
+        """A recurrence's arrays (B, ...), as before this forward. The model replaces items of this list."""
         if leaf.index not in self._states:
             self._states[leaf.index] = self._read(leaf)
         return self._states[leaf.index]
 
     def finish(self) -> None:
-        """Keep what the recurrences have become."""
+        """Store the new states of the recurrences."""
         for index, arrays in self._states.items():
             self._write(self.pool.leaves[index], arrays)
 
     def undo(self) -> None:
-        """Take the tokens out again."""
+        """Remove the tokens from all caches."""
         self._plan.undo()
 
     def arrays(self) -> list[mx.array]:
-        """What the tokens have written: buffers of keys and values, and the recurrences' new states."""
+        """The arrays that this forward wrote: buffers of keys and values, and the recurrences' new states."""
         written = [array for step in self._steps if isinstance(step, Step) for array in step.arrays]
         for index in self._states:
             for conversation in self.conversations:
@@ -236,12 +241,14 @@ class Forward(ABC):
         return written
 
     def step(self, leaf: Leaf) -> Step:
-        """The step of a leaf's cache. Raises CacheError if another forward has begun since."""
+        """The step of a leaf's cache. Raises CacheError if the pool has been changed since."""
         kind = self._kinds[leaf.index]
         step = self._steps[kind]
         is_current: bool = self._caches[kind]._step is step
         if step is None or not is_current:
-            raise CacheError("another prompt cache of the same pool has been used in the middle of a forward")
+            raise CacheError(
+                "another prompt cache of the same pool has been used in the middle of a forward; run it again"
+            )
         return step
 
     def _handles(self, leaf: Leaf) -> tuple[Ragged, Ragged]:
@@ -249,7 +256,7 @@ class Forward(ABC):
         return handle, handle
 
     def _batch(self) -> Batch | None:
-        """The tokens; None where there is only padding."""
+        """The tokens of the forward, or None if all columns are padding."""
         positions: list[int] = []
         sequences: list[int] = []
         for conversation, begin, (first, stop) in zip(
@@ -261,27 +268,27 @@ class Forward(ABC):
 
     @abstractmethod
     def _tokens(self, array: mx.array) -> mx.array:
-        """The model's rows (B, heads, n, dim) as those of the batch, (1, heads, tokens, dim)."""
+        """Drop padding: an array (B, heads, n, dim) of the model as (1, heads, tokens, dim)."""
 
     @abstractmethod
     def _rows(self, tokens: mx.array) -> mx.array:
-        """The other way round, with zeros for padding."""
+        """The reverse of `_tokens`, with zeros for padding."""
 
     @abstractmethod
     def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        """Store a leaf's K and V, and its history as arrays."""
+        """Store a leaf's keys and values and return its history as arrays."""
 
     @abstractmethod
     def _arrays(self, step: Step, leaf: Leaf) -> History:
-        """A leaf's history as arrays, after it has been stored."""
+        """A leaf's history as arrays, after its keys and values have been stored."""
 
     @abstractmethod
     def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
-        """The mask for a history as arrays."""
+        """The mask for a history that is returned as arrays."""
 
     @abstractmethod
     def _array_mask(self, step: Step, rule: Rule) -> mx.array:
-        """The same as an array, by any rule."""
+        """The mask as an array, for any visibility rule."""
 
     @abstractmethod
     def _read(self, leaf: Leaf) -> list[mx.array | None]: ...
@@ -291,17 +298,19 @@ class Forward(ABC):
 
 
 class SingleForward(Forward):
-    """One sequence, as the only row of the model's input.
+    """A forward of one sequence, the only row of the model's input.
 
-    Where its keys lie in several runs, a model that takes handles attends to the runs as they
-    are, instead of to copies of them.
+    If its cells are several spans, a model that accepts handles attends to the spans without copying them.
     """
 
     def __init__(self, conversation: Conversation, n: int, is_ragged: bool) -> None:
         super().__init__(conversation.pool, (conversation,), ((0, n),), n, is_ragged)
 
     def again(self) -> bool:
-        """Take in as many tokens more, if nothing has happened since these; else False, and nothing."""
+        """Repeat this forward for the next n tokens if nothing changed in between.
+
+        Returns False, and does nothing, otherwise.
+        """
         made = self._plan.made
         try:
             if self.is_ragged or not self._plan.again():
@@ -355,7 +364,7 @@ class SingleForward(Forward):
 
 
 def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
-    """The rule of a leaf, for a mask that hides all but the newest `window_size` tokens."""
+    """A visibility rule, narrowed to a sliding window of `window_size` tokens if that is given."""
     assert rule is not None
     if window_size is None or isinstance(rule, Chunk):
         return rule
@@ -365,24 +374,24 @@ def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
 
 
 def newest(conversation: Conversation, leaf: Leaf) -> Arrays:
-    """The arrays of a recurrence after a conversation's last token; () where there are none."""
+    """The arrays of a recurrence after a conversation's last token, or ()."""
     return conversation.pool.recurrent(leaf).newest(leaf.index, conversation.sequence)
 
 
 def store(conversation: Conversation, leaf: Leaf, arrays: Arrays) -> None:
-    """Make these the arrays of a recurrence after the tokens of the forward."""
+    """Store a recurrence's arrays as its state after the forward's tokens."""
     conversation.pool.recurrent(leaf)._put(leaf.index, arrays, conversation.sequence, None)
 
 
 def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:
-    """One array or None for each slot, also where there are none yet."""
+    """One array or None for each slot of a recurrence."""
     return list(arrays) if arrays else [None] * slots
 
 
 class BatchedForward(Forward):
-    """Each row's tokens join its sequence; rows may be padded on either side.
+    """A forward of several sequences as rows of one input, which may be padded on either side.
 
-    Where all is padding, the model is given its own columns back.
+    If all columns are padding, `update` returns the model's own keys and values.
     """
 
     def __init__(
@@ -411,7 +420,7 @@ class BatchedForward(Forward):
         return self._arrays(step, leaf)
 
     def _arrays(self, step: Step, leaf: Leaf) -> History:
-        """All rows' histories as they are stored, each ended by its columns; zeros stand for padding."""
+        """The histories of all rows as arrays (B, ...) that end with the new columns, padded with zeros."""
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)
         gathered: tuple[list[mx.array | None], list[mx.array | None]] = [], []
@@ -464,12 +473,12 @@ class BatchedForward(Forward):
         return mx.concatenate(rows)
 
     def _parts(self, step: Step) -> list[Part | None]:
-        """For each row its part of the step; None where it is all padding."""
+        """For each row its part of the step, or None if the row is all padding."""
         parts = {part.sequence: part for part in step.parts}
         return [parts.get(conversation.sequence) for conversation in self.conversations]
 
     def _array_mask(self, step: Step, rule: Rule) -> mx.array:
-        """(B, 1, n, S): who of a row's columns sees which of its history."""
+        """The mask (B, 1, n, S) of each row's columns for its gathered history."""
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)
         queries = np.full((len(parts), self.n), -1, np.int32)
@@ -486,7 +495,7 @@ class BatchedForward(Forward):
         seen: mx.array = visible(rule, q, k) & (k >= 0)
         if self._is_full:
             return seen
-        # A padded column sees itself: an average over nothing would not be a number.
+        # A padding column sees itself: softmax over no keys would be NaN.
         itself = mx.arange(widest + self.n) == widest + mx.arange(self.n)[:, None]
         return seen | (itself & (q < 0))
 
@@ -504,12 +513,12 @@ class BatchedForward(Forward):
 
 
 def _edges(before: int, after: int) -> list[tuple[int, int]]:
-    """Padding of tokens, in an array (1, heads, n, dim)."""
+    """Widths for `mx.pad` along the tokens of an array (1, heads, n, dim)."""
     return [(0, 0), (0, 0), (before, after), (0, 0)]
 
 
 def _joined(rows: Sequence[mx.array | None]) -> mx.array | None:
-    """Rows (1, ...) of one array as a batch; zeros stand for those that are not there yet."""
+    """Join rows (1, ...) to one batch, with zeros for missing rows. None if all are missing."""
     like = next((row for row in rows if row is not None), None)
     if like is None:
         return None
@@ -517,7 +526,7 @@ def _joined(rows: Sequence[mx.array | None]) -> mx.array | None:
 
 
 class TokenForward(Forward):
-    """The tokens of all sequences, one after the other, each as a row. Only handles stand for histories."""
+    """A forward in which every token of every sequence is a row. Histories are handles only."""
 
     def __init__(
         self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
@@ -550,4 +559,6 @@ class TokenForward(Forward):
 
 
 def _no_arrays() -> NotSupportedError:
-    return NotSupportedError("tokens that are rows of their own have no history or state in one piece")
+    return NotSupportedError(
+        "the model needs a history or state as arrays, but an input of one token in each row has only handles"
+    )

@@ -1,8 +1,8 @@
-"""Calling a model row by row where its rows cannot share an input.
+"""Calls a model once for each group of rows that can share an input.
 
-Recurrences read every column, and only some of mlx-lm's take a mask for padding. So rows that
-differ in padding, or in the shapes of their states, go through the model in calls of their own.
-So do all rows of a model that gives other results for a batch than for its rows.
+Recurrences read every column, and only some of mlx-lm's accept a mask for padding. So rows that differ in
+padding, or in the shapes of their states, are separate calls of the model. If a model computes a batch
+differently from its single rows, each row is a separate call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .forward import Columns, newest
 
 
 class Divisible(Caller, Protocol):
-    """The rows of one input, of which some can be called alone."""
+    """Rows of one input that can be divided into several inputs."""
 
     pool: Pool
     conversations: list[Conversation]
@@ -30,7 +30,7 @@ class Divisible(Caller, Protocol):
 
 
 def groups(rows: Divisible, columns: Sequence[Columns]) -> dict[object, list[int]]:
-    """Rows that can share an input, by what they have in common. Those without tokens are left out."""
+    """Groups of rows that can share an input. Rows without tokens are left out."""
     found: dict[object, list[int]] = {}
     for row, (first, stop) in enumerate(columns):
         if first < stop:
@@ -42,7 +42,7 @@ def groups(rows: Divisible, columns: Sequence[Columns]) -> dict[object, list[int
 def is_one_input(
     rows: Divisible, together: Mapping[object, list[int]], columns: Sequence[Columns], n: int
 ) -> bool:
-    """Whether all rows are alike, without padding, and the model takes them as a batch, be it of one."""
+    """Whether all rows are in one group, have no padding, and the model computes batches correctly."""
     all_alike = len(together) == 1 and len(next(iter(together.values()))) == len(columns)
     return rows.pool.batching != "apart" and all_alike and columns[0] == (0, n)
 
@@ -56,7 +56,7 @@ def run_apart(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call the model once for each group; the outputs of padding are zeros."""
+    """Call the model once for each group and join the outputs; padding has zeros as output."""
     outputs = []
     for members in together.values():
         first, stop = columns[members[0]]
@@ -70,7 +70,7 @@ def run_apart(
 def _in_place(
     arrays: Sequence[mx.array], groups_of: Sequence[list[int]], columns: Sequence[Columns], n: int
 ) -> mx.array:
-    """The groups' arrays (members, own columns, ...) as one of all rows and columns."""
+    """Join the groups' arrays (members, own columns, ...) to one array of all rows and columns."""
     found: dict[int, mx.array] = {}
     for array, members in zip(arrays, groups_of, strict=True):
         first, stop = columns[members[0]]
@@ -82,7 +82,7 @@ def _in_place(
 
 
 def _of_rows(rows: Divisible, members: Sequence[int], columns: Columns, argument: Any) -> Any:
-    """An argument of the model's call as these members are given it."""
+    """An argument of the model's call, cut to these members and columns."""
     if is_cache(argument):
         return [entry.served_by(rows) for entry in argument]
     if isinstance(argument, mx.array) and argument.ndim >= 2:

@@ -1,6 +1,42 @@
-"""The forward under way of conversations that are the rows of one input: how it begins and ends.
+"""The rows behind one cache list: when their forward begins and ends, and the edits between forwards.
 
-What the layers of one cache list share: their sequences, and what is done with them.
+A call of the model is one forward: it begins and ends with the call. If layers are driven by hand, a forward
+begins with the first mask or write, and ends when every layer has written. Each cell of this table says what
+a call (column) does in a state (row), and the state afterwards. "undo" takes the forward's tokens out again.
+
+              make_mask(n)      update_and_fetch   model call       edit [1]     exception [2]  other user [3]
+none          begin: asked      begin, write:      begin: called    edit         -              -
+                                partly
+asked         join [4], or      write: partly      undo, begin:     undo, edit:  -              undo:
+              restart: asked                       called           none                        interrupted
+partly        join [4], or      write [5]; if      undo, begin:     undo, edit:  -              undo:
+              restart: asked    written already:   called           none                        interrupted
+                                undo, error: none
+called        the call's mask   write; if written  join [6]         undo [7]     undo: none     undo [7]:
+                                already: error                                                  interrupted
+interrupted   begin: asked      error: none        begin: called    edit         -              -
+
+After all layers have written by hand, the state is none; in a model's call it stays called until the call
+returns. The error is CacheError.
+
+[1] trim, prepare, finalize, filter, extend, merge, extract, rewind, remove, fork, save, to_quantized. close()
+    undoes a forward that is driven by hand, but lets a model's call end before the cells are freed.
+[2] Of a model's call, and raised after it has begun. CacheFullError undoes a forward that was open, too. A
+    call with another model's cache, without tokens, or with a wrong number of rows raises before it changes
+    anything. An exception in a layer that is driven by hand, or between two, leaves the forward open.
+[3] A forward or an edit of other rows in the same pool, which has one open forward at most. Reading, and
+    making a cache, do not count. Calls and edits hold the pool's lock, so other threads wait for a call to
+    end; layers driven by hand do not hold it.
+[4] If the layer has neither asked for a mask nor written in this forward, and n is the forward's length.
+[5] The last layer's write ends the forward: none. A recurrent layer writes by assigning its last slot; it
+    never begins a forward, so in the states none and interrupted this is an error that changes nothing.
+[6] The inner call belongs to the outer call's forward.
+[7] Not supported: the rest of the call runs in the new state, so the call ends with a wrong output, with a
+    CacheError, or with an AssertionError.
+
+Announced padding is not a state: it chooses the columns of the input that are tokens, and lowers offsets by
+the padding on the left. A forward uses it up when it ends, not when it is undone. Otherwise only prepare,
+finalize, filter and extend change it.
 """
 
 from __future__ import annotations
@@ -25,17 +61,23 @@ from .forward import BatchedForward, Columns, Forward, Padding, SingleForward, T
 from .row_groups import groups, is_one_input, run_apart
 
 
-class Passes:
-    """Conversations that go through the model together, one pass after the other.
-
-    A forward begins and ends with the model's call. Where somebody else drives the layers, it
-    begins when one asks for a mask or writes with nothing left to write, and is over when all
-    have written. One that is still open when a layer asks or writes again was left by an
-    exception; it is undone.
+class Rows(Caller):
+    """Conversations that are the rows of one input, shared by all layers of a cache list.
 
     Args:
-        conversations: of one pool.
-        is_batch: whether mlx-lm sees a batch (also of one row): offsets are then arrays (B,).
+        pool: the pool of all conversations.
+        conversations: one for each row.
+        is_batch: whether mlx-lm sees a batch, which may have one row: offsets are then arrays (B,).
+
+    Attributes:
+        forward: the forward under way, or None.
+        is_called: whether a call of the model drives that forward.
+        interrupted: whether another user of the pool has undone a forward of these rows, and no layer has
+            noticed yet.
+        padding: the padding of the coming inputs.
+        edits: runs an edit once although every layer is told to make it.
+        copies: the same for methods that return other rows.
+        written_last: for each leaf, whether it wrote in the last complete forward.
     """
 
     def __init__(self, pool: Pool, conversations: Sequence[Conversation], is_batch: bool) -> None:
@@ -44,6 +86,7 @@ class Passes:
         self.is_batch = is_batch
         self.padding = Padding(len(self.conversations))
         self.forward: Forward | None = None
+        # The next forward of as many tokens repeats it, which costs little.
         self._last: SingleForward | None = None
         self.interrupted = False
         names = [leaf.name for leaf in pool.leaves]
@@ -55,26 +98,29 @@ class Passes:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a forward is under way, or was left by an exception."""
+        """Whether a forward has begun that has neither ended nor been undone."""
         return self.forward is not None
 
     @property
     def conversation(self) -> Conversation:
-        """The only one. Raises CacheError where there are several."""
+        """The only conversation. Raises CacheError if there are several."""
         if len(self.conversations) != 1:
-            raise CacheError(f"a batch of {len(self.conversations)} sequences is not one conversation")
+            raise CacheError(
+                f"this needs a cache of one conversation, but the batch has {len(self.conversations)} rows; "
+                "extract a row first"
+            )
         return self.conversations[0]
 
     @property
     def positions(self) -> list[int]:
-        """Tokens of each conversation; those of an unfinished forward do not count."""
+        """The number of tokens of each conversation, without those of a forward under way."""
         self.check_open()
         if self.forward is not None:
             return list(self.forward.begins)
         return [conversation.position for conversation in self.conversations]
 
     def offset(self, leaf: int) -> Any:
-        """Where RoPE goes on for a leaf: an int, or an array (B,) that never changes."""
+        """The RoPE offset of a leaf's next token: an int, or for a batch an array (B,) that never changes."""
         if self._offsets is None:
             self._offsets = self._find_offsets()
         forward = self.forward
@@ -84,8 +130,21 @@ class Passes:
         for conversation in self.conversations:
             conversation.check_open()
 
-    def begin(self, n: int, is_called: bool = False) -> None:
-        """Start a forward of n columns, after making room for its tokens."""
+    def begin(self, n: int) -> None:
+        """Begin a forward of n columns that the layers drive by hand: on all ranks, or on none."""
+
+        def begun() -> None:
+            try:
+                self._begin(n, is_called=False)
+                self.pool.ranks.ready()
+            except BaseException:
+                self.settle()
+                raise
+
+        forward_together(self, n, (), begun)
+
+    def _begin(self, n: int, is_called: bool) -> None:
+        """Begin a forward of n columns. Undoes an open one and makes room first."""
         if not self._goes_on(n):
             self._start(n, is_called)
         self._offsets = None
@@ -96,12 +155,12 @@ class Passes:
     def _start(self, n: int, is_called: bool) -> None:
         self.settle()
         columns = self._columns_of(n)
-        # Whoever drives layers by hand wants arrays; only a model's call is known to attend to handles.
+        # Only a model's call is known to attend to handles. Layers driven by hand return arrays.
         is_ragged = is_called and self._may_be_ragged
         counts = [stop - first for first, stop in columns]
         full = [(c, n) for c, n in zip(self.conversations, counts, strict=True) if not c.has_room(n)]
         for conversation, count in full:
-            # Of all rows, before one of them shifts.
+            # Check all rows before one of them shifts.
             conversation.check_room(count, early=is_called)
         for conversation, count in full:
             with self.pool.ranks.together(
@@ -117,7 +176,7 @@ class Passes:
             raise
 
     def _goes_on(self, n: int) -> bool:
-        """Start a forward like the last one, which costs little, if nothing has happened since."""
+        """Repeat the last forward for the next n tokens if nothing changed since. Returns False otherwise."""
         last, self._last = self._last, None
         if last is None or last.n != n or last.pool is not self.pool or self.padding.is_announced:
             return False
@@ -138,70 +197,71 @@ class Passes:
         return True
 
     def is_open(self, leaf: int, n: int) -> bool:
-        """Whether a forward of n columns waits for this leaf."""
+        """Whether a forward of n columns is under way that this leaf can still join."""
         forward = self.forward
         if forward is None:
             return False
         return self.is_called or (forward.n == n and not forward.written[leaf])
 
     def begin_unasked(self, n: int) -> None:
-        """Start a forward because a layer writes, though none has asked for a mask.
+        """Begin a forward because a layer writes without having asked for a mask.
 
         Raises:
-            CacheError: it may be the rest of a forward that was not finished; that is undone.
+            CacheError: another user of the pool undid the forward that this layer was in, or the layer has
+                written in a forward that is still open; that one is undone.
         """
         if self.interrupted:
             self.interrupted = False
             raise CacheError(
                 "another prompt cache of the same pool was used in the middle of a forward; "
-                "the tokens of that forward have been taken out, so it can be run again"
+                "the forward was undone: run it again from its first layer"
             )
         if self.unfinished:
             self.settle()
             raise CacheError(
-                "a forward was left unfinished; its tokens have been taken out, so it can be run again"
+                "a forward was left unfinished: a layer wrote again before all layers had written; "
+                "the forward was undone: run it again from its first layer"
             )
         self.begin(n)
 
     def wrote(self) -> None:
-        """A leaf has stored its tokens. A forward that no call ends is over when all have."""
+        """End a forward that is driven by hand if every leaf has written."""
         forward = self.forward
         assert forward is not None
         if not self.is_called and forward.written.count(True) >= len(self.pool.forms):
             self.finish()
 
     def finish(self) -> None:
-        """The forward is over."""
+        """End the forward: its tokens stay."""
         forward = self.forward
         assert forward is not None
         forward.finish()
         self.written_last = forward.written
-        # From here on the tokens are in.
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
         self._last = forward if isinstance(forward, SingleForward) else None
         self.pool.compute(forward.arrays())
 
     def settle(self) -> None:
-        """Undo a forward that was left unfinished, and take the pool."""
+        """Undo an open forward, and become the current user of the pool. Raises CacheError if closed."""
         self.abandon()
         self.check_open()
         self.pool.take_turn(self)
 
     def abandon(self) -> None:
-        """Undo a forward that was left unfinished, also of a conversation that is closed."""
+        """Undo an open forward, even of a closed conversation."""
         forward = self.forward
         if forward is not None:
             forward.undo()
         self.forward, self.is_called, self._offsets = None, False, None
         if forward is not None:
-            # Its cells are free, but the buffers still wait for what it wrote there. Nobody can compute
-            # that where it was another thread that drove the layers by hand and stopped between two.
+            # The cells are free, but the buffers still hold unevaluated writes. They cannot be evaluated
+            # if another thread drove the layers by hand and stopped between two of them.
             with suppress(RuntimeError):
                 self.pool.compute(forward.arrays())
 
     def leave(self) -> None:
-        """Let go of what is kept for the next forward, and of one that somebody drives by hand."""
+        """Undo a forward that is driven by hand, and drop the state kept for the next one."""
         with self.pool.lock:
             if not self.is_called:
                 self.abandon()
@@ -217,17 +277,17 @@ class Passes:
 
     @property
     def _input_rows(self) -> int:
-        """How many rows the model's input has."""
+        """The number of rows of the model's input."""
         return len(self.conversations)
 
     @property
     def _may_be_ragged(self) -> bool:
-        """Whether the model may be given handles, where that saves copies."""
+        """Whether the model accepts handles, and they save copies."""
         saves = self.is_batch or self.pool.wants_handles(self.conversation.sequence)
         return saves and self.pool.batching == "ragged"
 
     def _find_offsets(self) -> tuple[Any, Any]:
-        """Offsets before the forward under way, and after it."""
+        """The offsets before the forward under way, and after it."""
         offsets = [
             position + conversation.head.lead - left
             for position, conversation, left in zip(
@@ -240,15 +300,16 @@ class Passes:
         before = mx.array(offsets, mx.int32)
         return before, before + n
 
-
-class Rows(Passes, Caller):
-    """Conversations as the rows of one input: called by a model, and edited between its calls."""
-
     def run(self, model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Make a call of the model inside a forward of its tokens.
+        """Call the model inside a forward of its tokens.
+
+        The call is split into several forwards if a shift must make room between blocks, or if the rows
+        cannot share an input.
 
         Raises:
-            ValueError: the caches are of another model, or of another number of rows.
+            ValueError: the caches belong to another model, the input has another number of rows, or it has
+                no tokens; nothing has changed.
+            CacheFullError: there is no room; an open forward is undone.
         """
         if self.is_called:
             return call(*args, **kwargs)
@@ -269,7 +330,7 @@ class Rows(Passes, Caller):
 
             def called() -> Any:
                 try:
-                    super(Rows, self).begin(n, is_called=True)
+                    self._begin(n, is_called=True)
                     with unless_all_can(self.pool):
                         output = call(*args, **kwargs)
                     self.finish()
@@ -281,15 +342,15 @@ class Rows(Passes, Caller):
             return forward_together(self, n, (*args, *kwargs.values()), called)
 
     def check_called_by(self, model: nn.Module) -> None:
-        """Raise ValueError unless the caches are of this model."""
+        """Raise ValueError unless the caches belong to this model."""
         if model is not self.pool.model:
             raise ValueError(
-                f"the prompt cache is one of another model, a {self.pool.architecture}, "
-                f"and not of this {type(model).__module__}"
+                f"the prompt cache was made for another model, a {self.pool.architecture}, "
+                f"not for this {type(model).__module__}; make one by make_prompt_cache(model)"
             )
 
     def _block(self, columns: Sequence[Columns], n: int) -> int:
-        """How many of n columns the model should be given at once."""
+        """The number of columns, of n, that one forward should take."""
         pairs = zip(self.conversations, columns, strict=True)
         blocks = (conversation.block(stop - first) for conversation, (first, stop) in pairs)
         return min(filter(None, blocks), default=n)
@@ -303,7 +364,7 @@ class Rows(Passes, Caller):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> mx.array:
-        """Call the model on one block of columns after another."""
+        """Call the model on blocks of `size` columns, one after another, and join the outputs."""
         outputs = []
         for begin in range(0, n, size):
             block = functools.partial(_columns, n, slice(begin, begin + size))
@@ -311,38 +372,28 @@ class Rows(Passes, Caller):
             outputs.append(self.run(model, call, tuple(map(block, args)), named))
         return mx.concatenate(outputs, axis=1)
 
-    def begin(self, n: int, is_called: bool = False) -> None:
-        """Start a forward that no call of the model ends: all ranks do, or none."""
-
-        def begun() -> None:
-            try:
-                super(Rows, self).begin(n, is_called)
-                self.pool.ranks.ready()
-            except BaseException:
-                self.settle()
-                raise
-
-        forward_together(self, n, (), begun)
-
     def can_resume(self, position: int) -> bool:
-        """Whether the only conversation can go on from `position`, on every rank."""
+        """Whether every rank can resume the only conversation at `position`."""
         return bool(self.pool.ranks.least(self.pool.can_resume(self.conversation.sequence, position)))
 
     def resume_point(self, position: int) -> int:
-        """The newest position <= `position` that the only conversation can go on from, on every rank."""
+        """The newest position <= `position` at which every rank can resume the only conversation."""
         ranks = self.pool.ranks
         while True:
             point = ranks.least(self.pool.resume_point(self.conversation.sequence, position))
-            # A rank with other layers may have to go back further from where this one can.
+            # A rank with other layers may have to go back further than this one.
             if point == position or ranks.is_alone:
                 return point
             position = point
 
     def trim(self, n: int) -> int:
-        """Drop the newest n tokens of every row, or all of them where there are fewer.
+        """Drop the newest n tokens of every row, or all tokens of rows that have fewer.
+
+        Returns:
+            The number of tokens dropped from the longest row.
 
         Raises:
-            NotSupportedError: a row cannot go back as far; none has changed.
+            NotSupportedError: a row cannot be resumed at the earlier position; no row has changed.
         """
         (n,) = whole(None, n=n)
         with self.edit(f"trim {n} tokens"):
@@ -357,17 +408,17 @@ class Rows(Passes, Caller):
     def prepare(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
     ) -> None:
-        """As `Padding.prepared`."""
+        """Announce padding; see `Padding.prepared`."""
         with self.edit(f"prepare for {left}, {lengths}, {right}", is_sure=True):
             self.padding = self.padding.prepared(left, lengths, right)
 
     def finalize(self) -> None:
-        """As `Padding.finalized`."""
+        """End the announced padding on the right; see `Padding.finalized`."""
         with self.edit("finalize", is_sure=True):
             self.padding = self.padding.finalized()
 
     def filter(self, keep: Sequence[int]) -> None:
-        """Let go of all rows but these; one that is named again is forked."""
+        """Keep only these rows, in this order. A row that is named again is forked."""
         keep = [self._row(row) for row in keep]
         with self.edit(f"keep rows {keep}", is_sure=len(set(keep)) == len(keep)):
             kept = [
@@ -377,7 +428,7 @@ class Rows(Passes, Caller):
             self.conversations, self.padding = kept, self.padding.filtered(keep)
 
     def extend(self, other: Rows) -> None:
-        """Take forks of another's rows behind these. Raises ValueError for one of another pool."""
+        """Append forks of the other's rows. Raises ValueError if they are in another pool."""
         with self.edit(f"take in {named(other)}"):
             self._check_joins(other)
             forks = [conversation.fork() for conversation in other.conversations]
@@ -385,7 +436,7 @@ class Rows(Passes, Caller):
             self.conversations, self.padding = joined, self.padding.extended(other.padding)
 
     def merged(self, all_rows: Sequence[Rows]) -> Rows:
-        """A batch of forks of all these, self among them. Raises ValueError for one of another pool."""
+        """A batch of forks of all rows of `all_rows`. Raises ValueError if some are in another pool."""
         with self.edit("join " + ", ".join(map(named, all_rows))):
             for other in all_rows:
                 self._check_joins(other)
@@ -393,34 +444,34 @@ class Rows(Passes, Caller):
             return Rows(self.pool, forks, is_batch=True)
 
     def extracted(self, row: int) -> Rows:
-        """A fork of one row, no batch any more."""
+        """A fork of one row, as a single conversation."""
         row = self._row(row)
         with self.edit(f"fork row {row}"):
             return Rows(self.pool, [self.conversations[row].fork()], is_batch=False)
 
     def fork(self) -> Rows:
-        """The same rows, to go their own way. Copies no array."""
+        """Fork all rows, with their padding. Copies no array."""
         with self.edit("fork"):
             other = self.subset(range(len(self.conversations)), is_fork=True)
             other.padding = self.padding.filtered(range(len(self.conversations)))
             return other
 
     def subset(self, members: Sequence[int], is_fork: bool = False) -> Rows:
-        """Some rows, or forks of them, without padding to come."""
+        """Some of the rows, or forks of them, without announced padding."""
         chosen = [self.conversations[row] for row in members]
         is_batch = self.is_batch and (is_fork or self.pool.batching != "apart")
         return Rows(self.pool, [c.fork() for c in chosen] if is_fork else chosen, is_batch)
 
     @contextmanager
     def edit(self, about: str, is_sure: bool = False) -> Iterator[None]:
-        """Between forwards: what was left unfinished is undone, and no other thread is at work.
+        """Hold the pool's lock for an edit, on all ranks or none. Undoes an open forward first.
 
         Args:
-            about: what is about to be done, for the other ranks; see `Ranks.together`.
-            is_sure: it can be done, so that ranks need no more than to agree on it.
+            about: describes the edit to the other ranks; see `Ranks.together`.
+            is_sure: the edit cannot fail, so that ranks vote before it instead of during it.
 
         Raises:
-            RanksDisagreeError: another rank does something else, or cannot; nothing has changed.
+            RanksDisagreeError: another rank makes another edit, or cannot make it; nothing has changed.
         """
         with self.pool.lock:
             self.settle()
@@ -428,10 +479,10 @@ class Rows(Passes, Caller):
                 yield
 
     def quantize(self, quantization: Quantization) -> None:
-        """Store keys and values in fewer bits from here on, if they are in the model's precision.
+        """Quantize keys and values from now on. Does nothing if they are quantized already.
 
         Raises:
-            ValueError: heads that groups do not divide; nothing has changed.
+            ValueError: the head dimension is not a multiple of the group size; nothing has changed.
         """
         with self.edit(f"store in fewer bits: {quantization}"):
             if self.pool.quantization is None:
@@ -442,50 +493,54 @@ class Rows(Passes, Caller):
                     pool.take_turn(self)
 
     def _row(self, row: int) -> int:
-        """A row's index, from 0. Raises ValueError where there is none."""
+        """The index of a row, counted from 0. Raises ValueError if it is out of range."""
         (row,), size = whole(None, row=row), len(self.conversations)
         if not -size <= row < size:
-            raise ValueError(f"row {row} of a batch of {size}")
+            raise ValueError(f"row {row} is out of range: the batch has {size} rows")
         return row % size
 
     def _check_joins(self, other: Rows) -> None:
-        # Before it is settled, as only this pool's lock is held.
+        # Only this pool's lock is held, so do not touch rows of another pool.
         if other.pool is not self.pool:
             raise ValueError(
-                "prompt caches of different pools cannot join one batch: they must be of the same model, "
-                "and made with the same options"
+                "prompt caches of different pools cannot join one batch: make them for the same model "
+                "with the same options"
             )
         other.settle()
 
     def _length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """How many columns the model's input has. Raises ValueError for another number of rows or layers."""
+        """The number of columns of the model's input. Raises ValueError if rows or layers do not match."""
         given, layers = (*args, *kwargs.values()), len(self.pool.layout.entries)
         entries = next((len(value) for value in given if is_cache(value)), layers)
         if entries < layers:
-            raise ValueError(f"the model is called with {entries} of the {layers} layers of its prompt cache")
+            raise ValueError(
+                f"the model is called with {entries} of the {layers} layers of its cache: pass all of them"
+            )
         for value in given:
             if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:
                 if value.shape[0] != self._input_rows:
-                    raise ValueError(f"{value.shape[0]} rows of input for a cache of {self._input_rows}")
+                    raise ValueError(
+                        f"the input has {value.shape[0]} rows, but the prompt cache has {self._input_rows}"
+                    )
                 return value.shape[1]
         for value in given:
             if isinstance(value, mx.array):
-                empty = ": at least 1 token is needed" if not value.size else ""
-                raise ValueError(f"tokens must be (batch, n), got shape {value.shape}{empty}")
-        raise ValueError("the model is called without tokens: an array (batch, n) is needed")
+                empty = "; pass at least 1 token" if not value.size else ""
+                raise ValueError(f"tokens must be an array (batch, n), got shape {value.shape}{empty}")
+        raise ValueError("the model is called without tokens: pass an array (batch, n)")
 
 
 def _columns(n: int, block: slice, argument: Any) -> Any:
-    """An argument of the model's call for some of its n columns."""
+    """An argument of the model's call, cut to some of its n columns."""
     is_by_column = isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n
     return argument[:, block] if is_by_column else argument
 
 
 class TokenRows(Rows):
-    """Conversations that take some tokens each, as one input of shape (tokens, 1).
+    """Conversations whose next tokens form one input of shape (tokens, 1), without padding.
 
     Args:
-        counts: how many tokens of each conversation.
+        counts: the number of new tokens of each conversation.
     """
 
     def __init__(self, pool: Pool, conversations: Sequence[Conversation], counts: Sequence[int]) -> None:

@@ -72,9 +72,9 @@ def test_rows_that_are_named_again_are_forked() -> None:
         logits_of(model, cache, TEXT[:n])
     batch = [one.merge([one, two]) for one, two in zip(*caches, strict=True)]
     for wrong in (2, -3):
-        with pytest.raises(ValueError, match=f"row {wrong} of a batch of 2"):
+        with pytest.raises(ValueError, match=f"row {wrong} is out of range: the batch has 2 rows"):
             batch[0].filter([0, wrong])
-        with pytest.raises(ValueError, match=f"row {wrong} of a batch of 2"):
+        with pytest.raises(ValueError, match=f"row {wrong} is out of range: the batch has 2 rows"):
             batch[0].extract(wrong)
     for layer in batch:
         layer.filter([1, 1, -2])
@@ -121,7 +121,10 @@ def test_a_state_changes_in_a_call_only() -> None:
 def test_input_of_another_number_of_rows() -> None:
     model = tiny_llama()
     cache = make_prompt_cache(model)
-    for tokens, message in (([[1], [2]], "2 rows of input for a cache of 1"), ([[]], r"got shape \(1, 0\)")):
+    for tokens, message in (
+        ([[1], [2]], "2 rows, but the prompt cache has 1"),
+        ([[]], r"got shape \(1, 0\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             model(mx.array(tokens, mx.int32), cache=cache)
     assert cache.position == 0
