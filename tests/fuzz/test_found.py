@@ -90,7 +90,7 @@ def test_texts_that_are_no_texts(letters: list[int], tmp_path: Path) -> None:
 def test_a_tree_that_is_too_deep(depth: int, tmp_path: Path) -> None:
     """Refused by its names, or where it is built."""
     path = tmp_path / "a"
-    path.write_bytes(plain_file({f"0{'.0' * depth}": "x", "1.0": "KVCache"}, {}))
+    path.write_bytes(plain_file({f"0{'.0' * depth}": "x", "1.0": "KVCache", "2.0": ""}, {}))
     with pytest.raises(CacheFileError, match="not in the format of mlx-lm "):
         read_foreign(path)
 

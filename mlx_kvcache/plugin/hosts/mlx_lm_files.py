@@ -112,7 +112,7 @@ def read_foreign(path: Path) -> Foreign:
             entries = [entry for name, state in states for entry in _entries(name, state)]
         except _PARSE_ERRORS as error:
             # Messages of other errors name internals of this module.
-            reason = f": {error}" if type(error) is ValueError else ""
+            reason = f": {error}" if type(error) in (ValueError, OverflowError) else ""
             raise ValueError(
                 f"corrupt or unsupported file: not in the format of mlx-lm 0.31 or 0.32{reason}"
             ) from error
