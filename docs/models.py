@@ -32,25 +32,25 @@ INTRODUCTION = """\
 
 What the plug-in supports on each architecture of mlx-lm {version}. `make models` finds this out by running
 small configurations with random weights. **{passing} of {modules}** model modules run on its caches.
-`tests/plugin/test_architectures.py` compares each of them with the logits of mlx-lm's own caches: prefill in one
-block and in uneven blocks, decoding past every window and chunk border, rewinding, forking, and batches of
-rows of unequal length.
+`tests/plugin/test_architectures.py` compares each of them with the logits of mlx-lm's own caches: prefill in
+one block and in uneven blocks, decoding past every window and chunk border, rewinding, forking, and batches
+of rows of unequal length.
 
-- **Layers**: the number of layers of each kind. *full*: full attention; *window n*, *chunk n*: a sliding window
-  or chunks of n tokens, as in the small configuration; *state*: a recurrent layer.
+- **Layers**: the number of layers of each kind. *full*: full attention; *window n*, *chunk n*: a sliding
+  window or chunks of n tokens, as in the small configuration; *state*: a recurrent layer.
 - **Rewind**: *any*: by any number of tokens; *newest*: by as many tokens as the option `rewind` (64 by
   default), also after a window has slid; *checkpoints*: to the ends of blocks and to every 64th decoded token
   (see `resume_point`).
 - **Fork**: without copying.
-- **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay unchanged and the model's
-  offset runs ahead of the number of tokens; *re-rotated*: each shift rotates the later keys, in float32;
-  otherwise, the reason why it is refused.
+- **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay unchanged and the
+  model's offset runs ahead of the number of tokens; *re-rotated*: each shift rotates the later keys, in
+  float32; otherwise, the reason why it is refused.
 - **Quantize** (`kv_bits`): quantized keys and values, tested with a head size of 32. *untried*: the small
   configuration has smaller heads; *no keys*: the model caches no keys or values.
 - **Batch**: *ragged*: one call for all rows, and each row attends to its own keys; *gathered*: one call, for
   which the rows' keys and values are copied together; *by row*: one call for each row, because the model
-  computes other results for a batch than for its rows; *alike*: only rows of the same length and padding share a
-  call.
+  computes other results for a batch than for its rows; *alike*: only rows of the same length and padding
+  share a call.
 
 | Model | Layers | Rewind | Fork | Shift | Quantize | Batch |
 |---|---|---|---|---|---|---|
