@@ -1,4 +1,4 @@
-"""Writes docs/models.md: what can be done on each of mlx-lm's architectures, found out by trying."""
+"""Writes docs/models.md: the features that work on each architecture of mlx-lm, found out by running them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,27 @@ PAGE = Path(__file__).parent / "models.md"
 INTRODUCTION = """\
 # Models
 
-What the plug-in does on each architecture of mlx-lm {version}, found out by `make models` on small
-configurations with random weights. **{passing} of {modules}** model modules run on its caches, and
-`tests/plugin/test_architectures.py` holds each of them to the logits of mlx-lm's own caches: prefill in one
-block and in uneven ones, decoding past every border, going back, forking, batches of unequal rows.
+What the plug-in supports on each architecture of mlx-lm {version}. `make models` finds this out by running
+small configurations with random weights. **{passing} of {modules}** model modules run on its caches.
+`tests/plugin/test_architectures.py` compares each of them with the logits of mlx-lm's own caches: prefill in
+one block and in uneven blocks, decoding past every window and chunk border, rewinding, forking, and batches
+of rows of unequal length.
 
-- **Layers**: how many of each kind. *full*: attention to everything; *window n*, *chunk n*: the size is that
-  of the small configuration; *state*: a recurrence's arrays.
-- **Rewind**: *any* number of tokens; *newest*: as many as `rewind` says (64 unless told), also after a window
-  has slid; *checkpoints*: recurrences go back to the ends of blocks and every 64th decoded token
-  (`resume_point` tells).
+- **Layers**: the number of layers of each kind. *full*: full attention; *window n*, *chunk n*: a sliding
+  window or chunks of n tokens, as in the small configuration; *state*: a recurrent layer.
+- **Rewind**: *any*: by any number of tokens; *newest*: by as many tokens as the option `rewind` (64 by
+  default), also after a window has slid; *checkpoints*: to the ends of blocks and to every 64th decoded token
+  (see `resume_point`).
 - **Fork**: without copying.
-- **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay as they are and the
-  model's offset runs ahead; *re-rotated*: later keys are rotated for each shift, in float32; else why not.
-- **Quantize** (`kv_bits`): keys and values in fewer bits, tried with heads of 32 features. *untried*: the
-  small configuration has narrower heads; *no keys*: there is nothing to quantize.
-- **Batch**: *ragged*: one call for all rows, each attending to its own history; *gathered*: one call, for
-  which the histories are copied together; *by row*: a call for each, because the model gives other results
-  for a batch than for its rows; *alike*: rows of the same length and padding in one call.
+- **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay unchanged and the
+  model's offset runs ahead of the number of tokens; *re-rotated*: each shift rotates the later keys, in
+  float32; otherwise, the reason why it is refused.
+- **Quantize** (`kv_bits`): quantized keys and values, tested with a head size of 32. *untried*: the small
+  configuration has smaller heads; *no keys*: the model caches no keys or values.
+- **Batch**: *ragged*: one call for all rows, and each row attends to its own keys; *gathered*: one call, for
+  which the rows' keys and values are copied together; *by row*: one call for each row, because the model
+  computes other results for a batch than for its rows; *alike*: only rows of the same length and padding
+  share a call.
 
 | Model | Layers | Rewind | Fork | Shift | Quantize | Batch |
 |---|---|---|---|---|---|---|
@@ -56,7 +59,9 @@ block and in uneven ones, decoding past every border, going back, forking, batch
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page would change")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if the page would change"
+    )
     check = parser.parse_args().check
     page = _page()
     if check:
@@ -109,7 +114,7 @@ def _kind(rule: Rule | None) -> str:
 
 def _shift(pool: Pool) -> str:
     if pool.layout.is_recurrent:
-        return "a state cannot forget"
+        return "no: a state cannot forget tokens"
     scheme = pool.scheme
     return scheme.refusal or ("offset" if scheme.ahead else "re-rotated")
 
@@ -133,9 +138,12 @@ def _batch(pool: Pool) -> str:
 
 
 def _exceptions(refused: dict[str, str]) -> str:
-    lines = ["\n## Refused\n\n", "By `make_prompt_cache` and `attach`, before anything is computed.\n\n"]
+    lines = [
+        "\n## Refused\n\n",
+        "`make_prompt_cache` and `attach` refuse these models before anything is computed.\n\n",
+    ]
     lines += [f"- **{name}**: {why}.\n" for name, why in refused.items()]
-    lines += ["\n## Not tried\n\n", "They cannot run where this page was made.\n\n"]
+    lines += ["\n## Not tried\n\n", "These models cannot run on the machine that made this page.\n\n"]
     lines += [f"- **{name}**: {why}.\n" for name, why in UNBUILDABLE.items()]
     return "".join(lines)
 

@@ -1,12 +1,10 @@
-"""What ranks tell each other: a record of fixed size, and the words in it.
+"""Keeps the caches of several processes (ranks) that run one model together consistent.
 
-Processes that run one model together, and agree on what they do to its caches.
-
-Each has its own layers or heads, and makes the same calls as the others. Before anything changes
-they tell each other what they are about to do and whether they can, by one `all_gather` of a
-kilobyte. So a rank that is about to do something else, or cannot, stops all of them while their
-caches still are alike. MLX's collectives are paired by order alone: without this, ranks that
-differ would wait for each other without end, or add up arrays that do not belong together.
+Each rank has its own layers or heads and must make the same calls as the others. Before a call
+changes anything, the ranks exchange a record of 1,024 bytes with one `all_gather`: what each is about
+to do, and whether it can. If a rank is about to do something else, or cannot, all ranks raise while
+their caches are still alike. MLX pairs collectives only by their order, so without this check ranks
+that differ would wait forever or add up arrays that do not belong together.
 """
 
 from __future__ import annotations
@@ -25,21 +23,23 @@ from ..errors import CacheError, RanksDisagreeError
 from .hosts.layout import found_logits
 
 RECORD = 1024
-"""Bytes that each rank tells the others."""
+"""Size of a record in bytes."""
 SHOWN = 8
-"""So many tokens of an input are told in words; all of them are in the digest."""
+"""Number of an input's tokens that a record lists. The digest covers all of them."""
 _DIGEST = 8
 _ABOUT, _FED, _FAULT = 400, 120, 480
-"""Bytes of the texts in a record, which end in a zero each."""
+"""Maximum bytes of each text in a record, without the zero that ends it."""
 _PLURAL = {"is": "are", "was": "were"}
 
 
 class Record(NamedTuple):
-    """What one rank has told.
+    """The record of one rank.
 
     Attributes:
-        keys: digests of what it is about to do, and of the tokens that it was fed before.
-        fault: why it cannot, or "".
+        keys: digests of `about` and `fed`, computed before they were cut to fit.
+        about: what the rank is about to do.
+        fed: the tokens that its model was called with since the last vote, or "".
+        fault: why the rank cannot do it, or "".
     """
 
     keys: tuple[bytes, bytes]
@@ -49,8 +49,8 @@ class Record(NamedTuple):
 
 
 def told_tokens(tokens: mx.array) -> str:
-    """Tokens in words: the first of them, and a digest of all."""
-    # Widened on the host: an operation would wait for what a stream has to do before it.
+    """Describe tokens: all of them if they are few, else the first ones and a digest of all."""
+    # Converted with NumPy: an MLX operation would wait for earlier work of its stream.
     numbers = np.array(tokens).astype(np.int64).ravel()
     if numbers.size <= SHOWN:
         return str(numbers.tolist())
@@ -59,18 +59,18 @@ def told_tokens(tokens: mx.array) -> str:
 
 
 def spelled(numbers: Sequence[int]) -> str:
-    """A number, or several."""
+    """Format one number, or a list of them."""
     return str(numbers[0]) if len(numbers) == 1 else str(list(numbers))
 
 
 def by_rank(texts: Sequence[str], verb: str) -> str:
-    """What each rank said, those that said the same together; `verb` begins with "is" or "was"."""
+    """Describe the ranks' texts, with equal ones grouped; `verb` begins with "is" or "was"."""
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)
     if len(ranks) == 1:
-        # Only in what is too long to be shown.
-        return f"each rank {verb} {texts[0]}, which differs further on"
+        # Their digests differ, so the difference is in the part that was cut off.
+        return f"each rank {verb} {texts[0]}, which differs in the part not shown"
     return "; ".join(f"{_subject(own, verb)} {text or 'nothing'}" for text, own in ranks.items())
 
 
@@ -87,7 +87,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def encoded(about: str, fed: str, fault: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A record as bytes, each text cut to what there is place for."""
+    """Encode a record as bytes. Texts that are too long are cut."""
     texts = about.encode(), fed.encode(), fault.encode()
     data = _digest(texts[0]) + _digest(texts[1])
     for text, most in zip(texts, (_ABOUT, _FED, _FAULT), strict=True):
@@ -96,25 +96,26 @@ def encoded(about: str, fed: str, fault: str) -> np.ndarray[Any, np.dtype[np.uin
 
 
 def decoded(record: bytes) -> Record:
-    """What `encoded` was given."""
+    """Decode a record."""
     texts = record[2 * _DIGEST :].split(b"\0")
     about, fed, fault = (text.decode(errors="replace") for text in texts[:3])
     return Record((record[:_DIGEST], record[_DIGEST : 2 * _DIGEST]), about, fed, fault)
 
 
 _KNOWN = "_is_known_to_all_ranks"
-"""An attribute of exceptions that need not be told to the other ranks any more."""
+"""Attribute of exceptions that all ranks have already been informed of."""
 
 
 class Ranks:
-    """The ranks of a group. Of a single one every method does nothing.
+    """The ranks of a group, and the votes by which they agree. A group of one exchanges nothing.
 
-    Sections and votes of one process must come from one thread at a time, in the same order on
-    every rank: those of several models and caches too.
+    All sections and votes of a process, including those of different models and caches, must be made
+    from one thread at a time and in the same order on every rank.
 
     Attributes:
-        rank: of this process.
-        size: of the group.
+        group: MLX's group, or None for a single process.
+        rank: the rank of this process.
+        size: the number of ranks.
     """
 
     def __init__(self, group: mx.distributed.Group | None) -> None:
@@ -133,22 +134,22 @@ class Ranks:
         return self.size == 1
 
     def new_name(self) -> str:
-        """A name that other ranks give to the same thing: by the votes before it, which all have taken."""
+        """Return a name that is the same on all ranks: it counts the votes so far and the names since."""
         self._named += 1
         return f"{self._votes}.{self._named}"
 
     def agree(self, about: str, error: Exception | None = None) -> None:
-        """Find out whether all ranks are about to do this, and can.
+        """Vote: raise unless all ranks are about to do the same and can do it.
 
         Args:
-            about: what, as a verb with its numbers.
-            error: why this rank cannot.
+            about: what this rank is about to do: a verb with its numbers.
+            error: the reason why this rank cannot do it.
 
         Raises:
-            RanksDisagreeError: another rank is about to do something else, cannot, or was fed
-                other tokens before. On a rank that gives an error it is that error, unless ranks
-                are about to do different things.
-            CacheError: the others cannot be reached.
+            RanksDisagreeError: another rank is about to do something else, cannot do it, or was fed
+                other tokens before. A rank that passes `error` raises that error instead, unless the
+                ranks are about to do different things.
+            CacheError: the other ranks cannot be reached.
         """
         if self.is_alone:
             if error:
@@ -165,13 +166,14 @@ class Ranks:
 
     @contextmanager
     def together(self, about: str) -> Iterator[None]:
-        """A section that all ranks go through, or none.
+        """Enclose a change that either all ranks make or none.
 
-        It prepares something, calls `ready`, and only then changes anything. An exception before
-        that is told to the others; a section that never calls it votes at its end.
+        The section prepares the change, calls `ready`, and only then changes anything. The other
+        ranks are informed of an exception before `ready`. A section that does not call `ready` votes
+        at its end.
 
         Raises:
-            RanksDisagreeError, CacheError: as `agree`.
+            RanksDisagreeError, CacheError: like `agree`.
         """
         if self.is_alone:
             yield
@@ -182,7 +184,7 @@ class Ranks:
             yield
             self.ready()
         except Exception as error:
-            # What all have agreed on, or what comes from an inner section, all of them know.
+            # After the vote, or if an inner section has voted on the error, all ranks know.
             if section.has_voted or _KNOWN in vars(error):
                 raise
             section.has_voted = True
@@ -191,19 +193,19 @@ class Ranks:
             self._sections.pop()
 
     def ready(self) -> None:
-        """Vote for the innermost section, once. Raises as `agree`."""
+        """Vote for the innermost section, once. Raises like `agree`."""
         if self._sections and not self._sections[-1].has_voted:
             self._sections[-1].has_voted = True
             self.agree(self._sections[-1].about)
 
     def passed(self, tokens: mx.array | None, positions: Sequence[int], output: Any) -> None:
-        """The model has been called, so that its collectives come on what is now the CPU's stream.
+        """Record a call of the model. Its collectives run on the present default CPU stream.
 
         Args:
-            tokens: what it was given, if that is to be compared at the next vote: by then it is
-                evaluated anyhow.
-            positions: where its tokens begin.
-            output: of the model. It is not kept, as a prompt's logits are large and often not wanted.
+            tokens: the input, if the next vote is to compare it (it will have been evaluated by
+                then), else None.
+            positions: the position of the first token of each row.
+            output: the model's output. Only a weak reference is kept: a prompt's logits are large.
         """
         logits = found_logits(output)
         self._output = (lambda: None) if logits is None else weakref.ref(logits)
@@ -211,22 +213,22 @@ class Ranks:
         self._stream = mx.default_stream(mx.cpu)
 
     def enqueue(self, arrays: Sequence[mx.array]) -> None:
-        """Let arrays be computed, and the model's last output if somebody has it, if nobody has asked yet.
+        """Start the evaluation of arrays, and of the model's last output if it is still referenced.
 
-        Otherwise a rank that needs one for something of its own, such as a longer buffer, would
-        begin the model's collectives earlier than others do.
+        Otherwise a rank that evaluates an array for a reason of its own, such as a growing buffer,
+        would start the model's collectives earlier than other ranks.
         """
         output = self._output()
         mx.async_eval(*arrays, *([] if output is None else [output]))  # type: ignore[no-untyped-call]
 
     def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers. Raises CacheError where the others cannot be reached."""
+        """Return the smallest of all ranks' numbers. Raises CacheError if the others cannot be reached."""
         if self.is_alone:
             return number
         return min(int(text) for text in self.share("compare numbers", str(int(number))))
 
     def share(self, about: str, text: str) -> list[str]:
-        """The texts of all ranks, of at most 480 bytes. Raises as `agree`."""
+        """Return the texts of all ranks, each cut to 480 bytes. Raises like `agree`."""
         if self.is_alone:
             return [text]
         told = [decoded(record) for record in self._exchange(encoded(about, "", text))]
@@ -237,7 +239,7 @@ class Ranks:
         return [one.fault for one in told]
 
     def _failure(self, told: Sequence[Record], error: Exception | None) -> Exception | None:
-        """What is wrong with what the ranks have told."""
+        """Return the error that the ranks' records call for, or None."""
         abouts, feds = ([one.keys[i] for one in told] for i in range(2))
         before = ""
         if len(set(feds)) > 1:
@@ -252,14 +254,14 @@ class Ranks:
         if faults:
             rank, first = next(iter(faults.items()))
             return RanksDisagreeError(
-                f"rank {rank} of {self.size} cannot {first.about}: {first.fault}; no rank has",
+                f"rank {rank} of {self.size} cannot {first.about}: {first.fault}; no rank has done it",
                 tuple(one.fault for one in told),
             )
         if before:
             return self._disagreement(
                 [one.fed for one in told],
                 "was fed",
-                "; these tokens are in the caches and can be rewound: seeds or prompts differ",
+                "; these are in the caches and can be rewound; give all ranks the same seeds and prompts",
             )
         return None
 
@@ -267,15 +269,15 @@ class Ranks:
         return RanksDisagreeError(f"ranks disagree: {by_rank(texts, verb)}{more}", tuple(texts))
 
     def _fed_text(self) -> str:
-        """The tokens that nobody has compared yet."""
+        """Return and clear the description of tokens that no vote has compared yet."""
         fed, self._fed = self._fed, None
         return f"{told_tokens(fed[0])} at {spelled(fed[1])}" if fed else ""
 
     def _exchange(self, record: np.ndarray[Any, np.dtype[np.uint8]]) -> list[bytes]:
-        """Every rank's record."""
+        """Return the records of all ranks."""
         stream, now = self._stream, mx.default_stream(mx.cpu)
         if stream is not None and stream != now:
-            # Two streams are two threads, and collectives of both would mix on the same sockets.
+            # Each stream has its own thread: collectives of two streams would mix on the same sockets.
             mx.synchronize(stream)
             self._stream = None
         self._votes += 1
@@ -285,8 +287,7 @@ class Ranks:
             mx.eval(gathered)
         except RuntimeError as error:
             lost = CacheError(
-                f"rank {self.rank} of {self.size} cannot reach the others, of which one may have ended: "
-                f"{error}"
+                f"rank {self.rank} of {self.size} cannot reach the other ranks; one may have exited: {error}"
             )
             vars(lost)[_KNOWN] = True
             raise lost from error
@@ -294,7 +295,7 @@ class Ranks:
 
 
 class _Section:
-    """What ranks are about to do, and whether they have voted on it."""
+    """A change that ranks are about to make, and whether they have voted on it."""
 
     def __init__(self, about: str) -> None:
         self.about = about
@@ -307,11 +308,13 @@ _lock = threading.Lock()
 
 
 def ranks_of(group: mx.distributed.Group | None) -> Ranks:
-    """The ranks of a group, the same object each time. Raises TypeError for what is no group."""
+    """Return the ranks of a group, always the same object. Raises TypeError for other values."""
     if group is not None and not isinstance(group, mx.distributed.Group):
-        raise TypeError(f"group must be of mx.distributed.init(), or None, got {type(group).__name__}")
+        raise TypeError(
+            f"group must be returned by mx.distributed.init(), or None, got {type(group).__name__}"
+        )
     if group is None or group.size() == 1:
         return ALONE
     with _lock:
-        # MLX makes an object at each `init`; a process is in one group of each size.
+        # MLX makes a new object at each `init`; a process is in one group of each size.
         return _groups.setdefault((group.rank(), group.size()), Ranks(group))

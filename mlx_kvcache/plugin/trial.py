@@ -1,8 +1,9 @@
-"""Trying a model on its caches before anybody relies on them.
+"""Tests a model on this package's caches when a cache is made, before it is used.
 
-Whatever a model asks of a cache that it does not get shows here, and not in the middle of a text.
-For that a graph of a few tokens is built and not evaluated, so that it costs no more than Python's
-time. How the model takes batches is found by comparing logits, when a batch first needs to know.
+A model that needs something of a cache that this package does not provide fails here, not in the
+middle of a text. The test builds the graph of a few tokens without evaluating it, so it costs only
+Python's time. When a batch first needs it, the module also compares logits to find out how the model
+can compute batches.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from .pool.pool import Batching, Pool
 from .pool.weights import Version
 
 LENGTHS = (5, 2)
-"""Tokens of the rows that are tried."""
+"""Lengths in tokens of the rows that are tested."""
 BY_COLUMN = frozenset({"minimax_m3_vl"})
-"""Models that choose among blocks of thousands of keys by their columns, which padding moves."""
+"""Models that select blocks of thousands of keys by column index, which padding changes."""
 NOISE = 0.1
-"""Logits that differ by more of their spread are not the same, in 16 bits either."""
+"""Largest difference of equal logits, as a fraction of their standard deviation; allows for 16 bits."""
 
 
 class _Findings:
-    """What has been found out about a model, by question, version of its weights and number of ranks."""
+    """Answers about a model, by question, version of its weights and number of ranks."""
 
     def __init__(self) -> None:
-        # Held while the model runs, so that it is tried once, and no other model waits for that.
+        # Held while the model runs, so that it is tested once. Other models have other locks.
         self.lock = threading.RLock()
         self.answers: dict[tuple[str, Version, int], Any] = {}
 
@@ -45,20 +46,24 @@ _findings = PerModel(_Findings)
 
 
 def try_out(pool: Pool) -> None:
-    """Find out what the model writes. Raises NotSupportedError if it cannot run on these caches."""
+    """Find out what the model writes, for `pool.forms`.
+
+    Raises:
+        NotSupportedError: the model cannot run on these caches.
+    """
     pool.forms, pool.mirrored = _answer(pool, "forms")
     pool.ask = _answer
 
 
 def _answer(pool: Pool, question: str) -> Any:
-    """What is known of the pool's model, found once for each version of it, in a pool of its own."""
+    """Answer a question about the pool's model, once for each version, in a pool made for the test."""
     model, version = pool.living_model, pool.version
     findings, key = _findings.of(model), (question, version, pool.ranks.size)
     with findings.lock:
         if key not in findings.answers:
             scratch = Pool(model, pool.layout, [1] * len(pool.caches), None, pool.ranks, version)
             scratch.ask = _answer
-            # To know what a model writes, nothing needs to be computed.
+            # The form of what a model writes is known without computing it.
             scratch.is_scratch = question == "forms"
             found = _QUESTIONS[question](scratch)
             version.after_call(model)
@@ -78,7 +83,7 @@ def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
             pool.living_model(mx.zeros((1, n), mx.int32), cache=cache)
         except Exception as error:
             where = (
-                "these caches" if _runs_without(pool.living_model) else "this device, with or without caches"
+                "these caches" if _runs_without(pool.living_model) else "this device, with or without a cache"
             )
             raise NotSupportedError(f"{module} does not run on {where}: {error!r}") from error
         written |= {index for index, is_written in enumerate(rows.written_last) if is_written}
@@ -91,18 +96,18 @@ def _runs_without(model: nn.Module) -> bool:
     """Whether a model can be called without a cache."""
     try:
         model(mx.zeros((1, 2), mx.int32))
-    except Exception:  # noqa: BLE001  # whatever it is, our caches have not caused it
+    except Exception:  # noqa: BLE001  # this package's caches did not cause it
         return False
     return True
 
 
 def _form(pool: Pool, leaf: Leaf) -> Form:
-    """The form of what a leaf of keys and values stores."""
+    """Return the form of a leaf's keys and values."""
     return pool.keyed(leaf)._store.layers[leaf.index].form
 
 
 def _batching(pool: Pool) -> Batching:
-    """Compare two rows of unequal length in one input with each alone."""
+    """Compare the logits of two rows of unequal length in one input with those of each alone."""
     alone = [_rows(pool, 1) for _ in LENGTHS]
     text = mx.arange(1, max(LENGTHS) + 1)[None]
     expected = mx.concatenate(
@@ -123,7 +128,7 @@ def _batching(pool: Pool) -> Batching:
             found = _logits(pool, together, block, mx.array(LENGTHS)[:, None])
             if found.shape == expected.shape and _difference(found, expected) <= NOISE:
                 return way
-        except Exception:  # noqa: BLE001, S112  # whatever it is, this model does not take such rows
+        except Exception:  # noqa: BLE001, S112  # the model does not support such rows
             continue
         finally:
             del pool.__dict__["batching"]
@@ -131,7 +136,7 @@ def _batching(pool: Pool) -> Batching:
 
 
 def _mixes(pool: Pool) -> bool:
-    """Compare two prompts as rows of tokens, and then a block of one and a token of the other."""
+    """Compare two prompts that run as one-token rows, first blocks and then their last two tokens."""
     if pool.layout.is_recurrent or pool.batching != "ragged":
         return False
     texts = [list(range(1, length + 3)) for length in LENGTHS]
@@ -148,7 +153,7 @@ def _mixes(pool: Pool) -> bool:
                 pool.living_model, mx.array([[token] for part in parts for token in part]), cache
             )
             mx.eval(logits)
-    except Exception:  # noqa: BLE001  # whatever it is, this model does not take such rows
+    except Exception:  # noqa: BLE001  # the model does not support such rows
         return False
     found = mx.stack([logits[1, -1], logits[3, -1]]).astype(mx.float32)
     return _difference(found, expected) <= NOISE
@@ -158,9 +163,9 @@ _QUESTIONS: dict[str, Callable[[Pool], Any]] = {"forms": _written, "batching": _
 
 
 def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:
-    """Those of one token after a block."""
+    """Return the logits of one token after a block."""
     cache = entries_of(rows)
-    # One after the other: of two calls at once, ranks of a pipeline would order the collectives differently.
+    # Evaluated one by one: pipeline ranks would order the collectives of two calls differently.
     mx.eval(logits_of(pool.living_model, block, cache))
     rows.padding = rows.padding.finalized()
     logits = logits_of(pool.living_model, token, cache)
@@ -169,7 +174,7 @@ def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.arra
 
 
 def _whole(pool: Pool, text: list[int]) -> mx.array:
-    """Those of the last token of a text in one block."""
+    """Return the logits of the last token of a text that runs as one block."""
     logits = logits_of(pool.living_model, mx.array([text]), entries_of(_rows(pool, 1)))[:, -1]
     mx.eval(logits)
     return logits
@@ -180,6 +185,6 @@ def _rows(pool: Pool, n: int) -> Rows:
 
 
 def _difference(a: mx.array, b: mx.array) -> float:
-    """Root of the mean square, in units of the spread of b."""
+    """Return the RMS difference divided by the standard deviation of b."""
     ratio: float = (mx.sqrt(mx.square(a - b).mean()) / mx.sqrt(mx.var(b))).tolist()  # type: ignore[assignment]
     return ratio

@@ -82,7 +82,7 @@ def test_texts_that_are_no_texts(letters: list[int], tmp_path: Path) -> None:
     arrays = source.arrays | {"0.0.1": Stored("I64", (len(letters),), data)}
     path = tmp_path / "a"
     path.write_bytes(plain_file(source.told, arrays))
-    with pytest.raises(CacheFileError, match="not a prompt cache as mlx-lm "):
+    with pytest.raises(CacheFileError, match=r"not in the format of mlx-lm .*(too large|not in range)"):
         read_foreign(path)
 
 
@@ -90,8 +90,8 @@ def test_texts_that_are_no_texts(letters: list[int], tmp_path: Path) -> None:
 def test_a_tree_that_is_too_deep(depth: int, tmp_path: Path) -> None:
     """Refused by its names, or where it is built."""
     path = tmp_path / "a"
-    path.write_bytes(plain_file({f"0{'.0' * depth}": "x", "1.0": "KVCache"}, {}))
-    with pytest.raises(CacheFileError, match="prompt cache"):
+    path.write_bytes(plain_file({f"0{'.0' * depth}": "x", "1.0": "KVCache", "2.0": ""}, {}))
+    with pytest.raises(CacheFileError, match="not in the format of mlx-lm "):
         read_foreign(path)
 
 

@@ -159,7 +159,7 @@ def test_what_cannot_be_observed_is_refused_and_not_attached() -> None:
     closed = tiny_llama()
     closed.__class__ = Closed
     before = mlx_lm_cache.make_prompt_cache
-    for model, reason in ((Silent(), "has no __call__"), (closed, "it is final")):
+    for model, reason in ((Silent(), "does not define __call__"), (closed, "it is final")):
         original = type(model)
         with pytest.raises(NotSupportedError, match=reason):
             attach(model)

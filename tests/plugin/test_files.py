@@ -114,7 +114,7 @@ def test_options_without_those_that_they_need(given: dict[str, Any], tmp_path: P
     cache.save(tmp_path / "a")
     loaded = PromptCache.load(tmp_path / "a", model, **given)
     assert loaded._conversation.limits[:3] in ((None, "error", 0), (50, "error", 0), (60, "shift", 4))
-    with pytest.raises(ValueError, match="sinks=4 are first tokens that a shift keeps"):
+    with pytest.raises(ValueError, match="sinks=4 is the number of first tokens that a shift keeps"):
         PromptCache.load(tmp_path / "a", model, capacity=None, sinks=4)
 
 
@@ -261,7 +261,7 @@ def test_an_option_that_there_is_not(name: str, nearest: str, tmp_path: Path) ->
         make_session_pool(model, folder=tmp_path / "folder", **options)
     assert not (tmp_path / "folder").exists()
     for tokenizer in ("gpt2", 3):
-        with pytest.raises(TypeError, match=r"a tokenizer as `mlx_lm\.load` returns it is needed, got"):
+        with pytest.raises(TypeError, match=r"tokenizer must be one returned by mlx_lm\.load, got"):
             PromptCache.load(path, model, tokenizer)
     tokens: Any = [1.5] * 3
     with pytest.raises(TypeError, match="tokens must be whole numbers"):

@@ -1,4 +1,4 @@
-"""What a host is: its cache classes, how its models are called and attend, and its files.
+"""Interface to the host (mlx-lm, mlx-vlm): its cache classes, model calls, attention and files.
 
-The only place that replaces functions and classes of a model. It must not know pools or forwards.
+Only this package replaces functions and classes of a model. It does not import pools or forwards.
 """

@@ -1,10 +1,9 @@
-"""Attention of a batch's rows, each on its own keys: no padding, no copies, mostly no masks.
+"""Lets each row of a batch attend to its own keys, without padding, copies or, mostly, masks.
 
-mlx-lm's models pass what `update_and_fetch` and `make_mask` give them on to
-`scaled_dot_product_attention`, and most of them do nothing else with it. Those are given
-handles, which stand for the rows' histories, and the function in their modules is replaced by
-one that attends where it meets a handle. A handle can do nothing else, so that a model which
-needs arrays shows it when it is tried.
+Most of mlx-lm's models only pass the results of `update_and_fetch` and `make_mask` on to
+`scaled_dot_product_attention`. Such models get handles instead of arrays, and the function in
+their modules is replaced by one that computes attention when it receives a handle. A handle
+supports nothing else, so a model that needs arrays fails in the trial run.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from .observe import Observable
 _NAME = "scaled_dot_product_attention"
 _original = mlx_lm_base.scaled_dot_product_attention
 _users: dict[str, set[object]] = {}
-"""For each of mlx-lm's modules, by name, every `serve` that is not over."""
+"""For each model module, by name, a token for every active `serve`."""
 
 
 class Attends(Protocol):
-    """A forward that can attend by itself."""
+    """A forward that computes attention to its own stored keys."""
 
     def attend(
         self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
@@ -37,7 +36,7 @@ class Attends(Protocol):
 
 
 class Ragged:
-    """Keys or values of a leaf in a forward of several rows."""
+    """Handle for the keys or the values of a leaf in a forward."""
 
     __slots__ = ("forward", "leaf")
 
@@ -47,7 +46,7 @@ class Ragged:
 
 
 class RaggedMask:
-    """Who sees whom, by the rule of a leaf; `window_size` narrows it as in `make_mask`."""
+    """Handle for the mask of a leaf's visibility rule, narrowed by `window_size` as in `make_mask`."""
 
     __slots__ = ("leaf", "window_size")
 
@@ -66,7 +65,7 @@ def attend(
     sinks: mx.array | None = None,
     **more: Any,
 ) -> mx.array:
-    """Stands in for `mlx_lm.models.base.scaled_dot_product_attention`."""
+    """Replaces `mlx_lm.models.base.scaled_dot_product_attention`."""
     if isinstance(keys, Ragged):
         return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
     if sinks is None and isinstance(cache, Observable) and codec.is_cpu():
@@ -81,9 +80,10 @@ def attend(
 
 
 def serve(model: nn.Module) -> Callable[[], None]:
-    """Let the modules of a model attend to handles, until what is returned is called.
+    """Make the modules of a model accept handles until the returned function is called.
 
-    Finalizers may call that: it takes no lock, does not keep the model alive, and may be called twice.
+    The returned function is safe in finalizers: it takes no lock, does not keep the model alive, and
+    may be called twice.
     """
     user, names = object(), {type(module).__module__ for module in model.modules()}
     for name in names:
@@ -99,11 +99,11 @@ def serve(model: nn.Module) -> Callable[[], None]:
 
 
 def _bind(name: str) -> None:
-    """Let a module have the function that its users need, unless somebody else has replaced it."""
+    """Give a module the function that its users need, unless other code has replaced it."""
     module = sys.modules.get(name)
     while True:
         old, new = (_original, attend) if _users[name] else (attend, _original)
         if getattr(module, _NAME, None) is not old:
             return
-        # Another thread may change the users meanwhile, so look again.
+        # Another thread may change the users in between, so check again.
         setattr(module, _NAME, new)

@@ -1,6 +1,7 @@
-"""The logits in what a model's call returns: an array, or an object that has them as `.logits`.
+"""Reads a model's cache layout from its own cache list, and the logits from its output.
 
-What a model's own cache is made of, entry by entry.
+The layout says for each layer which tokens are visible (full attention, window, chunk) or that it
+keeps recurrent states. Logits are the returned array, or the `.logits` of the returned object.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .observe import own_make_cache
 
 
 def found_logits(output: Any) -> mx.array | None:
-    """The logits in a model's output, None where there are none."""
+    """Return the logits in a model's output, or None if it has none."""
     logits = output if isinstance(output, mx.array) else getattr(output, "logits", None)
     return logits if isinstance(logits, mx.array) else None
 
@@ -36,14 +37,18 @@ def logits_of(model: Any, inputs: mx.array, cache: Any) -> mx.array:
     logits = found_logits(output)
     if logits is None:
         raise NotSupportedError(
-            f"{type(model).__module__} returned a {type(output).__name__}; its logits must be an array, or "
-            "the attribute .logits of an object"
+            f"{type(model).__module__} returned a {type(output).__name__}; expected the logits as an array, "
+            "or an object with the attribute .logits"
         )
     return logits
 
 
 def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -> Any:
-    """The output of one call for the rows of several: each array in it is made of theirs.
+    """Combine the outputs of calls for single rows into the output of one call for all rows.
+
+    Args:
+        outputs: one output for each row, all of the same structure.
+        join: combines the rows' arrays into one.
 
     Raises:
         NotSupportedError: an output holds something other than arrays, lists of arrays and None.
@@ -57,7 +62,8 @@ def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -
         return type(first)(joined(parts, join) for parts in zip(*outputs, strict=True))
     if found_logits(first) is None or not hasattr(first, "__dict__"):
         raise NotSupportedError(
-            f"the outputs of calls for several rows cannot be joined: a {type(first).__name__} is in them"
+            f"cannot join the outputs of several rows: they contain a {type(first).__name__}; supported are "
+            "arrays, lists, tuples, None, and objects with .logits"
         )
     whole = copy.copy(first)
     for name in vars(first):
@@ -68,13 +74,13 @@ def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -
 
 @dataclass(frozen=True)
 class Leaf:
-    """One cache of a model: keys and values that a rule makes visible, or a recurrence's arrays.
+    """One cache of a model: keys and values under a visibility rule, or a recurrent layer's states.
 
     Attributes:
-        index: its place among all leaves of the model.
+        index: its index among all leaves of the model.
         name: its place in the model's cache list, such as "3", or "3[1]" inside a `CacheList`.
-        rule: who sees whom; None for arrays.
-        slots: how many arrays; 0 for keys and values.
+        rule: the visibility rule; None for recurrent states.
+        slots: the number of state arrays; 0 for keys and values.
     """
 
     index: int
@@ -93,7 +99,7 @@ Entry = Leaf | tuple["Entry", ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """The entries of a model's cache list, a `CacheList` as a tuple, and all leaves in order."""
+    """The entries of a model's cache list; a `CacheList` is a tuple of entries."""
 
     entries: tuple[Entry, ...]
 
@@ -103,7 +109,7 @@ class Layout:
 
     @property
     def rules(self) -> tuple[Rule | None, ...]:
-        """The different rules, in order of appearance; None stands for recurrent arrays."""
+        """The distinct visibility rules, in order of appearance; None stands for recurrent states."""
         return tuple(dict.fromkeys(leaf.rule for leaf in self.leaves))
 
     @property
@@ -112,10 +118,10 @@ class Layout:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Read what the model asks for: its `make_cache`, or a cache of full attention for each layer.
+    """Return the layout of the model's own cache: its `make_cache`, or full attention for each layer.
 
     Raises:
-        NotSupportedError: an entry of an unknown class, or a model that caches nothing.
+        NotSupportedError: an entry's class is not supported, or the model caches nothing.
     """
     entries = own_cache(model)
     found: list[Entry] = []
@@ -124,12 +130,12 @@ def layout_of(model: nn.Module) -> Layout:
         found.append(_read(entry, str(index), count, type(model).__module__))
         count += sum(1 for _ in _leaves(found[-1]))
     if not count:
-        raise NotSupportedError(f"{type(model).__module__} caches nothing")
+        raise NotSupportedError(f"{type(model).__module__} has no layers that use a cache")
     return Layout(tuple(found))
 
 
 def own_cache(model: nn.Module) -> list[Any]:
-    """A cache list of mlx-lm's own for a model, also while the model is attached."""
+    """Return mlx-lm's own cache list for a model, even while the model is attached."""
     with own_make_cache(model) as make_cache:
         return make_cache() if make_cache else [mlx_lm_cache.KVCache() for _ in model.layers]
 
@@ -143,7 +149,7 @@ def _leaves(entry: Entry) -> Iterator[Leaf]:
 
 
 def _read(entry: Any, name: str, first: int, module: str) -> Entry:
-    # Subclasses may behave in any way, so the class must be just the one that is known.
+    # Subclasses may behave differently, so only exact classes are accepted.
     kind = type(entry)
     if kind is mlx_lm_cache.KVCache:
         return Leaf(first, name, Causal())

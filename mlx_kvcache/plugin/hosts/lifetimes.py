@@ -1,9 +1,10 @@
-"""State that lives as long as a model.
+"""Keeps a value for each model until the model is freed.
 
-Garbage collection runs finalizers at any moment and in any thread, also in one that holds a lock, so
-a finalizer that waits for a lock can stop the process. No finalizer of the plug-in takes one: it
-removes an entry, which is atomic, and then puts things as the remaining entries say. Whoever adds an
-entry does the same, and looks again afterwards, so that the last one to look sees all entries.
+Garbage collection can run a finalizer at any time and in any thread, even one that holds a lock, so a
+finalizer that waits for a lock can deadlock the process. Finalizers of the plug-in therefore take no
+locks: they remove an entry, which is atomic, and then apply the state that the remaining entries ask
+for. Code that adds an entry applies it too and checks again afterwards, so the last check sees all
+entries.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ T = TypeVar("T")
 
 
 class PerModel(Generic[T]):
-    """A value for each model, until the model dies. Takes no locks.
+    """A mapping from models to values that drops a value when its model is freed. Takes no locks.
 
-    Models are dicts, which have no hash. They are known by address, and a weak reference tells a
-    model from a dead one that was at the same address.
+    Models are dicts and cannot be hashed, so the key is the address. A weak reference tells a model
+    from a freed one that had the same address.
 
     Args:
         make: makes the value of a model that has none yet.
-        gone: called after a model has died that had a value.
+        gone: called after a model that had a value is freed.
     """
 
     def __init__(self, make: Callable[[], T], gone: Callable[[], None] = lambda: None) -> None:
@@ -34,16 +35,16 @@ class PerModel(Generic[T]):
         self._entries: dict[int, tuple[weakref.ref[nn.Module], T]] = {}
 
     def __bool__(self) -> bool:
-        """Whether any model has a value that counts as true."""
+        """Whether any model has a truthy value."""
         return any(value for _, value in list(self._entries.values()))
 
     def get(self, model: nn.Module) -> T | None:
-        """The model's value, or None if it has none."""
+        """Return the model's value, or None if it has none."""
         weakly, value = self._entries.get(id(model), (None, None))
         return value if weakly and weakly() is model else None
 
     def of(self, model: nn.Module) -> T:
-        """The model's value, which is made first if it has none."""
+        """Return the model's value; make it first if there is none."""
         key = id(model)
         known = self._entries.get(key)
         if known is None or known[0]() is not model:
@@ -54,6 +55,6 @@ class PerModel(Generic[T]):
         return known[1]
 
     def _died(self, key: int) -> None:
-        # Python calls this before another object can get the address.
+        # Python calls this before another object can reuse the address.
         self._entries.pop(key, None)
         self._gone()

@@ -1,7 +1,8 @@
-"""Prompt cache files of mlx-lm 0.31 and 0.32.
+"""Reads the prompt cache files of mlx-lm 0.31 and 0.32.
 
-mlx-lm's own loader looks up whatever class a file names. Here a file is data: the classes are a
-table, the arrays lie where the file's size allows it, and what is not understood is refused.
+mlx-lm's own loader looks up any class that a file names. This reader treats files as untrusted data:
+it knows the supported classes from a table, checks sizes before it allocates, and rejects everything
+else.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from ...quantization import checked_codec
 from ...storage.buffers import Lanes
 from ...storage.codec import Packed, Plain
 
-_MOST = 100_000
-"""Entries of all lists: the names of a file's arrays say how long they are, and may say anything."""
-_DEEPEST = 32
-"""Lists in lists."""
+_MAX_ENTRIES = 100_000
+"""Maximum number of entries of all lists together: the array names in a file set their lengths."""
+_MAX_DEPTH = 32
+"""Maximum nesting depth of lists."""
 
-_FAULTS = (
+_BATCH = "it holds a batch; only single sequences are supported"
+
+_PARSE_ERRORS = (
     TypeError,
     KeyError,
     IndexError,
@@ -36,22 +39,22 @@ _FAULTS = (
     OverflowError,
     RecursionError,
 )
-"""What comes of data that are not what they should be: numbers that are no letters, trees too deep."""
+"""Errors that parsing a corrupt file can raise."""
 
 Ranges = tuple[tuple[int, int], ...]
-"""(position, length) of neighboring tokens."""
+"""(first position, length) of each run of consecutive tokens."""
 
 
 class Entry(NamedTuple):
-    """A layer of a file.
+    """One layer of a file.
 
     Attributes:
-        name: mlx-lm's class.
-        offset: the position after its last token; None for arrays, which do not know it.
-        lanes: keys and values (1, n_kv_heads, S, head_dim), by rising position; None where there are none.
-        ranges: which tokens they are of.
-        arrays: of a recurrence.
-        sizes: what a window (all that it sees, of these its first tokens) or a chunk says of itself.
+        name: the name of mlx-lm's class.
+        offset: the position after its last token; None for recurrent states, which do not record it.
+        lanes: keys and values (1, n_kv_heads, S, head_dim), in order of position; None if empty.
+        ranges: the tokens that `lanes` holds.
+        arrays: the states of a recurrent layer.
+        sizes: (max_size, keep) of a sliding window, (chunk_size,) of chunks, else empty.
     """
 
     name: str
@@ -63,7 +66,13 @@ class Entry(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """A file of mlx-lm's: its layers, those of a `CacheList` one by one, and its writer's metadata."""
+    """The contents of a file of mlx-lm.
+
+    Attributes:
+        path: the file.
+        entries: its layers; those of a `CacheList` follow each other.
+        metadata: the metadata that the caller of `save_prompt_cache` added.
+    """
 
     path: Path
     entries: list[Entry]
@@ -71,66 +80,74 @@ class Foreign(NamedTuple):
 
     @property
     def end(self) -> int:
-        """How many tokens it is for."""
+        """The number of tokens that the file's cache has read."""
         return next(entry.offset for entry in self.entries if entry.offset is not None)
 
 
 def read_foreign(path: Path) -> Foreign:
-    """Read a file that mlx-lm's `save_prompt_cache` wrote; all of it, for it has no checksums.
+    """Read a file written by mlx-lm's `save_prompt_cache`.
+
+    Reads all arrays at once. The format has no checksums, so only some corruption is detected.
 
     Raises:
-        CacheFileError: it is none, is damaged as far as that can be told, or is of a batch.
+        CacheFileError: the file is not a prompt cache, is corrupt, or holds a batch.
     """
     metadata, _, _ = read_outline(path)
-    # Before any array is read: a model's weights are large.
+    # Checked before the arrays are read: a file of model weights is large.
     if not is_prompt_cache(metadata):
         raise CacheFileError(path, NO_PROMPT_CACHE)
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
-        raise CacheFileError(path, f"cannot be read: {error}") from error
+        raise CacheFileError(path, f"corrupt file: {error}") from error
     with faults_of(path):
         try:
             first, second, third = _unflattened(metadata)
-            # 0.31 begins with numbers of each cache, 0.32 with what its writer added.
+            # 0.31 starts with the numbers of each cache, 0.32 with the caller's metadata.
             if isinstance(first, list):
                 states, own = _states_of_0_31(arrays, first, third), second
             else:
                 states, own = _states_of_0_32(arrays, second, third), first
             entries = [entry for name, state in states for entry in _entries(name, state)]
-        except _FAULTS as error:
-            # Others speak of this module's names.
-            told = f": {error}" if type(error) is ValueError else ""
-            raise ValueError(f"not a prompt cache as mlx-lm 0.31 or 0.32 writes it{told}") from error
+        except _PARSE_ERRORS as error:
+            # Messages of other errors name internals of this module.
+            reason = f": {error}" if type(error) in (ValueError, OverflowError) else ""
+            raise ValueError(
+                f"corrupt or unsupported file: not in the format of mlx-lm 0.31 or 0.32{reason}"
+            ) from error
         offsets = {entry.offset for entry in entries if entry.offset is not None}
         if not offsets:
-            raise ValueError("it holds recurrent layers only, and says not after how many tokens")
+            raise ValueError(
+                "unsupported file: it holds only recurrent layers, which do not record the number of tokens"
+            )
         if len(offsets) > 1:
-            raise ValueError(f"its layers end at different positions: {sorted(offsets)}")
+            raise ValueError(f"corrupt file: layers end at different positions: {sorted(offsets)}")
         return Foreign(path, entries, own if isinstance(own, dict) else {})
 
 
 def _unflattened(named: Mapping[str, Any]) -> Any:
-    """The tree of names with full stops. Raises ValueError where its lists would be longer than any are."""
+    """Build the tree that dotted names describe. Raises ValueError if its lists are too long or too deep."""
     lengths: dict[str, int] = {}
     total = 0
     for name in named:
-        parts = name.split(".", _DEEPEST)
+        parts = name.split(".", _MAX_DEPTH)
         for depth, part in enumerate(parts):
-            # Whatever Python reads as a number is a place to MLX, such as "1_000" or "007".
+            # MLX accepts every index that int() accepts, such as "1_000" or "007".
             with suppress(ValueError):
                 holder = ".".join(parts[:depth])
                 known = lengths.get(holder, 0)
                 lengths[holder] = max(known, int(part) + 1)
                 total += lengths[holder] - known
-        if len(parts) > _DEEPEST or total > _MOST:
-            raise ValueError(f"{name[:60]!r} is no place in a list")
+        if len(parts) > _MAX_DEPTH or total > _MAX_ENTRIES:
+            raise ValueError(
+                f"array name {name[:60]!r} exceeds {_MAX_DEPTH} nested lists or {_MAX_ENTRIES:,} list entries"
+            )
     return tree_unflatten(list(named.items()))
 
 
 def _states_of_0_32(arrays: Mapping[str, Any], classes: Any, scalars: Any) -> Iterator[tuple[str, Any]]:
-    """Each cache's class and state."""
+    """Yield the class and the state of each cache."""
     values = dict(arrays)
     for place, kind in scalars[1:]:
         values[place] = _value(kind, arrays[place])
@@ -138,7 +155,7 @@ def _states_of_0_32(arrays: Mapping[str, Any], classes: Any, scalars: Any) -> It
 
 
 def _value(kind: str, array: mx.array) -> Any:
-    """What 0.32 has written as an array."""
+    """Decode a scalar, a string or None, which 0.32 writes as an array."""
     if kind == "none":
         return None
     if kind == "scalar":
@@ -148,17 +165,17 @@ def _value(kind: str, array: mx.array) -> Any:
 
 
 def _states_of_0_31(arrays: Mapping[str, Any], infos: Any, classes: Any) -> Iterator[tuple[str, Any]]:
-    """The same, as 0.32 would have them."""
+    """Yield the class and the state of each cache, in the form of 0.32."""
     for name, state, info in zip(classes, _unflattened(arrays), infos, strict=True):
-        yield name, _modern(name, state, info)
+        yield name, _as_0_32(name, state, info)
 
 
-def _modern(name: str, state: Any, info: Any) -> Any:
-    """A state of 0.31 and what it wrote beside it, as a state of 0.32."""
+def _as_0_32(name: str, state: Any, info: Any) -> Any:
+    """Convert a state of 0.31 and its separate numbers to a state of 0.32."""
     if name == "CacheList":
         names, infos = info
         return [
-            (_modern(child, own, more), child) for child, own, more in zip(names, state, infos, strict=True)
+            (_as_0_32(child, own, more), child) for child, own, more in zip(names, state, infos, strict=True)
         ]
     if name == "ArraysCache":
         return state, None, None
@@ -170,31 +187,31 @@ def _modern(name: str, state: Any, info: Any) -> Any:
     if name == "ChunkedKVCache":
         chunk_size, start = numbers
         if start:
-            raise ValueError(f"0.31 does not write where chunks end that begin at {start}")
+            raise ValueError(f"mlx-lm 0.31 does not record the end of chunks that start at position {start}")
         return keys, values, keys.shape[2], chunk_size, start
     return (keys, values, *(numbers or [keys.shape[2]]))
 
 
 def _entries(name: str, state: Any) -> Iterator[Entry]:
-    """The layers of one cache."""
+    """Yield the layers of one cache."""
     if name == "CacheList":
         for own, child in state:
             yield from _entries(child, own)
         return
     if name not in _READERS:
-        raise ValueError(f"{str(name)[:60]} is none of {', '.join(_READERS)}")
+        raise ValueError(f"class {str(name)[:60]} is not one of {', '.join(_READERS)}")
     entry = _READERS[name](*state)
     arrays = (*entry.arrays, *(array for lane in entry.lanes or () for array in lane.arrays))
     if any(array is not None and array.shape[0] != 1 for array in arrays):
-        raise ValueError("it is of a batch")
+        raise ValueError(_BATCH)
     for offset in (entry.offset or 0, *entry.sizes):
         if type(offset) is not int or offset < 0:
-            raise ValueError(f"{offset!r} is no number of tokens")
+            raise ValueError(f"number of tokens is {offset!r}, expected an integer of 0 or more")
     held = sum(length for _, length in entry.ranges)
     if any(length < 1 for _, length in entry.ranges) or any(
         lane.arrays[0].ndim != 4 or lane.arrays[0].shape[2] != held for lane in entry.lanes or ()
     ):
-        raise ValueError(f"{name} says that it holds {held} tokens, and has others")
+        raise ValueError(f"arrays of {name} do not have the {held} tokens that it records")
     yield entry
 
 
@@ -212,7 +229,10 @@ def _quantized(keys: Any, values: Any, offset: int, group_size: int, bits: int) 
     lanes = tuple(Packed.of((part[:, :, :offset] for part in parts), codec) for parts in (keys, values))
     for lane in lanes:
         if lane.words.shape[3] * 32 != lane.dim * bits or lane.biases.shape != lane.scales.shape:
-            raise ValueError(f"{lane.dim} features in {bits} bits are not {lane.words.shape[3]} words")
+            raise ValueError(
+                f"quantized array has {lane.words.shape[3]} words, "
+                f"expected {lane.dim} features of {bits} bits"
+            )
     return Entry("KVCache", offset, (lanes[0], lanes[1]), ((0, offset),))
 
 
@@ -240,14 +260,14 @@ def _chunked(keys: Any, values: Any, offset: int, chunk_size: int, start: int) -
         return Entry("ChunkedKVCache", 0, sizes=(chunk_size,))
     held = offset - start
     lanes = Plain(keys[:, :, :held]), Plain(values[:, :, :held])
-    # The first token of a chunk sees nothing before it.
+    # Nothing may be held: the first token of a chunk sees nothing before it.
     ranges = ((start, held),) if held else ()
     return Entry("ChunkedKVCache", offset, lanes, ranges, sizes=(chunk_size,))
 
 
 def _arrays(arrays: Any, left_padding: Any, lengths: Any) -> Entry:
     if left_padding is not None or lengths is not None:
-        raise ValueError("it is of a batch")
+        raise ValueError(_BATCH)
     return Entry("ArraysCache", arrays=tuple(arrays))
 
 

@@ -1,9 +1,9 @@
-"""Knowing when a model's call begins and ends.
+"""Detects when a model's call begins and ends.
 
-Caches alone cannot tell: a pure recurrence never says how many tokens it read, some entries
-are never written, and an exception leaves no trace. So while a model has caches of this package,
-its class is replaced by a subclass that overrides `__call__`: calls with such a cache run inside
-its forward, all others as before. While the model is attached, the subclass has a `make_cache` too.
+A cache alone cannot: a recurrent layer does not report how many tokens it read, some layers are
+never written, and an exception leaves no trace. While caches of this package exist, the model's class
+is replaced by a subclass that overrides `__call__`. Calls with such a cache run inside a forward;
+other calls are unchanged. While the model is attached, the subclass overrides `make_cache` too.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ Maker = Callable[[nn.Module], Any]
 
 
 class Caller(Protocol):
-    """What stands behind the layers of a cache list."""
+    """Runs a model's calls for the layers of one cache list."""
 
     def run(self, model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Make the model's call inside a forward of its tokens."""
+        """Run the model's call inside a forward of its tokens and return its output."""
 
 
 class Observable:
-    """Base of the entries of a cache list, by which a model's call is recognized."""
+    """Base class of the entries of a cache list. A model's call with one of them is recognized."""
 
     rows: Caller
 
 
 _ORIGINAL = "_original_of_mlx_kvcache"
-"""An attribute of the classes that are made here: the class that each takes the place of."""
+"""Attribute of the subclasses made here: the class that each replaces."""
 
 _users: PerModel[dict[object, Maker | None]] = PerModel(dict)
-"""For each model the `make_cache` of every `observe` that is not over, or None."""
+"""For each model, the `make_cache` argument of every active `observe`."""
 _subclasses: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[Maker | None, type]] = (
     weakref.WeakKeyDictionary()
 )
@@ -51,12 +51,13 @@ _asking = threading.local()
 
 
 def observe(model: nn.Module, make_cache: Maker | None = None) -> Callable[[], None]:
-    """Let the model's calls tell its caches when they begin and end, until what is returned is called.
+    """Run the model's calls with this package's caches inside forwards until the result is called.
 
-    Finalizers may call that: it takes no lock, does not keep the model alive, and may be called twice.
+    The returned function is safe in finalizers: it takes no lock, does not keep the model alive, and
+    may be called twice.
 
     Args:
-        make_cache: takes the place of the model's own `make_cache` meanwhile; see `own_make_cache`.
+        make_cache: replaces the model's own `make_cache` meanwhile; see `own_make_cache`.
 
     Raises:
         NotSupportedError: the model's class cannot be replaced by a subclass.
@@ -64,24 +65,24 @@ def observe(model: nn.Module, make_cache: Maker | None = None) -> Callable[[], N
     user, users = object(), _users.of(model)
     users[user] = make_cache
     try:
-        _dress(model, users)
+        _set_class(model, users)
     except TypeError as error:
         users.pop(user, None)
         raise NotSupportedError(
-            f"calls of a {type(model).__name__} cannot be observed, as its class cannot be replaced by a "
-            f"subclass: {error}"
+            f"cannot observe calls of {type(model).__name__}: its class cannot be replaced by a subclass: "
+            f"{error}"
         ) from error
     return functools.partial(_leave, weakref.ref(model), user)
 
 
 def is_cache(value: Any) -> bool:
-    """Whether this is a list of this package's layers."""
+    """Whether a value is a cache list of this package."""
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Observable)
 
 
 @contextmanager
 def own_make_cache(model: nn.Module) -> Iterator[Callable[[], Any] | None]:
-    """The model's own `make_cache`, if it has one. Inside, this thread gets no other from the model."""
+    """Yield the model's own `make_cache`, or None. Inside, this thread sees only that one."""
     before, _asking.model = getattr(_asking, "model", None), model
     try:
         yield getattr(model, "make_cache", None)
@@ -96,11 +97,11 @@ def _leave(weakly: weakref.ref[nn.Module], user: object) -> None:
         return
     users.pop(user, None)
     if _ORIGINAL in vars(type(model)):
-        _dress(model, users)
+        _set_class(model, users)
 
 
-def _dress(model: nn.Module, users: dict[object, Maker | None]) -> None:
-    """Give the model the class that its users need. One that somebody else chose counts as its own."""
+def _set_class(model: nn.Module, users: dict[object, Maker | None]) -> None:
+    """Give the model the class that its users need. A class set by other code counts as its own."""
     while True:
         cls = type(model)
         original = vars(cls).get(_ORIGINAL, cls)
@@ -108,12 +109,12 @@ def _dress(model: nn.Module, users: dict[object, Maker | None]) -> None:
         wanted = _subclass(original, next(filter(None, makers), None)) if makers else original
         if cls is wanted:
             return
-        # Another thread may change the users meanwhile, so look again.
+        # Another thread may change the users in between, so check again.
         model.__class__ = wanted
 
 
 def _subclass(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
-    """A class like `cls` whose calls run inside forwards. Only models of that class keep it."""
+    """Return the subclass of `cls` for `maker`. It is cached weakly: only its models keep it alive."""
     known = _subclasses.setdefault(cls, weakref.WeakValueDictionary())
     made: type[nn.Module] | None = known.get(maker)
     if made is None:
@@ -123,7 +124,7 @@ def _subclass(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
 
 def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
     if not any("__call__" in vars(base) for base in cls.__mro__):
-        raise TypeError("it has no __call__")
+        raise TypeError("it does not define __call__")
     original, original_reduce = cls.__call__, cls.__reduce_ex__
 
     @functools.wraps(original)
@@ -134,13 +135,13 @@ def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
         return cache[0].rows.run(self, functools.partial(original, self), args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        """Copies have no caches, so they are of the original class; but not those of a user's subclass."""
+        """Copies have no caches, so they get the original class, unless a user derived from this one."""
         reduced: Any = original_reduce(self, protocol)
         if type(self) is not made or isinstance(reduced, str):
             return reduced
         constructor, args, *rest = reduced
         if constructor is copyreg.__newobj__ and args == (made,):  # type: ignore[attr-defined]
-            # Pickle takes it for objects of just this class only; a model is a dict.
+            # Pickle accepts `__newobj__` only with the object's own class; a model is a dict.
             constructor, args = copyreg._reconstructor, (made, dict, ())  # type: ignore[attr-defined]
         return constructor, tuple(cls if arg is made else arg for arg in args), *rest
 
@@ -155,10 +156,10 @@ def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
 
 
 class _MakeCache:
-    """A model's `make_cache` while it is attached, also of one that has its own as an attribute.
+    """Descriptor for `make_cache` of an attached model, also if the instance sets its own.
 
     Attributes:
-        owner: the class that has it.
+        owner: the class that defines it.
     """
 
     owner: weakref.ref[type]

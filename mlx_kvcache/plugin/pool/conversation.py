@@ -1,4 +1,4 @@
-"""One sequence of a pool: what is edited, forked and bounded."""
+"""Conversations: sequences of a pool with a capacity, which can be rewound, edited, forked and shifted."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .pool import Pool
 Overflow = Literal["error", "shift"]
 
 FARTHEST = 1 << 16
-"""Beyond this lead, float32 angles lose precision, and all keys are rotated back by it."""
+"""Largest lead of a head. Beyond it float32 angles lose precision, so all keys are re-based to lead 0."""
 
 
 class Limits(NamedTuple):
-    """How long a conversation may get, and how far it can go back.
+    """The maximum length of a conversation and how far it can be rewound.
 
     Attributes:
-        capacity: the most tokens; None for no bound.
-        overflow: what happens when more come.
-        sinks: first tokens that a shift never removes.
-        rewind: newest tokens that windows and chunks can always drop.
+        capacity: maximum number of tokens; None for no limit.
+        overflow: whether a full conversation raises CacheFullError or shifts.
+        sinks: number of first tokens that a shift never removes.
+        rewind: number of newest tokens that sliding windows and chunks can always drop.
     """
 
     capacity: int | None = None
@@ -38,11 +38,11 @@ class Limits(NamedTuple):
     rewind: int = 64
 
     def checked(self) -> Limits:
-        """The same in plain ints.
+        """Return the validated limits, with numbers as plain ints.
 
         Raises:
-            ValueError: one is out of range, or would do nothing without another.
-            TypeError: one is no number.
+            ValueError: a limit is out of range, or has no effect without another one.
+            TypeError: a limit is not an integer.
         """
         capacity, overflow, sinks, rewind = self
         if capacity is not None:
@@ -56,20 +56,20 @@ class Limits(NamedTuple):
             raise ValueError('overflow="shift" needs a capacity, such as capacity=4096')
         if sinks and overflow != "shift":
             raise ValueError(
-                f'sinks={sinks} are first tokens that a shift keeps: give overflow="shift" and a capacity, '
-                "too. How many tokens a window keeps is the model's own"
+                f'sinks={sinks} is the number of first tokens that a shift keeps: add overflow="shift" and '
+                "a capacity. The number of tokens that a sliding window keeps is set by the model"
             )
         return Limits(capacity, overflow, sinks, rewind)
 
 
 class Conversation:
-    """A sequence, and what happens when it gets longer than its capacity.
+    """A sequence of a pool with limits.
 
-    Its methods belong between forwards. After any error everything is as it was.
+    Call its methods between forwards. A method that raises changes nothing.
 
     Attributes:
-        gaps: how often tokens have been taken out that others followed. What comes after a gap was
-            computed with knowledge of what is gone.
+        gaps: how many times tokens were removed from before others. Tokens after a gap were computed
+            while the removed ones were visible.
     """
 
     def __init__(self, pool: Pool, limits: Limits) -> None:
@@ -83,7 +83,7 @@ class Conversation:
 
     @property
     def position(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         self.check_open()
         return self.pool.end(self.sequence)
 
@@ -92,18 +92,18 @@ class Conversation:
             raise CacheError("the prompt cache is closed")
 
     def close(self) -> None:
-        """Give the cells back that no fork shares: at once, or after the forward under way."""
+        """Release the cells that no fork shares, at once or after the running forward."""
         try:
             self._release()
         except BaseException:
-            # An interrupted release is dead, and would not be tried again. To release twice is harmless.
+            # An interrupted finalizer does not run again. Dropping a sequence twice is harmless.
             if not self._release.alive:
                 self.pool.drop(self.sequence)
             raise
         self.pool.free_dropped()
 
     def fork(self) -> Conversation:
-        """Another conversation with the same tokens. Copies no array."""
+        """Return another conversation with the same tokens. Copies no arrays."""
         self.check_open()
         other = Conversation(self.pool, self.limits)
         self.pool.copy(self.sequence, other.sequence)
@@ -111,7 +111,7 @@ class Conversation:
         return other
 
     def moved(self, pool: Pool) -> Conversation:
-        """The same in another pool of the model, which stores as it does."""
+        """Return a copy of the conversation in another pool of the model."""
         other = Conversation(pool, self.limits)
         snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
         pool.restore(other.sequence, snapshots)
@@ -120,58 +120,61 @@ class Conversation:
         return other
 
     def check_resume(self, position: int) -> None:
-        """Raise NotSupportedError unless the tokens from `position` on can be dropped."""
+        """Raise NotSupportedError if the tokens from `position` on cannot be dropped."""
         if not self.pool.can_resume(self.sequence, position):
             raise NotSupportedError(
-                f"cannot go back from {self.position} tokens to position {position}: what a token there "
-                f"needs is not held; the newest position before it to go on from is "
+                f"cannot rewind from {self.position} tokens to position {position}: the tokens or states "
+                f"needed there are no longer held; the newest position before it to rewind to is "
                 f"{self.pool.resume_point(self.sequence, position)}"
             )
 
     def rewind_to(self, position: int) -> None:
-        """Drop the tokens from `position` on. Raises NotSupportedError where that cannot be done."""
+        """Drop the tokens from `position` on. Raises NotSupportedError if they cannot be dropped."""
         self.pool.commit(self.plan_rewind(position))
 
     def plan_rewind(self, position: int, gaps: int = 0) -> Plan:
-        """Plan what `rewind_to` does; `gaps` more where it makes room for tokens. Raises as it."""
+        """Plan `rewind_to`; `gaps` is added to the conversation's. Raises NotSupportedError like it."""
         self.check_resume(position)
         plans = self.pool.plan_truncate(self.sequence, position)
         return JointPlan([*plans, HeadPlan(self, self.head.cut(position), gaps)])
 
     def remove(self, begin: int, end: int) -> None:
-        """Take out [begin, end), which are followed by others.
+        """Remove the tokens [begin, end), which must not be the last ones.
 
         Raises:
-            NotSupportedError: the model's tokens cannot be moved, or what the next token sees
-                would not be held.
+            NotSupportedError: the positions of the later tokens cannot be changed, or the next token
+                would see tokens that the cache does not hold.
         """
         pool, scheme, gap = self.pool, self.pool.scheme, end - begin
         if pool.layout.is_recurrent:
             raise NotSupportedError(
-                f"removing [{begin}, {end}) of {self.position} tokens: "
-                "a recurrent state cannot forget tokens that later ones were added to"
+                f"cannot remove [{begin}, {end}) of {self.position} tokens: the model has recurrent layers, "
+                "and a recurrent state cannot forget earlier tokens"
             )
         if scheme.refusal:
-            raise NotSupportedError(f"removing [{begin}, {end}) of {self.position} tokens: {scheme.refusal}")
+            raise NotSupportedError(
+                f"cannot remove [{begin}, {end}) of {self.position} tokens: {scheme.refusal}"
+            )
         if not scheme.ahead:
             pool.commit(self._plan_tail(begin, end))
             return
         plan = self._plan_head(begin, end)
         pool.ranks.ready()
         if self.head.lead + gap > FARTHEST:
-            # Only now, as nothing changes where the removal is refused.
+            # After planning once, so that a removal that is refused changes nothing.
             self._renormalize()
             plan = self._plan_head(begin, end)
         pool.apply(plan)
 
     def has_room(self, n: int) -> bool:
-        """Whether n more tokens are within the capacity."""
+        """Whether n more tokens fit the capacity."""
         return self.limits.capacity is None or self.position + n <= self.limits.capacity
 
     def block(self, n: int) -> int | None:
-        """How many tokens at once the model should be given of n that are more than a shift makes room for.
+        """Return the block size for n tokens that are too many for one shift.
 
-        Half the room leaves each block as much to look back at. None where n tokens fit, or never will.
+        A block is half of the capacity without sinks, so each block can see as many tokens before it.
+        Returns None if n tokens fit, need only one shift, or may not shift.
         """
         capacity, overflow, sinks, _ = self.limits
         if capacity is None or overflow == "error" or self.has_room(n) or n <= capacity - sinks:
@@ -179,7 +182,7 @@ class Conversation:
         return max(1, (capacity - sinks) // 2)
 
     def check_room(self, n: int, early: bool) -> None:
-        """Raise CacheFullError where n tokens find no room, and a shift would make none; see `make_room`."""
+        """Raise CacheFullError if n tokens do not fit and a shift cannot make room; see `make_room`."""
         if self.has_room(n):
             return
         position, (capacity, overflow, sinks, _) = self.position, self.limits
@@ -190,16 +193,16 @@ class Conversation:
         if n > capacity - sinks:
             raise CacheFullError(n, capacity - sinks, capacity, "feed smaller blocks")
         if not early and not self.pool.scheme.ahead:
-            raise CacheFullError(n, free, capacity, "this model can make room only when it is called itself")
+            raise CacheFullError(n, free, capacity, "this model can make room only at the start of its call")
 
     def make_room(self, n: int, early: bool) -> None:
-        """Make room for n tokens, before anything is computed.
+        """Make room for n tokens by a shift if they do not fit, before anything is computed.
 
         Args:
-            early: the model has not read its offset yet, so that it may still change.
+            early: whether the offset may still change, because the model has not read it yet.
 
         Raises:
-            CacheFullError: there is none, and none can be made.
+            CacheFullError: they do not fit and a shift is not possible.
         """
         if self.has_room(n):
             return
@@ -214,10 +217,10 @@ class Conversation:
             else:
                 self.pool.commit(self.plan_rewind(sinks, gaps=1))
         except NotSupportedError as error:
-            raise CacheFullError(n, free, capacity, f"no shift makes room: {error}") from error
+            raise CacheFullError(n, free, capacity, f"cannot shift: {error}") from error
 
     def _plan_head(self, begin: int, end: int) -> Plan:
-        """A removal that rotates what is before it."""
+        """Plan a removal that re-bases the tokens before it."""
         pool, scheme, lead = self.pool, self.pool.scheme, self.head.lead
         new_lead = lead + end - begin
         plans: list[Plan] = []
@@ -233,7 +236,7 @@ class Conversation:
         return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces), gaps=1)])
 
     def _plan_tail(self, begin: int, end: int) -> Plan:
-        """A removal that rotates what is after it."""
+        """Plan a removal that re-bases the tokens after it."""
         rebase = self._by(begin - end)
         plans = []
         for _, cache in self.pool.positional():
@@ -242,7 +245,7 @@ class Conversation:
         return JointPlan([*plans, HeadPlan(self, self.head, gaps=1)])
 
     def _renormalize(self) -> None:
-        """Rotate everything back, so that offsets equal positions again."""
+        """Re-base all keys so that offsets equal positions again."""
         rebase = self._by(-self.head.lead)
         plans = [
             cache._plan_edit(rebase_all(cache._table, self.sequence, -self.head.lead), rebase)
@@ -261,7 +264,7 @@ class Conversation:
 
 
 class HeadPlan(Plan):
-    """Another head and more gaps, for what happens to the cells at the same time."""
+    """Replaces a conversation's head and adds gaps, together with a change of its cells."""
 
     def __init__(self, conversation: Conversation, head: Head, gaps: int = 0) -> None:
         self._conversation = conversation

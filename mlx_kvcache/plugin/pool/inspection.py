@@ -1,4 +1,4 @@
-"""Who holds which cells: what the caches of a model look like, for pictures and tools."""
+"""Describes how the sequences of a pool occupy its cells, for pictures and tools."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Holding", "Span", "holdings"]
 
 @dataclass(frozen=True)
 class Holding:
-    """What is held for one kind of layer. Numbers only: nothing here keeps an array alive.
+    """The cells in use for one kind of layer. Holds numbers only and keeps no array alive.
 
     Attributes:
-        rule: who sees whom; None for recurrent layers, which have no cells.
-        layers: how many layers are of this kind.
-        segments: rows of cells that are stored together, by name, and how many cells each has.
-        packed: segments that are stored in fewer bits.
-        runs: for each sequence the runs of cells with its tokens, in order of position; what
-            several have in common is shared. A `Span` has `segment`, `start`, `position` and
-            `length`.
-        checkpoints: for each sequence the positions whose states are kept.
+        rule: the visibility rule; None for recurrent layers, which have no cells.
+        layers: the number of layers of this kind.
+        segments: the number of cells of each segment, by the segment's name.
+        packed: the segments that are stored quantized.
+        runs: for each sequence the spans of its tokens, in order of position. Sequences that share
+            tokens have the same cells in their spans. A `Span` has `segment`, `start`, `position`
+            and `length`.
+        checkpoints: for each sequence of a recurrent layer, the positions of its checkpoints.
     """
 
     rule: Rule | None
@@ -38,7 +38,7 @@ class Holding:
 
     @property
     def name(self) -> str:
-        """The kind in words."""
+        """The kind of layer, such as "window 1024"."""
         if self.rule is None:
             return "recurrent"
         if isinstance(self.rule, Window):
@@ -47,15 +47,18 @@ class Holding:
 
 
 def holdings(pool: Pool) -> tuple[Holding, ...]:
-    """What prompt caches that share a pool (`PromptCache.pool`) hold now, one for each kind of layer.
+    """Return the cells in use by all prompt caches of a pool, one `Holding` for each kind of layer.
 
     Waits while the model runs in another thread.
 
+    Args:
+        pool: a pool of prompt caches, such as `PromptCache.pool`.
+
     Raises:
-        TypeError: not a pool.
+        TypeError: `pool` is not a pool.
     """
     if not isinstance(pool, Pool):
-        raise TypeError(f"holdings are of a pool, such as PromptCache.pool, got {class_of(pool)}")
+        raise TypeError(f"pool must be a Pool, such as PromptCache.pool, got {class_of(pool)}")
     with pool.lock:
         return tuple(
             _states(cache, pool.kinds.count(index))

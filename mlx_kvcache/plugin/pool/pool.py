@@ -1,14 +1,15 @@
-"""The cells that prompt caches of one model share.
+"""The pool of cells that all prompt caches of a model share.
 
-Locks are taken in this order; a thread that holds one takes only those below it:
+Lock order: a thread that holds one of these locks takes only locks further down.
 
-1. `Pool.lock`, of a pool in the model's precision before that of its sibling in fewer bits;
-2. what is known of a model in `trial.py`, while the model is tried;
+1. `Pool.lock`; of two sibling pools, first that of the pool in the model's precision, then that of
+   the quantized one;
+2. the findings of `trial.py`, while the model is tried;
 3. `Pool.lock` of the trial's own pool, which no other thread knows;
-4. what is known of a model in `probe.py`, while the model is watched;
-5. `_lock` here, while a pool is looked up or made.
+4. the schemes of `probe.py`, while the model's rotations are recorded;
+5. `_lock` of this module, while a pool is looked up or made.
 
-The second and fourth are of one model each. Finalizers take none; see `lifetimes.py`.
+There is one lock 2 and one lock 4 for each model. Finalizers take no locks; see `lifetimes.py`.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ from ..rope.rebase import Scheme
 from .weights import Version, version_of
 
 Batching = Literal["ragged", "gathered", "apart"]
-"""Rows attend each to its own history; to one that is gathered for all; or go through alone."""
-
+"""How a batch runs: each row attends to its own keys ("ragged"), all rows to a gathered copy of
+their keys ("gathered"), or the model is called for each row ("apart")."""
 
 EVALUATE = 64
-"""Forwards of ranks between computations of what they wrote and nobody may read."""
+"""With ranks, only one in this many calls of `Pool.compute` evaluates arrays."""
 
 
 class User(Protocol):
-    """Who can have a forward under way in a pool."""
+    """A user of a pool, which can have a forward in progress."""
 
     interrupted: bool
 
@@ -63,27 +64,28 @@ class User(Protocol):
 
 
 class Pool:
-    """One cache for each kind of layer, whose sequences are prompt caches: forks share cells.
+    """Holds one cache for each kind of layer. Each prompt cache is a sequence in it; forks share cells.
 
-    A pool has no bound of its own; each prompt cache has its `capacity`. The model's calls and edits
-    hold `lock`, so that those of several threads come one after the other.
+    A pool has no size limit; each prompt cache has its own `capacity`. Calls of the model and edits
+    hold `lock`, so those of several threads run one after the other. A pool does not keep its model
+    alive.
 
     MLX computes an array only in the thread that made it, and two threads must not wait for the same
-    one. So whenever `lock` is free, what the pool holds is being computed, or, once several threads
-    that are alive have used the pool, has been computed. A pool does
-    not keep its model alive.
+    array. Therefore, when `lock` is free, the evaluation of all arrays of the pool has been started.
+    Once several live threads have used the pool, it has also finished.
 
     Attributes:
         architecture: the module of the model's class.
         caches: one for each of the layout's rules.
         kinds: for each leaf of the layout, the index of its cache.
-        quantization: how keys and values are stored, by leaf; None for the model's own precision.
+        quantization: the bit widths of stored keys and values, by leaf; None for the model's precision.
         ranks: the processes that run the model together.
-        version: of the model's weights, those that all caches of the pool are computed with.
-        forms: what the model writes, by leaf: the form of keys and values, None for arrays.
-        mirrored: leaves whose values the model replaces by arrays like their keys.
-        ask: finds out by trying what the model can do; `batching` and `mixes` are asked.
-        is_scratch: what is written is thrown away without being computed.
+        version: the version of the model's weights that all keys, values and states come from.
+        forms: for each leaf that the model writes, the form of its keys and values; None for
+            recurrent states.
+        mirrored: the leaves whose values the model replaces by arrays shaped like their keys.
+        ask: answers a question about the model ("batching", "mixes") by running it.
+        is_scratch: whether written arrays are discarded without being computed.
     """
 
     def __init__(
@@ -126,41 +128,41 @@ class Pool:
 
     @property
     def model(self) -> nn.Module | None:
-        """The model, or None if it is gone: its prompt caches do not keep it alive."""
+        """The model, or None if it has been freed: prompt caches do not keep it alive."""
         return self._model()
 
     @property
     def living_model(self) -> nn.Module:
-        """The model. Raises CacheError if it is gone."""
+        """The model. Raises CacheError if it has been freed."""
         model = self._model()
         if model is None:
             raise CacheError(
-                f"the model of this prompt cache is gone, a {self.architecture}: a cache does not keep its "
-                "model alive, so hold the model as long as you use the cache"
+                f"the model of this prompt cache ({self.architecture}) has been freed: a cache does not keep "
+                "its model alive, so keep a reference to the model while you use the cache"
             )
         return model
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated, counted once however many prompt caches share them."""
+        """Allocated bytes. Bytes that several prompt caches share count once."""
         with self.lock:
             self._sweep_between_forwards()
             return sum(cache.nbytes for cache in self.caches)
 
     @property
     def scheme(self) -> Scheme:
-        """How the model tells positions apart; the first call runs the model on a few tokens."""
+        """How the model encodes positions. The first access runs the model on a few tokens."""
         return scheme_of(self.living_model, self.ranks)
 
     @cached_property
     def batching(self) -> Batching:
-        """How the model computes the rows of a batch as it computes each alone."""
+        """How to run a batch so that each row gets the logits that it gets alone."""
         batching: Batching = self.ask(self, "batching")
         return batching
 
     @cached_property
     def mixes(self) -> bool:
-        """Whether the model computes tokens of any sequences as rows of one input."""
+        """Whether one input may have single tokens of any sequences as its rows."""
         return bool(self.ask(self, "mixes"))
 
     @property
@@ -169,21 +171,25 @@ class Pool:
         return [array for _, cache in self.positional() for array in cache._store.arrays]
 
     def compute(self, arrays: Iterable[mx.array]) -> None:
-        """Have what has just been made computed, before another thread can see it."""
+        """Evaluate arrays that this thread has made, before another thread can see them."""
         if self.is_scratch:
             return
         if not self.ranks.is_alone and next(self._computed) % EVALUATE:
-            # Ranks leave it to their callers, or they would wait for each other here.
+            # With ranks, evaluation is left to the caller: here it could wait for another rank.
             return
         evaluate: Callable[..., None] = mx.eval if self._is_shared else mx.async_eval
         evaluate(list(arrays))
 
     def codecs(self, leaf: Leaf) -> Codecs:
-        """In how many bits a leaf's keys and values are stored."""
+        """Return the quantization of a leaf's keys and of its values; None for the model's precision."""
         return self.quantization.of(leaf.index) if self.quantization else (None, None)
 
     def sibling(self, quantization: Quantization | None) -> Pool:
-        """A pool like this that stores otherwise. Raises ValueError for heads that groups do not divide."""
+        """Return the model's pool with another quantization.
+
+        Raises:
+            ValueError: a head size is not a multiple of the group size.
+        """
         for leaf in self.leaves:
             form = self.forms.get(leaf.index)
             if form and quantization:
@@ -194,19 +200,19 @@ class Pool:
         return pool
 
     def keyed(self, leaf: Leaf) -> PositionalCache:
-        """The cache that a leaf of keys and values belongs to."""
+        """Return the cache of a leaf of keys and values."""
         cache = self.caches[self.kinds[leaf.index]]
         assert isinstance(cache, PositionalCache)
         return cache
 
     def recurrent(self, leaf: Leaf) -> RecurrentCache:
-        """The cache that a leaf of arrays belongs to."""
+        """Return the cache of a leaf of recurrent states."""
         cache = self.caches[self.kinds[leaf.index]]
         assert isinstance(cache, RecurrentCache)
         return cache
 
     def positional(self) -> Iterator[tuple[int, PositionalCache]]:
-        """The caches of keys and values, with their indices."""
+        """Yield the caches of keys and values with their indices."""
         for index, cache in enumerate(self.caches):
             if isinstance(cache, PositionalCache):
                 yield index, cache
@@ -215,16 +221,16 @@ class Pool:
         return next(self._names)
 
     def drop(self, sequence: int) -> None:
-        """Forget a sequence at the next safe moment. Finalizers may call this: it takes no lock."""
+        """Mark a sequence for release by the next sweep. Safe in finalizers: it takes no lock."""
         self._dropped.append(sequence)
 
     def free_dropped(self) -> None:
-        """Give back at once what is dropped, or at the end of the forward under way."""
+        """Release dropped sequences, unless a forward is in progress: then its end releases them."""
         with self.lock:
             self._sweep_between_forwards()
 
     def take_turn(self, user: User) -> None:
-        """Let `user` change the caches, after undoing what another left unfinished."""
+        """Let `user` change the caches. Undoes an unfinished forward of another user first."""
         last = self._user and self._user()
         if last is not user:
             if last and last.unfinished:
@@ -235,44 +241,44 @@ class Pool:
         self._sweep()
 
     def _note_thread(self) -> None:
-        """Notice when a second thread that is alive comes to use the pool."""
+        """Detect a second live thread that uses the pool."""
         current, last = threading.current_thread(), self._thread and self._thread()
         if last is current:
             return
         if last and last.is_alive() and not self._is_shared:
             self._is_shared = True
-            # A file's arrays that another thread has not read yet are nobody else's business.
+            # Arrays that another thread is still loading from a file cannot be evaluated here.
             with suppress(RuntimeError):
                 self.compute_all()
         self._thread = weakref.ref(current)
 
     def compute_all(self) -> None:
-        """Have all arrays of the pool computed."""
+        """Evaluate all arrays of the pool."""
         self.compute([*self.buffers, *self._states()])
 
     def _states(self) -> Iterator[mx.array]:
-        """All arrays of recurrences."""
+        """Yield all recurrent states."""
         for cache in self.caches:
             if isinstance(cache, RecurrentCache):
                 for stream in cache._streams.values():
                     yield from arrays_in(stream.states.values())
 
     def commit(self, plan: Plan) -> None:
-        """Make an edit, if all ranks are ready for it."""
+        """Apply an edit once all ranks are ready for it."""
         self.ranks.ready()
         self.apply(plan)
 
     def apply(self, plan: Plan) -> None:
-        """Make an edit that the ranks have agreed on."""
+        """Apply an edit that the ranks have agreed on."""
         self.compute(plan.arrays())
         plan.commit()
 
     def plan_forward(self, batch: Batch | None) -> Plan:
-        """Plan to take a batch's tokens into all caches. Raises what `start_forward` does."""
+        """Plan to add a batch's tokens to all caches. Raises the errors of `start_forward`."""
         return JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
 
     def wants_handles(self, sequence: int) -> bool:
-        """Whether attention to a sequence as it is stored saves copies: in several runs, or packed."""
+        """Whether handles avoid a copy: the sequence is quantized or stored in several spans."""
         spans = (cache._table[sequence].spans for _, cache in self.positional())
         return self.quantization is not None or any(len(own) > 1 for own in spans)
 
@@ -280,18 +286,18 @@ class Pool:
         return self.caches[0]._end(sequence)
 
     def plan_truncate(self, sequence: int, position: int) -> list[Plan]:
-        """Plan to drop the tokens from `position` on. Raises NotSupportedError where a recurrence cannot."""
+        """Plan to drop the tokens from `position` on. Raises NotSupportedError if it cannot."""
         return [cache._plan_remove(sequence, position, None) for cache in self.caches]
 
     def copy(self, src: int, dst: int) -> None:
-        """Let `dst` share all of `src`."""
+        """Make `dst` share all tokens of `src`."""
         self.commit(JointPlan([cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]))
 
     def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
-        """Let a sequence be what these say, one for each cache, not computed yet.
+        """Restore a sequence from snapshots, one for each cache, without evaluating their arrays.
 
         Raises:
-            ValueError: other heads.
+            ValueError: a snapshot's heads have another shape than those of the pool.
         """
         pairs = zip(self.caches, snapshots, strict=True)
         self.ranks.ready()
@@ -301,7 +307,7 @@ class Pool:
         return all(cache._can_resume(sequence, position) for cache in self.caches)
 
     def resume_point(self, sequence: int, position: int) -> int:
-        """The newest position <= `position` that all caches can go on from."""
+        """Return the newest position <= `position` that all caches can resume from."""
         point = min(position, self.end(sequence))
         while not self.can_resume(sequence, point):
             point = min(_resume_point(cache, sequence, point) for cache in self.caches)
@@ -317,7 +323,7 @@ class Pool:
             JointPlan(self.plan_truncate(self._dropped[0], 0)).commit()
             self._dropped.popleft()
             for cache in self.caches:
-                # The model may be given another precision before it writes again.
+                # The model may get another dtype before it writes again.
                 if isinstance(cache, PositionalCache) and not cache._table.sequences:
                     cache._store.layers.clear()
                 elif isinstance(cache, RecurrentCache) and not cache._streams:
@@ -325,13 +331,13 @@ class Pool:
 
 
 def _resume_point(cache: PlanningCache, sequence: int, position: int) -> int:
-    """The newest position <= `position` that one cache can go on from."""
+    """Return the newest position <= `position` that one cache can resume from."""
     if isinstance(cache, RecurrentCache):
         return cache.prepare_restore(sequence, position) or 0
     assert isinstance(cache, PositionalCache)
     rule = cache._rule
-    # Where what a token sees is not held, neither is what the tokens shortly before it see:
-    # only a chunk's head sees nothing, and the sinks see only each other.
+    # If the tokens visible from a position are not held, neither are those visible from just before.
+    # Exceptions are the start of a chunk, which sees nothing, and the sinks, which see only each other.
     candidates = (position, max(0, rule.lower(position)), min(position, rule.sinks))
     return next((p for p in candidates if cache._can_resume(sequence, p)), 0)
 
@@ -350,12 +356,13 @@ def pool_for(
     ranks: Ranks,
     version: Version | None = None,
 ) -> Pool:
-    """The model's pool of this form: prompt caches that are made alike can join one batch.
+    """Return the model's pool for these options, and make it if there is none.
 
-    Caches that are made after the model's weights have changed are not made alike.
+    Prompt caches with the same options share a pool and can join one batch. After the model's weights
+    have changed, new caches get another pool.
     """
     version = version or version_of(model)
-    # A pool keeps its version alive, so the id is no other's.
+    # A pool keeps its version alive, so the id is unique.
     key, pools = (id(version), layout, tuple(rewinds), quantization, ranks), _pools.of(model)
     with _lock:
         pool = pools.get(key)

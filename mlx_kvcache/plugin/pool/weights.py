@@ -1,4 +1,4 @@
-"""Tells a model's weights and its tokenizer from others, so that no cache is used with the wrong ones."""
+"""Identifies a model's weights and tokenizer, so that no cache is used with the wrong ones."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mlx.utils import tree_flatten
 from ..hosts.lifetimes import PerModel
 
 NUMBERS = 1024
-"""Elements of each array that are looked at, about: to read all would take as long as loading the model."""
+"""Approximate number of elements sampled per array. Reading all would take as long as loading the model."""
 
 _FORM = "2:"
-"""Begins digests of samples of all arrays; those without it are by `first_form`."""
+"""Prefix of digests in the present format. Digests without it are in the format of `first_form`."""
 
 
 class Version:
-    """A model's arrays as they are now: another array in the place of any of them is another version.
+    """Identifies the arrays that a model has now. Replacing any of them makes another version.
 
     An array that is changed in place (`weight += 1`) stays the same array.
 
     Attributes:
-        digest: of the arrays' names, shapes, dtypes, and samples of all of them. It is computed once,
-            and only while the version is the present one.
+        digest: digest of the names, shapes and dtypes of all arrays, and of samples of each. It is
+            computed once, and only while this is the model's present version.
     """
 
     def __init__(self, model: nn.Module, arrays: Sequence[mx.array]) -> None:
         self._model = weakref.ref(model)
-        # Weak, so that nothing keeps weights alive that are replaced. A dead one is no array's.
+        # Weak, to not keep replaced weights alive. A dead reference equals no array.
         self._arrays = dict(enumerate(map(weakref.ref, arrays)))
         self._count = len(arrays)
 
@@ -50,13 +50,13 @@ class Version:
         )
 
     def after_call(self, model: nn.Module) -> None:
-        """Forget arrays that the model's own call has replaced (gemma3n): they tell no versions apart."""
+        """Ignore arrays that the model's own call has replaced, as gemma3n does, in later comparisons."""
         arrays = _arrays(model)
         own = [i for i, ref in self._arrays.items() if len(arrays) == self._count and ref() is not arrays[i]]
         for place in own:
             del self._arrays[place]
         if own:
-            # They have been clipped, or widened.
+            # The replaced arrays were clipped or widened, so the digest is another.
             self.__dict__.pop("digest", None)
 
     @cached_property
@@ -68,14 +68,14 @@ class Version:
 
 _lock = threading.Lock()
 _versions: PerModel[list[Version]] = PerModel(list)
-"""For each model its newest version."""
-_words: dict[int, tuple[weakref.ref[Any], Any, str]] = {}
+"""For each model, a list with its newest version."""
+_tokenizers: dict[int, tuple[weakref.ref[Any], Any, str]] = {}
 
 
 def version_of(model: nn.Module) -> Version:
-    """The version of a model's weights. It is the same object until an array is replaced, added or removed.
+    """Return the version of a model's weights: the same object until the model's arrays change.
 
-    Takes well under a millisecond for a model of 48 layers, and reads no array.
+    Takes well under a millisecond for a model of 48 layers and reads no array.
     """
     arrays, known = _arrays(model), _versions.of(model)
     with _lock:
@@ -85,7 +85,7 @@ def version_of(model: nn.Module) -> Version:
 
 
 def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
-    """Digests of a model's configuration and weights, and of a tokenizer where one is given."""
+    """Return digests of a model's configuration and weights, and of a tokenizer if one is given."""
     found = identity(model) | {"weights": version_of(model).digest}
     if tokenizer is not None:
         found["tokenizer"] = _tokenizer(tokenizer)
@@ -93,7 +93,7 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
 
 
 def identity(model: nn.Module) -> dict[str, str]:
-    """The part of it that is the same for every shard of a model."""
+    """Return the part of the fingerprint that is the same for all shards of a model."""
     arguments = getattr(model, "args", None)
     is_plain = is_dataclass(arguments) and not isinstance(arguments, type)
     return {
@@ -103,7 +103,7 @@ def identity(model: nn.Module) -> dict[str, str]:
 
 
 def first_form(model: nn.Module) -> str:
-    """The digest of weights as the first releases wrote it: the first numbers of every sixteenth part."""
+    """Return the digest of weights in the format of the first releases: from 64 elements of some arrays."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     chosen = parameters[:: max(1, len(parameters) // 16)]
     first = [array.reshape(-1)[:64].view(mx.uint8) for _, array in chosen]
@@ -112,26 +112,26 @@ def first_form(model: nn.Module) -> str:
 
 
 def is_first_form(digest: object) -> bool:
-    """Whether a file's digest of weights is to be compared with `first_form`."""
+    """Whether a digest of weights from a file is in the format of `first_form`."""
     return isinstance(digest, str) and not digest.startswith(_FORM)
 
 
 def sample(array: mx.array) -> mx.array:
-    """About `NUMBERS` elements from all over an array, in every dimension at equal distances."""
+    """Return about `NUMBERS` elements of an array, at equal distances in every dimension."""
     steps, left = [1] * array.ndim, NUMBERS
-    # Short dimensions first, so that long ones make up for what those do not have.
+    # Short dimensions first: longer ones then make up for the elements those lack.
     order = sorted(range(array.ndim), key=lambda axis: array.shape[axis])
     for rank, axis in enumerate(order):
         wanted = max(1, round(left ** (1 / (array.ndim - rank))))
-        # Odd steps do not meet the same place of each group, block or head.
+        # An odd step does not hit the same place in every group, block or head.
         steps[axis] = max(1, array.shape[axis] // wanted) | 1
         left = max(1, left // max(1, -(-array.shape[axis] // steps[axis])))
-    # Slices of an array in memory are views: the rest is neither read nor copied.
+    # Slices of an array in memory are views: other elements are neither read nor copied.
     return array[tuple(slice(None, None, step) for step in steps)]
 
 
 def _weights(model: nn.Module) -> str:
-    """Of the parameters' names, shapes and dtypes, and of samples of each."""
+    """Return the digest of the parameters' names, shapes, dtypes and samples."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     # NumPy has no bfloat16; the bytes are the same.
     samples = [
@@ -147,14 +147,14 @@ def _outline(parameters: Sequence[tuple[str, mx.array]]) -> bytes:
 
 
 def _arrays(model: nn.Module) -> list[mx.array]:
-    """A model's parameters, always in the same order."""
+    """Return a model's parameters in a fixed order."""
     found, stack = list[mx.array](), list[Any]([model])
     while stack:
         node = stack.pop()
         if isinstance(node, mx.array):
             found.append(node)
         elif isinstance(node, dict):
-            # Others are no parameters to MLX either, such as masks that a model makes when it is called.
+            # MLX does not count names with an underscore as parameters, such as masks made during a call.
             stack += [value for name, value in node.items() if not str(name).startswith("_")]
         elif isinstance(node, (list, tuple)):
             stack += node
@@ -162,23 +162,23 @@ def _arrays(model: nn.Module) -> list[mx.array]:
 
 
 def _tokenizer(tokenizer: Any) -> str:
-    """What tells which text tokens stand for, and how a conversation is written."""
+    """Return the digest of a tokenizer's vocabulary and chat template."""
     template = getattr(tokenizer, "chat_template", None)
     state = template, len(getattr(tokenizer, "added_tokens_decoder", ()))
-    known = _words.get(id(tokenizer))
+    known = _tokenizers.get(id(tokenizer))
     if known and known[0]() is tokenizer and known[1] == state:
         return known[2]
     if not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"a tokenizer as `mlx_lm.load` returns it is needed, got {tokenizer!r:.60}")
+        raise TypeError(f"tokenizer must be one returned by mlx_lm.load, got {tokenizer!r:.60}")
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     numbers = np.array([vocabulary[word] for word in words], np.int64)
     text = "\0".join(words).encode("utf-8", "surrogatepass")
     digest = _digest(text + numbers.tobytes() + _text(template))
     key = id(tokenizer)
-    # One that cannot be referred to weakly is looked at each time.
+    # A tokenizer without weak references is not cached.
     with suppress(TypeError):
-        _words[key] = weakref.ref(tokenizer, lambda _: _words.pop(key, None)), state, digest
+        _tokenizers[key] = weakref.ref(tokenizer, lambda _: _tokenizers.pop(key, None)), state, digest
     return digest
 
 

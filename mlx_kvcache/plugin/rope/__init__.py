@@ -1,4 +1,4 @@
-"""Which rotation a model's cached keys carry, and how keys move to other positions without drift.
+"""Finds the RoPE rotation of a model's cached keys and re-bases keys without accumulating errors.
 
-It must not know pools.
+This package does not import pools.
 """

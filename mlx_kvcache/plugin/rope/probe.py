@@ -1,8 +1,8 @@
-"""Finding a model's position scheme by watching it: nothing that is not verified is believed.
+"""Finds how a model encodes positions by running it and verifying the result.
 
 The model runs on a few tokens with empty caches, once from position 0 and once from a later
-one, while the calls of `mx.fast.rope` are recorded. A recorded call is a layer's rotation if
-it turns what the first run cached into what the second did.
+position, while calls of `mx.fast.rope` are recorded. A recorded call is accepted as a layer's
+rotation if it turns the keys cached by the first run into those cached by the second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .rebase import Rotation, Scheme, Slot
 
 TOKENS = 7
 NEAR = 5
-"""A small odd distance between the two runs."""
+"""Distance between the positions of the two runs, small and odd."""
 _EXACT = {mx.float32: 1e-4}
 _ROUNDED = 3e-2
 _SLOTS: tuple[Slot, Slot] = (0, 1)
@@ -42,7 +42,7 @@ class _Schemes:
     """The position schemes of a model, by number of ranks."""
 
     def __init__(self) -> None:
-        # Held while the model runs, so that it is watched once, and no other model waits for that.
+        # Held while the model runs, so that it is probed once. Other models have other locks.
         self.lock = threading.RLock()
         self.found: dict[int, Scheme] = {}
 
@@ -51,7 +51,7 @@ _schemes = PerModel(_Schemes)
 
 
 def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
-    """The model's position scheme, found once for each model and number of ranks."""
+    """Return the model's position scheme. It is found once for each model and number of ranks."""
     schemes = _schemes.of(model)
     with schemes.lock:
         if ranks.size not in schemes.found:
@@ -60,7 +60,7 @@ def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
 
 
 class _Probe:
-    """A leaf of keys and values that holds nothing, at a position that is given."""
+    """An empty cache of keys and values at a given position. It keeps the newest call's arrays."""
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
@@ -102,20 +102,18 @@ def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> Run:
     with ranks.together(f"look for rotations, {offset} tokens away"):
         logits = logits_of(model, mx.arange(1, TOKENS + 1)[None], [*map(stand_in, layout.entries)])
     stored = [getattr(leaf, "stored", None) for leaf in leaves]
-    # In one go: of a pipeline, a rank that evaluated its keys first would not send what the next one needs.
+    # One call for both: in a pipeline, evaluating keys first would not send what the next rank waits for.
     mx.eval(logits, stored)
     return logits, stored
 
 
 def _agreed(scheme: Scheme, ranks: Ranks) -> Scheme:
-    """One that all ranks can rely on: each has looked at its own layers or heads."""
+    """Combine the schemes of all ranks, each of which has probed only its own layers or heads."""
     if ranks.is_alone:
         return scheme
     ahead = ranks.least(int(scheme.ahead))
-    refusals = ranks.share("tell what keeps tokens from being moved", scheme.refusal or "")
-    refusal = next(
-        (f"of rank {rank}, {found}" for rank, found in enumerate(refusals) if found), scheme.refusal
-    )
+    refusals = ranks.share("compare why tokens cannot be moved", scheme.refusal or "")
+    refusal = next((f"rank {rank}: {found}" for rank, found in enumerate(refusals) if found), scheme.refusal)
     return Scheme(scheme.rotations, bool(ahead), refusal)
 
 
@@ -135,11 +133,11 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
             return Scheme((None,) * layers, False, refusal)
         rotations.append(found)
     if any(not _among(shift, shifts) for shift in far_shifts):
-        return Scheme((None,) * layers, False, "its rotation depends on the length")
+        return Scheme((None,) * layers, False, "its rotation depends on the sequence length")
     noise = _difference(here[0], near[0])
     rounded = _EXACT.get(here[0].dtype, _ROUNDED)
     ahead = noise <= 10 * rounded and all(
-        # Float32 angles are exact to distance * 2**-24.
+        # Float32 angles have an error of about distance * 2**-24.
         _difference(here[0], logits) <= max(10 * _EXACT[mx.float32], 3 * noise) + distance * 2**-22
         for distance, logits in far.items()
     )
@@ -149,7 +147,7 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
 def _layer_rotation(
     index: int, shifts: list[RopeShift], distance: int, first: Stored, second: Stored
 ) -> tuple[Rotation | None, str | None]:
-    """What moves a layer's keys and values from the first run's position to the second's, or a refusal."""
+    """Return the rotation between the keys and values of two runs, and the reason if there is none."""
     found: Rotation | None = None
     if first is None or second is None:
         return None, None
@@ -158,7 +156,7 @@ def _layer_rotation(
             continue
         rotation = _explanation(shifts, distance, array_0, array_1, slot)
         if rotation is None:
-            return None, f"layer {index} caches {_NAMES[slot]} that no rotation takes to another position"
+            return None, f"no rotation moves the {_NAMES[slot]} of layer {index} to another position"
         if found is None:
             found = rotation
         elif rotation.shift is found.shift and rotation.start == found.start:
@@ -169,7 +167,7 @@ def _layer_rotation(
 
 
 def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
-    """Whether the same rotation is there; frequencies are compared by identity."""
+    """Whether a list has the same rotation; frequencies are compared by identity."""
     return any(
         (s.dims, s.traditional, s.base, s.scale) == (shift.dims, shift.traditional, shift.base, shift.scale)
         and s.freqs is shift.freqs
@@ -179,13 +177,13 @@ def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
 
 _recorders = threading.local()
 _watching: Counter[Any] = Counter()
-"""How many recordings are under way in each stand-in for `mx.fast.rope`."""
+"""Number of active recordings for each replacement of `mx.fast.rope`."""
 _switch = threading.Lock()
 
 
 @contextmanager
 def _recorded() -> Iterator[list[RopeShift]]:
-    """Collect the different rotations that this thread makes inside. Other threads notice nothing."""
+    """Record the distinct rotations that this thread applies. Calls in other threads are not recorded."""
     before, calls = getattr(_recorders, "calls", None), list[RopeShift]()
     with _switch:
         stand_in: Any = mx.fast.rope if mx.fast.rope in _watching else _stand_in(mx.fast.rope)
@@ -205,7 +203,7 @@ def _recorded() -> Iterator[list[RopeShift]]:
 
 
 def _stand_in(original: Any) -> Any:
-    """A function like `mx.fast.rope` that also notes the calls of threads that record."""
+    """Return a function like `mx.fast.rope` that records the calls of recording threads."""
 
     @functools.wraps(original)
     def rope(*args: Any, **kwargs: Any) -> Any:
@@ -230,14 +228,14 @@ def _shift(
     freqs: mx.array | None = None,
     **more: Any,
 ) -> RopeShift:
-    """The rotation that a call of `mx.fast.rope` makes."""
+    """Return the rotation that a call of `mx.fast.rope` applies."""
     return RopeShift(dims, base, traditional, scale, freqs)
 
 
 def _explanation(
     shifts: list[RopeShift], distance: int, first: mx.array, second: mx.array, slot: Slot
 ) -> Rotation | None:
-    """The recorded rotation, of the first or the last features, that leads from `first` to `second`."""
+    """Return the recorded rotation, of the first or last features, that turns `first` into `second`."""
     width = first.shape[-1]
     for shift in shifts:
         for start in dict.fromkeys((0, width - shift.dims)):
@@ -253,7 +251,7 @@ def _close(a: mx.array, b: mx.array) -> bool:
 
 
 def _difference(a: mx.array, b: mx.array) -> float:
-    """How far logits differ, in units of their own spread."""
+    """Return the RMS difference of logits, divided by their standard deviation."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     spread = mx.square(a - a.mean(axis=-1, keepdims=True)).mean()
     ratio: float = mx.sqrt(mx.square(a - b).mean() / spread).tolist()  # type: ignore[assignment]
@@ -261,13 +259,13 @@ def _difference(a: mx.array, b: mx.array) -> float:
 
 
 def _near(layout: Layout) -> int:
-    """The distance between the runs: one that leaves chunks where they are, if they are very short."""
+    """Return the distance between the runs: a multiple of very short chunks, so their borders match."""
     chunks = [rule.size for rule in layout.rules if isinstance(rule, Chunk) and rule.size < NEAR + TOKENS]
     return math.lcm(*chunks) if chunks else NEAR
 
 
 def _beyond(model: nn.Module) -> list[int]:
-    """Positions just above every number in the configuration that could be a threshold, and one far above."""
+    """Return positions just above each possible threshold in the configuration, and one far above all."""
     arguments = getattr(model, "args", None)
     config = asdict(arguments) if is_dataclass(arguments) and not isinstance(arguments, type) else {}
     found = sorted({n for n in _thresholds(config) if NEAR < n <= 1 << 20})

@@ -1,11 +1,10 @@
-"""Which rotation a model puts into what it caches.
+"""Re-bases cached keys (RoPE) after a removal without accumulating rounding errors.
 
-Re-basing the tokens before a gap, while those after it stay untouched.
-
-RoPE sees differences of positions only. So where a model's offset may run ahead of the number
-of tokens, a removal leaves the tail alone and rotates the head towards it. Rotating a stored
-key rounds it, and errors of many removals would add up; the head is therefore rotated from
-copies as they were when first stored, so that a key is rounded twice however often it moves.
+RoPE attention depends only on differences of positions. If a model accepts an offset that is larger
+than the number of tokens, a removal keeps the tokens after the gap (the tail) unchanged and rotates
+the tokens before it (the head) towards them. Each rotation rounds the keys, so the head is always
+rotated from copies of the originally stored keys: a key is rounded twice, no matter how many
+removals follow.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from ...rope import RopeShift
 from ...storage.codec import Lane, Plain, as_stored, copied
 
 Slot = Literal[0, 1]
-"""Which of a layer's two arrays: keys or values."""
+"""Index of one of a layer's two arrays: keys (0) or values (1)."""
 
 
 class Rotation(NamedTuple):
-    """What carries RoPE in a layer: the features from `start` on, of one of its arrays or both.
+    """The rotated part of what a layer caches: the features from `start` on, of the arrays in `slots`.
 
-    It is the values where a model caches a latent as keys and the rotated part beside it, and
-    both where an index stores its keys twice.
+    Usually these are the keys. They are the values if a model caches a latent as its keys and the
+    rotated part as its values, and both if an index stores its keys twice.
     """
 
     shift: RopeShift
@@ -37,7 +36,7 @@ class Rotation(NamedTuple):
     start: int
 
     def apply(self, array: mx.array, offset: int) -> mx.array:
-        """The array (1, heads, m, dim) with `offset` added to each of its m positions."""
+        """Return the array (1, heads, m, dim) with `offset` added to each of its m positions."""
         offsets = mx.full((array.shape[2],), offset, mx.int32)
         if self.start == 0:
             return self.shift(0, array, offsets)
@@ -48,7 +47,7 @@ class Rotation(NamedTuple):
 def rebased(
     rotation: Rotation | None, keys: mx.array, values: mx.array, offset: int
 ) -> tuple[mx.array, mx.array]:
-    """K and V with `offset` added to the positions of those that carry them."""
+    """Return keys and values with `offset` added to the positions of the arrays that are rotated."""
     slots = rotation.slots if rotation else ()
     keys, values = (
         rotation.apply(array, offset) if rotation and slot in slots else array
@@ -59,13 +58,13 @@ def rebased(
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a model tells positions apart.
+    """How a model encodes positions.
 
     Attributes:
-        rotations: for each leaf, the rotation of what it caches; None where there is none.
-        ahead: the model's output depends on differences of positions only, so the offset
-            that it is given may exceed the number of tokens before.
-        refusal: why tokens cannot be moved, or None if they can.
+        rotations: for each leaf, the rotation of its cached arrays, or None.
+        ahead: whether the model's output depends on differences of positions only, so that its
+            offset may exceed the number of tokens.
+        refusal: the reason why tokens cannot be moved, or None if they can.
     """
 
     rotations: tuple[Rotation | None, ...]
@@ -74,9 +73,9 @@ class Scheme:
 
 
 class Piece(NamedTuple):
-    """Originals of the tokens [begin, end), at offset `lead`: what carries RoPE, by leaf and slot.
+    """Original arrays of the tokens [begin, end) of a head, from when its lead was `lead`.
 
-    They are in as many bits as the leaf stores them in.
+    `lanes` has the rotated arrays by leaf and slot, in the bit width in which the leaf stores them.
     """
 
     begin: int
@@ -85,7 +84,7 @@ class Piece(NamedTuple):
     lanes: dict[tuple[int, Slot], Lane]
 
     def cut(self, begin: int, end: int) -> Piece | None:
-        """What of it lies in [begin, end)."""
+        """Return the part of the piece in [begin, end), or None if it is empty."""
         begin, end = max(begin, self.begin), min(end, self.end)
         if begin >= end:
             return None
@@ -97,14 +96,16 @@ class Piece(NamedTuple):
 
 
 Pieces = tuple[Piece, ...]
-"""Pieces by rising position, without overlap."""
+"""Pieces in order of position, without overlap."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A sequence's first tokens as they were first stored.
+    """A sequence's tokens before its last gap, as they were first stored.
 
-    `lead` is the model's offset less the position; `pieces` are for each of the pool's caches.
+    Attributes:
+        lead: the model's offset minus the number of tokens.
+        pieces: the original arrays, for each of the pool's caches.
     """
 
     lead: int = 0
@@ -112,12 +113,12 @@ class Head:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All originals."""
+        """All original arrays."""
         lanes = (lane for own in self.pieces.values() for piece in own for lane in piece.lanes.values())
         return [array for lane in lanes for array in lane.arrays]
 
     def cut(self, length: int) -> Head:
-        """The originals of the first `length` tokens at most."""
+        """Return the head of the first `length` tokens."""
         kept = {
             kind: tuple(part for piece in pieces if (part := piece.cut(0, length)))
             for kind, pieces in self.pieces.items()
@@ -126,15 +127,17 @@ class Head:
 
 
 class HeadRebase:
-    """Rotates what one cache holds of a sequence's head, leaf by leaf, to a new lead.
+    """Re-bases one cache's part of a sequence's head to a new lead, leaf by leaf.
 
-    `pieces` is complete when every leaf has been called.
+    `pieces` is complete once it has been called for every leaf.
 
     Args:
-        source: what is rotated, as spans.
-        lead, new_lead: of the head now, and then.
-        known: the originals that there are.
-        codecs: of a leaf's two arrays, where the source is packed.
+        scheme: the model's position scheme.
+        source: the spans to rotate.
+        lead: the head's present lead.
+        new_lead: the head's lead afterwards.
+        known: the pieces that exist already.
+        codecs: returns the codecs of a leaf's two arrays; (None, None) if the source is not quantized.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class HeadRebase:
             size = piece.end - piece.begin
             if (leaf, slot) not in piece.lanes:
                 original = Plain(stored[:, :, done : done + size])
-                # A copy, as a view would keep the whole buffer alive.
+                # Copied, because a view would keep the whole buffer alive.
                 piece.lanes[leaf, slot] = copied(as_stored(original, self._codecs(leaf)[slot], stored.dtype))
             first = piece.lanes[leaf, slot].decoded(stored.dtype)
             parts.append(rotation.apply(first, self._new_lead - piece.lead))
@@ -175,7 +178,7 @@ class HeadRebase:
 
 
 def _covering(source: Spans, lead: int, known: Pieces) -> Iterator[Piece]:
-    """Pieces of all that is in `source`: known ones, and new ones of what they leave out."""
+    """Yield pieces that cover `source`: parts of known ones, and empty new ones in between."""
     for span in source:
         at = span.position
         for piece in known:

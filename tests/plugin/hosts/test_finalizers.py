@@ -11,7 +11,8 @@ SETUP = """
     import mlx.core as mx
     mx.set_default_device(mx.cpu)
     from mlx_lm.models import llama
-    from mlx_kvcache.plugin import attach, detach, make_prompt_cache, ragged
+    from mlx_kvcache.plugin import attach, detach, make_prompt_cache
+    from mlx_kvcache.plugin.hosts import handles
     from tests.plugin.tiny import tiny_llama
     gc.disable()
     # What is here already need not be looked at in every collection.
@@ -27,7 +28,7 @@ SETUP = """
             cycle += [make_prompt_cache(other), other]
         cycle.append(cycle)
 
-    NAMES = "attach", "conversation", "observe", "pool", "probe", "ragged", "trial"
+    NAMES = "attach", "conversation", "observe", "pool", "probe", "handles", "trial"
     FILES = tuple(f"/{name}.py" for name in NAMES)
 
     def trace(frame, event, arg):
@@ -67,8 +68,8 @@ ENDS = """
     gc.collect()
     assert len(seen) > 150, len(seen)
     assert type(model) is llama.Model, type(model)
-    assert not ragged._users[llama.__name__]
-    assert llama.scaled_dot_product_attention is ragged._original
+    assert not handles._users[llama.__name__]
+    assert llama.scaled_dot_product_attention is handles._original
     assert sys.modules["mlx_lm.models.cache"].make_prompt_cache.__module__ == "mlx_lm.models.cache"
     print("all is put back")
 """

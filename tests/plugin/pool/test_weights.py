@@ -199,10 +199,10 @@ def test_weights_and_words_are_looked_at_once(tmp_path: Path, monkeypatch: pytes
 
 
 def test_nothing_is_remembered_of_models_that_are_gone() -> None:
-    known = len(fingerprint._versions._entries), len(fingerprint._words)
+    known = len(fingerprint._versions._entries), len(fingerprint._tokenizers)
     for _ in range(3):
         fingerprint.fingerprint(tiny_llama(num_hidden_layers=1), Words("a"))
-    assert (len(fingerprint._versions._entries), len(fingerprint._words)) == known
+    assert (len(fingerprint._versions._entries), len(fingerprint._tokenizers)) == known
 
 
 def test_threads_agree_on_the_version_of_the_weights() -> None:

@@ -26,7 +26,7 @@ def test_a_group_of_one_compares_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_no_group() -> None:
-    with pytest.raises(TypeError, match="group must be of"):
+    with pytest.raises(TypeError, match="group must be returned by"):
         make_prompt_cache(tiny_llama(), group=2)  # type: ignore[arg-type]
 
 
@@ -61,7 +61,7 @@ def test_ranks_that_say_the_same_are_named_together() -> None:
         == "ranks 0, 1 and 3 are about to a; rank 2 is about to b"
     )
     assert by_rank(["", "x", "x"], "was fed") == "rank 0 was fed nothing; ranks 1 and 2 were fed x"
-    assert by_rank(["x", "x"], "was fed") == "each rank was fed x, which differs further on"
+    assert by_rank(["x", "x"], "was fed") == "each rank was fed x, which differs in the part not shown"
 
 
 def test_all_tokens_are_in_what_is_told() -> None:

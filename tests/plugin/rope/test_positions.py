@@ -155,9 +155,7 @@ def test_a_shift_that_cannot_be_is_a_full_cache() -> None:
     model = build("llama:window")
     cache = make_prompt_cache(model, capacity=40, overflow="shift", sinks=4, rewind=4)
     logits_of(model, cache, list(range(40)), 1)
-    with pytest.raises(
-        CacheFullError, match="33 cells needed, 0 free of a capacity of 40: no shift makes room"
-    ):
+    with pytest.raises(CacheFullError, match="33 cells needed, 0 free of a capacity of 40: cannot shift"):
         model(mx.array([list(range(33))]), cache=cache)
     assert (cache.position, cache.gaps) == (40, 0)
     logits_of(model, cache, list(range(8)))
