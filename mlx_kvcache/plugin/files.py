@@ -60,8 +60,9 @@ def write(ranks: Ranks, path: Path, prepare: Callable[[], Prepared]) -> None:
     """Writes the files of all ranks, or leaves all existing files as they are.
 
     Each rank writes a temporary file beside its own and tells the others once it is on disk. Then each
-    renames its file. If a machine crashes or a rename fails in between, some ranks have the new
-    file and others the old one. `load` detects this by the name of the save, which is random and the same in all its files.
+    renames its file. If a machine crashes or a rename fails in between, some ranks have the new file and
+    others the old one. `load` detects this by the name of the save, which is random and the same in all
+    its files.
 
     Raises:
         CacheFileError: this rank cannot write its file.
