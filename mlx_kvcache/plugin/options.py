@@ -202,7 +202,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
         raise NotSupportedError(
             f'overflow="{limits.overflow}" with sinks={limits.sinks} is not supported for '
             f"{type(model).__module__}: it has recurrent layers, whose state cannot drop its oldest tokens; "
-            'use overflow="error"'
+            'use overflow="error" and sinks=0'
         )
     rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
     pool = pool_for(model, layout, rewinds, None, ranks)

@@ -71,7 +71,9 @@ def test_a_cache_of_a_class_that_is_derived_from_a_known_one() -> None:
 
     model = tiny_llama()
     model.make_cache = lambda: [KVCache(), Special(), KVCache()]
-    told = r"layer 1 of mlx_lm\.models\.llama uses tests\.plugin\.test_contract\..*Special, which is not"
+    told = (
+        r"layer 1 of mlx_lm\.models\.llama uses tests\.plugin\.hosts\.test_contract\..*Special, which is not"
+    )
     with pytest.raises(NotSupportedError, match=told):
         make_prompt_cache(model)
 
