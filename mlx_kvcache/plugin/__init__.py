@@ -1,4 +1,4 @@
-"""The plug-in for mlx-lm: its models and tools on this package's caches."""
+"""Plug-in for mlx-lm: runs its models and tools on the caches of this package."""
 
 from .attach import attach, detach
 from .pool.inspection import Holding, holdings

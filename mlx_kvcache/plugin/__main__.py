@@ -1,4 +1,8 @@
-"""mlx-lm's own commands on this package's caches."""
+"""Runs a command of mlx-lm on the caches of this package.
+
+`python -m mlx_kvcache.plugin [options] generate|chat|server|cache_prompt ...` attaches the plug-in to every
+model that the command loads. Options before the command belong to this package, those after it to mlx-lm.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,14 @@ PROGRAM = "python -m mlx_kvcache.plugin"
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong."""
+    """Reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 def main() -> None:
-    """Read this command's options, attach, and leave the rest to mlx-lm."""
+    """Parses the options of this package, attaches, and runs the command of mlx-lm."""
     parser = _parser()
     options = vars(parser.parse_args())
     command, arguments = options.pop("command"), options.pop("arguments")
@@ -36,16 +40,16 @@ def main() -> None:
         parser.error("--sinks needs --overflow shift and --capacity N")
     if sinks and sinks >= capacity:
         parser.error(f"--sinks must be below --capacity {capacity}, got {sinks}")
-    # Imported first, so that names it has bound are replaced.
+    # attach_all replaces names in modules that are already imported, so the command is imported first.
     tool = importlib.import_module(f"mlx_lm.{command}")
     for name in _misplaced(parser, tool, arguments):
-        parser.error(f"put {name} before {command}: what comes behind it is mlx-lm's")
+        parser.error(f"put {name} before {command}: options after the command go to mlx-lm")
     sys.argv = [f"mlx_lm.{command}", *arguments]
     try:
         attach_all(**options)
         tool.main()
     except CacheFullError as error:
-        sys.exit(f"{PROGRAM} {command}: {_told(error, options)}")
+        sys.exit(f"{PROGRAM} {command}: {_full_message(error, options)}")
     except (CacheError, ValueError, TypeError) as error:
         if not (isinstance(error, CacheError) or _is_refusal(error)):
             raise
@@ -55,56 +59,83 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
-        description="Runs a command of mlx-lm with mlx_kvcache attached to every model that it loads.",
+        description="Runs a command of mlx-lm on the caches of mlx_kvcache.",
         epilog="Example: python -m mlx_kvcache.plugin --capacity 4096 --overflow shift --sinks 4 "
         "generate --model PATH --prompt 'Hello'",
     )
-    parser.add_argument("--capacity", type=_positive, metavar="N", help="the most tokens that a cache holds")
-    parser.add_argument("--overflow", choices=("error", "shift"), default="error", help="beyond it")
     parser.add_argument(
-        "--rewind", type=_whole, default=64, metavar="N", help="newest tokens that windows can always drop"
+        "--capacity",
+        type=_positive,
+        metavar="N",
+        help="maximum number of tokens in a cache (default: unlimited)",
     )
     parser.add_argument(
-        "--sinks", type=_whole, default=0, metavar="N", help="first tokens that a shift never removes"
+        "--overflow",
+        choices=("error", "shift"),
+        default="error",
+        help="when a cache is full: stop with an error (default), or remove the older half of its tokens",
     )
     parser.add_argument(
-        "--kv-bits", type=_bits, metavar="N[,M]", help="bits of keys and values, or of keys and of values"
+        "--rewind",
+        type=_whole,
+        default=64,
+        metavar="N",
+        help="number of newest tokens that sliding windows and chunks can always drop (default: 64)",
     )
     parser.add_argument(
-        "--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help="features that share a scale"
+        "--sinks",
+        type=_whole,
+        default=0,
+        metavar="N",
+        help="number of first tokens that --overflow shift never removes (default: 0)",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=_bits,
+        metavar="N[,M]",
+        help="quantize keys and values to N bits, or keys to N and values to M (default: not quantized)",
+    )
+    parser.add_argument(
+        "--kv-group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=64,
+        help="number of features that share a quantization scale (default: 64)",
     )
     parser.add_argument(
         "--quantize-after",
         type=_whole,
         default=0,
         metavar="N",
-        help="tokens up to which a cache stays in float",
+        help="start to quantize when a cache holds more than N tokens (default: 0)",
     )
-    parser.add_argument("command", choices=COMMANDS, help="mlx-lm's command")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --help lists them")
+    parser.add_argument("command", choices=COMMANDS, help="command of mlx-lm")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of that command; --help lists them"
+    )
     return parser
 
 
 def _misplaced(parser: argparse.ArgumentParser, tool: ModuleType, arguments: list[str]) -> list[str]:
-    """Options of this command's behind the command, those that mlx-lm's has, too, left out."""
+    """Returns the options after the command that only this package has."""
     own, source = parser._option_string_actions.keys() - {"--help"}, inspect.getsource(tool)
     given = (argument.partition("=")[0] for argument in arguments)
     return [name for name in given if name.startswith("--") and name in own and f'"{name}"' not in source]
 
 
-def _told(error: CacheFullError, options: dict[str, Any]) -> str:
-    """The same in the words of this command."""
+def _full_message(error: CacheFullError, options: dict[str, Any]) -> str:
+    """Words a CacheFullError in terms of the command's options."""
     needed = error.capacity - error.free + error.needed
-    # mlx-lm's bound takes the place of ours.
+    # --max-kv-size of mlx-lm replaces --capacity.
     bound = "--capacity" if error.capacity == options["capacity"] else "--max-kv-size"
-    full = f"there are {needed} tokens or more and {bound} is {error.capacity}: raise {bound}"
+    full = f"the cache needs room for at least {needed} tokens and {bound} is {error.capacity}: raise {bound}"
     if bound == "--capacity" and options["overflow"] == "error":
         return f"{full} or use --overflow shift"
     return f"{full} ({error.hint})" if error.hint else full
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether this package refused something, such as a model or bits; else the fault is not the user's."""
+    """Returns whether the error was raised in this package, so that it needs no traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -118,7 +149,7 @@ def _whole(text: str, least: int = 0) -> int:
     except ValueError:
         number = least - 1
     if number < least:
-        raise argparse.ArgumentTypeError(f"must be a number from {least} on, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text}")
     return number
 
 
@@ -127,14 +158,14 @@ def _positive(text: str) -> int:
 
 
 def _bits(text: str) -> int | tuple[int, ...]:
-    """One number for keys and values, or one for each."""
+    """Parses one width for keys and values, or one for each."""
     listed = text.split(",")
     numbers = tuple(int(part) for part in listed if part.isdecimal())
     if len(numbers) != len(listed) or not 1 <= len(numbers) <= 2 or not set(numbers) <= set(WIDTHS):
         *others, last = map(str, WIDTHS)
         raise argparse.ArgumentTypeError(
-            f"must be {', '.join(others)} or {last}, or two of these for keys and values, such as 8,4; "
-            f"got {text}"
+            f"must be {', '.join(others)} or {last}, or one for keys and one for values, such as "
+            f"8,4; got {text}"
         )
     return numbers if len(numbers) == 2 else numbers[0]
 

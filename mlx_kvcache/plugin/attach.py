@@ -1,6 +1,8 @@
-"""Whether the mlx-lm that is installed is one that this plug-in knows.
+"""Makes the tools of mlx-lm use the caches of this package, and undoes it.
 
-Making mlx-lm's own tools use these caches, and putting everything back.
+While a model is attached, functions of mlx-lm that make, save and store prompt caches are replaced wherever
+a module of mlx-lm has imported them. The last `detach` puts the originals back. Before that, `check_contract`
+compares the installed mlx-lm with the functions and caches that this plug-in supports.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ _FUNCTIONS = {
         "queries", "keys", "values", "cache", "scale", "mask", "sinks",
     ],
 }  # fmt: skip
-"""What the plug-in calls or stands in for, with the parameters that it knows."""
+"""Functions of mlx-lm that the plug-in calls or replaces, with the parameters it expects."""
 
 _CLASSES = (
     (mlx_lm_cache.KVCache(), KVCache),
@@ -53,14 +55,14 @@ _CLASSES = (
     (mlx_lm_cache.ArraysCache(1), ArraysCache),
     (mlx_lm_cache.CacheList(mlx_lm_cache.KVCache()), CacheList),
 )
-"""mlx-lm's caches, and what answers for them."""
+"""Caches of mlx-lm, each with the entry that stands in for it."""
 
 _NOT_ANSWERED = {"from_state", "step"}
-"""Loading a file makes mlx-lm's own caches, and how buffers grow is nobody's business."""
+"""Attributes that entries need not have: loading a file makes caches of mlx-lm, and `step` is internal."""
 
 
 def check_contract() -> None:
-    """Raise NotSupportedError if mlx-lm asks for something that this plug-in does not know."""
+    """Raises NotSupportedError if the installed mlx-lm differs from what this plug-in supports."""
     for path, known in _FUNCTIONS.items():
         found = _parameters(path)
         if found[: len(known)] != known:
@@ -73,7 +75,7 @@ def check_contract() -> None:
 
 
 def _parameters(path: str) -> list[str]:
-    """The parameters of a function or method below `mlx_lm`; none where it is missing."""
+    """Returns the parameters of a function or method in `mlx_lm`; an empty list if there is none."""
     module, _, rest = path.partition(".")
     package, _, rest = rest.partition(".")
     found: Any = importlib.import_module(f"mlx_lm.{module}.{package}")
@@ -82,21 +84,21 @@ def _parameters(path: str) -> list[str]:
     return list(inspect.signature(found).parameters) if callable(found) else []
 
 
-def _unknown(what: str) -> NotSupportedError:
+def _unknown(difference: str) -> NotSupportedError:
     return NotSupportedError(
-        f"mlx-lm {mlx_lm.__version__} is not one that this plug-in knows: {what}. Use mlx-lm 0.32.2, or a "
-        "newer version of mlx_kvcache"
+        f"mlx-lm {mlx_lm.__version__} is not supported: {difference}. Use mlx-lm 0.32.2, or a newer version "
+        "of mlx_kvcache"
     )
 
 
 _original = mlx_lm_cache.make_prompt_cache
 _original_save = mlx_lm_cache.save_prompt_cache
 _all_models: list[dict[str, Any]] = []
-"""The options of each `attach_all`."""
+"""The options of each call of `attach_all`."""
 
 
 class _Attached(list[dict[str, Any]]):
-    """The options of each attach of a model that has not been detached."""
+    """The options of each `attach` of a model that has not been detached, oldest first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class _Attached(list[dict[str, Any]]):
 
 
 class Attachment:
-    """What `attach` returns: as a context manager it detaches at the end."""
+    """Returned by `attach`: a context manager that detaches the model on exit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -119,20 +121,23 @@ class Attachment:
 
 
 def attach(model: nn.Module, **options: Any) -> Attachment:
-    """From here on every mlx-lm tool on this model uses this package's caches.
+    """Makes every tool of mlx-lm use the caches of this package for this model.
 
-    Takes the options of `make_prompt_cache`. Other programs use them too, if they ask mlx-lm's
-    `make_prompt_cache` or the model's `make_cache`, however they have imported that. May be called
-    again with other options; each call needs its own `detach`, which brings the options before it back.
+    Other programs use them too if they call `make_prompt_cache` of mlx-lm or `make_cache` of the model.
+    The result is a context manager that detaches on exit. `attach` may be called again with other options;
+    each call needs its own `detach`, which restores the options of the call before.
 
-    Where a tool of mlx-lm asks for `max_kv_size=N`, that becomes `capacity=N, overflow="shift", sinks=4`.
-    Programs that have imported `make_prompt_cache` by name before the first `attach` get no such bound:
-    give `attach` the `capacity` instead.
+    When a tool of mlx-lm asks for `max_kv_size=N`, the cache gets `capacity=N, overflow="shift", sinks=4`.
+    A program that imported `make_prompt_cache` by name before the first `attach` gets no such limit: pass
+    `capacity` to `attach` instead.
+
+    Args:
+        model: an mlx-lm model. If a model wraps another one, as those of mlx-vlm do, attach the inner one.
+        options: those of `make_prompt_cache`.
 
     Raises:
-        TypeError, ValueError: as `make_prompt_cache`; of a model that wraps another, attach the
-            one inside.
-        NotSupportedError: as `make_prompt_cache`, or a version of mlx-lm that is not known.
+        TypeError, ValueError: as `make_prompt_cache`.
+        NotSupportedError: as `make_prompt_cache`, or the installed version of mlx-lm is not supported.
     """
     check_contract()
     check_options(options, "attach")
@@ -146,21 +151,21 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo one `attach` of this model. Raises ValueError if there is none."""
+    """Undoes the last `attach` of this model. Raises ValueError if the model is not attached."""
     attached = _attached.get(model)
     if not attached:
-        raise ValueError(f"this {class_of(model)} is not attached")
+        raise ValueError(f"cannot detach: this {class_of(model)} is not attached")
     attached.pop()
     attached.ends.pop()()
     _bind_all()
 
 
 def attach_all(**options: Any) -> None:
-    """Attach every model that a tool of mlx-lm makes a cache for, until the process ends.
+    """Attaches every model that a tool of mlx-lm makes a cache for, until the process ends.
 
     Raises:
-        NotSupportedError: a version of mlx-lm that is not known. What else `attach` raises
-            comes when a model is used.
+        NotSupportedError: the installed version of mlx-lm is not supported. Other errors of `attach` are
+            raised when a tool makes a cache.
     """
     check_contract()
     check_options(options, "attach_all")
@@ -169,7 +174,7 @@ def attach_all(**options: Any) -> None:
 
 
 def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
-    """Stands in for mlx-lm's `make_prompt_cache` while a model is attached."""
+    """Replaces `make_prompt_cache` of mlx-lm while a model is attached."""
     options = _attached.get(model) or _all_models
     if not options:
         return _original(model, max_kv_size)
@@ -181,23 +186,23 @@ def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
 
 
 def _make_cache(model: nn.Module) -> list[Any]:
-    """Stands in for an attached model's `make_cache`, which every `make_prompt_cache` asks first."""
-    # A user's subclass of the class that an attached model had still asks here after it is detached.
+    """Replaces `make_cache` of an attached model, which every `make_prompt_cache` of mlx-lm calls first."""
+    # A subclass of an attached model's class still calls this after the model is detached.
     return _dispatch(model) if _attached.get(model) else own_cache(model)
 
 
 def _save(file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
-    """Stands in for mlx-lm's `save_prompt_cache`, which would write packed windows as if in float."""
+    """Replaces `save_prompt_cache` of mlx-lm, which would write quantized windows as if they were floats."""
     if prompt_store.is_ours(cache):
         path = Path(file_name)
-        # As MLX does it.
+        # MLX adds this suffix to a name that has none.
         save_for_mlx_lm(path if path.suffix else path.with_suffix(".safetensors"), cache, metadata)
     else:
         _original_save(file_name, cache, metadata)
 
 
 def _bind_all() -> None:
-    """Let mlx-lm have our functions while any model is attached, and else its own. Takes no lock."""
+    """Installs our functions in mlx-lm while any model is attached, and its own otherwise. Takes no lock."""
     while True:
         is_attached = bool(_attached or _all_models)
         ours = _dispatch, _save, prompt_store.fetch_nearest_cache, prompt_store.insert_cache
@@ -207,13 +212,13 @@ def _bind_all() -> None:
         _bind("save_prompt_cache", old[1], new[1])
         prompt_store.LRUPromptCache.fetch_nearest_cache, prompt_store.LRUPromptCache.insert_cache = new[2:]
         (server.patch if is_attached else server.restore)()
-        # Another thread, or the end of a model, may have changed that meanwhile.
+        # Another thread, or the finalizer of a model, may have attached or detached in between.
         if is_attached == bool(_attached or _all_models):
             return
 
 
 def _bind(function: str, old: Any, new: Any) -> None:
-    """Replace `old` wherever a module of mlx-lm has bound the function's name."""
+    """Replaces `old` in every module of mlx-lm that has imported it under this name."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "mlx_lm" and getattr(module, function, None) is old:
             setattr(module, function, new)

@@ -1,10 +1,8 @@
-"""Files of a cache that several ranks hold: each writes its own, and its name and head tell whose it is.
+"""Saves conversations to files and loads them, in the format of this package and in that of mlx-lm.
 
-A conversation as a file, and back.
-
-What a file of mlx-lm's holds, as snapshots for a pool's caches.
-
-From a file of either format to a conversation, and to mlx-lm's format from a cache list.
+`prepared` copies a conversation for writing, `loaded` makes one from a file of either format, and
+`save_for_mlx_lm` writes a cache list that mlx-lm can load. Ranks of a group write one file each; the file's
+name and header say which rank it belongs to (`write`, `check_rank`).
 """
 
 from __future__ import annotations
@@ -46,37 +44,36 @@ _NAMED = re.compile(r"\.rank\d+of\d+(\.[^.]*)?")
 
 
 def path_of(path: Path, ranks: Ranks) -> Path:
-    """`chat.safetensors` is `chat.rank0of2.safetensors` for the first of two ranks.
+    """Returns the path of this rank's file, such as `chat.rank0of2.safetensors` for `chat.safetensors`.
 
     Raises:
-        CacheFileError: the path names a rank already.
+        CacheFileError: the path already names a rank.
     """
     if ranks.is_alone:
         return path
     if _NAMED.search(path.name):
-        raise CacheFileError(
-            path, "the name of one rank's file, give the name without it: all ranks have one"
-        )
+        raise CacheFileError(path, "this is the file of one rank: give all ranks the path without .rankNofM")
     return path.with_name(f"{path.stem}.rank{ranks.rank}of{ranks.size}{path.suffix}")
 
 
 def write(ranks: Ranks, path: Path, prepare: Callable[[], Prepared]) -> None:
-    """Write every rank's file, or leave those that there are.
+    """Writes the files of all ranks, or leaves all existing files as they are.
 
-    All write beside their files first, and tell each other when that is on the disk. Only then each
-    takes its place. Where a machine ends between these, or a rename fails, some ranks have the new
-    file and some the old one; `load` tells such files apart by the name of the save.
+    Each rank writes a temporary file beside its own and tells the others once it is on disk. Then each
+    renames its file. If a machine crashes or a rename fails in between, some ranks have the new file and
+    others the old one. `load` detects this by the name of the save, which is random and the same in all
+    its files.
 
     Raises:
-        CacheFileError: it cannot be written.
-        RanksDisagreeError: another rank's cannot.
+        CacheFileError: this rank cannot write its file.
+        RanksDisagreeError: another rank cannot write its file.
         ValueError: as `prepare`.
     """
     ranks.agree(f"save {path.name}")
-    with ranks.together(f"copy what is to be saved in {path.name}"):
+    with ranks.together(f"copy the cache for {path.name}"):
         own = path_of(path, ranks)
         prepared = prepare()
-    name = ranks.share("give the save a name", secrets.token_hex(8))[0]
+    name = ranks.share("name the save", secrets.token_hex(8))[0]
     prepared.header["options"][_RANKS] = {"rank": ranks.rank, "size": ranks.size, "save": name}
     failure: CacheFileError | None = None
     is_written = False
@@ -93,45 +90,47 @@ def write(ranks: Ranks, path: Path, prepare: Callable[[], Prepared]) -> None:
             if not is_written:
                 raise
             failure = error
-    with ranks.together(f"put the new {path.name} in the place of the old one"):
+    with ranks.together(f"replace {path.name}"):
         if failure:
             raise failure
 
 
 def check_rank(opened: Opened, ranks: Ranks) -> str:
-    """The name of the save that a file is of. Raises CacheFileError where it is another rank's."""
+    """Returns the name of the save that a file belongs to. Raises CacheFileError if it is of another rank."""
     with faults_of(opened.path):
-        told: Mapping[str, Any] = mapping(opened.options.get(_RANKS, {}), "the ranks")
-        rank, size = integer(told.get("rank", 0), "the rank"), integer(told.get("size", 1), "the ranks")
+        told: Mapping[str, Any] = mapping(opened.options.get(_RANKS, {}), "option ranks")
+        rank, size = integer(told.get("rank", 0), "rank"), integer(told.get("size", 1), "number of ranks")
         if (rank, size) != (ranks.rank, ranks.size):
-            raise ValueError(f"of rank {rank} of {size}, and this is rank {ranks.rank} of {ranks.size}")
+            raise ValueError(
+                f"belongs to rank {rank} of {size}, but this is rank {ranks.rank} of {ranks.size}"
+            )
     return str(told.get("save"))
 
 
 _HEAD = "head"
 _WRITTEN = {"quantize_after": "quantise_after"}
-"""Options that files spell in another way."""
+"""Options that have another name in files."""
 
 
 def _as_written(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names in files."""
+    """Returns options by their names in files."""
     return {_WRITTEN.get(name, name): value for name, value in options.items()}
 
 
 def prepared(
     conversation: Conversation, tokens: Sequence[int] | None = None, tokenizer: Any = None
 ) -> Prepared:
-    """What is to be written of a conversation.
+    """Copies a conversation so that it can be written to a file.
 
     Raises:
-        ValueError: another number of tokens.
-        CacheError: the model has other weights by now, which the file would say it is of.
+        ValueError: the number of tokens differs from the conversation's.
+        CacheError: the model's weights have changed since the cache was made.
     """
     conversation.check_open()
     if conversation.pool.version is not version_of(conversation.pool.living_model):
         raise CacheError(
-            "cannot save: the model's weights have changed since this cache was made, so it is not of "
-            "these weights; make a new cache and compute its tokens again"
+            "cannot save: the model's weights have changed since this cache was made; make a new cache and "
+            "compute its tokens again"
         )
     extra: dict[str, mx.array] = {}
     head = _encode_head(conversation.head, extra)
@@ -146,11 +145,11 @@ def prepared(
 
 
 def restore(conversation: Conversation, opened: Opened, tokenizer: Any = None) -> None:
-    """Let an empty conversation be what is in a file.
+    """Fills an empty conversation from a file.
 
     Raises:
-        CacheFileError: the file is of another model, or what it tells does not fit this one.
-        CacheFullError: it holds more tokens than the capacity.
+        CacheFileError: the file belongs to another model or is corrupt.
+        CacheFullError: the file holds more tokens than the capacity.
     """
     pool = conversation.pool
     model = pool.living_model
@@ -169,14 +168,14 @@ def restore(conversation: Conversation, opened: Opened, tokenizer: Any = None) -
 
 
 def check_room(conversation: Conversation, end: int, path: Path) -> None:
-    """Raise CacheFullError where a file is for more tokens than the conversation may hold."""
+    """Raises CacheFullError if a file holds more tokens than the capacity."""
     capacity = conversation.limits.capacity
     if capacity is not None and end > capacity:
-        raise CacheFullError(end, capacity, capacity, f"so many are in {path}")
+        raise CacheFullError(end, capacity, capacity, f"{path} holds {end} tokens")
 
 
 def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
-    """Raise ValueError unless snapshots are of just the layers, heads and arrays that the model writes."""
+    """Raises ValueError unless snapshots have the layers, dimensions and arrays that the model writes."""
     for kind, _ in pool.positional():
         snapshot = snapshots[kind]
         if not snapshot.runs:
@@ -186,8 +185,8 @@ def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
             found = snapshot.forms.get(leaf.index)
             if (expected and expected[:3]) != (found and found[:3]):
                 raise ValueError(
-                    f"layer {leaf.name} has (heads, features of keys, of values) "
-                    f"{found and found[:3]}, the model's has {expected and expected[:3]}"
+                    f"layer {leaf.name} has (heads, key dim, value dim) {found and found[:3]}, "
+                    f"the model's has {expected and expected[:3]}"
                 )
     for leaf in pool.leaves:
         stream = None if leaf.rule else snapshots[pool.kinds[leaf.index]]
@@ -198,7 +197,7 @@ def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
 
 
 def check_shift(conversation: Conversation, snapshots: Sequence[Any]) -> None:
-    """Raise ValueError where a window has forgotten tokens that come into its sight with the first shift."""
+    """Raises ValueError if a window does not hold all tokens that it will see after the first shift."""
     capacity, overflow, sinks, _ = conversation.limits
     if overflow != "shift" or capacity is None:
         return
@@ -215,8 +214,8 @@ def check_shift(conversation: Conversation, snapshots: Sequence[Any]) -> None:
         if missing := {p for p in needed if p < end} - held:
             raise ValueError(
                 f"a window of {rule.size} tokens no longer holds tokens {min(missing)} to {max(missing)}, "
-                f"which a cache of capacity={capacity} needs when it shifts; load it with a capacity of more "
-                f'than {4 * rule.size} tokens, or with overflow="error"'
+                f"which a cache of capacity={capacity} needs when it shifts; load it with a capacity above "
+                f'{4 * rule.size} tokens, or with overflow="error"'
             )
 
 
@@ -235,51 +234,52 @@ def _encode_head(head: Head, arrays: dict[str, mx.array]) -> dict[str, Any]:
 def _decode_head(told: Any, arrays: Mapping[str, mx.array], pool: Pool) -> Head:
     if told is None:
         return Head()
-    head = mapping(told, "the head")
+    head = mapping(told, "head")
     pieces: dict[int, tuple[Piece, ...]] = {}
-    for index, each in enumerate(listing(head.get("pieces"), "the pieces")):
-        piece = mapping(each, "a piece")
-        span = listing(piece.get("span"), "the span of a piece", 3)
-        begin, end, lead = (integer(number, "the span of a piece") for number in span)
-        kind = integer(piece.get("kind"), "the kind of a piece", 0, len(pool.caches) - 1)
+    for index, each in enumerate(listing(head.get("pieces"), "head.pieces")):
+        piece = mapping(each, "a piece of the head")
+        span = listing(piece.get("span"), "span of a piece", 3)
+        begin, end, lead = (integer(number, "span of a piece") for number in span)
+        kind = integer(piece.get("kind"), "kind of a piece", 0, len(pool.caches) - 1)
         lanes: dict[tuple[int, Slot], Lane] = {}
-        for lane in listing(piece.get("lanes"), "the lanes"):
-            leaf, slot, codec = listing(lane, "a lane", 3)
-            which = integer(leaf, "a leaf"), _slot(slot)
+        for lane in listing(piece.get("lanes"), "lanes of a piece"):
+            leaf, slot, codec = listing(lane, "a lane of a piece", 3)
+            which = integer(leaf, "leaf of a lane"), _slot(slot)
             name = f"{_HEAD}.{index}.{leaf}.{slot}"
             lanes[which] = _decode_lane(pool.forms.get(which[0]), which[1], end - begin, arrays, name, codec)
         pieces[kind] = (*pieces.get(kind, ()), Piece(begin, end, lead, lanes))
-    return Head(integer(head.get("lead"), "the lead"), pieces)
+    return Head(integer(head.get("lead"), "head.lead"), pieces)
 
 
 def _decode_lane(
     form: Form | None, slot: Slot, length: int, arrays: Mapping[str, mx.array], name: str, codec: Any
 ) -> Lane:
     if form is None:
-        raise ValueError(f"{name} is of a layer that holds no keys and values")
+        raise ValueError(f"{name} belongs to a layer without keys and values")
     dims, dtypes = (form.key_dim, form.value_dim), (form.key_dtype, form.value_dtype)
     return decode_lane(arrays, name, (form.heads, length, dims[slot]), dtypes[slot], decode_codec(codec))
 
 
 def _slot(value: Any) -> Slot:
     if value not in (0, 1):
-        raise ValueError(f"{value} is neither keys nor values")
+        raise ValueError(f"slot of a lane is {value!r:.60}, not 0 (keys) or 1 (values)")
     return 1 if value else 0
 
 
 def adopt(conversation: Conversation, foreign: Foreign) -> None:
-    """Let an empty conversation be what is in a file of mlx-lm's.
+    """Fills an empty conversation from a file of mlx-lm.
 
     Raises:
         CacheFileError: the file does not fit the model.
-        CacheFullError: it holds more tokens than the capacity.
+        CacheFullError: the file holds more tokens than the capacity.
     """
     pool = conversation.pool
     check_room(conversation, foreign.end, foreign.path)
     with faults_of(foreign.path):
         if len(foreign.entries) != len(pool.leaves):
             raise ValueError(
-                f"of another model: it has {len(foreign.entries)} layers, the model has {len(pool.leaves)}"
+                f"belongs to another model: the file has {len(foreign.entries)} layers, "
+                f"the model {len(pool.leaves)}"
             )
         pairs = list(zip(pool.leaves, foreign.entries, strict=True))
         for leaf, entry in pairs:
@@ -294,7 +294,7 @@ def adopt(conversation: Conversation, foreign: Foreign) -> None:
 
 
 def storage_of(foreign: Foreign) -> dict[str, Any]:
-    """Options of `make_prompt_cache` that store as the file does."""
+    """Returns the options of `make_prompt_cache` that quantize as the file does."""
     for entry in foreign.entries:
         if entry.lanes and isinstance(entry.lanes[0], Packed):
             codec = entry.lanes[0].codec
@@ -303,16 +303,20 @@ def storage_of(foreign: Foreign) -> dict[str, Any]:
 
 
 def _check_kind(leaf: Leaf, entry: Entry) -> None:
-    if _kind(leaf.rule) != (entry.name, entry.sizes):
-        told = _kind(leaf.rule)
+    expected, found = _kind(leaf.rule), (entry.name, entry.sizes)
+    if expected != found:
         raise ValueError(
-            f"of another model: layer {leaf.name} of the model is a {told[0]} {told[1] or ''}, that of the "
-            f"file a {entry.name} {entry.sizes or ''}"
+            f"belongs to another model: layer {leaf.name} is {_spelled(*found)} in the file and "
+            f"{_spelled(*expected)} in the model"
         )
 
 
+def _spelled(name: str, sizes: tuple[int, ...]) -> str:
+    return f"{name}({', '.join(map(str, sizes))})"
+
+
 def _kind(rule: Rule | None) -> tuple[str, tuple[int, ...]]:
-    """mlx-lm's class for a rule, and its sizes."""
+    """Returns the name of mlx-lm's class for a rule, and its sizes."""
     if rule is None:
         return "ArraysCache", ()
     if isinstance(rule, Window):
@@ -321,17 +325,17 @@ def _kind(rule: Rule | None) -> tuple[str, tuple[int, ...]]:
 
 
 def _snapshot(pairs: Sequence[tuple[Leaf, Entry]], end: int, pool: Pool) -> Any:
-    """What one of the pool's caches is to hold."""
+    """Builds the snapshot of one of the pool's caches from the layers of a file."""
     if pairs[0][0].rule is None:
         state = {leaf.index: entry.arrays for leaf, entry in pairs}
         return recurrent.Stream(end, {end: state}, True) if end else None
-    # Layers that the model never writes are empty.
+    # The model has cache entries that it never writes; they are empty in the file, too.
     written = [(leaf, entry) for leaf, entry in pairs if leaf.index in pool.forms]
     if not written:
         return Snapshot(end, (), {})
     ranges = {entry.ranges for _, entry in written}
     if len(ranges) != 1:
-        raise ValueError(f"layers of one kind hold different tokens: {sorted(ranges)}")
+        raise ValueError(f"layers of one kind hold different tokens, as (begin, length): {sorted(ranges)}")
     forms = {leaf.index: _form(pool.forms[leaf.index], entry.lanes) for leaf, entry in written if entry.lanes}
     runs, at = [], 0
     for begin, length in ranges.pop():
@@ -347,12 +351,12 @@ def _at(lanes: Lanes, index: tuple[slice, slice, slice]) -> Lanes:
 
 
 def _form(expected: Form | None, lanes: Lanes) -> Form:
-    """The form of lanes; packed ones do not say of which dtype they were."""
+    """Returns the form of a layer's lanes. Quantized lanes get the dtypes of the model's."""
     assert expected is not None
     own = zip(lanes, (expected.key_dtype, expected.value_dtype), strict=True)
     dtypes = [lane.array.dtype if isinstance(lane, Plain) else dtype for lane, dtype in own]
     if not all(mx.issubdtype(dtype, mx.floating) for dtype in dtypes):
-        raise ValueError(f"keys and values are {dtypes[0]} and {dtypes[1]}, expected floats")
+        raise ValueError(f"keys are {dtypes[0]} and values {dtypes[1]}, expected floats")
     keys, values = lanes
     return Form(keys.arrays[0].shape[1], keys.dim, values.dim, dtypes[0], dtypes[1])
 
@@ -365,10 +369,14 @@ def loaded(
     options: Mapping[str, Any],
     lazy: bool = False,
 ) -> tuple[Rows, Opened | None]:
-    """What is in a file, made with the file's own options where there are no others. Raises as `load`.
+    """Makes a conversation from a file of either format. Raises as `PromptCache.load`.
 
     Args:
-        lazy: read an array when it is first needed, which only this thread can.
+        options: replace the options that were saved in the file.
+        lazy: read each array when it is first used. Only the thread that loaded it can then use the cache.
+
+    Returns:
+        The conversation, and the opened file, or None for a file of mlx-lm.
     """
     own = {name: value for name, value in options.items() if name != "group"}
     ranks = ranks_of(options.get("group"))
@@ -379,7 +387,7 @@ def loaded(
     except NotOursError:
         foreign = read_foreign(path)
         rows = _made(model, storage_of(foreign) | own)
-        with rows.edit(f"adopt {path.name}"):
+        with rows.edit(f"load {path.name}"):
             adopt(rows.conversation, foreign)
             _evaluate(rows)
         return rows, None
@@ -400,7 +408,7 @@ def _evaluate(rows: Rows) -> None:
 def _loaded_together(
     path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any], ranks: Ranks
 ) -> tuple[Rows, Opened]:
-    """What is in the files of all ranks, if each has its own and all are of one save."""
+    """Loads each rank's file. Fails on all ranks unless all files come from one save."""
     with ranks.together(f"load {path.name}"):
         opened = open_file(path_of(path, ranks), verify)
         save, chosen = check_rank(opened, ranks), _chosen(_saved_options(opened), options)
@@ -414,7 +422,7 @@ def _loaded_together(
 
 
 def _saved_options(opened: Opened) -> dict[str, Any]:
-    """Options that a file was saved with. Raises CacheFileError for what cannot be some."""
+    """Returns the options that a file was saved with. Raises CacheFileError if they are malformed."""
     told = opened.options
     with faults_of(opened.path):
         options: dict[str, Any] = {"overflow": told.get("overflow")}
@@ -429,7 +437,7 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
 
 
 def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Given options in the place of saved ones, without what these only have beside others."""
+    """Merges given options over saved ones, and drops saved ones that need an option that was replaced."""
     options = {**saved, **given}
     if options.get("capacity") is None and saved.get("overflow") == "shift" and "overflow" not in given:
         options["overflow"] = "error"
@@ -439,7 +447,7 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def _blamed(path: Path, given: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Options that do not suit the model are the file's fault unless some were given."""
+    """Turns errors of options into CacheFileError, unless the caller gave options."""
     return nullcontext() if given else faults_of(path, NotSupportedError)
 
 
@@ -450,45 +458,45 @@ def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) ->
 
 
 def alone(conversation: Conversation) -> Rows:
-    """A conversation as the only row of a model's input."""
+    """Returns the rows of an input that has this conversation as its only row."""
     return Rows(conversation.pool, [conversation], is_batch=False)
 
 
 class _Entry(NamedTuple):
-    """What mlx-lm's `save_prompt_cache` asks of a cache."""
+    """The attribute of an entry that `save_prompt_cache` of mlx-lm reads."""
 
     state: Any
 
 
 def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a cache list, whose entries are ours or mlx-lm's, so that mlx-lm can load it.
+    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format.
 
     Raises:
-        CacheFileError: it cannot be written.
+        CacheFileError: the file cannot be written.
     """
     entries = [_loadable(entry) for entry in cache]
     try:
         with replacing(path) as file:
-            # MLX chooses the format by the name, and would add an ending to one that has none.
+            # MLX gets an open file: it would choose the format of a path by its suffix, or add one.
             mlx_lm_cache.save_prompt_cache(file, entries, metadata)
     except OSError as error:
         raise CacheFileError(path, f"cannot be written: {error.strerror or error}") from error
 
 
 def _loadable(entry: Any) -> Any:
-    """An entry as mlx-lm's class of its name would save it."""
+    """Returns an object that mlx-lm saves as the class that the entry stands in for."""
     name, state = _state(entry)
     return type(name, (_Entry,), {})(state)
 
 
 def _state(entry: Any) -> tuple[str, Any]:
-    """The class and the state that mlx-lm is to write."""
+    """Returns the class name and the state that mlx-lm writes for an entry."""
     children = getattr(entry, "caches", None)
     if children is not None:
         states = [_state(child) for child in children]
         return "CacheList", [(state, name) for name, state in states]
     if not getattr(entry, "is_packed", False):
         return type(entry).__name__, entry.state
-    # Many of mlx-lm's models do not take its quantized cache, of one number of bits on full attention.
+    # Many models of mlx-lm cannot use its QuantizedKVCache, so quantized full attention becomes a KVCache.
     name = "KVCache" if isinstance(entry, QuantizedKVCache) else type(entry).__name__
     return name, entry.plain_state

@@ -1,6 +1,7 @@
-"""In how many bits the layers of a model store keys and values, as `make_prompt_cache` is told.
+"""Checks the options of `make_prompt_cache` and makes an empty conversation from them.
 
-From the options of `make_prompt_cache` to an empty conversation.
+Also works out how each layer of the model quantizes its keys and values (`quantization_of`), and writes the
+options of a conversation in a form that a file can hold (`options_of`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from .ranks import ALONE, Ranks
 from .trial import try_out
 
 KvBits = Bits | Callable[[int], Bits]
-"""Of all layers, or a function of the layer: its index in the model's cache list."""
+"""Bit widths for all layers, or a function from a layer's index in the model's cache list to its widths."""
 
 KvFloat = Iterable[int] | Literal["last"]
-"""Indices of layers that stay in float, negative ones from the end; "last" is the last with keys."""
+"""Indices of layers that are not quantized, negative ones from the end; "last" is the last with keys."""
 
 
 def reusable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `make_prompt_cache` for several caches: the first would use an iterator of layers up."""
+    """Returns options that can make several caches: copies `kv_float`, which may be an iterator."""
     layers = options.get("kv_float", ())
     is_listed = isinstance(layers, str) or not isinstance(layers, Iterable)
     return options if is_listed else options | {"kv_float": tuple(layers)}
@@ -40,7 +41,7 @@ def reusable(options: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _ByLeaf:
-    """Bits of each leaf. A value and not a function, so that pools of the same can be told."""
+    """Bit widths of each leaf. Compares by value, so that caches with the same widths share a pool."""
 
     bits: tuple[Bits, ...]
 
@@ -56,13 +57,13 @@ def quantization_of(
     kv_float: KvFloat,
     after: int,
 ) -> Quantization | None:
-    """What a model's pool is to be made with; None where all stays in float.
+    """Returns the quantization of a model's pool, or None if no layer is quantized.
 
     Args:
-        mirrored: leaves whose values must be stored as their keys are.
+        mirrored: indices of leaves whose values must be stored in the same width as their keys.
 
     Raises:
-        ValueError: as `Quantization`, or a layer that the model does not have.
+        ValueError: as `Quantization`, or `kv_float` names a layer that the model does not have.
     """
     (after,) = whole(quantize_after=after)
     in_float = _float_layers(layout, kv_float)
@@ -70,7 +71,7 @@ def quantization_of(
         None if leaf.rule is None or leaf.layer in in_float else _bits_of(leaf, kv_bits, mirrored)
         for leaf in layout.leaves
     )
-    # Checks all of them, also those that are to be float.
+    # Checks every width, including those of layers in float.
     by_leaf = Quantization(_ByLeaf(bits), group_size, after)
     for leaf in layout.leaves:
         by_leaf.of(leaf.index)
@@ -81,12 +82,12 @@ def quantization_of(
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
-    """Bits of a leaf's keys and values; one number where they are the same."""
+    """Returns the bit widths of a leaf: one number if keys and values have the same."""
     bits = kv_bits(leaf.layer) if callable(kv_bits) else kv_bits
     if not isinstance(bits, (tuple, list)):
         return bits
     if len(bits) != 2:
-        raise ValueError(f"kv_bits of keys and of values are two numbers, got {bits}")
+        raise ValueError(f"kv_bits must be one width, or a pair of widths for keys and values; got {bits}")
     keys, values = bits
     if leaf.index in mirrored:
         values = keys
@@ -94,23 +95,23 @@ def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
 
 
 def _float_layers(layout: Layout, kv_float: KvFloat) -> set[int]:
-    """Layers whose keys and values stay in float."""
+    """Returns the layers whose keys and values are not quantized."""
     keyed = [leaf.layer for leaf in layout.leaves if leaf.rule is not None]
     if kv_float == "last":
         return {keyed[-1]} if keyed else set()
     if isinstance(kv_float, str) or not isinstance(kv_float, Iterable):
-        raise ValueError(f'kv_float must be indices of layers, or "last", got {kv_float!r}')
+        raise ValueError(f'kv_float must be layer indices or "last", got {kv_float!r}')
     count = len(layout.entries)
     chosen = set()
     for layer in kv_float:
         if not isinstance(layer, int) or not -count <= layer < count:
-            raise ValueError(f"kv_float names layer {layer!r}; there are {count}")
+            raise ValueError(f"kv_float contains {layer!r}; layer indices are {-count} to {count - 1}")
         chosen.add(layer % count)
     return chosen
 
 
 class Storage(NamedTuple):
-    """How keys and values are stored; see `make_prompt_cache`."""
+    """The options of `make_prompt_cache` that set how keys and values are stored."""
 
     kv_bits: KvBits = None
     kv_group_size: int = 64
@@ -119,19 +120,21 @@ class Storage(NamedTuple):
 
 
 OPTIONS = (*Limits._fields, *Storage._fields, "group")
-"""Of `make_prompt_cache`."""
+"""Names of the options of `make_prompt_cache`."""
 _THEIRS = {"quantized_kv_start": "quantize_after"}
-"""mlx-lm's names of options."""
+"""Options of mlx-lm, and their names here."""
 
 
 def check_options(given: Mapping[str, Any], function: str, own: Iterable[str] = ()) -> None:
-    """Check the names of options that a function passes on to `make_prompt_cache`.
+    """Checks the names of options that a function passes to `make_prompt_cache`.
 
     Args:
-        own: the function's own parameters.
+        given: the options, by name.
+        function: the function's name, for the message.
+        own: names of the function's own parameters.
 
     Raises:
-        TypeError: there is no such option; the nearest one is told first.
+        TypeError: an option does not exist; the message suggests the most similar one.
     """
     known = [*own, *OPTIONS]
     for name in given:
@@ -152,7 +155,7 @@ T = TypeVar("T")
 
 
 def with_checked_options(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, which takes the options of `make_prompt_cache`; others are refused by `check_options`."""
+    """Makes a function check the names of its options with `check_options`."""
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -165,45 +168,47 @@ def with_checked_options(function: Callable[P, T]) -> Callable[P, T]:
 def new_conversation(
     model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks = ALONE
 ) -> Conversation:
-    """An empty conversation of a model, on all ranks or none. Raises as `make_prompt_cache`."""
+    """Makes an empty conversation of a model, on all ranks or on none. Raises as `make_prompt_cache`."""
     if ranks.is_alone:
-        return _made(model, limits, storage, ranks)
-    # Before anything runs the model: what it tries depends on the options.
-    ranks.agree(_told(model, limits, storage))
+        return _make(model, limits, storage, ranks)
+    # The options decide how the model is tried, so ranks compare them before they run it.
+    ranks.agree(_described(model, limits, storage))
     with ranks.together("make a cache"):
-        return _made(model, limits, storage, ranks)
+        return _make(model, limits, storage, ranks)
 
 
-def _told(model: nn.Module, limits: Limits, storage: Storage) -> str:
-    """What ranks must have in common, in words. Functions differ from rank to rank in their addresses."""
+def _described(model: nn.Module, limits: Limits, storage: Storage) -> str:
+    """Describes the options and the model, which must be the same on all ranks."""
     options = limits._asdict() | storage._asdict()
     if callable(storage.kv_bits):
+        # The text of a function has its address, which differs from rank to rank.
         options["kv_bits"] = "by layer"
     listed = ", ".join(f"{name}={value}" for name, value in options.items())
-    model_is = ", ".join(identity(model).values()) if isinstance(model, nn.Module) else type(model).__name__
-    return f"make a cache with {listed} of {model_is}"
+    identified = ", ".join(identity(model).values()) if isinstance(model, nn.Module) else type(model).__name__
+    return f"make a cache with {listed} for {identified}"
 
 
-def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:
+def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> Conversation:
     if not isinstance(model, nn.Module) or not (hasattr(model, "layers") or hasattr(model, "make_cache")):
         inside = getattr(model, "language_model", None)
-        hint = f"; give it the model inside, its language_model (a {class_of(inside)})" if inside else ""
+        hint = f"; pass its language_model, a {class_of(inside)}" if inside else ""
         raise TypeError(
-            f"an mlx-lm model is needed, got {class_of(model)} without layers or make_cache{hint}"
+            f"model must be an mlx-lm model, got {class_of(model)} without layers or make_cache{hint}"
         )
     limits = limits.checked()
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None
     if (shifts or limits.sinks) and layout.is_recurrent:
         raise NotSupportedError(
-            f'overflow="{limits.overflow}" with sinks={limits.sinks} on {type(model).__module__}: '
-            "a recurrent state cannot forget tokens that later ones were added to, nor keep some of them"
+            f'overflow="{limits.overflow}" with sinks={limits.sinks} is not supported for '
+            f"{type(model).__module__}: it has recurrent layers, whose state cannot drop its oldest tokens; "
+            'use overflow="error" and sinks=0'
         )
     rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
     pool = pool_for(model, layout, rewinds, None, ranks)
     try_out(pool)
     if not ranks.is_alone:
-        # Tried by all now, as ranks of a pipeline with other layers would need it at other times.
+        # Ranks of a pipeline have different layers and would try this at different times, so all do it now.
         _ = pool.batching
     quantization = quantization_of(layout, pool.mirrored, *storage)
     if quantization:
@@ -214,7 +219,7 @@ def _made(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
 
 
 def options_of(conversation: Conversation) -> dict[str, Any]:
-    """Options of `make_prompt_cache` that make one like this, as JSON can hold them."""
+    """Returns options of `make_prompt_cache` that make a conversation like this one, as JSON values."""
     pool = conversation.pool
     options: dict[str, Any] = conversation.limits._asdict()
     if pool.quantization is None:
@@ -222,7 +227,7 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     bits: list[Any] = [None] * len(pool.layout.entries)
     for leaf in reversed(pool.leaves):
         if leaf.rule is not None:
-            # The first of an entry comes last: an index behind it follows it.
+            # An entry of several leaves is described by its first leaf, which the reversed loop reaches last.
             bits[leaf.layer] = [codec and codec.bits for codec in pool.codecs(leaf)]
     return options | {
         "kv_bits": bits,
@@ -232,7 +237,7 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
 
 
 def by_layer(bits: Sequence[Any]) -> KvBits:
-    """The function of the layer that `options_of` has written down."""
+    """Returns `kv_bits` as a function of the layer, from the list that `options_of` made."""
 
     def of(layer: int) -> Bits:
         own = bits[layer] if layer < len(bits) else None
@@ -242,13 +247,19 @@ def by_layer(bits: Sequence[Any]) -> KvBits:
 
 
 def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
-    """How many newest tokens a kind of layer can drop, in a cache that shifts within `capacity`, or not."""
+    """Returns how many newest tokens a kind of layer must be able to drop.
+
+    Args:
+        rule: what its tokens see; None for a recurrent layer.
+        rewind: the option of `make_prompt_cache`.
+        capacity: the capacity of a cache that shifts; None for any other.
+    """
     if rule is None or isinstance(rule, Causal):
         return 1
     if capacity is not None and capacity <= 4 * rule.size:
-        # After a shift the window may reach over the gap, so nothing that stays may be forgotten.
+        # After a shift the window may reach past the gap, so all remaining tokens must be held.
         return capacity
     if capacity is not None and isinstance(rule, Chunk):
-        # After a shift a chunk begins elsewhere, and the next token may be its last.
+        # A shift moves the borders of chunks, so the next token may be the last of a full chunk.
         return max(rule.size, rewind)
     return max(1, rewind)

@@ -1,4 +1,8 @@
-"""A conversation's cache, and how to make one for a model."""
+"""Prompt caches for mlx-lm models: `make_prompt_cache` and `PromptCache`.
+
+A `PromptCache` is the cache list that mlx-lm passes to a model, with methods to rewind, edit, fork, save and
+load the conversation in it. A fork shares the keys and values of its origin in a pool of cells.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,15 @@ from .ranks import ranks_of
 
 
 class PromptCache(list[Any]):
-    """mlx-lm's prompt cache, a list with an object for each entry of the model's own, that can do more.
+    """The cache of one conversation: a prompt cache of mlx-lm that can be rewound, edited, forked and saved.
 
-    Positions count tokens. After any error everything is as it was; but where `overflow="shift"` has
-    made room for tokens, they are gone even if the model then raises.
+    It is a list with one entry for each entry of the model's own cache. Positions count tokens from 0. A call
+    that raises changes nothing, with one exception: tokens that `overflow="shift"` removed to make room stay
+    removed if the model then raises.
 
     Attributes:
-        tokens: of a loaded cache the tokens that were saved with it, or None.
-        is_verified: False where a file was loaded without comparing its checksums.
+        tokens: the tokens that were saved with a loaded cache, or None.
+        is_verified: False if the cache was loaded without comparing checksums.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -41,85 +46,93 @@ class PromptCache(list[Any]):
 
     @property
     def pool(self) -> Pool:
-        """The cells that this cache shares with its forks; `pool.nbytes` is what is allocated."""
+        """The pool that stores this cache and its forks; `pool.nbytes` is the number of bytes allocated."""
         return self._rows.pool
 
     @property
     def sequence(self) -> int:
-        """By which name `holdings` knows this cache; no other of the pool has had it."""
+        """The number by which `holdings` lists this cache. A pool never uses a number twice."""
         return self._conversation.sequence
 
     @property
     def position(self) -> int:
-        """How many tokens are in the cache."""
+        """The number of tokens in the cache."""
         return self._rows.positions[0]
 
     @property
     def capacity(self) -> int | None:
-        """How many tokens may be in the cache."""
+        """The maximum number of tokens; None for no limit."""
         return self._conversation.limits.capacity
 
     @property
     def gaps(self) -> int:
-        """How often `remove` or a shift has taken out tokens that others followed.
+        """How often `remove` or a shift took out tokens that were followed by others.
 
-        What comes after a gap was computed with knowledge of what is gone, so such a cache is not
-        that of the tokens that are left. `load` begins at 0.
+        The keys and values after a gap were computed while the removed tokens were still visible, so they
+        differ from those of a fresh prefill of the remaining tokens. `load` starts at 0.
         """
         return self._conversation.gaps
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held, what is shared with forks counted in full."""
+        """Bytes that this cache holds. Counts what it shares with forks in full."""
         return sum(entry.nbytes for entry in entries_of(self._rows))
 
     def can_resume(self, position: int) -> bool:
-        """Whether generation can go on from `position`, the tokens from there on dropped."""
+        """Returns whether `rewind_to(position)` is possible."""
         (position,) = whole(None, position=position)
         return 0 <= position <= self.position and self._rows.can_resume(position)
 
     def resume_point(self, position: int) -> int:
-        """The newest position <= `position` to continue from. Raises ValueError below 0."""
+        """Returns the newest position, at most `position`, that the cache can rewind to.
+
+        Raises:
+            ValueError: position is below 0.
+            TypeError: position is not a whole number.
+        """
         (position,) = whole(position=position)
         return self._rows.resume_point(min(position, self.position))
 
     def rewind(self, n: int) -> None:
-        """Drop the newest n tokens.
+        """Drops the newest n tokens.
 
         Raises:
-            ValueError: not 0 <= n <= position.
-            TypeError: n is no whole number.
-            NotSupportedError: what the tokens before those need is not held; see `resume_point`.
+            ValueError: n is not in 0 <= n <= position.
+            TypeError: n is not a whole number.
+            NotSupportedError: a window no longer holds the tokens before, or a recurrent layer has no
+                checkpoint there. `resume_point` returns a position that is possible.
         """
         (n,) = whole(None, n=n)
         if not 0 <= n <= self.position:
-            raise ValueError(f"cannot rewind {n} of {self.position} tokens")
+            raise ValueError(f"cannot rewind {n} tokens: the cache holds {self.position}")
         self._rewind_to(self.position - n)
 
     def rewind_to(self, position: int) -> None:
-        """Drop the tokens from `position` on. Raises as `rewind`."""
+        """Drops the tokens from `position` on. Raises as `rewind`."""
         (position,) = whole(None, position=position)
         if not 0 <= position <= self.position:
-            raise ValueError(f"cannot rewind {self.position} tokens to position {position}")
+            raise ValueError(f"cannot rewind to position {position}: expected 0 to {self.position}")
         self._rewind_to(position)
 
     def remove(self, begin: int, end: int | None = None) -> None:
-        """Take out the tokens [begin, end); later ones move down and their keys are re-based.
+        """Removes the tokens [begin, end). Later tokens move down and their keys are re-based.
 
         Args:
-            end: None takes out all tokens from `begin` on. As of `rewind`, what is not there cannot be
-                taken out.
+            begin: the first position to remove.
+            end: the position after the last one to remove; None removes all tokens from `begin` on.
 
         Raises:
-            ValueError: not 0 <= begin <= end <= position.
-            TypeError: begin or end is no whole number.
-            NotSupportedError: the model's position scheme is not understood, it has recurrent
-                layers, or what the next token sees would not be held.
+            ValueError: begin and end are not in 0 <= begin <= end <= position.
+            TypeError: begin or end is not a whole number.
+            NotSupportedError: the model's keys cannot be re-based, the model has recurrent layers, or a
+                window would no longer hold tokens that the next token sees.
         """
         position = self.position
         begin, stop = whole(None, begin=begin, end=position if end is None else end)
         if not 0 <= begin <= stop <= position:
-            raise ValueError(f"cannot remove [{begin}, {stop}) of {position} tokens")
+            raise ValueError(
+                f"cannot remove tokens [{begin}, {stop}): expected 0 <= begin <= end <= {position}"
+            )
         if begin == stop:
             return
         if stop == position:
@@ -129,7 +142,7 @@ class PromptCache(list[Any]):
                 self._conversation.remove(begin, stop)
 
     def fork(self) -> PromptCache:
-        """A cache with the same tokens that goes its own way. Copies no array."""
+        """Returns an independent cache with the same tokens. Shares keys and values; copies no array."""
         return PromptCache(self._rows.fork())
 
     def save(
@@ -139,22 +152,23 @@ class PromptCache(list[Any]):
         tokenizer: Any = None,
         format: Literal["mlx_kvcache", "mlx-lm"] = "mlx_kvcache",  # noqa: A002
     ) -> None:
-        """Save what is held, without slack. The file is there whole or not at all.
+        """Saves the cache to a file. An existing file is replaced only once the new one is complete.
 
-        Each rank of a group writes its own, which is named `chat.rank0of2.safetensors` and so on
-        where `path` is `chat.safetensors`; all are replaced, or none.
+        Each rank of a group writes its own file: for the path `chat.safetensors` these are
+        `chat.rank0of2.safetensors` and so on. Either all of them are replaced or none.
 
         Args:
-            tokens: those in the cache; `load` gives them back.
-            tokenizer: notes which one the tokens are of.
-            format: "mlx-lm" writes what mlx-lm's `load_prompt_cache` reads: in float, without
-                checksums, tokens, checkpoints, and what mlx-lm's windows would not hold.
+            path: the file to write.
+            tokens: the token ids in the cache; a loaded cache has them as `tokens`.
+            tokenizer: the tokenizer of these tokens. Its fingerprint is saved and `load` compares it.
+            format: "mlx-lm" writes a file for `load_prompt_cache` of mlx-lm. It is not quantized and has no
+                checksums, no tokens, no checkpoints, and only those window tokens that mlx-lm keeps.
 
         Raises:
-            CacheFileError: it cannot be written; a file that was there still is.
-            ValueError: another number of tokens than are in the cache, or an unknown format.
-            TypeError: tokens that are no sequence of whole numbers.
-            NotSupportedError: ranks of a group, in mlx-lm's format.
+            CacheFileError: the file cannot be written; an existing file is unchanged.
+            ValueError: the number of tokens differs from `position`, or the format is unknown.
+            TypeError: tokens is not a sequence of whole numbers.
+            NotSupportedError: the cache belongs to a rank of a group and format is "mlx-lm".
         """
         if format not in ("mlx_kvcache", "mlx-lm"):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
@@ -167,9 +181,11 @@ class PromptCache(list[Any]):
                 write(ranks, Path(path), lambda: self._prepared(tokens, tokenizer))
             return
         if not ranks.is_alone:
-            raise NotSupportedError('format="mlx-lm" cannot say which of several ranks a file is of')
+            raise NotSupportedError(
+                'format="mlx-lm" has no place for a rank: a cache of several ranks needs format="mlx_kvcache"'
+            )
         if tokens is not None and len(tokens) != self.position:
-            raise ValueError(f"{len(tokens)} tokens for a cache that holds {self.position}")
+            raise ValueError(f"got {len(tokens)} tokens for a cache that holds {self.position}")
         with self._rows.edit("save"):
             save_for_mlx_lm(Path(path), self)
 
@@ -182,20 +198,21 @@ class PromptCache(list[Any]):
         verify: bool = True,
         **options: Any,
     ) -> PromptCache:
-        """A cache of this model with what is in a file, of `save` or of mlx-lm's `save_prompt_cache`.
+        """Loads a cache from a file written by `save` or by `save_prompt_cache` of mlx-lm.
 
-        All of it is in memory then, and any thread can use it.
+        The whole file is read into memory. Any thread can use the cache.
 
         Args:
-            tokenizer: refuses a file that was saved with another one.
-            verify: compare all checksums. Otherwise damage in arrays goes unseen, and `is_verified`
-                says so.
-            options: of `make_prompt_cache`, in the place of those that the cache had. With a `group`
-                each rank loads its own file, and all must be of the same save.
+            path: the file; with a `group`, the path that was given to `save`.
+            model: the model that the cache was computed with.
+            tokenizer: if given, a file that was saved with another tokenizer is refused.
+            verify: compare all checksums. If False, corrupt arrays go unnoticed and `is_verified` is False.
+            options: options of `make_prompt_cache` that replace the saved ones. With a `group` each rank
+                loads its own file, and all files must come from the same `save`.
 
         Raises:
-            CacheFileError: the file cannot be read, is damaged, or is of another model.
-            CacheFullError: it holds more tokens than the capacity.
+            CacheFileError: the file cannot be read, is corrupt, or belongs to another model.
+            CacheFullError: the file holds more tokens than the capacity.
             TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
         """
         check_options(options, "PromptCache.load", ("tokenizer", "verify"))
@@ -206,7 +223,7 @@ class PromptCache(list[Any]):
         return cache
 
     def close(self) -> None:
-        """Give the memory back that no fork shares. Further use is a CacheError."""
+        """Frees the memory that no fork shares. Any later use raises CacheError."""
         conversation = self._conversation
         with conversation.pool.ranks.together(f"close conversation {conversation.name}"):
             conversation.pool.ranks.ready()
@@ -225,14 +242,14 @@ class PromptCache(list[Any]):
         return self.fork()
 
     def __iadd__(self, other: Iterable[Any]) -> list[Any]:  # type: ignore[override,misc]
-        """A plain list: with the layers of a draft model behind it, it is no longer one conversation."""
+        """Returns a plain list: mlx-lm appends the cache of a draft model, which is another conversation."""
         return [*self, *other]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        raise NotSupportedError("a prompt cache cannot be pickled")
+        raise NotSupportedError("a prompt cache cannot be pickled; use save and PromptCache.load")
 
     def _prepared(self, tokens: Sequence[int] | None, tokenizer: Any) -> Prepared:
-        """What `save` writes, in memory that is not MLX's."""
+        """Copies the data that `save` writes into memory outside of MLX."""
         with self._rows.edit("copy"):
             return prepared(self._conversation, tokens, tokenizer)
 
@@ -241,7 +258,7 @@ class PromptCache(list[Any]):
         return self._rows.conversation
 
     def _rewind_to(self, position: int) -> None:
-        with self._rows.edit(f"go back to {position}"):
+        with self._rows.edit(f"rewind to {position}"):
             self._conversation.rewind_to(position)
 
 
@@ -258,36 +275,35 @@ def make_prompt_cache(
     quantize_after: int = 0,
     group: mx.distributed.Group | None = None,
 ) -> PromptCache:
-    """A prompt cache for an mlx-lm model, which answers every entry of the model's own in kind.
+    """Makes a prompt cache for an mlx-lm model, with one entry for each entry of the model's own cache.
 
     Args:
-        capacity: the most tokens that it holds; None grows without bound.
-        overflow: what happens when more come. "error" raises CacheFullError before anything
-            is computed; "shift" removes the older half after the first `sinks` tokens.
-        rewind: how many newest tokens windows and chunks can always drop. Full attention can
-            drop any; recurrences go back to their checkpoints (see `PromptCache.resume_point`).
-        sinks: how many first tokens "shift" never removes. How many a window keeps is the model's own.
-        kv_bits: store keys and values in 8, 6, 5, 4, 3 or 2 bits; a pair for keys and values, in
-            which None keeps one in float; or a function of the layer that returns one of these.
-            None stores in the model's own precision.
-        kv_group_size: 32, 64 or 128 features share a scale and a bias; heads must be multiples.
-        kv_float: layers that stay in float all the same: indices, or "last".
-        quantize_after: a cache stays in float until it holds more tokens than this.
-        group: the processes that the model is sharded over, as of `mx.distributed.init()`. Each
-            makes the same calls; before anything changes they compare what they are about to do.
-            Layers are then counted in each rank's own cache list. None, or a group of one, compares
-            nothing.
+        model: an mlx-lm model.
+        capacity: the maximum number of tokens; None for no limit.
+        overflow: what to do when the cache is full. "error" raises CacheFullError before anything is
+            computed; "shift" keeps the first `sinks` tokens and removes the older half of the others.
+        rewind: how many of the newest tokens sliding windows and chunks can always drop. Full attention can
+            drop any number; recurrent layers roll back to checkpoints (see `PromptCache.resume_point`).
+        sinks: how many of the first tokens "shift" never removes. The model sets the sinks of its windows.
+        kv_bits: quantize keys and values to 8, 6, 5, 4, 3 or 2 bits. A pair sets keys and values apart,
+            where None leaves one in float. A function of the layer index returns one of these for each
+            layer. None keeps the model's precision.
+        kv_group_size: how many features share a scale and a bias: 32, 64 or 128. Head dimensions must be
+            multiples of it.
+        kv_float: layers that are not quantized: indices, or "last".
+        quantize_after: quantize once the cache holds more tokens than this.
+        group: the group of processes that the model is sharded over, as `mx.distributed.init()` returns it.
+            All ranks make the same calls, and compare each one before they change anything. Layer indices
+            refer to each rank's own cache list. None, or a group of one, compares nothing.
 
     Raises:
-        TypeError: not an mlx-lm model, or an option that there is not.
-        ValueError: options out of range, "shift" without a capacity, sinks without "shift", or heads that
-            groups do not divide.
-        NotSupportedError: a layer of unknown kind, a model that asks more of its caches than
-            these give, "shift" on a model whose tokens cannot be moved, sinks on one with
-            recurrent layers.
-        RanksDisagreeError: ranks of the group give other options, or cannot. So does from then on
-            every method that changes the cache, and every call of the model with it, where ranks
-            are about to do different things.
+        TypeError: model is not an mlx-lm model, or an option does not exist.
+        ValueError: an option is out of range, "shift" comes without a capacity, sinks come without "shift",
+            or a head dimension is not a multiple of kv_group_size.
+        NotSupportedError: the model has an unknown kind of layer or needs something of its cache that this
+            one does not have; or "shift" on a model whose keys cannot be re-based or with recurrent layers.
+        RanksDisagreeError: ranks of the group passed different options, or one of them failed. Later, methods
+            that change the cache and calls of the model raise it when ranks are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind)
     storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after)

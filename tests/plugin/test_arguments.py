@@ -121,7 +121,7 @@ def test_values_of_other_types(cache: PromptCache, tmp_path: Path) -> None:
     logits_of(MODEL, cache, TEXT[:4])
     many, make = Many(MODEL), partial(make_prompt_cache, MODEL)
     calls: dict[str, Callable[[], object]] = {
-        "kv_float must be indices of layers": lambda: make(kv_float=3.5),  # type: ignore[arg-type]
+        "kv_float must be layer indices": lambda: make(kv_float=3.5),  # type: ignore[arg-type]
         "stop_tokens must be token ids, got the text": lambda: many.add([1], stop_tokens="</s>"),  # type: ignore[arg-type]
         "stop_tokens must be a sequence of token ids, got int": lambda: many.add([1], stop_tokens=5),  # type: ignore[arg-type]
         "sampler must be a function": lambda: many.add([1], sampler=0.7),  # type: ignore[arg-type]

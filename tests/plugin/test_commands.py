@@ -61,12 +61,12 @@ def run(*arguments: object, text: str | None = None) -> str:
         ("generate --capacity 64", "put --capacity before generate"),
         ("generate --capacity=64", "put --capacity before generate"),
         ("chat --kv-bits 8", "put --kv-bits before chat"),
-        ("--kv-bits 7 generate", "--kv-bits: must be 8, 6, 5, 4, 3 or 2, or two of these .* got 7"),
+        ("--kv-bits 7 generate", "--kv-bits: must be 8, 6, 5, 4, 3 or 2, or one for keys .* got 7"),
         ("--kv-bits 8-4 generate", "such as 8,4; got 8-4"),
         ("--kv-bits 8,4,2 generate", "got 8,4,2"),
-        ("--capacity -1 generate", "--capacity: must be a number from 1 on, got -1"),
-        ("--capacity many generate", "--capacity: must be a number from 1 on, got many"),
-        ("--rewind -1 generate", "--rewind: must be a number from 0 on, got -1"),
+        ("--capacity -1 generate", "--capacity: must be a whole number, 1 or more, got -1"),
+        ("--capacity many generate", "--capacity: must be a whole number, 1 or more, got many"),
+        ("--rewind -1 generate", "--rewind: must be a whole number, 0 or more, got -1"),
         ("--kv-group-size 48 generate", "--kv-group-size: invalid choice: 48"),
         ("--overflow shift generate", "--overflow shift needs --capacity N"),
         ("--sinks 4 generate", "--sinks needs --overflow shift and --capacity N"),
@@ -95,8 +95,8 @@ def test_options_of_both_commands_belong_where_they_stand() -> None:
 def test_a_full_cache_ends_in_one_line(tiny: Path) -> None:
     generate = ("generate", "--model", tiny, "--prompt", "one two three " * 60, "-m", 4)
     for ended, told in (
-        (done("--capacity", 64, *generate), r"there are \d+ tokens or more and --capacity is 64: raise "
-                                            "--capacity or use --overflow shift"),
+        (done("--capacity", 64, *generate), r"at least \d+ tokens and --capacity is 64: raise --capacity "
+                                            "or use --overflow shift"),
         (done("--capacity", 64, "chat", "--model", tiny, text="one two three " * 60 + "\nq\n"),
          "--capacity is 64: raise --capacity or use --overflow shift"),
     ):  # fmt: skip

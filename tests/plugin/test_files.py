@@ -101,7 +101,9 @@ def test_into_other_options(options: dict[str, Any], tmp_path: Path) -> None:
     limit = {4: 1.5, None: 0.05}.get(options.get("kv_bits", 8), 0.05 if "quantize_after" in options else 1e-5)
     assert difference(ours, theirs) <= limit * mx.std(ours)
     assert loaded.pool is make_prompt_cache(model, **({"kv_bits": 8, "capacity": 60} | options)).pool
-    with pytest.raises(CacheFullError, match="40 cells needed, 39 free of a capacity of 39: so many are in"):
+    with pytest.raises(
+        CacheFullError, match=r"40 cells needed, 39 free of a capacity of 39: .* holds 40 tokens"
+    ):
         PromptCache.load(tmp_path / "a", model, capacity=39)
 
 

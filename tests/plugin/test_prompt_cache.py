@@ -54,14 +54,14 @@ def test_rewinding(cache: PromptCache) -> None:
 def test_ranges_that_are_not_there(cache: PromptCache) -> None:
     logits_of(MODEL, cache, TEXT[:20])
     calls: dict[str, Callable[[], object]] = {
-        "21 of 20": lambda: cache.rewind(21),
-        "-1 of 20": lambda: cache.rewind(-1),
-        "20 tokens to position 21": lambda: cache.rewind_to(21),
-        r"\[8, 4\) of 20": lambda: cache.remove(8, 4),
-        r"\[-2, 4\) of 20": lambda: cache.remove(-2, 4),
-        r"\[2, 400\) of 20": lambda: cache.remove(2, 400),
-        r"\[20, 40\) of 20": lambda: cache.remove(20, 40),
-        r"\[21, 20\) of 20": lambda: cache.remove(21),
+        "cannot rewind 21 tokens: the cache holds 20": lambda: cache.rewind(21),
+        "cannot rewind -1 tokens": lambda: cache.rewind(-1),
+        "position 21: expected 0 to 20": lambda: cache.rewind_to(21),
+        r"\[8, 4\): expected 0 <= begin <= end <= 20": lambda: cache.remove(8, 4),
+        r"\[-2, 4\): expected 0 <= begin <= end <= 20": lambda: cache.remove(-2, 4),
+        r"\[2, 400\): expected 0 <= begin <= end <= 20": lambda: cache.remove(2, 400),
+        r"\[20, 40\): expected 0 <= begin <= end <= 20": lambda: cache.remove(20, 40),
+        r"\[21, 20\): expected 0 <= begin <= end <= 20": lambda: cache.remove(21),
         "got -3": lambda: cache.resume_point(-3),
     }
     for message, call in calls.items():

@@ -243,14 +243,14 @@ def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_bits": 7}, "to 7 bits"),
-        ({"kv_bits": lambda layer: 9}, "to 9 bits"),
-        ({"kv_bits": "8"}, "to '8' bits"),
-        ({"kv_bits": 8.0}, "to 8.0 bits"),
-        ({"kv_bits": (8,)}, r"two numbers, got \(8,\)"),
+        ({"kv_bits": 7}, "7 bits"),
+        ({"kv_bits": lambda layer: 9}, "9 bits"),
+        ({"kv_bits": "8"}, "'8' bits"),
+        ({"kv_bits": 8.0}, "8.0 bits"),
+        ({"kv_bits": (8,)}, r"pair of widths for keys and values; got \(8,\)"),
         ({"kv_bits": 8, "kv_float": "first"}, "got 'first'"),
-        ({"kv_bits": 8, "kv_group_size": 48}, "group_size 48"),
-        ({"kv_bits": 8, "kv_float": [3]}, "names layer 3; there are 3"),
+        ({"kv_bits": 8, "kv_group_size": 48}, "48"),
+        ({"kv_bits": 8, "kv_float": [3]}, "kv_float contains 3; layer indices are -3 to 2"),
         ({"kv_bits": 8, "quantize_after": -1}, "after must be 0 or more, got -1"),
     ],
 )

@@ -137,11 +137,13 @@ def test_a_model_with_a_draft_beside_it_in_one_list() -> None:
 
 def test_what_a_recurrence_cannot_do_is_refused_when_the_cache_is_made() -> None:
     model = build("qwen3_next")
-    with pytest.raises(NotSupportedError, match=r"shift.*recurrent state"):
+    with pytest.raises(NotSupportedError, match=r"shift.*recurrent layers"):
         make_prompt_cache(model, capacity=32, overflow="shift")
-    with pytest.raises(NotSupportedError, match=r"sinks=4 on .*qwen3_next.*recurrent state"):
+    with pytest.raises(
+        NotSupportedError, match=r"sinks=4 is not supported for .*qwen3_next.*recurrent layers"
+    ):
         make_prompt_cache(model, capacity=32, overflow="shift", sinks=4)
-    with attach(model), pytest.raises(NotSupportedError, match="recurrent state"):
+    with attach(model), pytest.raises(NotSupportedError, match="recurrent layers"):
         list(generate_step(mx.array(TEXT[:5]), model, max_kv_size=32, max_tokens=1))
 
 

@@ -115,7 +115,7 @@ def other_edits(setting: Setting) -> None:
     pair.feed([1, 2, 3, 4, 5, 6])
     with _unharmed(pair):
         n = 1 + setting.rank
-        _told(RanksDisagreeError, lambda: pair.cache.rewind(n), "go back to 5", "go back to 4")
+        _told(RanksDisagreeError, lambda: pair.cache.rewind(n), "rewind to 5", "rewind to 4")
         _told(RanksDisagreeError, lambda: pair.cache.remove(0, n), "remove [0, 1)", "remove [0, 2)")
     branches = [pair.cache.fork() for _ in range(2)]
     with _unharmed(pair):
@@ -189,8 +189,10 @@ def files_of_others(setting: Setting) -> None:
 
     own, other = _own(setting, first), _own(setting, second)
     named = first.with_name("first.rank0of2.safetensors")
-    _told(CacheFileError, lambda: load(named), "give the name without it")
-    _told(CacheFileError, lambda: load(own, None), f"of rank {setting.rank} of {setting.group.size()}")
+    _told(CacheFileError, lambda: load(named), "file of one rank")
+    _told(
+        CacheFileError, lambda: load(own, None), f"belongs to rank {setting.rank} of {setting.group.size()}"
+    )
     contents = other.read_bytes()
     if setting.is_last:
         other.write_bytes(own.read_bytes())
@@ -205,7 +207,11 @@ def files_of_others(setting: Setting) -> None:
     pair.cache.save(second)
     if setting.rank == 1:
         other.write_bytes(second.with_name(f"second.rank0of{setting.group.size()}.safetensors").read_bytes())
-    _told(CacheFileError if setting.rank == 1 else RanksDisagreeError, lambda: load(second), "of rank 0 of")
+    _told(
+        CacheFileError if setting.rank == 1 else RanksDisagreeError,
+        lambda: load(second),
+        "belongs to rank 0 of",
+    )
     pair.cache.save(second)
     assert load(second).position == pair.cache.position
 

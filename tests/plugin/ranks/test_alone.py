@@ -38,11 +38,11 @@ def test_a_rank_s_file_is_for_that_rank(tmp_path: Path) -> None:
     path = tmp_path / "chat.rank1of4.safetensors"
     prepared.header["options"]["ranks"] = {"rank": 1, "size": 4, "save": "0"}
     prepared.write(path)
-    with pytest.raises(CacheFileError, match="of rank 1 of 4, and this is rank 0 of 1"):
+    with pytest.raises(CacheFileError, match="belongs to rank 1 of 4, but this is rank 0 of 1"):
         PromptCache.load(path, model)
     prepared.header["options"]["ranks"] = [1, 4]
     prepared.write(path)
-    with pytest.raises(CacheFileError, match="the ranks"):
+    with pytest.raises(CacheFileError, match="option ranks"):
         PromptCache.load(path, model)
 
 
