@@ -177,7 +177,7 @@ class Engine:
 
 
 def _set_window(model: Any, settings: Settings) -> None:
-    """Apply the window setting: the model asks for `RotatingKVCache`, which the plug-in turns into windows."""
+    """Apply the window setting: replace the model's `KVCache` layers by `RotatingKVCache`."""
     vars(model).pop("make_cache", None)
     if settings.window is None:
         return
