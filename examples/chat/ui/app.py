@@ -25,7 +25,7 @@ from ..tree import Replied
 from ..watchdog import Watchdog
 from ..worker import Worker
 from .actions import Actions
-from .cellmap import CellMap, colour_of
+from .cellmap import CellMap, color_of
 from .composer import Composer
 from .figures import Figures
 from .pickers import Conversations
@@ -124,7 +124,7 @@ class Chat(Actions):
         self.show_cache()
 
     def show_list(self) -> None:
-        self.query_one(Conversations).show(self.desk.current, lambda name: colour_of(name, self.desk.order))
+        self.query_one(Conversations).show(self.desk.current, lambda name: color_of(name, self.desk.order))
 
     def show_cache(self) -> None:
         desk, path = self.desk, self.desk.current.path

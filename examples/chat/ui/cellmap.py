@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     # Importing mlx-lm takes seconds; the screen must not wait for it.
     from mlx_kvcache.plugin import Holding
 
-COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
 """The colors of conversations, readable on light and dark backgrounds."""
 NOBODY = "#8a8f98"
 
@@ -35,9 +35,9 @@ class Cells:
     sequences: Any
 
 
-def colour_of(name: str, order: Mapping[str, int]) -> str:
+def color_of(name: str, order: Mapping[str, int]) -> str:
     """The color of a conversation, by its rank in `order`."""
-    return COLOURS[order[name] % len(COLOURS)] if name in order else NOBODY
+    return COLORS[order[name] % len(COLORS)] if name in order else NOBODY
 
 
 def cells_of(holding: Holding, seen: Seen) -> list[Cells]:
@@ -122,16 +122,16 @@ def _style(
         return Style(color=NOBODY, dim=True)
     owner = seen.owners.get(sequence, "")
     is_current = owner == seen.owners.get(seen.current if seen.current is not None else -1)
-    return Style(color=_mixed(colour_of(owner, order), ground, shade * (PLAIN if is_current else DIM)))
+    return Style(color=_mixed(color_of(owner, order), ground, shade * (PLAIN if is_current else DIM)))
 
 
-def _mixed(colour: str, ground: str, share: float) -> str:
-    pairs = zip(_channels(colour), _channels(ground), strict=True)
+def _mixed(color: str, ground: str, share: float) -> str:
+    pairs = zip(_channels(color), _channels(ground), strict=True)
     return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
 
 
-def _channels(colour: str) -> list[int]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def _channels(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def _legend(used: Iterable[int], scale: int, width: int) -> Text:

@@ -103,7 +103,7 @@ class Conversations(Vertical):
     def __init__(self, find: Callable[[str], Sequence[Conversation]]) -> None:
         super().__init__(id="conversations")
         self._find = find
-        self._colours: Callable[[str], str] = lambda name: ""
+        self._colors: Callable[[str], str] = lambda name: ""
 
     def compose(self) -> ComposeResult:
         yield Input(placeholder="search")
@@ -117,9 +117,9 @@ class Conversations(Vertical):
             options.get_option_at_index(options.highlighted).id if options.highlighted is not None else None
         )
 
-    def show(self, current: Conversation, colour: Callable[[str], str]) -> None:
+    def show(self, current: Conversation, color: Callable[[str], str]) -> None:
         """List the conversations that match the search."""
-        self._colours = colour
+        self._colors = color
         options = self.query_one(OptionList)
         found = self._find(self.query_one(Input).value)
         options.clear_options()
@@ -128,6 +128,6 @@ class Conversations(Vertical):
         options.highlighted = place if place is not None else (0 if found else None)
 
     def _option(self, conversation: Conversation, is_current: bool) -> Option:
-        label = Text("● " if is_current else "○ ", self._colours(conversation.id))
+        label = Text("● " if is_current else "○ ", self._colors(conversation.id))
         label.append(conversation.title, "bold" if is_current else "")
         return Option(label, id=conversation.id)
