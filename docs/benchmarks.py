@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, the figures in README.md and guides/quantize.md, and draws their pictures."""
+"""Writes docs/benchmarks.md and the figures in README.md and guides/quantize.md, and draws their pictures."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PICTURES = DOCS / "pictures"
 PAGE = DOCS / "benchmarks.md"
-QUANTISE = DOCS / "guides" / "quantize.md"
+QUANTIZE = DOCS / "guides" / "quantize.md"
 BEGIN, END = "<!-- figures: made by `make figures` -->\n", "<!-- end of figures -->\n"
 
 INTRODUCTION = """# Benchmarks
 
-Made by `make figures` from [`benchmarks/results`](../benchmarks/results), which `make bench`,
-`make bench-endless` and `make bench-chat` write. Each benchmark does the same work here and in a peer,
-in one process and in turn, after a warm-up, and stops if the two compute different things. Times are
-medians; the ratio is the median of the ratios of neighboring runs, with its quartiles. "Peak" is the
-most memory of MLX's arrays during one run, above what was there before, here and in the peer.
+`make figures` writes this page from [`benchmarks/results`](../benchmarks/results), which `make bench`,
+`make bench-endless` and `make bench-chat` write. Each benchmark does the same work here and in a peer.
+The two run in turn in one process, after a warm-up, and the benchmark stops if their results differ.
+Times are medians. A ratio is the median of the ratios of neighboring runs, with its quartiles. "Peak" is
+the largest increase in the memory of MLX's arrays during one run, here and in the peer.
 
-`python -m benchmarks --list` names them, `python -m benchmarks decode --quick` runs one, `make bench-check`
-compares a quick run's ratios with bounds. What a ratio must reach stands in
-[`benchmarks/bounds.py`](../benchmarks/bounds.py); 🔴 marks what misses it.
+`python -m benchmarks --list` lists the benchmarks, `python -m benchmarks decode --quick` runs one, and
+`make bench-check` compares the ratios of a quick run with their bounds. The bounds are in
+[`benchmarks/bounds.py`](../benchmarks/bounds.py); 🔴 marks a result that misses its bound.
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing, fail where something is out of date"
+        "--check", action="store_true", help="write nothing, and fail if a file is out of date"
     )
     is_check = parser.parse_args().check
     stale = {path: text for path, text in written() if not path.exists() or path.read_bytes() != text}
@@ -54,13 +54,13 @@ def main() -> int:
 
 
 def written() -> Iterator[tuple[Path, bytes]]:
-    """Each file, and what is to be in it."""
+    """Each file with its new content."""
     told = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
     yield PAGE, "\n".join([INTRODUCTION, *(_machine(name, found) for name, found in told.items())]).encode()
     first = next(iter(told.values()))
     rows = rows_of(first)
     yield ROOT / "README.md", _placed(ROOT / "README.md", _summary(first, rows))
-    yield QUANTISE, _placed(QUANTISE, _bits(first, rows))
+    yield QUANTIZE, _placed(QUANTIZE, _bits(first, rows))
     yield PICTURES / "bits.svg", _svg(plots.bits(rows))
     for name, found in told.items():
         own = rows_of(found)
@@ -72,15 +72,15 @@ def written() -> Iterator[tuple[Path, bytes]]:
 
 
 def _machine(name: str, told: Mapping[str, Any]) -> str:
-    """All that was measured on one machine."""
+    """The section of one machine."""
     rows = rows_of(told)
-    lines = [f"## {_where(told)}", "", f"![times as fast as the peers](pictures/{name}.svg)", ""]
-    lines += ["### What must be reached", "", *_bounded(rows), ""]
+    lines = [f"## {_where(told)}", "", f"![speed relative to the peers](pictures/{name}.svg)", ""]
+    lines += ["### Bounds", "", *_bounded(rows), ""]
     for benchmark, entry in told.items():
         quick = " A quick run." if entry["quick"] else ""
         lines += [f"### {benchmark}", "", f"{entry['date']}, {entry['seconds']} s.{quick}", ""]
         if benchmark == "decode":
-            lines += [f"![milliseconds a token by context](pictures/{name}-decode.svg)", ""]
+            lines += [f"![milliseconds per token by context](pictures/{name}-decode.svg)", ""]
         lines += [f"![{c['title']}](pictures/{name}-{c['key']}.svg)\n" for c in entry["curves"]]
         lines += ["| work | here | peer | | ratio | quartiles | peak, MB |", "|---|---|---|---|---|---|---|"]
         lines += [_joined(_cells(rows[row["key"]])) for row in entry["rows"]] + [""]
@@ -118,18 +118,18 @@ def _ratio(row: Row) -> str:
 
 
 def _bounded(rows: Mapping[str, Row]) -> list[str]:
-    """The table of bounds, and why some are not met."""
-    lines = ["| work | peer | reached | bound |", "|---|---|---|---|"]
+    """The table of bounds, and the reasons why some are missed."""
+    lines = ["| work | peer | result | bound |", "|---|---|---|---|"]
     reasons: dict[str, list[str]] = {}
     for key, bound in BOUNDS.items():
         if key not in rows:
             continue
         row, is_met = rows[key], bound.is_met(rows[key])
         limit = f"{'at least' if row.kind == 'speed' else 'at most'} {bound.limit:.3g}"
-        reached = f"{bound.figure(row):,.3g}" if bound.figure(row) < 1000 else f"{bound.figure(row):,.0f}"
+        result = f"{bound.figure(row):,.3g}" if bound.figure(row) < 1000 else f"{bound.figure(row):,.0f}"
         what = row.unit if bound.of_value else ("times as fast" if row.kind == "speed" else "times as much")
         lines.append(
-            f"| {row.work} | {row.peer} | {reached if is_met else f'🔴 **{reached}**'} | {limit} {what} |"
+            f"| {row.work} | {row.peer} | {result if is_met else f'🔴 **{result}**'} | {limit} {what} |"
         )
         if not is_met and bound.reason:
             reasons.setdefault(bound.reason, []).append(row.work)
@@ -139,29 +139,29 @@ def _bounded(rows: Mapping[str, Row]) -> list[str]:
 
 
 def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
-    """What README shows."""
+    """The figures in README.md."""
     name = min(FOLDER.glob("*.json")).stem
     lines = [
-        f"![times as fast as the peers](docs/pictures/{name}.svg)",
+        f"![speed relative to the peers](docs/pictures/{name}.svg)",
         "",
-        f"{_where(told)}; peers run in the same process, in turn.",
+        f"{_where(told)}. Peers run in turn in the same process.",
         "",
         "| work | here | peer | | ratio |",
         "|---|---|---|---|---|",
         *(_joined(_cells(rows[key])[:5]) for key in plots.CHIEF if key in rows),
         "",
-        "🔴 marks what misses its bound. [All figures](docs/benchmarks.md): what must be reached, why some "
-        "is not, and spread and memory of each.",
+        "🔴 marks a result that misses its bound. [`docs/benchmarks.md`](docs/benchmarks.md) has all figures "
+        "with their bounds, the reasons for misses, and the spread and memory of each result.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
-        "SmolLM2-135M-Instruct on the first 2,048 tokens of `pydoc_data.topics`, in blocks of 256; "
+        "SmolLM2-135M-Instruct on the first 2,048 tokens of `pydoc_data.topics`, in blocks of 256, on "
         f"{_where(told)}.",
         "",
-        "| bits of keys and values | bytes, of float16's | loss | more than in float |",
+        "| bits of keys and values | bytes, as a share of float16 | loss | increase over float |",
         "|---|---|---|---|",
     ]
     for name, share, more in plots.losses(rows):
@@ -170,11 +170,13 @@ def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
 
 
 def _placed(path: Path, block: str) -> bytes:
-    """A page with another block between its marks."""
+    """A page with a new block between its markers."""
     before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{path} has no place for figures")
+        raise ValueError(
+            f"cannot write figures to {path}: it lacks the markers {BEGIN.strip()} and {END.strip()}"
+        )
     return (before + BEGIN + block + END + after).encode()
 
 

@@ -1,4 +1,4 @@
-"""The pictures of what has been measured."""
+"""Draws the pictures of benchmark results."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ CHIEF = {
     "prefill.4096": "prefill 4,096",
     "host.evaluated.4096": "update alone, evaluated",
 }
-"""What the first picture shows."""
+"""The rows that the first picture shows, with their labels."""
 LARGEST_LOSS = 12
-"""Per cent of loss that the picture shows; more is named at its edge."""
+"""The largest increase of loss in per cent on the axis; larger ones are labeled at its edge."""
 
 mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"
 
 
 def gain(row: Row) -> float:
-    """How many times better than the peer."""
+    """How many times faster or smaller than the peer."""
     assert row.ratio is not None
     return row.ratio if row.kind == "speed" else 1 / row.ratio
 
 
 def chief(rows: Mapping[str, Row]) -> Figure:
-    """How many times faster or smaller, on a logarithmic scale."""
+    """Bars of how many times faster or smaller each row is than its peer, on a logarithmic scale."""
     shown = [(label, rows[key]) for key, label in CHIEF.items() if key in rows]
     figure = Figure(figsize=(8, 0.36 * len(shown) + 1))
     axis = figure.subplots()
@@ -58,14 +58,14 @@ def chief(rows: Mapping[str, Row]) -> Figure:
     axis.set_xscale("log")
     axis.set_xlim(0.05, 3 * max(gain(row) for _, row in shown))
     axis.axvline(1, color="0.4", linewidth=1)
-    axis.set_xlabel("times as fast, or as small, as the peer named in grey (logarithmic)", fontsize=8)
+    axis.set_xlabel("times as fast, or as small, as the peer named in gray (logarithmic)", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
 
 
 def decoding(rows: Mapping[str, Row]) -> Figure:
-    """Milliseconds of a token by context: a whole model, and cache and attention alone."""
+    """Milliseconds per token by context, for a whole model and for cache and attention alone."""
     figure = Figure(figsize=(8, 3.4))
     for axis, what, title in zip(
         figure.subplots(1, 2), ("model", "attention"), ("the model", "cache and attention"), strict=True
@@ -91,14 +91,14 @@ def decoding(rows: Mapping[str, Row]) -> Figure:
         axis.set_xlabel("tokens of context")
         axis.set_title(title, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("milliseconds a token")
+    figure.axes[0].set_ylabel("milliseconds per token")
     figure.axes[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     return figure
 
 
 def curve(told: Curve) -> Figure:
-    """Lines over the same x."""
+    """Draws lines over the same x axis."""
     figure = Figure(figsize=(8, 3.8))
     axis = figure.subplots()
     for index, (name, values) in enumerate(told.lines.items()):
@@ -113,7 +113,7 @@ def curve(told: Curve) -> Figure:
 
 
 def bits(rows: Mapping[str, Row]) -> Figure:
-    """Bytes against loss, for each way to store fewer bits."""
+    """Bytes against loss, for each choice of bit widths."""
     figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
     axis.axhline(0, color="0.7", linewidth=1)
@@ -131,16 +131,16 @@ def bits(rows: Mapping[str, Row]) -> Figure:
         )
     axis.set_ylim(-1)
     axis.set_xlim(0.05, 0.65)
-    axis.set_xlabel("bytes of keys and values, of those in float16")
-    axis.set_ylabel("more loss than in float, %")
-    axis.set_title("blue: as many bits for values as for keys; orange: keys and values", fontsize=9)
+    axis.set_xlabel("bytes of keys and values, as a share of float16")
+    axis.set_ylabel("increase of loss over float, %")
+    axis.set_title("blue: the same bits for keys and values; orange: bits of keys and of values", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
 
 
 def losses(rows: Mapping[str, Row]) -> list[tuple[str, float, float]]:
-    """Each way to store fewer bits: its share of float16's bytes, and per cent of loss more than float's."""
+    """Each choice of bit widths, its share of float16's bytes, and its increase of loss in per cent."""
     found = []
     for key, row in rows.items():
         if key.startswith("bits.loss."):

@@ -1,4 +1,4 @@
-"""A KV cache for MLX that can rewind, share and shift."""
+"""A KV cache for MLX: many sequences, shared prefixes, removal of tokens, sliding windows, quantization."""
 
 from .attention import attention
 from .batch import Batch, CacheConfig, CausalOptions

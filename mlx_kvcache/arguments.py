@@ -1,19 +1,26 @@
-"""Checks of what callers give, and how errors name it."""
+"""Checks arguments, and formats values for error messages."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-EXTENT = 2**31 - 1  # of a dimension, as in MLX
+EXTENT = 2**31 - 1  # MLX's limit for a dimension
 
 
 def whole(least: int | None = 0, **numbers: int) -> tuple[int, ...]:
-    """Plain ints of these numbers, so that one of eight bits or a bool cannot get into the bookkeeping.
+    """Converts integers of any type to `int` and checks them.
+
+    Args:
+        least: the least allowed value; None allows all.
+        numbers: the values, by the names that errors give them.
+
+    Returns:
+        The values as `int`, in order: arithmetic on 8-bit NumPy integers would overflow.
 
     Raises:
-        TypeError: one is no whole number.
-        ValueError: one is less than `least`.
+        TypeError: a value is not an integer.
+        ValueError: a value is less than `least`.
     """
     found = []
     for name, number in numbers.items():
@@ -28,10 +35,10 @@ def whole(least: int | None = 0, **numbers: int) -> tuple[int, ...]:
 
 
 def token_ids(tokens: Any, name: str = "tokens") -> list[int]:
-    """Plain ints of a sequence of tokens, or of an array of one dimension.
+    """Converts a sequence or a one-dimensional array of token ids to a list of `int`.
 
     Raises:
-        TypeError: a text, something that is no sequence, or what is in it are no whole numbers.
+        TypeError: `tokens` is text, not a sequence, not one-dimensional, or holds other things than integers.
     """
     if isinstance(tokens, (str, bytes)):
         raise TypeError(
@@ -52,13 +59,13 @@ def token_ids(tokens: Any, name: str = "tokens") -> list[int]:
 
 
 def class_of(value: Any) -> str:
-    """The class of a value with its module, as several packages have classes of one name."""
+    """Returns the name of a value's class with its module: several packages use the same class names."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def size_of(nbytes: int) -> str:
-    """A number of bytes as people read it."""
+    """Formats a number of bytes, as in "1.5 GB"."""
     for exponent, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
         if nbytes >= 10**exponent:
             return f"{nbytes / 10**exponent:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Put, get and attention in one call."""
+"""Attention over a cache: `put`, `get` and scaled dot-product attention in one call."""
 
 from __future__ import annotations
 
@@ -19,31 +19,35 @@ def attention(
     scale: float,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Store this layer's K and V and attend to its history, one product per sequence.
+    """Stores this layer's K and V, and attends to its history.
+
+    Each sequence attends to its own keys, without padding; a long prefix that sequences share is read once.
 
     Args:
         queries: (1, n_heads, n, head_dim) in batch order; n_heads is a multiple of n_kv_heads.
-        keys, values: (1, n_kv_heads, n, head_dim), as for `Cache.put`; both None attend to
-            what has been put before, as layers that share K/V and cross-attention do.
-        cache: a cache on its current layer, or the handle `cache.layer(i)`.
-        scale: of the scores.
+        keys, values: (1, n_kv_heads, n, head_dim), as for `Cache.put`. Pass None for both to attend to
+            K and V that were put before, as in cross-attention and in layers that share K/V.
+        cache: a cache, which uses its current layer, or a handle from `cache.layer(i)`.
+        scale: the factor of the scores.
         sinks: (n_heads,) learned attention sinks, or None.
 
     Returns:
-        (1, n_heads, n, value_dim), in the queries' dtype.
+        (1, n_heads, n, value_dim), in the dtype of the queries.
 
     Raises:
-        ValueError, CacheError: as `Cache.put` and `Cache.get`; keys without values, or the reverse; queries
-            of another number of tokens or another head_dim, whose heads are no multiple of the K/V heads, or
-            of no float type; sinks of another number. Nothing is stored then.
-        NotSupportedError: a kind that holds no keys and values.
+        ValueError: as `Cache.put`; only one of keys and values; or queries or sinks of the wrong shape or
+            dtype. Nothing is stored then.
+        CacheError: as `Cache.put` and `Cache.get`.
+        NotSupportedError: the cache does not store keys and values.
     """
     if (keys is None) != (values is None):
         given, lacking = ("values", "keys") if keys is None else ("keys", "values")
-        raise ValueError(f"{given} without {lacking}: give both, or None for both")
+        raise ValueError(f"got {given} without {lacking}: pass both, or None for both")
     if not isinstance(cache, Layer):
         owner = cache.key_value_cache if isinstance(cache, WrapperCache) else cache
         if not isinstance(owner, KeyValueCache):
-            raise NotSupportedError(f"attention to a {type(owner).__name__}, which holds no keys and values")
+            raise NotSupportedError(
+                f"cannot attend to a {type(owner).__name__}, which stores no keys and values"
+            )
         cache = Layer(owner, owner._layer)
     return cache.cache._attend(cache.index, Attending(queries, keys, values, scale, sinks))

@@ -1,4 +1,4 @@
-"""What goes into a forward pass: which tokens, and how their output is to look."""
+"""The input of a forward pass: its tokens, exceptions from causality, and the format of the history."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, init=False)
 class Batch:
-    """The tokens of one forward pass, in any order and of any sequences.
+    """The tokens of one forward pass, in any order and from any number of sequences.
 
     Args:
-        positions: each token's index in its sequence.
-        sequences: each token's sequence, any int >= 0.
-        multimodal: batch indices of tokens that carry an encoder's input.
+        positions: the position of each token in its sequence.
+        sequences: the sequence of each token, any integer from 0 on.
+        multimodal: the batch indices of tokens that carry an encoder's input.
 
     Raises:
-        ValueError: no tokens, unequal lengths, a negative number, the same
-            (sequence, position) twice, or a multimodal index out of range.
+        ValueError: no tokens, unequal lengths, a negative number, a duplicate
+            (sequence, position), or a multimodal index out of range.
     """
 
     positions: tuple[int, ...]
@@ -51,21 +51,34 @@ class Batch:
         if n == 0:
             raise ValueError("a batch needs at least 1 token, got 0 positions")
         if n != len(self.sequences):
-            raise ValueError(f"{n} positions but {len(self.sequences)} sequences")
+            raise ValueError(f"a batch needs a sequence per position, got {n} and {len(self.sequences)}")
         if n > 1 and len(set(zip(self.sequences, self.positions, strict=True))) != n:
-            raise ValueError(f"a (sequence, position) comes twice: {self._first_twice()}")
+            sequence, position = self._first_duplicate()
+            raise ValueError(f"a batch has position {position} of sequence {sequence} twice")
         for index in self.multimodal:
             if index >= n:
-                raise ValueError(f"multimodal index {index} in a batch of {n} tokens")
+                raise ValueError(f"multimodal index {index} is out of range for a batch of {n} tokens")
 
     @classmethod
     def run(cls, sequence: int, begin: int, n: int) -> Batch:
-        """The n tokens of one sequence from position `begin` on. Raises ValueError as Batch()."""
+        """Returns a batch of n consecutive tokens of one sequence.
+
+        Args:
+            sequence: the sequence.
+            begin: the position of the first token.
+            n: the number of tokens.
+
+        Raises:
+            ValueError: a negative sequence or position, or less than 1 token.
+        """
         sequence, begin, n = (int(operator.index(number)) for number in (sequence, begin, n))
         if sequence < 0 or begin < 0 or n < 1:
-            raise ValueError(f"no run of {n} tokens of sequence {sequence} from position {begin} on")
+            raise ValueError(
+                "a run needs a sequence and a position of 0 or more and at least 1 token, got "
+                f"{n} tokens of sequence {sequence} from position {begin} on"
+            )
         batch = object.__new__(cls)
-        # What follows holds by construction, so it need not be validated token by token.
+        # These fields are valid by construction, so `__init__` need not check each token.
         fields = batch.__dict__
         fields["positions"] = tuple(range(begin, begin + n))
         fields["sequences"] = (sequence,) * n
@@ -78,7 +91,7 @@ class Batch:
 
     @cached_property
     def rows(self) -> MappingProxyType[int, tuple[int, ...]]:
-        """For each sequence, in order of appearance: its batch indices by rising position."""
+        """The batch indices of each sequence by rising position; sequences in order of appearance."""
         found: dict[int, list[int]] = {}
         for index, sequence in enumerate(self.sequences):
             found.setdefault(sequence, []).append(index)
@@ -88,23 +101,30 @@ class Batch:
         )
 
     def check_continues(self, end_of: Callable[[int], int]) -> None:
-        """Raise ValueError unless each sequence's positions go on where `end_of` says that it ends."""
+        """Checks that the positions continue each sequence without gaps.
+
+        Args:
+            end_of: returns the position after the last token of a sequence.
+
+        Raises:
+            ValueError: the positions of a sequence do not start at its end, or have a gap.
+        """
         for sequence, rows in self.rows.items():
             end = end_of(sequence)
             first, last = self.positions[rows[0]], self.positions[rows[-1]]
             if first != end or last != end + len(rows) - 1:
                 raise ValueError(
-                    f"sequence {sequence} ends at {end}, so {len(rows)} tokens continue it at positions "
-                    f"{end} to {end + len(rows) - 1}, not {first} to {last}"
+                    f"sequence {sequence} ends at {end}, so its next {len(rows)} tokens need positions "
+                    f"{end} to {end + len(rows) - 1}, got {first} to {last}"
                 )
 
-    def _first_twice(self) -> tuple[int, int]:
+    def _first_duplicate(self) -> tuple[int, int]:
         seen: set[tuple[int, int]] = set()
         for pair in zip(self.sequences, self.positions, strict=True):
             if pair in seen:
                 return pair
             seen.add(pair)
-        raise AssertionError("called only when a pair comes twice")
+        raise AssertionError("called without a duplicate")
 
 
 @dataclass(frozen=True, init=False)
@@ -112,8 +132,11 @@ class CausalOptions:
     """Exceptions from causality.
 
     Args:
-        except_: batch indices of tokens that also see later tokens of their own
+        except_: the batch indices of tokens that also see later tokens of their own
             sequence, as the tokens of an image do.
+
+    Raises:
+        ValueError: a negative index.
     """
 
     except_: tuple[int, ...] = ()
@@ -122,24 +145,23 @@ class CausalOptions:
         self.__dict__["except_"] = _whole("except_", except_)
 
     def check(self, n: int) -> None:
-        """Raise ValueError unless all indices lie in a batch of n tokens."""
+        """Raises ValueError if an index is out of range for a batch of n tokens."""
         for index in self.except_:
             if index >= n:
-                raise ValueError(f"except_ names batch index {index} in a batch of {n} tokens")
+                raise ValueError(f"except_ index {index} is out of range for a batch of {n} tokens")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The form in which `get` returns history.
+    """The format in which `get` returns the history.
 
     Args:
-        mask_dtype: None for boolean masks (True = visible); a float dtype for additive
-            ones (0 = visible, -inf = hidden), which are then always arrays.
-        padding: the history length is rounded up to a multiple of this; padded cells
-            are zeros and masked.
+        mask_dtype: None for boolean masks (True = visible). A float dtype for additive masks
+            (0 = visible, -inf = hidden); `get` then always returns an array.
+        padding: `get` rounds the number of keys up to a multiple of this. Padding is zeros, and masked.
 
     Raises:
-        ValueError: a mask_dtype that is no float type, or a padding below 1 or above 2**31 - 1.
+        ValueError: `mask_dtype` is not a float type, or `padding` is below 1 or above 2**31 - 1.
     """
 
     mask_dtype: mx.Dtype | None = None

@@ -1,4 +1,7 @@
-"""What can go wrong. After any of these the cache is usable and unchanged."""
+"""The errors of this package.
+
+After any of them the cache is usable and unchanged.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ from os import PathLike
 
 
 class CacheError(Exception):
-    """Base of this package's errors; raised itself when calls come in the wrong order."""
+    """The base of this package's errors. Raised itself for calls in the wrong order."""
 
 
 class CacheFullError(CacheError):
-    """There is no room for what must be held.
+    """The cache has too few free cells.
 
     Attributes:
-        needed: cells that the call had to take.
-        free: cells that it could have taken.
-        capacity: cells of the whole room.
-        hint: what can be done, or why nothing can.
+        needed: the number of cells that the call needs.
+        free: the number of cells that it could use.
+        capacity: the number of cells in the cache.
+        hint: how to make room, or why that is not possible.
     """
 
     def __init__(self, needed: int, free: int, capacity: int, hint: str = "") -> None:
@@ -32,16 +35,16 @@ class CacheFullError(CacheError):
 
 
 class NotSupportedError(CacheError):
-    """The cache, as it was built or with what it holds now, cannot do this exactly."""
+    """The cache cannot do this exactly, because of its configuration or its current contents."""
 
 
 class RanksDisagreeError(CacheError):
-    """Processes that run one model together were about to do different things, or not all of them could.
+    """The ranks of one model were about to make different changes, or one of them could not make its change.
 
-    It is raised on every rank but those that raise an error of their own, before anything has changed.
+    Ranks that fail by themselves raise their own error, the others this one. Nothing has changed then.
 
     Attributes:
-        told: what each rank has told about itself, by rank.
+        told: one text per rank: its intended change, its error, or the tokens that it was fed.
     """
 
     def __init__(self, message: str, told: tuple[str, ...] = ()) -> None:
@@ -53,11 +56,11 @@ class RanksDisagreeError(CacheError):
 
 
 class CacheFileError(CacheError):
-    """A file cannot be written or read, or what is in it cannot be used here.
+    """A file cannot be written or read, or its contents do not fit here.
 
     Attributes:
-        path: which file.
-        reason: what is wrong with it.
+        path: the file.
+        reason: the problem with it.
     """
 
     def __init__(self, path: str | PathLike[str], reason: str) -> None:

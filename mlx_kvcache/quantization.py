@@ -1,4 +1,4 @@
-"""Which keys and values are stored in fewer bits, and how."""
+"""The quantization of stored keys and values: bit widths, group size, and checks of both."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import NamedTuple
 from .arguments import whole
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
-"""Bits that an element may have."""
+"""The supported bit widths."""
 GROUP_SIZES = (32, 64, 128)
-"""Neighboring features that may share a scale and a bias."""
+"""The supported numbers of consecutive features that share a scale and a bias."""
 
 Bits = int | None | tuple[int | None, int | None]
-"""Of keys and values alike, or of each; None stands for float."""
+"""One width for keys and values, or a pair (keys, values). None means float."""
 
 
 class Codec(NamedTuple):
-    """MLX's affine quantization: each group of features has a scale and a bias of 16 bits."""
+    """MLX's affine quantization, with a 16-bit scale and a 16-bit bias for each group of features."""
 
     bits: int
     group_size: int
 
 
 Codecs = tuple[Codec | None, Codec | None]
-"""Of keys and of values; None where they stay in float."""
+"""The codecs of keys and of values. None means float."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `init` is given to store keys and values in fewer bits.
+    """How a cache quantizes keys and values. Pass it to `init`.
 
     Args:
-        bits: 8, 6, 5, 4, 3 or 2; a pair for keys and values, in which None keeps one in float;
-            None for float; or a function of the layer that returns one of these.
-        group_size: 32, 64 or 128 features share a scale and a bias. Head sizes must be multiples
-            of it.
-        after: a sequence stays in float until it is longer than this.
+        bits: 8, 6, 5, 4, 3 or 2; or None for float; or a pair of these (keys, values);
+            or a function that takes a layer and returns any of these.
+        group_size: the number of features that share a scale and a bias: 32, 64 or 128. It must divide
+            `head_dim`.
+        after: a sequence stays in float up to this number of tokens.
 
     Raises:
-        ValueError: bits or a group size that MLX does not have, or a negative length.
+        ValueError: unsupported bits or group size, or a negative `after`.
     """
 
     bits: Bits | Callable[[int], Bits] = 8
@@ -54,16 +54,16 @@ class Quantization:
             self._codecs(self.bits)
 
     def of(self, layer: int) -> Codecs:
-        """How a layer's keys and values are stored. Raises ValueError for bits that MLX does not have."""
+        """Returns the codecs of a layer. Raises ValueError for unsupported bits."""
         return self._codecs(self.bits(layer) if callable(self.bits) else self.bits)
 
     def check(self, head_dim: int) -> None:
-        """Raise ValueError unless groups divide heads of this size."""
-        check_width("heads", head_dim, self.group_size)
+        """Raises ValueError if `head_dim` is not a multiple of the group size."""
+        check_head_dim(head_dim, self.group_size)
 
     def _codecs(self, bits: Bits) -> Codecs:
         if isinstance(bits, tuple) and len(bits) != 2:
-            raise ValueError(f"bits of keys and of values are two numbers, got {bits}")
+            raise ValueError(f"bits must be one width or a pair (keys, values), got {bits}")
         keys, values = bits if isinstance(bits, tuple) else (bits, bits)
         return self._codec(keys), self._codec(values)
 
@@ -72,17 +72,18 @@ class Quantization:
 
 
 def checked_codec(bits: int, group_size: int) -> Codec:
-    """A codec. Raises ValueError for numbers that MLX does not have."""
+    """Returns a codec. Raises ValueError for unsupported bits or group size."""
     if type(bits) is not int or bits not in WIDTHS:
-        raise ValueError(f"keys or values in {bits!r} bits: there are {WIDTHS}")
+        raise ValueError(f"cannot quantize to {bits!r} bits; supported: {WIDTHS}")
     if type(group_size) is not int or group_size not in GROUP_SIZES:
-        raise ValueError(f"a group size of {group_size!r}: there are {GROUP_SIZES}")
+        raise ValueError(f"group_size {group_size!r} is not supported; supported: {GROUP_SIZES}")
     return Codec(bits, group_size)
 
 
-def check_width(what: str, width: int, group_size: int) -> None:
-    """Raise ValueError unless groups divide a head's features."""
-    if width % group_size:
-        fitting = [str(size) for size in GROUP_SIZES if width % size == 0]
-        hint = f"groups of {' or '.join(fitting)} do" if fitting else "no group size does"
-        raise ValueError(f"{what} have {width} features, which groups of {group_size} do not divide; {hint}")
+def check_head_dim(head_dim: int, group_size: int, which: str = "") -> None:
+    """Raises ValueError if a head's features do not divide into groups; `which` says whose they are."""
+    if head_dim % group_size:
+        fitting = [str(size) for size in GROUP_SIZES if head_dim % size == 0]
+        hint = f"use {' or '.join(fitting)}" if fitting else "no supported group size divides it"
+        owner = f" of {which}" if which else ""
+        raise ValueError(f"head_dim {head_dim}{owner} is not a multiple of group_size {group_size}; {hint}")

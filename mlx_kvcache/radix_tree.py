@@ -1,4 +1,7 @@
-"""A radix tree over tokens: which stored sequences have how much in common with a given one."""
+"""A radix tree over tokens: finds the stored sequences that share the longest prefix with a given one.
+
+Each edge holds several tokens (D. R. Morrison, PATRICIA, JACM 1968).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ V = TypeVar("V")
 
 @dataclass
 class _Node(Generic[V]):
-    """The tokens that lead here from the parent, what is stored here, and what goes on from here."""
+    """A node, with the tokens on the edge from its parent. Children are keyed by their first token."""
 
     edge: tuple[int, ...] = ()
     value: V | None = None
@@ -20,17 +23,17 @@ class _Node(Generic[V]):
 
 
 class PrefixTree(Generic[V]):
-    """Values by sequences of tokens. (Edges of several tokens: Morrison, PATRICIA, JACM 1968.)"""
+    """A mapping from token sequences to values that also finds shared prefixes. Values must not be None."""
 
     def __init__(self) -> None:
         self._root: _Node[V] = _Node()
 
     def __bool__(self) -> bool:
-        """Whether anything is stored."""
+        """Whether the tree holds a value."""
         return self._root.value is not None or bool(self._root.children)
 
     def put(self, tokens: Sequence[int], value: V) -> V | None:
-        """Store a value, and return the one that was stored for the same tokens before."""
+        """Stores a value. Returns the value that it replaces, or None."""
         node, rest = self._root, tuple(tokens)
         while rest:
             child = node.children.get(rest[0])
@@ -44,13 +47,13 @@ class PrefixTree(Generic[V]):
         return before
 
     def get(self, tokens: Sequence[int]) -> V:
-        """The value of just these tokens. Raises KeyError where there is none."""
+        """Returns the value of exactly these tokens. Raises KeyError if there is none."""
         value = self._path(tokens)[-1].value
         assert value is not None
         return value
 
     def pop(self, tokens: Sequence[int]) -> V:
-        """Take a value out. Raises KeyError where none is stored for just these tokens."""
+        """Removes and returns the value of exactly these tokens. Raises KeyError if there is none."""
         path = self._path(tokens)
         value, path[-1].value = path[-1].value, None
         assert value is not None
@@ -58,10 +61,11 @@ class PrefixTree(Generic[V]):
         return value
 
     def matches(self, tokens: Sequence[int]) -> Iterator[tuple[int, V]]:
-        """Stored values with the number of first tokens that they share, the longest first.
+        """Yields (length of the shared prefix, value), the longest prefix first.
 
-        A value whose tokens are a prefix of these comes at its own length; those that go on
-        differently, or further, come at the length where they part, if they share anything.
+        Yields all values whose tokens are a prefix of `tokens`, and all that share the longest prefix but
+        differ from `tokens` after it or go beyond them. A value that shares no token is not yielded,
+        except the one of the empty sequence.
         """
         node, rest, depth = self._root, tuple(tokens), 0
         above: list[tuple[int, V]] = []
@@ -70,7 +74,7 @@ class PrefixTree(Generic[V]):
                 above.append((depth, node.value))
             child = node.children.get(rest[0]) if rest else None
             if child is None:
-                # The children part from the tokens here; the node itself has been noted.
+                # The node itself is in `above`; its children differ from the tokens here.
                 below = [value for other in node.children.values() for value in _values(other)]
                 break
             common = _common(child.edge, rest)
@@ -84,7 +88,7 @@ class PrefixTree(Generic[V]):
         yield from reversed(above)
 
     def _path(self, tokens: Sequence[int]) -> list[_Node[V]]:
-        """The nodes that lead to the value of just these tokens. Raises KeyError where there is none."""
+        """The nodes from the root to the value of exactly these tokens. Raises KeyError if there is none."""
         path, rest = [self._root], tuple(tokens)
         while rest:
             child = path[-1].children.get(rest[0])
@@ -93,11 +97,11 @@ class PrefixTree(Generic[V]):
             path.append(child)
             rest = rest[len(child.edge) :]
         if rest or path[-1].value is None:
-            raise KeyError(f"nothing is stored for these {len(tokens)} tokens")
+            raise KeyError(f"no value is stored for these {len(tokens)} tokens")
         return path
 
     def _split(self, parent: _Node[V], child: _Node[V], at: int) -> _Node[V]:
-        """Put a node into an edge, after its first `at` tokens."""
+        """Splits the edge to a child after `at` tokens. Returns the new node between them."""
         middle: _Node[V] = _Node(child.edge[:at])
         child.edge = child.edge[at:]
         middle.children[child.edge[0]] = child
@@ -105,7 +109,7 @@ class PrefixTree(Generic[V]):
         return middle
 
     def _prune(self, path: list[_Node[V]]) -> None:
-        """Remove nodes that lead nowhere, and join those that lead one way only."""
+        """Removes empty leaves from the end of a path, and merges a node left with one child into it."""
         while len(path) > 1 and path[-1].value is None and not path[-1].children:
             del path[-2].children[path.pop().edge[0]]
         node = path[-1]
@@ -116,7 +120,7 @@ class PrefixTree(Generic[V]):
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+    """The length of the shared prefix."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter
@@ -124,7 +128,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _values(node: _Node[V]) -> Iterator[V]:
-    """All that is stored at a node and below."""
+    """The values at a node and below it."""
     stack = [node]
     while stack:
         found = stack.pop()

@@ -1,4 +1,4 @@
-"""Re-basing keys: rotating stored keys as if their tokens stood elsewhere."""
+"""Re-bases keys: rotates stored keys with RoPE as if their tokens had other positions."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import mlx.nn as nn
 from .errors import NotSupportedError
 
 _LENGTH_DEPENDENT = (
-    "its rotation is not a function of the difference of positions alone, "
-    "so stored keys cannot be moved exactly"
+    "its rotation does not depend on the difference of positions alone, "
+    "so stored keys cannot be re-based exactly"
 )
 
 
 @dataclass(frozen=True)
 class RopeShift:
-    """A `shift` hook for rotary embeddings: adds to the positions of rotated keys.
+    """A `shift` hook for rotary embeddings: adds offsets to the positions of rotated keys.
 
-    Rotations about the same axes add up, so a key at p becomes the key at p + d by one more
-    rotation of d (RoFormer, arXiv 2104.09864). A magnitude that YaRN or su-scaled RoPE puts
-    on the keys commutes with rotation and stays as it is.
+    Rotations about the same axes add up, so rotating a key at p by d more gives the key at p + d
+    (RoFormer, arXiv 2104.09864). YaRN and su-scaled RoPE also scale the keys; scaling commutes with
+    rotation, so it stays correct.
 
     Args:
-        dims: how many of the first features are rotated.
-        base, traditional, scale, freqs: as of `mx.fast.rope`; `freqs` (dims / 2,) takes the
-            place of `base`.
+        dims: the number of features to rotate, from the first on.
+        base, traditional, scale, freqs: as for `mx.fast.rope`; `freqs` (dims / 2,) replaces `base`.
     """
 
     dims: int
@@ -37,7 +36,16 @@ class RopeShift:
     freqs: mx.array | None = None
 
     def __call__(self, layer: int, keys: mx.array, offsets: mx.array) -> mx.array:
-        """Re-base keys (1, n_kv_heads, m, head_dim) by offsets (m,) int32, in float32."""
+        """Re-bases keys, in float32.
+
+        Args:
+            layer: the layer of the keys; unused.
+            keys: (1, n_kv_heads, m, head_dim).
+            offsets: (m,) int32, added to the positions.
+
+        Returns:
+            Keys of the same shape and dtype.
+        """
         rows = keys.astype(mx.float32).transpose(2, 1, 0, 3)
         rotated = mx.fast.rope(
             rows,
@@ -52,22 +60,24 @@ class RopeShift:
 
     @classmethod
     def of(cls, module: Any) -> RopeShift:
-        """Read the rotation out of an MLX RoPE module, and verify it against the module.
+        """Returns the shift for an MLX RoPE module, verified against the output of the module.
 
-        `mlx.nn.RoPE` and modules that hold their frequencies as `_freqs` are read.
+        Supports `mlx.nn.RoPE` and modules with their frequencies in `_freqs`.
 
         Raises:
-            NotSupportedError: the module is not understood, or depends on the length, as
-                dynamic NTK does.
+            NotSupportedError: the module is not supported, or its rotation depends on the length, as
+                with dynamic NTK.
         """
         name = type(module).__name__
         dims = getattr(module, "dims", getattr(module, "dim", None))
         if not isinstance(dims, int):
-            raise NotSupportedError(f"{name} has no dims that tell how many features it rotates")
+            raise NotSupportedError(
+                f"cannot read {name}: its dims, the number of rotated features, is missing"
+            )
         freqs = getattr(module, "_freqs", None)
         base, scale = getattr(module, "base", None), getattr(module, "scale", 1.0)
         if freqs is None and base is None:
-            raise NotSupportedError(f"{name} has neither _freqs nor a base to rotate by")
+            raise NotSupportedError(f"cannot read {name}: it has neither _freqs nor base")
         traditional = bool(getattr(module, "traditional", False))
         if freqs is not None:
             base, scale = None, 1.0
@@ -79,11 +89,11 @@ class RopeShift:
         return shift
 
     def _explains(self, module: nn.Module, distance: int) -> bool:
-        """Whether the module at offset `distance` equals this rotation of its output at 0."""
+        """Whether this shift turns the module's output at offset 0 into that at `distance`."""
         x = mx.random.normal((1, 1, 3, self.dims), key=mx.random.key(0))
         near, far = module(x, offset=0), module(x, offset=distance)
         error = mx.abs(self(0, near, mx.full((3,), distance, mx.int32)) - far).max()
-        # Float32 angles are exact to about distance * 2**-24.
+        # Angles in float32 have an error of about distance * 2**-24.
         return bool((error <= 1e-4 + distance * 1e-6).item())
 
 

@@ -1,4 +1,8 @@
-"""Planting an exception at a line of the package."""
+"""Interrupts a call: raises an exception at a chosen line or return inside the package.
+
+It stands for ctrl-C or a lack of memory, which can strike anywhere. Tests use it to check that the cache is
+unchanged afterwards.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,17 @@ PACKAGE = str(Path(mlx_kvcache.__file__).parent)
 
 
 class Planted(BaseException):
-    """What nobody expects, such as an interrupt of the user's, or the end of memory."""
+    """The exception that `Tracer` raises. No code of the package expects it."""
 
 
 class Tracer:
-    """Counts the lines that the package runs and the returns from its functions, and throws at one.
+    """Records the lines and returns that run inside the package, and raises `Planted` at one of them.
+
+    Args:
+        at: the index of the event to raise at; None only records.
 
     Attributes:
-        places: of each event so far, the file, the line and what happened there.
+        places: the file, line and event ("line" or "return") of each event so far.
     """
 
     def __init__(self, at: int | None = None) -> None:
@@ -34,7 +41,7 @@ class Tracer:
         self._at = at
 
     def run(self, call: Callable[[], Any]) -> bool:
-        """Make the call; whether the exception was thrown, and came out of it."""
+        """Make the call, and return whether `Planted` came out of it."""
         try:
             with self:
                 call()
@@ -43,7 +50,7 @@ class Tracer:
         return False
 
     def __enter__(self) -> None:
-        # Finalizers of what earlier calls left would be traced, too, and at another place each time.
+        # A garbage collection would run finalizers of earlier objects, and add their events at random.
         self._collects = gc.isenabled()
         gc.disable()
         self._before = sys.gettrace()
@@ -58,7 +65,7 @@ class Tracer:
         return self._inside if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def _inside(self, frame: FrameType, event: str, arg: Any) -> Any:
-        # What is thrown where a generator hands out a value does not reach the generator.
+        # A generator also has a "return" event at each yield, and an exception there does not reach it.
         is_generator = frame.f_code.co_flags & CO_GENERATOR
         is_place = not _leaves_with(frame) if event == "line" else event == "return" and not is_generator
         if is_place:
@@ -69,9 +76,9 @@ class Tracer:
 
 
 def _leaves_with(frame: FrameType) -> bool:
-    """Whether a `with` block is over and its `__exit__` comes next.
+    """Whether this line event comes between the end of a `with` block and its `__exit__`.
 
-    CPython lets no signal in between (https://github.com/python/cpython/issues/74174), but asks a tracer.
+    CPython handles no signals there (https://github.com/python/cpython/issues/74174), but calls the tracer.
     """
     begins = _withs(frame.f_code).get(frame.f_lineno)
     return begins is not None and frame.f_lasti != begins
@@ -79,7 +86,7 @@ def _leaves_with(frame: FrameType) -> bool:
 
 @cache
 def _withs(code: CodeType) -> dict[int, int]:
-    """Lines of `with` statements, and where each begins."""
+    """Map each line with a `with` statement to the offset of its first instruction."""
     begins: dict[int, int] = {}
     for offset, line in dis.findlinestarts(code):
         if line is not None and linecache.getline(code.co_filename, line).lstrip().startswith("with "):
@@ -88,7 +95,16 @@ def _withs(code: CodeType) -> dict[int, int]:
 
 
 def places(call: Callable[[], Any], nth: int = 1, first: int = 0) -> list[int]:
-    """At which events of a call to throw: the first and the last of each place, or every nth of these."""
+    """Choose the events of a call to raise at: the first and last event of each place.
+
+    Args:
+        call: the call to trace.
+        nth: take only every nth of them.
+        first: the offset of the first one, modulo `nth`.
+
+    Returns:
+        Indices for `Tracer(at=...)`.
+    """
     tracer = Tracer()
     assert not tracer.run(call)
     every = range(len(tracer.places))

@@ -1,6 +1,7 @@
-"""Every kind of cache that holds K and V by position, alone and wrapped, and every way to store them.
+"""The kinds of cache and the quantizations that the tests run on.
 
-A new kind is one entry.
+`KINDS` lists the caches that hold keys and values by position, alone and wrapped. To test a new kind, add
+an entry.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ STORES: dict[str, Quantization | None] = {
         lambda layer: (2, None) if layer else None, group_size=32
     ),
 }
-"""How K and V are stored. A new way is one entry."""
+"""The quantizations to test. Add an entry for a new one."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make a cache, and the (rule, rewind) of each of its children; one if it is no wrapper."""
+    """A kind of cache.
+
+    Attributes:
+        name: its name in test ids.
+        make: makes a cache, given its shift hook.
+        children: the (rule, rewind) of each child of a wrapper, or of the cache itself.
+    """
 
     name: str
     make: Callable[[Shift | None], PlanningCache]
@@ -43,7 +50,7 @@ class Kind:
 
 
 def add_offsets(layer: int, keys: mx.array, offsets: mx.array) -> mx.array:
-    """A shift hook for keys that are positions."""
+    """A shift hook for tests whose keys are their positions."""
     return keys + offsets[None, None, :, None].astype(keys.dtype)
 
 

@@ -1,4 +1,8 @@
-"""The truth: a cache as a dict of lists, and visibility as the rule itself."""
+"""The reference cache of the tests: a dict of cells for each sequence, with no arrays.
+
+It applies the visibility rule token by token, so it is slow and simple. `tests/caches/test_machine.py`
+compares the package's caches with it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from mlx_kvcache.cells.visibility import Rule, visible
 
 @dataclass(eq=False)
 class Cell:
-    """One token's key and value; the same object in each sequence that shares it."""
+    """One token's key and value. Sequences that share a token share this object."""
 
     key: int
     value: int
@@ -23,7 +27,14 @@ class Stream:
 
 
 class Oracle:
-    """Answers what a cache of this rule must answer, token by token."""
+    """Computes the correct results of a cache with this visibility rule.
+
+    Args:
+        rule: the visibility rule.
+        rewind: the number of newest tokens that can always be removed.
+        room: the number of cells.
+        shifts: whether the cache has a shift hook.
+    """
 
     def __init__(self, rule: Rule, rewind: int, room: int, shifts: bool) -> None:
         self.rule = rule
@@ -45,13 +56,13 @@ class Oracle:
         return bool(visible(self.rule, query, key, later))
 
     def forward(self, batch: Batch, values: list[int], later: set[int]) -> list[set[tuple[int, int]]]:
-        """Take a batch in; returns the (key, value) pairs that each token sees."""
+        """Add a batch, and return the (key, value) pairs that each of its tokens sees."""
         newcomers: dict[int, dict[int, Cell]] = {}
         for position, sequence, value in zip(batch.positions, batch.sequences, values, strict=True):
             newcomers.setdefault(sequence, {})[position] = Cell(position, value)
         for sequence in newcomers:
             if not self._resumable(sequence, self.end(sequence)):
-                raise NotSupportedError("a token would look at something that is not held")
+                raise NotSupportedError("a token would see something that is no longer held")
         during, after = {}, {}
         for sequence, new in newcomers.items():
             stream = self.streams.get(sequence, Stream())
@@ -80,7 +91,7 @@ class Oracle:
         self._set(dst, Stream(end, held))
 
     def restore(self, src: int, dst: int) -> None:
-        """Let `dst` be what `src` is, in cells of its own."""
+        """Replace `dst` by a copy of `src` in cells of its own."""
         source = self.streams.get(src, Stream())
         held = {p: Cell(cell.key, cell.value) for p, cell in source.held.items()}
         others = {id(c) for s, t in self.streams.items() if s != dst for c in t.held.values()}
@@ -104,7 +115,7 @@ class Oracle:
         if end is not None:
             needed = [p for p in range(after.end) if self._reachable(after.end, after.end, p)]
             if any(p not in after.held for p in needed) or (movers and not self.shifts):
-                raise NotSupportedError("cannot move")
+                raise NotSupportedError("cannot remove this range")
             distinct = len(others | {id(cell) for cell in held.values()}) + len(movers)
             if distinct > self.room:
                 raise CacheFullError(len(shared), 0, self.room)
@@ -116,7 +127,7 @@ class Oracle:
             self.streams[sequence] = stream
 
     def _reachable(self, first: int, end: int, key: int) -> bool:
-        """Whether some token from `first` on, up to the one at `end`, sees `key`."""
+        """Whether any token at positions `first` to `end`, both included, sees `key`."""
         return key < end and any(self.sees(q, key) for q in range(max(first, key), end + 1))
 
     def _resumable(self, sequence: int, position: int) -> bool:

@@ -1,4 +1,4 @@
-"""One forward pass over a batch: where its keys and values go, and how its tokens attend.
+"""One forward pass over a batch: stores its keys and values, and computes attention.
 
-It binds the plans of `cells` to the buffers of `storage`. It must not know kinds of cache or models.
+Binds the plans of `cells` to the buffers of `storage`. Independent of kinds of cache and of models.
 """

@@ -1,4 +1,7 @@
-"""A long block of queries, cut where what they see changes, so that less is multiplied and then hidden."""
+"""Cuts a long block of queries into stretches that see about the same keys.
+
+Each stretch attends only to the keys that its queries see, so fewer products are computed and then masked.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from .part import Part
 from .products import STRETCH
 
 SHORTEST = 64
-"""Queries in a stretch at least; fewer are not worth a product of their own."""
+"""The smallest stretch, in queries. Smaller ones cost more than they save."""
 
 
 class Stretch(NamedTuple):
-    """Neighboring queries of a part, the keys that any of them sees, and who sees which."""
+    """Consecutive queries of a part, the keys that at least one of them sees, and their mask."""
 
     queries: slice
     keys: slice
@@ -24,13 +27,13 @@ class Stretch(NamedTuple):
 
 
 def cut(rule: Rule, part: Part, whole: Stretch) -> list[Stretch]:
-    """A part's queries, by rising position, in stretches; in one where more would not help."""
+    """Cuts the queries of a part, by rising position, into stretches. Returns [whole] unless that pays."""
     borders = _borders(rule, part)
     return [_stretch(rule, part, a, b) for a, b in pairwise(borders)] if len(borders) > 2 else [whole]
 
 
 def _borders(rule: Rule, part: Part) -> list[int]:
-    """Positions at which a new stretch begins, and the end."""
+    """The positions at which stretches begin, and the end of the last one."""
     whole = [part.begin, part.end]
     if rule.sinks or any(before[1] != after[0] for before, after in pairwise(part.ranges)):
         return whole
@@ -38,14 +41,14 @@ def _borders(rule: Rule, part: Part) -> list[int]:
         return [*range(part.begin, part.end, STRETCH), part.end] if codec.is_cpu() else whole
     if isinstance(rule, Chunk):
         inner = range(part.begin - part.begin % rule.size + rule.size, part.end, rule.size)
-        # Many tiny chunks are cheaper in one product with a mask.
+        # Many small chunks are faster in one product with a mask.
         return [part.begin, *inner, part.end] if rule.size >= SHORTEST else whole
     hides = rule.lower(part.end - 1) > max(0, rule.lower(part.begin))
     return [*range(part.begin, part.end, max(SHORTEST, rule.size // 4)), part.end] if hides else whole
 
 
 def _stretch(rule: Rule, part: Part, begin: int, end: int) -> Stretch:
-    """The queries at positions [begin, end)."""
+    """The stretch of the queries at positions [begin, end)."""
     first = part.ranges[0][0]
     low = max(first, rule.lower(begin))
     mask: Mask = None if end - begin == 1 else "causal"

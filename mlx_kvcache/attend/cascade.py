@@ -1,8 +1,9 @@
-"""Attention to a run of keys that several sequences share, without copying it.
+"""Cascade attention: reads a prefix that several sequences share once, without copying it.
 
-All queries that see the run go through one product with it, each sequence's own keys through a
-small one. The two results are joined by the sums of their exponentials, as blocks of keys are in
-"FlashAttention" (arXiv 2205.14135), and shared prefixes in "Hydragen" (arXiv 2402.05099).
+All queries of these sequences attend to the shared cells in one product, and to their own cells in a smaller
+product for each sequence. The two outputs are merged by the sums of their exponentials, as in FlashAttention
+(arXiv 2205.14135) for blocks of keys, and in Hydragen (arXiv 2402.05099) for shared prefixes. Also avoids
+copies for a single sequence whose keys lie in several places.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from .products import scores_of, weighted_sum
 from .step import Step
 
 LONG = 256
-"""Keys that are at least saved from being copied or read again, for the joining to be worth it."""
+"""The number of keys not copied or read again from which cascade attention is faster."""
 
 
 class Member(NamedTuple):
-    """A sequence's queries, and the cells beyond the shared run that they see."""
+    """A sequence's part, and the cells after the shared ones that it sees."""
 
     part: Part
     rest: list[Cells]
 
 
 class Shared(NamedTuple):
-    """A run of cells that all queries of its members see whole."""
+    """A run of cells that all queries of its members see completely."""
 
     run: Cells
     members: list[Member]
 
 
 def shared_runs(step: Step) -> list[Shared]:
-    """The runs of a step that are better attended by joining."""
+    """Returns the runs of cells for which cascade attention is faster."""
     groups: dict[tuple[int, int, int], list[Part]] = {}
     for part in step.parts:
         if part.cells and step.sees_whole(part):
@@ -43,7 +44,7 @@ def shared_runs(step: Step) -> list[Shared]:
             groups.setdefault((segment, index[2].start, part.ranges[0][0]), []).append(part)
     found = []
     for (segment, start, _), parts in groups.items():
-        # New keys stay in the rest, so that its mask is that of a plain causal block.
+        # The run ends before the new keys, so that the mask of the rest is a plain causal one.
         stop = min(min(part.cells[0][1], start + part.begin - part.ranges[0][0]) for part in parts)
         size = stop - start
         copied = sum(len(part.ranges) > 1 for part in parts)
@@ -53,8 +54,8 @@ def shared_runs(step: Step) -> list[Shared]:
     return found
 
 
-def attend_joined(step: Step, layer: int, shared: Shared, given: Attending) -> list[mx.array]:
-    """Each member's output (1, n_heads, its tokens, value_dim)."""
+def attend_shared(step: Step, layer: int, shared: Shared, given: Attending) -> list[mx.array]:
+    """Returns the output of each member, (1, n_heads, its number of tokens, value_dim)."""
     groups = step.store.layers[layer].form.heads
     run = step.stored(layer, [shared.run])
     queries = [take(given.queries, member.part.rows) * given.scale for member in shared.members]
@@ -67,7 +68,7 @@ def attend_joined(step: Step, layer: int, shared: Shared, given: Attending) -> l
         out, total = (
             (run_out[:, :, start:stop], run_sum[:, :, start:stop]) if len(queries) > 1 else (run_out, run_sum)
         )
-        # In 16 bits a weight near 1 would lose what the own keys add.
+        # Merge in float32: in 16 bits, a weight near 1 would lose the share of the sequence's own keys.
         weight = mx.sigmoid(total - own_sum)
         outputs.append((own_out + weight * (out - own_out)).astype(given.queries.dtype))
         start = stop
@@ -75,9 +76,13 @@ def attend_joined(step: Step, layer: int, shared: Shared, given: Attending) -> l
 
 
 def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -> tuple[mx.array, mx.array]:
-    """Outputs (1, n_heads, n, value_dim) and the logarithms of their sums (1, n_heads, n, 1), in float32."""
+    """Attends to all pieces, optionally with a causal mask of the newest n keys.
+
+    Returns:
+        The output (1, n_heads, n, value_dim) and the logsumexp of its scores (1, n_heads, n, 1), in float32.
+    """
     _, heads, n, _ = queries.shape
-    # The query heads of a group are rows of one product.
+    # Query heads that share a K/V head become rows of one product.
     scores = scores_of(queries.reshape(1, groups, -1, queries.shape[3]), pieces)
     if causal:
         size = scores.shape[3]
@@ -89,7 +94,7 @@ def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -
 
 
 def _beyond(part: Part, stop: int) -> list[Cells]:
-    """A part's cells without the first run's up to `stop`."""
+    """The cells of a part without those of its first run before `stop`."""
     segment, end, _ = part.cells[0]
     first = [cells_of(segment, stop, end)] if stop < end else []
     return first + part.cells[1:]

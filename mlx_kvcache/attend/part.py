@@ -1,4 +1,4 @@
-"""One sequence's share of a forward pass: which of the batch's tokens, and which cells they see."""
+"""One sequence's part of a forward pass: its tokens in the batch, and the cells that they see."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..storage.buffers import cells_in
 from ..storage.codec import index_of
 
 Rows = slice | mx.array | None
-"""Some of a batch's tokens: neighbors, any, or all in order (None)."""
+"""Selects tokens of a batch: a slice, any indices, or None for all in order."""
 
 
 def rows_of(indices: Sequence[int], n: int) -> Rows:
-    """How to take these batch indices out of n tokens."""
+    """Returns the selection of these batch indices out of n tokens."""
     if n == 1:
         return None
     indices, first = tuple(indices), indices[0]
@@ -26,7 +26,7 @@ def rows_of(indices: Sequence[int], n: int) -> Rows:
 
 
 def take(array: mx.array, rows: Rows) -> mx.array:
-    """Rows of (1, heads, n, dim)."""
+    """Selects tokens of an array (1, heads, n, dim)."""
     if rows is None:
         return array
     if isinstance(rows, slice):
@@ -35,7 +35,17 @@ def take(array: mx.array, rows: Rows) -> mx.array:
 
 
 class Part:
-    """One sequence's share of a step."""
+    """One sequence's part of a forward pass.
+
+    Attributes:
+        sequence: the sequence.
+        indices, rows: the batch indices of its tokens by rising position, and their selection.
+        begin, end: the positions of its tokens, [begin, end).
+        stores: the writes: for each, the segment, the index of the cells, and the selection of tokens.
+        cells: the stored cells that the tokens see, by rising position.
+        ranges: the positions of all keys that they see.
+        fresh: the tokens also see their own keys in the batch, because `cells` stops before them.
+    """
 
     __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
 
@@ -46,7 +56,7 @@ class Part:
         self.move(placed, n)
 
     def move(self, placed: Placed, n: int) -> None:
-        """Be the share of the same batch indices of the same sequence, at other positions and cells."""
+        """Changes positions and cells to those of the next forward pass with the same batch indices."""
         self.begin, self.end = placed.begin, placed.end
         self.fresh = placed.fresh
         self.stores = [
@@ -64,22 +74,22 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many keys there are to see."""
+        """The number of keys that the tokens see."""
         return sum(high - low for low, high in self.ranges)
 
     @property
     def earlier(self) -> list[tuple[int, int]]:
-        """Positions of the keys that were there before this step."""
+        """The positions of the keys from before this forward pass."""
         return [(low, min(high, self.begin)) for low, high in self.ranges if low < self.begin]
 
     @property
     def earlier_size(self) -> int:
-        """How many keys were there before this step."""
+        """The number of keys from before this forward pass."""
         return sum(high - low for low, high in self.earlier)
 
 
 class Attending(NamedTuple):
-    """The arguments of `mlx_kvcache.attention`, but for the cache."""
+    """The arguments of `mlx_kvcache.attention`, except the cache."""
 
     queries: mx.array
     keys: mx.array | None
@@ -89,13 +99,23 @@ class Attending(NamedTuple):
 
 
 def check_queries(given: Attending, n: int, layer: int, heads: int, dim: int) -> None:
-    """Raise ValueError unless the queries are n tokens' that fit keys with so many heads and features."""
+    """Checks that queries and sinks fit n tokens and the keys of a layer.
+
+    Args:
+        given: the arguments of `attention`.
+        n: the number of tokens in the batch.
+        layer: the layer, for messages.
+        heads, dim: the number of heads and the head_dim of the keys.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
     shape, sinks = given.queries.shape, given.sinks
     if len(shape) != 4 or shape[0] != 1 or shape[2] != n:
         raise ValueError(f"queries are {shape}, expected (1, n_heads, {n}, head_dim)")
     if shape[3] != dim:
         raise ValueError(
-            f"queries are {shape}: {shape[3]} features a head, the keys of layer {layer} have {dim}"
+            f"queries are {shape}: head_dim is {shape[3]}, expected {dim} as in the keys of layer {layer}"
         )
     if not shape[1] or shape[1] % heads:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Attention as products: over lanes in several pieces, without copying them together, and on a CPU."""
+"""Attention as matrix products, where `mx.fast.scaled_dot_product_attention` is slow or does not apply.
+
+That is over keys in several pieces, which need no concatenation, over quantized cells, and on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +15,69 @@ from ..storage.codec import Plain
 
 
 def scores_of(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
-    """Products of rows (1, heads, m, dim) with all keys, (1, heads, m, S)."""
+    """Returns the products of rows (1, heads, m, dim) with the S keys of all pieces, (1, heads, m, S)."""
     parts = [keys.scores(rows) for keys, _ in pieces]
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def weighted_sum(weights: mx.array, pieces: Sequence[Lanes]) -> mx.array:
-    """Sums of all values by weights (1, heads, m, S): (1, heads, m, value_dim)."""
+    """Returns the sums of all values by weights (1, heads, m, S), (1, heads, m, value_dim)."""
     if len(pieces) == 1:
         return pieces[0][1].weighted(weights)
     borders = list(accumulate(keys.arrays[0].shape[2] for keys, _ in pieces))
     shares = mx.split(weights, borders[:-1], axis=-1)
-    # Added in float32, so that each piece rounds its own share only.
+    # Add in float32, so that rounding does not grow with the number of pieces.
     sums = (values.weighted(share) for share, (_, values) in zip(shares, pieces, strict=True))
     first, *rest = (part.astype(mx.float32) for part in sums)
     return sum(rest, start=first)
 
 
 STRETCH = 128
-"""Queries of a causal block that attend at once where MLX multiplies what they do not see."""
+"""The number of queries in a stretch of a causal block, on devices where MLX multiplies hidden keys."""
 
 
 def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
-    """Attention of scaled queries (1, n_kv_heads, m, head_dim) to all keys: (1, n_kv_heads, m, value_dim)."""
+    """Attends to all keys without a mask.
+
+    Args:
+        rows: (1, n_kv_heads, m, head_dim), queries that are already scaled.
+        pieces: keys and values, in order.
+
+    Returns:
+        (1, n_kv_heads, m, value_dim).
+    """
     return weighted_sum(mx.softmax(scores_of(rows, pieces), axis=-1, precise=True), pieces)
 
 
 def attend_single(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Attention of one token's queries (1, n_heads, 1, head_dim) to all keys (1, n_kv_heads, S, head_dim)."""
+    """Attends from one token to all keys.
+
+    Args:
+        queries: (1, n_heads, 1, head_dim).
+        keys, values: (1, n_kv_heads, S, head_dim).
+        scale: the factor of the scores.
+
+    Returns:
+        (1, n_heads, 1, value_dim), in the dtype of the queries.
+    """
     _, heads, _, dim = queries.shape
     groups = keys.shape[1]
-    # The query heads of a group are rows of one product.
+    # Query heads that share a K/V head become rows of one product.
     rows = (queries * scale).reshape(1, groups, heads // groups, dim)
     return attend_all(rows, [(Plain(keys), Plain(values))]).reshape(1, heads, 1, -1).astype(queries.dtype)
 
 
 def attend_causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Causal attention of the newest n tokens, (B, n_heads, n, value_dim), in stretches of queries."""
+    """Causal attention in stretches of queries, so that keys after a stretch are not multiplied.
+
+    Args:
+        queries: (B, n_heads, n, head_dim), of the newest n tokens.
+        keys, values: (B, n_kv_heads, S, head_dim).
+        scale: the factor of the scores.
+
+    Returns:
+        (B, n_heads, n, value_dim).
+    """
     n, size = queries.shape[2], keys.shape[2]
     outputs = []
     for begin in range(0, n, STRETCH):

@@ -1,18 +1,32 @@
-"""Attention by run: each sequence on its own history, and each stretch of a block on what it sees."""
+"""Attention of a batch: each sequence attends to its own keys, by the fastest way for these.
+
+Long shared prefixes use cascade attention. Single queries use plain products on a CPU, and over quantized
+cells on every device. All else uses `mx.fast.scaled_dot_product_attention`, in stretches of queries where
+that saves products.
+"""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
 from ..storage import codec
-from .cascade import attend_joined, shared_runs
+from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
 from .products import attend_all, attend_single
 from .step import Step
 
 
 def attend(step: Step, layer: int, given: Attending) -> mx.array:
-    """Put, unless keys and values are None, and attend; (1, n_heads, n, value_dim) in batch order."""
+    """Puts keys and values unless they are None, and attends.
+
+    Args:
+        step: the forward pass.
+        layer: the layer.
+        given: the arguments of `attention`, checked.
+
+    Returns:
+        (1, n_heads, n, value_dim), in batch order.
+    """
     if given.keys is not None and given.values is not None:
         if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
@@ -24,7 +38,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     found: dict[int, mx.array] = {}
     if given.sinks is None:
         for shared in step.once(shared_runs):
-            outputs = attend_joined(step, layer, shared, given)
+            outputs = attend_shared(step, layer, shared, given)
             found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
         left = [part for part in step.parts if part.sequence not in found]
         if single := _decodes(step, layer, left):
@@ -46,19 +60,19 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
 
 
 def _batch_order(step: Step) -> mx.array | None:
-    """Where each of the batch's tokens is, part by part; None where that is their order."""
+    """The indices that bring outputs, concatenated by part, into batch order. None if they are in order."""
     order = [index for part in step.parts for index in part.indices]
     back = sorted(range(step.n), key=order.__getitem__)
     return None if back == list(range(step.n)) else mx.array(back)
 
 
 def _is_packed(step: Step, layer: int, part: Part) -> bool:
-    """Whether MLX's own attention would first need what a part sees in float."""
+    """Whether the keys or values that a part sees need decoding for MLX's own attention."""
     return step.store.layers[layer].form.is_packed and step.is_packed(part)
 
 
 def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
-    """Parts with a single query that are faster without MLX's own attention."""
+    """The parts with a single query for which plain products are faster than MLX's own attention."""
     if not step.is_decoding:
         return []
     if codec.is_cpu():
@@ -67,10 +81,10 @@ def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
 
 
 def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:
-    """Outputs (1, n_kv_heads, m, value_dim) of single queries, from lanes as they are stored."""
+    """The outputs (1, n_kv_heads, m, value_dim) of single queries, with m query heads for each K/V head."""
     _, heads, n, dim = given.queries.shape
     groups = step.store.layers[layer].form.heads
-    # The query heads of a group are rows of one product.
+    # Query heads that share a K/V head become rows of one product.
     rows = (given.queries * given.scale).swapaxes(1, 2).reshape(n, groups, heads // groups, dim)
     each, dtype = mx.split(rows, n), given.queries.dtype
     return [
@@ -79,7 +93,7 @@ def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> lis
 
 
 def _in_batch_order(step: Step, outputs: list[mx.array], given: Attending) -> mx.array:
-    """Outputs of single queries, one for each part, as (1, n_heads, n, value_dim)."""
+    """The outputs of single queries, one for each part, as (1, n_heads, n, value_dim) in batch order."""
     by_index = dict(zip((part.indices[0] for part in step.parts), outputs, strict=True))
     joined = mx.concatenate([by_index[index] for index in range(step.n)])
     return joined.reshape(1, step.n, given.queries.shape[1], -1).swapaxes(1, 2)
@@ -88,7 +102,7 @@ def _in_batch_order(step: Step, outputs: list[mx.array], given: Attending) -> mx
 def _stretches(
     step: Step, part: Part, queries: mx.array, history: tuple[mx.array, mx.array], given: Attending
 ) -> mx.array:
-    """A long block attends in stretches: what a window or a chunk hides is then never multiplied."""
+    """Attends with MLX's own attention, in stretches: keys outside a window or chunk are not multiplied."""
     sdpa, (keys, values) = mx.fast.scaled_dot_product_attention, history
     scale, sinks = given.scale, given.sinks
     stretches = step.stretches(part)

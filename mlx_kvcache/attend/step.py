@@ -1,6 +1,6 @@
-"""A forward pass under way: where each layer's K and V go, and what each query sees.
+"""A forward pass in progress: writes each layer's K and V, and returns the history and masks of its queries.
 
-Whether a forward pass has put every layer that later tokens attend to.
+`check_complete` checks at the end of the pass that every layer was put.
 """
 
 from __future__ import annotations
@@ -27,13 +27,22 @@ from .part import Part, take
 T = TypeVar("T")
 
 Written = tuple[dict[int, AnyPair], tuple[mx.array, mx.array] | None]
-"""What one layer has stored in a step: pairs by segment, and the batch itself where it is kept."""
+"""The K and V that one layer wrote in a step: pairs by segment, and the batch if it is kept."""
 
 _names = count(1)
 
 
 class Step:
-    """Binds a placement to arrays. All layers share it."""
+    """A forward pass: a placement bound to arrays, shared by all layers.
+
+    Args:
+        placed: the placement of each sequence's tokens.
+        n: the number of tokens in the batch.
+        rule: the visibility rule.
+        config: the format of the history that `get` returns.
+        store: the buffers.
+        table: the table, for capacities and quantized segments.
+    """
 
     def __init__(
         self,
@@ -64,12 +73,12 @@ class Step:
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.opened: list[int] = []
-        """Layers that nobody has put before."""
+        """The layers that were put for the first time in this step."""
         self.is_over = False
-        """Whether only reading is left."""
+        """Whether the forward pass is over: `get` still works, `put` does not."""
 
     def move(self, placed: Placed) -> None:
-        """Be the step of as many tokens more, where the only part goes on behind itself."""
+        """Becomes the next step of a single sequence, with the same number of tokens."""
         self.parts[0].move(placed, self.n)
         self.name = next(_names)
         self.opened.clear()
@@ -80,30 +89,31 @@ class Step:
         self._plain = self._only_run()
 
     def sees_whole(self, part: Part) -> bool:
-        """Whether all of a part's queries see all keys that were there before them."""
+        """Whether all queries of a part see all of its keys from before this step."""
         return not self._later and self._rule.lower(part.end - 1) <= part.ranges[0][0]
 
     def once(self, find: Callable[[Step], T]) -> T:
-        """What `find` says of this step, found once for all layers."""
+        """Returns find(self), computed once for all layers."""
         if find not in self._found:
             self._found[find] = find(self)
         found: T = self._found[find]
         return found
 
     def set_later(self, indices: tuple[int, ...]) -> None:
-        """Batch indices of tokens that also see later ones."""
+        """Lets the tokens at these batch indices also see later tokens of their sequence."""
         self._found.clear()
         self._has_mask = False
         self._stretches.clear()
         self._later = frozenset(indices)
 
     def finish(self) -> None:
-        """Refuse what else is put."""
+        """Ends the step: refuses every further `put`."""
         self.is_over = True
-        # The short way does not ask.
+        # The fast path of `exchange` does not check `is_over`.
         self._plain = None
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Writes the batch's keys and values, or nothing if an exception interrupts."""
         if self.is_over:
             raise over(self.n)
         known = self.store.layers.get(layer)
@@ -124,14 +134,14 @@ class Step:
             raise
 
     def _written_before(self, buffers: Buffers | None, layer: int) -> Written | None:
-        """What a layer has stored by an earlier `put` of this step, which could be read."""
+        """Copies of the pairs that an earlier `put` of this step wrote, in case the next one fails."""
         if buffers is None or buffers.written != self.name:
             return None
         segments = {segment for part in self.parts for segment, _, _ in part.stores}
         return {segment: buffers.pairs[segment].copy() for segment in segments}, self._batches.get(layer)
 
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
-        # One operation that divides them all costs less than one for each sequence.
+        # One split for all sequences costs less than a slice for each.
         each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if self._is_joint else None
         for part in self.parts:
             for segment, index, rows in part.stores:
@@ -146,7 +156,7 @@ class Step:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Every layer's buffers that this step writes to."""
+        """The arrays of all layers that this step writes to."""
         segments = {segment for part in self.parts for segment, _, _ in part.stores}
         return [
             array
@@ -158,20 +168,20 @@ class Step:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether each sequence has one token."""
+        """Whether each sequence of the batch has one token."""
         return self.n == len(self.parts)
 
     def is_packed(self, part: Part) -> bool:
-        """Whether any of what a part sees lies in a packed segment."""
+        """Whether a part sees cells of a packed segment."""
         return any(segment in self._packed for segment, _, _ in part.cells)
 
     @property
     def is_plain(self) -> bool:
-        """Whether all of the step is one run of one sequence, in batch order."""
+        """Whether the step reads and writes one run of cells of one sequence, in batch order."""
         return self._plain is not None
 
     def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """`put`, and the history of a step's only part, with little else where that is one run."""
+        """Puts keys and values and returns the history of a step with one part. Fast if `is_plain`."""
         buffers = self.store.layers.get(layer)
         if self._plain is None or buffers is None:
             self.put(layer, keys, values)
@@ -190,7 +200,7 @@ class Step:
         pair = buffers.pairs.get(segment)
         if pair is None or pair.capacity < self._capacity[segment]:
             pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
-        # Every layer of every step comes here, so that a call less shows.
+        # Decoding comes here for every layer and token, so the writes are inlined.
         if pair.is_packed:
             pair.write(new, keys, values)
             buffers.written = self.name
@@ -201,7 +211,7 @@ class Step:
         return stored_keys[seen], stored_values[seen]
 
     def _only_run(self) -> tuple[int, Index, Index] | None:
-        """Segment, new cells and seen ones, where the step is one run of one sequence."""
+        """The segment, the new cells and the visible cells if `is_plain`, else None."""
         part = self.parts[0]
         if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
             return None
@@ -209,25 +219,25 @@ class Step:
         return (segment, new, seen) if rows is None and target == segment else None
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
-        """K and V (1, n_kv_heads, S, head_dim) that one part's queries see, by rising position."""
+        """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""
         pieces = self.store.layers[layer].read(part.cells)
         if part.fresh:
             pieces.append(self._fresh(layer, part))
         return concatenated(pieces)
 
     def _fresh(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
-        """K and V of one part's new tokens, where not all of them are stored."""
+        """K and V of a part's new tokens from the batch, because not all of them are stored."""
         batch = self._batches[layer]
         assert batch is not None
         keys, values = take(batch[0], part.rows), take(batch[1], part.rows)
         form = self.store.layers[layer].form
         if form.is_packed and any(segment in self._packed for segment, _, _ in part.stores):
-            # As those that are stored are read, or what comes out would depend on the size of blocks.
+            # Quantize and decode them like stored tokens, or outputs would depend on how a prompt is split.
             return form.decoded(form.stored((Plain(keys), Plain(values)), is_packed=True))
         return keys, values
 
     def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
-        """Some of a part's cells, and its new tokens where they are not stored, piece by piece."""
+        """Returns some of a part's cells as lanes, and its new tokens if the part is `fresh`."""
         pieces = self.stored(layer, cells)
         if part.fresh:
             keys, values = self._fresh(layer, part)
@@ -235,13 +245,14 @@ class Step:
         return pieces
 
     def stored(self, layer: int, cells: list[Cells]) -> list[Lanes]:
-        """Cells as lanes: as they are stored if few queries look at them, else in float."""
+        """Returns cells as lanes: as they are stored if each sequence has one query, else in float."""
         buffers = self.store.layers[layer]
         if self.is_decoding or not buffers.form.is_packed:
             return buffers.lanes(cells)
         return [(Plain(keys), Plain(values)) for keys, values in buffers.read(cells)]
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
+        """Returns the history of the batch: keys, values and mask, padded as the config says."""
         self.check_put(layer)
         keys, values = concatenated([self.history(layer, part) for part in self.parts])
         padding = -keys.shape[2] % self._config.padding
@@ -250,12 +261,13 @@ class Step:
         return keys, values, self._mask(padding)
 
     def check_put(self, layer: int) -> None:
+        """Raises CacheError if the layer was not put in this step."""
         buffers = self.store.layers.get(layer)
         if buffers is None or buffers.written != self.name:
             raise CacheError(f"layer {layer} has had no put in this batch")
 
     def stretches(self, part: Part) -> list[Stretch]:
-        """One part's queries, by rising position, in stretches that see about the same keys."""
+        """Returns the queries of a part, by rising position, in stretches that see about the same keys."""
         found = self._stretches.get(part.sequence)
         if found is None:
             whole = Stretch(slice(None), slice(None), self.own_mask(part))
@@ -265,7 +277,7 @@ class Step:
         return found
 
     def own_mask(self, part: Part) -> Mask:
-        """Who of one part's queries, by rising position, sees which of its history."""
+        """Returns the mask of a part's queries over its history, both by rising position."""
         if self._later and self._later.intersection(part.indices):
             return self._array_mask([part], part.indices, 0)
         if part.end - part.begin == 1:
@@ -276,7 +288,7 @@ class Step:
         return self._array_mask([part], part.indices, 0)
 
     def _mask(self, padding: int) -> Mask:
-        """Who of the batch's tokens, in batch order, sees which of the whole history."""
+        """The mask of the batch's tokens, in batch order, over the whole history."""
         if not self._has_mask:
             only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
             if only and not padding and self._config.mask_dtype is None:
@@ -306,32 +318,35 @@ class Step:
 
 
 def check_complete(step: Step, before: Mapping[int, Held | None]) -> None:
-    """Raise CacheError where tokens have no keys and values in some layer.
+    """Checks at the end of a step that no token lacks keys and values in a layer.
 
     Args:
-        step: in which all layers have been put that will be.
-        before: what was held of its sequences before it.
+        step: the step, with all its layers put.
+        before: the state of its sequences before the step.
+
+    Raises:
+        CacheError: a layer of earlier steps was not put, or a new layer was put for sequences that already
+            hold tokens.
     """
     left = sorted(layer for layer, buffers in step.store.layers.items() if buffers.written != step.name)
     if left:
         raise CacheError(
-            f"layers {left} were put in earlier batches but not in this one of {step.n} tokens, which is "
-            "taken out again: later tokens would attend to cells that nobody wrote; put every layer in every "
-            "batch"
+            f"layers {left} were put in earlier batches but not in this one of {step.n} tokens, so the batch "
+            "is undone: later tokens would attend to unwritten cells; put every layer in every batch"
         )
     for sequence, old in before.items():
-        # Windows and chunks may hold nothing of what was there.
+        # With windows and chunks, a sequence may hold no cells.
         if step.opened and old and old.spans:
             raise CacheError(
-                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence}, "
-                f"but in this batch of {step.n} tokens, which is taken out again: it would attend to cells "
-                "that nobody wrote; put every layer in every batch"
+                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence} "
+                f"but are in this batch of {step.n} tokens, so the batch is undone: it would attend to "
+                "unwritten cells; put every layer in every batch"
             )
 
 
 def over(n: int) -> CacheError:
-    """What to raise where something is put after the block of a `forward`."""
+    """Returns the error of a `put` after the end of a `forward` block."""
     return CacheError(
-        f"the forward pass of {n} tokens is over, so nothing more can be put: put inside its `with` block; "
-        "for other tokens start_forward must come first"
+        f"cannot put: the forward pass of {n} tokens is over; put inside its with block, or call "
+        "start_forward for new tokens"
     )

@@ -1,4 +1,4 @@
-"""The kinds of cache behind the `Cache` interface.
+"""The caches behind the `Cache` interface, one module for each kind.
 
-Each plans a change whole before it commits any of it. They must not know models.
+Every kind plans a whole change before it makes any part of it. This package must not know models.
 """

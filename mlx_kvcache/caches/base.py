@@ -1,8 +1,10 @@
-"""The order of calls, which is the same for every kind, and how plans are made and committed.
+"""Base classes for kinds of cache.
 
-Kinds whose layers store keys and values.
+`PlanningCache` implements the public methods of `Cache`. It checks arguments and the order of calls, asks
+the kind for a `Plan` and commits it. A kind implements the methods that begin with an underscore:
 
-Kinds that hold one immutable record for each sequence, rather than cells.
+- `KeyValueCache`: kinds whose layers store keys and values.
+- `StreamCache`: kinds that hold one immutable record for each sequence, rather than cells.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ Self = TypeVar("Self", bound="PlanningCache")
 
 
 class PlanningCache(ABC):
-    """Sequences that batches of tokens join and leave.
+    """Implements the public methods of `Cache` on a kind's abstract methods.
 
-    A kind supplies the methods below that start with an underscore. `WrapperCache` calls
-    the `_plan_...` methods of all its children before it commits any of their plans.
+    A `_plan_...` method computes a change and raises if it is impossible. It must not change any sequence:
+    the plan's `make` does. So `WrapperCache` can plan a change of all its children before it makes any.
     """
 
     def __init__(self) -> None:
@@ -41,25 +43,35 @@ class PlanningCache(ABC):
         self._layer = 0
         self._max_batch = 0
         self._block: Plan | None = None
-        """The step of the `forward` that is being run."""
+        """The plan of the `forward` block under way."""
 
     @abstractmethod
-    def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None: ...
+    def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None:
+        """Prepare the storage for `room` tokens."""
+
     @abstractmethod
-    def _plan_forward(self, batch: Batch) -> Plan: ...
+    def _plan_forward(self, batch: Batch) -> Plan:
+        """Plan to add a batch's tokens. Raises ValueError unless each sequence continues at its end."""
+
     @abstractmethod
-    def _plan_reserve(self, batch: Batch) -> Plan: ...
+    def _plan_reserve(self, batch: Batch) -> Plan:
+        """Plan a trial of the worst case, which adds no tokens."""
+
     @abstractmethod
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan: ...
+    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+        """Plan to remove [begin, end), which may reach beyond the sequence's end; None is its end."""
+
     @abstractmethod
-    def _plan_copy(self, src: int, dst: int, length: int) -> Plan: ...
+    def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
+        """Plan to replace `dst` by at most `length` first tokens of `src`."""
+
     @abstractmethod
     def _snapshot(self, sequence: int) -> Any:
-        """What is held of a sequence, for `_plan_restore` of a cache of the same kind."""
+        """Return a sequence's contents, for `_plan_restore` of a cache of the same kind."""
 
     @abstractmethod
     def _plan_restore(self, sequence: int, snapshot: Any) -> Plan:
-        """Plan to make a sequence what a snapshot says."""
+        """Plan to replace a sequence by a snapshot."""
 
     @abstractmethod
     def _set_causal(self, options: CausalOptions) -> None: ...
@@ -68,25 +80,27 @@ class PlanningCache(ABC):
     @abstractmethod
     def _end(self, sequence: int) -> int: ...
     @abstractmethod
-    def _close(self) -> None: ...
+    def _close(self) -> None:
+        """Release all memory. May be called again after an interrupted call."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of all arrays that are held, what is unused in them included."""
+        """The bytes of all arrays, unused cells included."""
 
     @abstractmethod
     def check(self) -> None:
         """Assert this cache's invariants; for tests."""
 
     def set_config(self, config: CacheConfig) -> None:
-        """Set the form in which history is returned.
+        """Choose the form of the mask and the padding that `get` returns.
 
         Raises:
-            CacheError: after `init`.
+            CacheError: `init` was called before.
         """
         self._check_open()
         if self._ready:
-            raise CacheError("set_config must come before init")
+            raise CacheError("cannot call set_config after init: set_config must come before init")
         self._config = config
 
     def init(
@@ -101,23 +115,24 @@ class PlanningCache(ABC):
         """Make room for `max_sequences * capacity` tokens, shared by all sequences.
 
         Args:
-            dtype: of keys and values as they are returned, and stored if not in fewer bits; None
-                keeps that of each layer's first ones.
-            max_sequences, capacity: their product is the room in cells. Neither bounds
-                the number, the names or the lengths of sequences.
+            dtype: the dtype in which `get` returns keys and values, and in which they are stored unless
+                quantized. None takes the dtype of each layer's first `put`. Encoder and recurrent caches
+                keep the dtype of what is put.
+            max_sequences: a factor of the room; it does not bound the number of sequences.
+            capacity: the other factor; it does not bound the length of a sequence.
             max_batch: the most tokens in one forward pass.
-            quantization: to store K and V in fewer bits; encoders' and recurrent kinds' stay as
-                they are.
-            head_dim: features of a head, where they are known; `put` checks them otherwise.
+            quantization: the bit widths of stored keys and values. Encoder and recurrent caches ignore it.
+            head_dim: the features of a head. If it is given, `init` checks that `quantization` fits it;
+                otherwise `put` does.
 
         Raises:
-            ValueError: a number below 1, a dtype that is no float type, or a head_dim that the
-                quantization's groups do not divide.
-            CacheError: a second call.
+            ValueError: a number is below 1, the dtype is not a float type, or `head_dim` is not a multiple
+                of the quantization's group size.
+            CacheError: `init` was called before.
         """
         self._check_open()
         if self._ready:
-            raise CacheError("init was called before")
+            raise CacheError("init was called before: make a new cache for other sizes")
         max_sequences, capacity, max_batch = whole(
             1, max_sequences=max_sequences, capacity=capacity, max_batch=max_batch
         )
@@ -136,41 +151,46 @@ class PlanningCache(ABC):
             raise
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
-        """Take the batch's tokens into their sequences; what belongs to them follows by `put`.
+        """Begin a forward pass: add the batch's tokens to their sequences.
 
-        A batch that begins so has no end, at which anybody could see whether all layers have been put:
-        in a layer that was not, later tokens attend to zeros. `forward` checks that.
+        The model then calls `put` and `get` for each layer. Nothing checks that it puts every layer, and
+        in a layer that it leaves out later tokens attend to zeros. Use `forward` to check that.
 
         Args:
-            batch: the tokens.
-            reserve: check no room and change no bookkeeping. Until the next call each `put`
-                allocates and evaluates its layer's whole room without storing, and `get`
-                returns the worst case's shapes.
+            batch: the new tokens. Each sequence continues at its `end`.
+            reserve: try the worst case before the first request. No tokens are added and no room is
+                checked. Until the next forward pass or edit, `put` allocates and evaluates its layer's
+                whole room but stores nothing, and `get` returns arrays of the largest shapes.
 
         Raises:
-            ValueError: more tokens than `max_batch`, or positions that do not go on where
-                their sequence ends.
-            NotSupportedError: a token would look at something that is not held.
-            CacheFullError: there is no room.
-            CacheError: inside a `forward` of this cache.
+            ValueError: the batch has more than `max_batch` tokens, or a sequence's positions do not
+                continue at its end.
+            NotSupportedError: a token would see something that the cache no longer holds; see `can_resume`.
+            CacheFullError: there is no room for the batch.
+            CacheError: a `forward` block of this cache is under way.
         """
         self._planned(batch, reserve).commit()
 
     @contextmanager
     def forward(self: Self, batch: Batch) -> Iterator[Self]:
-        """`start_forward`, with an end: an exception inside takes the batch's tokens out again.
+        """Run a forward pass in a `with` block: `start_forward`, and a check at the end.
 
-        At the end of the block each layer of keys and values that an earlier batch put must have been put,
-        and no other where the batch's sequences hold tokens: later tokens would attend to cells that nobody
-        wrote. A wrapper's child that was never put is not asked. Encoders and recurrent states stay as they
-        are where nothing is put. After the block `get` reads until the cache changes; `put` is refused.
+        If the block raises, the batch's tokens are removed again. At its end, the layers of keys and values
+        that were put must be the same as in earlier batches, because later tokens would attend to cells
+        without keys and values. A new layer is allowed if the batch's sequences held no tokens, and a
+        wrapper's child that has never been put is not checked. Encoder outputs and recurrent states stay as
+        they are if nothing is put.
 
-        `remove` and `copy_prefix` inside the block end the batch: its tokens stay, whatever was put.
+        After the block, `get` still works until the cache changes; `put` raises CacheError. A `remove` or
+        `copy_prefix` that changes the cache inside the block ends the pass: its tokens stay, unchecked.
+
+        Yields:
+            This cache.
 
         Raises:
             ValueError, NotSupportedError, CacheFullError: as `start_forward`.
-            CacheError: inside another `forward` of this cache, which stays as it is; or, at the end, a
-                layer that was not put in this batch or not in earlier ones. The tokens are taken out again.
+            CacheError: another `forward` block of this cache is under way; that pass stays as it is. Or, at
+                the end, the layers put differ from those of earlier batches; the tokens are removed again.
         """
         plan = self._planned(batch, reserve=False)
         try:
@@ -183,34 +203,43 @@ class PlanningCache(ABC):
                 plan.undo()
                 raise
         except BaseException:
-            # The way back may be interrupted, too. Where it was not, nothing is left to do.
+            # The first undo() may have been interrupted; undoing twice is harmless.
             plan.undo()
             raise
         finally:
             self._block = None
 
     def set_causal(self, options: CausalOptions) -> None:
-        """Let some tokens of this batch see later ones, until the next `start_forward`.
+        """Let some tokens of the current batch see later ones, until the next `start_forward`.
 
         Raises:
-            ValueError: an index outside the batch.
-            CacheError: no batch has been started.
+            ValueError: an index is outside the batch.
+            CacheError: no forward pass has begun.
+            NotSupportedError: a recurrent cache has no mask.
         """
         self._check_ready()
         self._set_causal(options)
 
     def set_layer(self, layer: int) -> None:
-        """Choose the model layer for `put` and `get`. Raises ValueError below 0."""
+        """Choose the model layer for `put` and `get`. Raises ValueError if it is negative."""
         self._check_ready()
         self._layer = checked_layer(layer)
 
     def copy_prefix(self, src: int, dst: int, length: int) -> None:
-        """Empty `dst` and let it share the positions of `src` below `length`. Copies no array.
+        """Replace sequence `dst` by the first `length` tokens of `src`, for instance to branch.
 
-        A length beyond the end of `src` shares all of it; an unknown `src` leaves `dst` empty.
+        No array is copied: both sequences share the stored tokens, and each then grows on its own. If
+        `length` is beyond the end of `src`, `dst` shares all of it; if `src` is unknown, `dst` becomes empty.
+        A sliding window may no longer hold what the next token of `dst` sees, and a recurrent cache may have
+        no state there: ask `can_resume(src, length)` first.
+
+        Args:
+            src: the sequence to share, which does not change.
+            dst: the sequence to replace.
+            length: the number of tokens to share.
 
         Raises:
-            ValueError: a negative number, or `src` and `dst` the same.
+            ValueError: a number is negative, or `src` and `dst` are the same.
         """
         self._check_ready()
         src, dst, length = whole(src=src, dst=dst, length=length)
@@ -219,27 +248,40 @@ class PlanningCache(ABC):
         self._plan_copy(src, dst, length).commit()
 
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Whether all that tokens from `position` on may see below it is held; False beyond the end.
+        """Return whether the next forward pass may continue the sequence at `position`.
+
+        It may if the cache still holds everything below `position` that tokens from there on can see.
+        The answer is False beyond the sequence's end, except in an encoder cache, where it is always True.
+        To continue at a `position` before the end, first call `remove(sequence, position)`.
 
         Raises:
-            ValueError: a negative number.
+            ValueError: a number is negative.
         """
         self._check_ready()
         sequence, position = whole(sequence=sequence, position=position)
         return self._can_resume(sequence, position)
 
     def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
-        """Take out the positions [begin, end), or all from `begin` on, which K/V never refuse.
+        """Remove the tokens at positions [begin, end), or all from `begin` on if `end` is None.
 
-        Later tokens move down by end - begin, and their keys are re-based by the shift hook.
-        A range beyond the end takes out what there is of it, and no token is no error. What is left may
-        end where tokens cannot go on, as in a window that has slid: `can_resume(sequence, begin)` says so
-        before and after, and the next batch would raise.
+        With `end`, later tokens move down by `end - begin` positions, and the shift hook re-bases their keys
+        (see `rope_shift`). A range that reaches beyond the sequence's end is cut there, and an empty range
+        changes nothing.
+
+        Without `end`, a cache of keys and values never refuses. But the next forward pass may then raise,
+        for instance where a sliding window has dropped what its tokens see. Ask
+        `can_resume(sequence, begin)` before.
+
+        Args:
+            sequence: the sequence to shorten.
+            begin: the first position to remove.
+            end: the position after the last one to remove, or None.
 
         Raises:
-            ValueError: a negative number, or begin > end.
-            NotSupportedError: keys would have to be re-based and there is no hook, or what
-                the next token may see would not be held.
+            ValueError: a number is negative, or `begin` > `end`.
+            NotSupportedError: later keys need re-basing and the cache has no shift hook; the next token
+                would see something that the cache no longer holds; or a recurrent cache is asked to remove
+                tokens from the middle, or has no state at `begin`.
             CacheFullError: shared cells have to be copied and there is no room.
         """
         self._check_ready()
@@ -247,14 +289,14 @@ class PlanningCache(ABC):
         self._plan_remove(sequence, begin, end).commit()
 
     def end(self, sequence: int) -> int:
-        """The position after the sequence's last token; 0 if it is unknown."""
+        """Return the length of the sequence in tokens, which is its next token's position; 0 if unknown."""
         self._check_ready()
         return self._end(sequence)
 
     def close(self) -> None:
-        """Give all memory back. Further use is a CacheError; a second close is none."""
+        """Release all memory. Later calls raise CacheError; closing again is harmless."""
         self._closed = True
-        # Also a second time, in case something came between.
+        # A second call repeats this because the first may have been interrupted.
         self._close()
 
     def __enter__(self: Self) -> Self:
@@ -270,24 +312,27 @@ class PlanningCache(ABC):
         self._check_ready()
         if self._block is not None and self._block.is_under_way:
             raise CacheError(
-                "a forward pass is under way, and the next would end it before all its layers are put: "
-                "begin the next after the `with` block"
+                "cannot begin a forward pass: a forward pass is under way and may still put layers; "
+                "begin the next after its with block"
             )
         if len(batch) > self._max_batch:
-            raise ValueError(f"a batch of {len(batch)} tokens exceeds max_batch={self._max_batch}")
+            raise ValueError(
+                f"a batch of {len(batch)} tokens exceeds max_batch={self._max_batch}: split it, or call init "
+                "with a larger max_batch"
+            )
         return self._plan_reserve(batch) if reserve else self._plan_forward(batch)
 
     def _unready(self) -> None:
-        """Be as before `init`."""
+        """Return to the state before `init`."""
         self._ready = False
 
     def _clipped(self, sequence: int, end: int | None) -> int:
-        """The end of a range to remove, None or beyond the sequence meaning its end."""
+        """Cut the end of a range at the sequence's end, which None stands for."""
         length = self._end(sequence)
         return length if end is None else min(end, length)
 
     def _no_batch(self) -> CacheError:
-        """What to raise where a batch is needed and there is none."""
+        """The error of a call that needs a forward pass under way."""
         self._check_ready()
         return CacheError("start_forward must come first")
 
@@ -302,13 +347,13 @@ class PlanningCache(ABC):
 
 
 def checked_layer(layer: int) -> int:
-    """The layer itself. Raises ValueError below 0."""
+    """Return the layer as an int. Raises ValueError if it is negative."""
     (layer,) = whole(layer=layer)
     return layer
 
 
 class Layer:
-    """One model layer of a cache: `put` and `get` without the mode that `set_layer` sets."""
+    """A handle on one model layer of a cache: `put` and `get` without `set_layer`."""
 
     __slots__ = ("cache", "index")
 
@@ -326,7 +371,7 @@ class Layer:
 
 
 class KeyValueCache(PlanningCache):
-    """`put` and `get` of keys and values, on the current layer or by a handle."""
+    """Base of the caches that store keys and values: `put` and `get` on the current layer or by a handle."""
 
     @abstractmethod
     def _put(self, layer: int, keys: mx.array, values: mx.array) -> None: ...
@@ -336,32 +381,39 @@ class KeyValueCache(PlanningCache):
     def _attend(self, layer: int, given: Attending) -> mx.array: ...
 
     def layer(self, layer: int) -> Layer:
-        """A handle on one model layer. Raises ValueError below 0."""
+        """Return a handle on one model layer. Raises ValueError if it is negative."""
         return Layer(self, checked_layer(layer))
 
     def put(self, keys: mx.array, values: mx.array) -> None:
-        """Store the batch's keys and values, each (1, n_kv_heads, n, head_dim), in batch order.
+        """Store the keys and values of the batch's n tokens for the current layer.
+
+        Args:
+            keys: (1, n_kv_heads, n, head_dim) in batch order, as attention needs them: after RoPE.
+            values: (1, n_kv_heads, n, value_dim) in batch order.
 
         Raises:
-            ValueError: a shape that does not fit the batch or the layer, or no float type.
-            CacheError: no batch has been started, or its `forward` is over.
+            ValueError: a shape does not fit the batch or the layer, or a dtype is not a float type.
+            CacheError: no forward pass has begun, or its `forward` block is over.
         """
         self._put(self._layer, keys, values)
 
     def get(self) -> History:
-        """History for this layer, the batch included: keys, values and mask.
+        """Return the current layer's keys, values and mask, the batch's own tokens included.
 
-        Keys and values are (1, n_kv_heads, S, head_dim). The mask is None (all n tokens see
-        all of S), "causal" (as `mx.fast.scaled_dot_product_attention` means it), or (n, S).
+        Returns:
+            Keys (1, n_kv_heads, S, head_dim) and values (1, n_kv_heads, S, value_dim): the histories of the
+            batch's sequences, one after the other. The mask is None if all n tokens see all S keys, "causal"
+            as `mx.fast.scaled_dot_product_attention` defines it, or an array (n, S) that is True where a
+            token sees a key; `CacheConfig` can choose additive masks instead.
 
         Raises:
-            CacheError: before this layer's `put`.
+            CacheError: the layer has had no `put` in this forward pass.
         """
         return self._get(self._layer)
 
 
 class Stream(Protocol):
-    """What is known of a sequence."""
+    """A sequence's record, of which only the length is known here."""
 
     @property
     def end(self) -> int: ...
@@ -371,11 +423,12 @@ S = TypeVar("S", bound=Stream)
 
 
 class Pass(NamedTuple):
-    """A forward pass under way.
+    """A forward pass of a `StreamCache`.
 
     Attributes:
-        begins: for each sequence of the batch, where it ended before.
-        scratch: after `start_forward(reserve=True)`, what takes the place of what is stored, by layer.
+        batch: its tokens.
+        begins: for each sequence of the batch, its length before.
+        scratch: after `start_forward(reserve=True)`, the arrays put so far, by layer; None otherwise.
     """
 
     batch: Batch
@@ -384,14 +437,17 @@ class Pass(NamedTuple):
 
 
 class StreamCache(PlanningCache, Generic[S]):
-    """Sequences as a dict of records; a change is a dict of new ones."""
+    """Base of the caches that hold an immutable record for each sequence.
+
+    A kind's `_plan_...` methods compute new records and return them in a `StreamPlan`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._streams: dict[int, S] = {}
         self._pass: Pass | None = None
         self._finished: Pass | None = None
-        """The last pass whose `forward` is over."""
+        """The last pass whose `forward` block has ended."""
 
     def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None:
         self._streams = {}
@@ -419,13 +475,13 @@ class StreamCache(PlanningCache, Generic[S]):
         return self._pass
 
     def _check_unfinished(self) -> None:
-        """Raise CacheError where the `forward` of the last pass is over."""
+        """Raise CacheError if the `forward` block of the last pass has ended."""
         if self._pass is not None and self._pass is self._finished:
             raise over(len(self._pass.batch))
 
 
 class StreamPlan(Plan, Generic[S]):
-    """New records of some sequences (None forgets one), by a batch or between batches."""
+    """Replaces the records of some sequences; None deletes one. With `batch`, it begins a forward pass."""
 
     def __init__(
         self,

@@ -1,10 +1,7 @@
-"""K and V by position: what the causal, sliding-window and chunked kinds have in common.
+"""Caches for causal, sliding-window and chunked attention.
 
-Full attention.
-
-Sliding-window attention.
-
-Attention within chunks.
+They differ in their visibility rule only. `PositionalCache` does the rest: it keeps the keys and values of
+the tokens that the rule lets later tokens see, in the cells of a `CellTable` and the arrays of a `Store`.
 """
 
 from __future__ import annotations
@@ -37,12 +34,12 @@ Shift = Callable[[int, mx.array, mx.array], mx.array]
 
 
 class PositionalCache(KeyValueCache):
-    """K and V of the tokens that a rule lets later tokens see.
+    """Holds the keys and values of the tokens that a visibility rule lets later tokens see.
 
     Args:
-        rule: who sees whom.
-        rewind: how many newest tokens can always be dropped.
-        shift: re-bases keys for `remove` with an end; None refuses where that is needed.
+        rule: the visibility rule, see `cells/visibility.py`.
+        rewind: the number of newest tokens that can always be removed.
+        shift: re-bases keys for `remove` with an `end`. With None, a `remove` that needs it raises.
     """
 
     def __init__(self, rule: Rule, rewind: int, shift: Shift | None) -> None:
@@ -54,11 +51,11 @@ class PositionalCache(KeyValueCache):
         self._store = Store(None)
         self._step: Step | Reservation | None = None
         self._asked: object = None
-        """The last queries that were found to fit, by what they were compared with."""
+        """The shapes and dtypes that `_attend` last found to fit."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, what is unused in them included."""
+        """The bytes of all buffers, unused cells included."""
         return self._store.nbytes
 
     def check(self) -> None:
@@ -81,7 +78,7 @@ class PositionalCache(KeyValueCache):
         batch.check_continues(self._end)
         placement = place(self._table, batch.rows, self._rule, self._rewind)
         if placement.capacity and allocated_after(self._table, placement) <= self._table.room:
-            # Longer arrays can be seen by nobody yet, so that here no memory is no harm.
+            # Nothing refers to the new cells yet, so running out of memory here changes nothing.
             self._store.grow(placement.capacity)
         return StepPlan(self, batch, placement)
 
@@ -104,8 +101,8 @@ class PositionalCache(KeyValueCache):
         removal = remove_range(self._table, sequence, begin, stop, self._rule)
         if removal.rebased and self._shift is None:
             raise NotSupportedError(
-                f"removing [{begin}, {stop}) from sequence {sequence} of length {length} moves later "
-                "tokens, and this cache was built without a shift hook to re-base their keys"
+                f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {length}: the keys of "
+                "later tokens need re-basing, and this cache has no shift hook; give it shift=rope_shift(...)"
             )
         return self._plan_edit(removal, self._rebase_by(begin - stop))
 
@@ -116,7 +113,7 @@ class PositionalCache(KeyValueCache):
         return RestorePlan(self, sequence, snapshot)
 
     def _plan_edit(self, removal: Removal, rebase: Rebase) -> Plan:
-        """Prepare the arrays of a removal, as lazy ones."""
+        """Plan a removal, with lazy arrays for the tokens to re-base."""
         staged: Staged = {}
         moved = removal.rebased
         if moved:
@@ -130,7 +127,10 @@ class PositionalCache(KeyValueCache):
             assert self._shift is not None
             moved = self._shift(layer, keys, mx.full((keys.shape[2],), offset, mx.int32))
             if moved.shape != keys.shape:
-                raise ValueError(f"the shift hook made {moved.shape} of keys {keys.shape} in layer {layer}")
+                raise ValueError(
+                    f"the shift hook returned keys of shape {moved.shape} in layer {layer}, "
+                    f"expected {keys.shape}"
+                )
             return moved.astype(keys.dtype), values
 
         return rebase
@@ -153,14 +153,14 @@ class PositionalCache(KeyValueCache):
         form = buffers and buffers.form
         asked = form, step.n, queries.shape, queries.dtype, None if sinks is None else sinks.shape
         if form is None or asked != self._asked:
-            # Before anything is put, so that nothing has changed where they do not fit.
+            # Checked before anything is stored, so that an error leaves the cache unchanged.
             form = form or self._coming_form(layer, given)
             check_queries(given, step.n, layer, form.heads, form.key_dim)
             self._asked = asked
         return attend(step, layer, given) if isinstance(step, Step) else step.attend(layer, given)
 
     def _coming_form(self, layer: int, given: Attending) -> Form:
-        """The form of a layer of which nothing is stored."""
+        """The form of a layer that stores nothing yet."""
         keys, values = given.keys, given.values
         if keys is None or values is None:
             keys, values, _ = self._get(layer)
@@ -179,7 +179,7 @@ class PositionalCache(KeyValueCache):
         return self._step
 
     def _sweep(self, but: Container[int] = ()) -> None:
-        """Let go of the segments that nobody owns, `but` some."""
+        """Free the segments that no sequence owns, except those in `but`."""
         orphans = [segment for segment in self._table.orphans if segment not in but]
         if orphans:
             self._store.drop(orphans)
@@ -187,7 +187,7 @@ class PositionalCache(KeyValueCache):
 
 
 class StepPlan(Plan):
-    """The tokens of a batch join their sequences."""
+    """Adds the tokens of a batch to their sequences."""
 
     def __init__(self, cache: PositionalCache, batch: Batch, placement: Placement) -> None:
         self._cache = cache
@@ -233,13 +233,13 @@ class StepPlan(Plan):
             for layer in step.opened:
                 cache._store.layers.pop(layer, None)
             if not cache._table.sequences:
-                # Where nothing is held, another form may come than that of what is taken out.
+                # An empty cache accepts keys and values of any shape and dtype.
                 cache._store.layers.clear()
             cache._step = None
 
     def again(self) -> bool:
         cache, step = self._cache, self._step
-        # Whatever changes the cache takes its step away.
+        # Every other change of the cache replaces `_step`.
         if step is None or cache._step is not step or not step.is_plain:
             return False
         part = step.parts[0]
@@ -253,14 +253,14 @@ class StepPlan(Plan):
             self.made += 1
         except BaseException:
             cache._table.assign(placement.undo)
-            # It may be half of either pass.
+            # The step may be half moved, so it cannot be used any more.
             cache._step = None
             raise
         return True
 
 
 class ReservePlan(Plan):
-    """A step that touches no bookkeeping."""
+    """Begins a trial of the worst case, which adds no tokens."""
 
     def __init__(self, cache: PositionalCache, batch: Batch) -> None:
         self._cache = cache
@@ -279,7 +279,7 @@ class ReservePlan(Plan):
 
 
 class EditPlan(Plan):
-    """Sequences change between steps; the last step's history can no longer be read."""
+    """Changes sequences between forward passes; `get` of the last pass stops working."""
 
     def __init__(self, cache: PositionalCache, removal: Removal, staged: Staged | None = None) -> None:
         self._cache = cache
@@ -309,10 +309,10 @@ class EditPlan(Plan):
 
 
 class CausalCache(PositionalCache):
-    """Full attention: a token sees itself and all before it in its sequence.
+    """Cache for full causal attention: a token sees itself and all tokens before it in its sequence.
 
     Args:
-        shift: re-bases keys so that a range in the middle can be removed; see `rope_shift`.
+        shift: re-bases keys, so that a range in the middle of a sequence can be removed; see `rope_shift`.
     """
 
     def __init__(self, shift: Shift | None = None) -> None:
@@ -320,19 +320,20 @@ class CausalCache(PositionalCache):
 
 
 class SlidingWindowCache(PositionalCache):
-    """A token sees itself and the `window_size` - 1 before it, and the sinks.
+    """Cache for sliding-window attention, with or without attention sinks.
 
-    What is held after each batch is the newest `window_size` + `rewind` - 1 tokens and the
-    sinks, whatever the size of the batch.
+    A token sees itself, the `window_size` - 1 tokens before it, and the first `sinks` of its sequence. After
+    each batch, of any size, the cache holds the newest `window_size` + `rewind` - 1 tokens of a sequence
+    and its sinks.
 
     Args:
-        window_size: as mlx-lm and transformers count it, the token itself included.
-        rewind: how many newest tokens can always be dropped.
-        sinks: how many first tokens of each sequence stay visible and held.
-        shift: as of `CausalCache`.
+        window_size: the number of tokens that a token sees, itself included, as in mlx-lm and transformers.
+        rewind: the number of newest tokens that can always be removed.
+        sinks: the number of first tokens of each sequence that stay visible.
+        shift: as in `CausalCache`.
 
     Raises:
-        ValueError: a window below 1, a negative number, or sinks that fill the window.
+        ValueError: `window_size` is below 1, `rewind` or `sinks` is negative, or `sinks` >= `window_size`.
     """
 
     def __init__(self, window_size: int, rewind: int = 1, sinks: int = 0, shift: Shift | None = None) -> None:
@@ -340,24 +341,23 @@ class SlidingWindowCache(PositionalCache):
         rewind, sinks = whole(rewind=rewind, sinks=sinks)
         if sinks >= window_size:
             raise ValueError(
-                f"sinks must be 0 to {window_size - 1} in a window of {window_size}, got {sinks}"
+                f"sinks must be 0 to {window_size - 1} in a window of {window_size} tokens, got {sinks}"
             )
         super().__init__(Window(window_size, sinks), rewind, shift)
 
 
 class ChunkedAttentionCache(PositionalCache):
-    """A token at p sees positions p - p % chunk_size to p.
+    """Cache for chunked attention: a token at position p sees positions p - p % chunk_size to p.
 
-    Chunks lie at absolute positions. Past ones give their memory back once no rewind can
-    reach them.
+    The first chunk begins at position 0. Memory of a past chunk is freed once no rewind can reach it.
 
     Args:
-        chunk_size: tokens in a chunk.
-        rewind: how many newest tokens can always be dropped.
-        shift: as of `CausalCache`.
+        chunk_size: the number of tokens in a chunk.
+        rewind: the number of newest tokens that can always be removed.
+        shift: as in `CausalCache`.
 
     Raises:
-        ValueError: a chunk below 1, or a negative rewind.
+        ValueError: `chunk_size` is below 1, or `rewind` is negative.
     """
 
     def __init__(self, chunk_size: int, rewind: int = 1, shift: Shift | None = None) -> None:

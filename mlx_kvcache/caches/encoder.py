@@ -1,4 +1,4 @@
-"""What cross-attention looks at: the output of an encoder, one for each sequence."""
+"""A cache for cross-attention: the keys and values of an encoder's output, one for each sequence."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from .plan import Plan
 
 
 class Entry(NamedTuple):
-    """An encoder's output, by layer, and the position of the token that carries its input.
+    """An encoder's output.
 
-    `given` is the forward pass in which it was put.
+    Attributes:
+        position: the position of the token that it belongs to.
+        layers: its keys and values, by layer.
+        given: the forward pass in which it was put.
     """
 
     position: int
@@ -27,23 +30,24 @@ class Entry(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A sequence: the position after its last token, and what it looks at."""
+    """A sequence's length and its encoder output."""
 
     end: int
     entry: Entry | None
 
 
 class EncoderCache(StreamCache[Stream], KeyValueCache):
-    """Holds K and V of any shapes and dtypes, as they were put, until their token is removed.
+    """Cache for cross-attention: holds the keys and values of one encoder output for each sequence.
 
-    `put` and `get` need a batch of one sequence. `put` is called when there is a new input,
-    `get` in any batch; what is put belongs to the last token of `Batch.multimodal`, or to the
-    first of the batch if there is none.
+    Call `put` in a batch that brings a new encoder input, and `get` in any batch; both need a batch of one
+    sequence. Arrays of any length and dtype are returned as they were put. The output belongs to the
+    last token of `Batch.multimodal`, or to the batch's first token if there is none, and is removed with
+    that token. A new output replaces the sequence's last one in all layers.
     """
 
     @property
     def encoder_cached(self) -> bool:
-        """Whether every sequence of the batch has something to look at; without a batch, whether any has."""
+        """Whether all sequences of the batch have an encoder output; without a batch, whether any has."""
         if self._pass is None:
             return any(stream.entry for stream in self._streams.values())
         streams = (self._streams.get(sequence) for sequence in self._pass.batch.rows)
@@ -90,7 +94,7 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         return StreamPlan(self, {dst: Stream(end, entry)})
 
     def _set_causal(self, options: CausalOptions) -> None:
-        """Everything is visible anyway."""
+        """Check the options only: every token sees the whole encoder output."""
         options.check(len(self._under_way().batch))
 
     def _can_resume(self, sequence: int, position: int) -> bool:
@@ -100,7 +104,9 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         under_way = self._under_way()
         rows = under_way.batch.rows
         if len(rows) > 1:
-            raise CacheError(f"put and get need a batch of one sequence, this has {len(rows)}")
+            raise CacheError(
+                f"put and get of an encoder cache need a batch of one sequence, this has {len(rows)}"
+            )
         return under_way, next(iter(rows))
 
     def _put(self, layer: int, keys: mx.array, values: mx.array) -> None:
@@ -112,7 +118,7 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
             mx.eval(scratch[layer])
             return
         end, entry = self._streams[sequence]
-        # The first put of a batch is a new input; it takes the place of all layers of the last.
+        # The first put of a batch begins a new output, which replaces all layers of the last one.
         known = entry.layers if entry and entry.given is under_way else {}
         position = batch.positions[batch.multimodal[-1] if batch.multimodal else batch.rows[sequence][0]]
         self._streams[sequence] = Stream(end, Entry(position, {**known, layer: (keys, values)}, under_way))
@@ -124,7 +130,7 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         if scratch is not None:
             held = {**held, **scratch}
         if layer not in held:
-            raise CacheError(f"sequence {sequence} has no encoder output in layer {layer}")
+            raise CacheError(f"sequence {sequence} has no encoder output in layer {layer}: call put first")
         return *held[layer], None
 
     def _attend(self, layer: int, given: Attending) -> mx.array:
@@ -133,12 +139,12 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         if keys is None or values is None:
             keys, values, _ = self._get(layer)
         if keys.ndim != 4 or keys.shape[0] != 1 or not keys.shape[1]:
-            # For want of heads MLX divides by zero, which ends the process.
+            # MLX divides by the number of heads, and a division by zero ends the process.
             raise ValueError(f"keys of layer {layer} are {keys.shape}, expected (1, n_kv_heads, S, head_dim)")
         if values.ndim != 4 or values.shape[:3] != keys.shape[:3]:
             raise ValueError(
-                f"values of layer {layer} are {values.shape}, expected (1, {keys.shape[1]}, {keys.shape[2]}, "
-                f"value_dim) as the keys are {keys.shape}"
+                f"values of layer {layer} are {values.shape}, expected (1, {keys.shape[1]}, "
+                f"{keys.shape[2]}, value_dim) because the keys are {keys.shape}"
             )
         check_queries(given, len(self._under_way().batch), layer, keys.shape[1], keys.shape[3])
         if is_new:

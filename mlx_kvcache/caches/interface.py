@@ -1,4 +1,4 @@
-"""What a model and an application see of every kind."""
+"""The `Cache` protocol, which models and applications use, and `slide`, which shifts a context with it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,37 @@ from ..quantization import Quantization
 from ..storage.masks import Mask
 
 History = tuple[mx.array, mx.array, Mask]
-"""Keys and values (1, n_kv_heads, S, head_dim), and who of the n tokens sees which of the S."""
+"""Keys (1, n_kv_heads, S, head_dim), values (1, n_kv_heads, S, value_dim), and their mask."""
 
 
 @runtime_checkable
 class Cache(Protocol):
-    """What a model needs of a cache, and what an application does with one.
+    """The interface that all caches of this package share.
 
-    A forward pass is `start_forward`, then for each layer `put` and `get`. Nothing evaluates
-    an array, except `put` after `start_forward(reserve=True)`, and `start_forward` where buffers
-    get longer. After any error the cache is as it was before the call.
+    A cache holds the keys and values of many sequences. A sequence is named by an int >= 0 and needs no
+    registration: it exists while it holds tokens. Its tokens have positions 0, 1, 2 and so on.
 
-    A range of positions that goes beyond the end of its sequence ends there: `copy_prefix` and `remove` take
-    what there is of it, and an unknown sequence is one without tokens.
+    A model runs one forward pass over a `Batch` of new tokens, which may belong to several sequences:
+
+    ```python
+    with cache.forward(batch):  # adds the tokens to their sequences
+        for i in range(n_layers):
+            ...  # project queries, keys and values of the new tokens; apply RoPE
+            cache.layer(i).put(keys, values)
+            keys, values, mask = cache.layer(i).get()  # the history, new tokens included
+            ...  # attend
+    ```
+
+    `mlx_kvcache.attention` does `put`, `get` and the attention in one call. Between forward passes an
+    application edits sequences with `copy_prefix` and `remove`.
+
+    A call that raises leaves the cache unchanged. Arrays stay lazy: only `start_forward` (when buffers
+    grow) and `put` after `start_forward(reserve=True)` evaluate any. A range of positions that reaches
+    beyond the end of a sequence is cut there.
     """
 
     def set_config(self, config: CacheConfig) -> None:
-        """Set the form in which history is returned; before `init`."""
+        """Choose the form of the mask and the padding that `get` returns. Call it before `init`."""
 
     def init(
         self,
@@ -43,60 +57,80 @@ class Cache(Protocol):
         """Make room for `max_sequences * capacity` tokens, shared by all sequences."""
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
-        """Take the batch's tokens into their sequences; what belongs to them follows by `put`."""
+        """Begin a forward pass: add the batch's tokens to their sequences.
+
+        The model then calls `put` and `get` for each layer. Use `forward` where possible: it also checks
+        that every layer was put.
+        """
 
     def forward(self, batch: Batch) -> AbstractContextManager[Any]:
-        """`start_forward`, with an end: an exception, or a layer left out, takes the tokens out again."""
+        """Run a forward pass in a `with` block: `start_forward`, and a check at the end.
+
+        If the block raises, or leaves out a layer that earlier batches put, the tokens are removed again.
+        """
         ...
 
     def set_causal(self, options: CausalOptions) -> None:
-        """Let some tokens of this batch see later ones, until the next `start_forward`."""
+        """Let some tokens of the current batch see later ones, until the next `start_forward`."""
 
     def set_layer(self, layer: int) -> None:
         """Choose the model layer for `put` and `get`."""
 
     def put(self, keys: mx.array, values: mx.array) -> None:
-        """Store the batch's keys and values, each (1, n_kv_heads, n, head_dim), in batch order."""
+        """Store the keys and values of the batch's n tokens for the current layer.
+
+        Args:
+            keys: (1, n_kv_heads, n, head_dim) in batch order, after RoPE.
+            values: (1, n_kv_heads, n, value_dim) in batch order.
+        """
 
     def get(self) -> Any:
-        """History for this layer, the batch included: keys, values and mask."""
+        """Return the current layer's keys, values and mask for attention, the batch's own tokens included."""
         ...
 
     def layer(self, layer: int) -> Any:
-        """A handle on one model layer, with `put` and `get`."""
+        """Return a handle on one model layer, with `put` and `get`."""
         ...
 
     def copy_prefix(self, src: int, dst: int, length: int) -> None:
-        """Empty `dst` and let it share the positions of `src` below `length`, as far as there are any."""
+        """Replace sequence `dst` by the first `length` tokens of `src`. Both share the stored arrays."""
 
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Whether all that tokens from `position` on may see below it is held."""
+        """Return whether the next forward pass may continue the sequence at `position`.
+
+        It may if the cache still holds everything below `position` that tokens from there on can see.
+        """
         ...
 
     def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
-        """Take out the positions [begin, end), or all from `begin` on; later tokens move down."""
+        """Remove the tokens at positions [begin, end), or all from `begin` on if `end` is None.
+
+        Later tokens move down by `end - begin` positions, and their keys are re-based (RoPE).
+        """
 
     def end(self, sequence: int) -> int:
-        """The position after the sequence's last token; 0 if it is unknown."""
+        """Return the length of the sequence in tokens, which is its next token's position; 0 if unknown."""
         ...
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Release all memory."""
 
 
 def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None) -> int:
     """Shift the context: drop tokens after the first `keep`, and re-base the rest.
 
     Args:
-        keep: how many first tokens stay.
-        discard: how many to drop, at most all after `keep`; None drops the older half of those, rounded
-            down: `(end - keep) // 2`.
+        cache: the cache to change.
+        sequence: the sequence to shorten.
+        keep: the number of first tokens that stay.
+        discard: the number of tokens to drop, at most all after `keep`. None drops the older half of
+            those: `(end - keep) // 2`.
 
     Returns:
-        How many tokens were dropped.
+        The number of tokens dropped.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: a number is negative.
         NotSupportedError, CacheFullError: as `Cache.remove`.
     """
     sequence, keep = whole(sequence=sequence, keep=keep)
@@ -112,11 +146,11 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
 
 
 def checked_range(sequence: int, begin: int, end: int | None) -> tuple[int, int, int | None]:
-    """All three as ints. Raises ValueError unless [begin, end) can be positions; None is the end."""
+    """Return the arguments of `remove` as ints. Raises ValueError unless [begin, end) can be positions."""
     sequence, begin = whole(sequence=sequence, begin=begin)
     if end is None:
         return sequence, begin, None
     (end,) = whole(end=end)
     if end < begin:
-        raise ValueError(f"cannot remove [{begin}, {end}): it ends before it begins")
+        raise ValueError(f"cannot remove [{begin}, {end}): end must be at least begin")
     return sequence, begin, end

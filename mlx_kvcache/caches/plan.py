@@ -1,6 +1,7 @@
-"""Changes that are computed whole before any of them is made.
+"""Plans: changes of a cache that are computed completely before any part of them is made.
 
-What a change replaces, noted before it does, so that it can be put back.
+A plan is made, and then either settled or unmade. `Journal` notes what a change of cells replaces, so that
+an interrupted change can be rolled back.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from ..storage.buffers import AnyPair, Form, Staged, Store, cells_in
 
 
 class Plan(ABC):
-    """A change that has been computed whole, so that it cannot fail, but be interrupted.
+    """A computed change of a cache. It cannot fail, but an exception such as ctrl-C can interrupt it.
 
-    Whoever joins plans calls `make` of all, and then `settle` of all, or `unmake` where
-    something came between.
+    `commit` makes it. To make several plans together, call `make` of all and then `settle` of all; if
+    anything interrupts that, call `unmake` of all in reverse order.
     """
 
     made = 0
-    """How often `again` has made the change, or anything that tells one number from another."""
+    """Counts successful `again` calls, so that a caller can tell whether an interrupted one took effect."""
 
     def commit(self) -> None:
-        """Make the change, or nothing where an exception comes from outside, at any point."""
+        """Make the change. An exception at any point leaves the cache unchanged."""
         try:
             self.make()
         except BaseException:
@@ -42,33 +43,39 @@ class Plan(ABC):
 
     @abstractmethod
     def unmake(self) -> None:
-        """Put everything back, however far `make` came."""
+        """Roll back `make`, however far it came."""
 
     def settle(self) -> None:  # noqa: B027
-        """Let go of what only `unmake` needs, if there is any. Changes nothing that anybody sees."""
+        """Free whatever only `unmake` needs. Changes nothing visible."""
 
     def undo(self) -> None:
-        """Take a step that was made out again; nothing where it was not. Only plans of steps can."""
+        """Remove the tokens of a forward pass again, if it was made and the cache has not changed since.
+
+        Only plans of forward passes implement this.
+        """
         raise NotImplementedError
 
     def arrays(self) -> Iterable[mx.array]:
-        """New arrays of the change, which can be computed before it is made."""
+        """Return the change's new arrays, which can be evaluated before it is made."""
         return ()
 
     @property
     def is_under_way(self) -> bool:
-        """Whether this is a step that was made and is neither over nor taken out again."""
+        """Whether this is a forward pass that was made and is neither finished nor undone."""
         return False
 
     def finish(self) -> None:  # noqa: B027
-        """End a step that is under way: it can be read, and nothing more can be put.
+        """End a forward pass under way: `get` still works, `put` raises.
 
         Raises:
-            CacheError: a layer lacks keys and values; whoever calls this then calls `undo`.
+            CacheError: a layer lacks keys and values. The caller must then call `undo`.
         """
 
     def again(self) -> bool:
-        """Commit as many tokens more, where that is as simple as before; else False, and nothing."""
+        """Extend the last forward pass by the same number of tokens, if nothing changed in between.
+
+        Returns False, and does nothing, if that is not possible.
+        """
         return False
 
 
@@ -124,7 +131,7 @@ class JointPlan(Plan):
 
 
 class HoldsCells(Protocol):
-    """What is asked of a cache of cells when it changes."""
+    """The parts of a cache of cells that a plan changes."""
 
     _table: CellTable
     _store: Store
@@ -134,7 +141,10 @@ class HoldsCells(Protocol):
 
 
 class Journal:
-    """Of one cache of K and V by position. Its size is that of the change, not of the cache."""
+    """Notes what a change of a cache of cells replaces, so that it can be rolled back.
+
+    Its size is proportional to the change, not to the cache.
+    """
 
     __slots__ = ("_cache", "_capacity", "_opened", "_pairs", "_sequences", "_step")
 
@@ -147,15 +157,15 @@ class Journal:
         self._opened: list[int] = []
 
     def open(self, layer: int, form: Form) -> None:
-        """Begin a layer, if there is none."""
+        """Open a layer unless it is open."""
         if layer not in self._cache._store.layers:
             self._opened.append(layer)
             self._cache._store.open(layer, form)
 
     def apply(self, placement: Placement, staged: Staged) -> None:
-        """Make what was planned true: arrays first, and then who owns which cell.
+        """Make a planned placement: first the arrays, then the owners of cells.
 
-        Segments without an owner stay until they are swept, because they may have to come back.
+        Segments without an owner stay until they are swept, because a rollback may need them.
         """
         table, store = self._cache._table, self._cache._store
         for move in placement.moves:
@@ -171,7 +181,7 @@ class Journal:
         table.assign(placement.changes)
 
     def roll_back(self) -> None:
-        """Put everything back that has been noted."""
+        """Restore everything that was noted."""
         store = self._cache._store
         for (layer, segment), pair in self._pairs.items():
             if pair is None:

@@ -1,4 +1,7 @@
-"""State of recurrent layers: convolutions, state spaces, linear attention."""
+"""A cache for the states of recurrent layers: convolutions, state-space models, linear attention.
+
+A state cannot be rolled back, so the cache keeps older states as checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,24 @@ from .base import Pass, StreamCache, StreamPlan, checked_layer
 from .plan import Plan
 
 Arrays = tuple[mx.array | None, ...]
-"""One layer's state. MLX arrays never change, so sharing and keeping old ones copies nothing."""
+"""One layer's state. MLX arrays are immutable, so sharing and keeping old states copies nothing."""
 
 Form = tuple[object, ...]
-"""Of each array the number of axes and the dtype, or None where there has been none."""
+"""For each array of a state its number of axes and dtype, or None if it has always been None."""
 
 State = Mapping[int, Arrays]
-"""What all layers hold at one position."""
+"""The states of all layers at one position, by layer."""
 
 NOTHING: State = {}
 
 
 class Stream(NamedTuple):
-    """A sequence: the position after its last token, and the states that are kept, by position.
+    """A sequence.
 
-    `keeps_newest` says that the state at `end` is to stay as a checkpoint when others come.
+    Attributes:
+        end: its length in tokens.
+        states: the newest state and the checkpoints, by position.
+        keeps_newest: whether the state at `end` becomes a checkpoint when more tokens come.
     """
 
     end: int
@@ -37,7 +43,7 @@ class Stream(NamedTuple):
 
 
 class RecurrentLayer:
-    """One model layer: `put` and `get` without the mode that `set_layer` sets."""
+    """A handle on one model layer: `put` and `get` without `set_layer`."""
 
     __slots__ = ("cache", "index")
 
@@ -55,20 +61,20 @@ class RecurrentLayer:
 
 
 class RecurrentCache(StreamCache[Stream]):
-    """The newest state of each sequence, and some older ones to go back to.
+    """Cache for recurrent layers: holds the newest state of each sequence, and checkpoints to go back to.
 
-    A state cannot be rolled back, only kept. The ends of blocks are kept as checkpoints, every
-    `interval` tokens of decoding, and any position inside a block for which the model puts a
-    state (`wanted` suggests some). When there are too many as the sequence's next batch begins,
-    those go that lie closest together for their age, so that recent history stays finer than old.
+    These positions become checkpoints: the end of each block of several tokens; every multiple of `interval`
+    while decoding; and each position inside a block for which the model puts a state (see `wanted`). If
+    there are too many when the sequence's next batch begins, the cache drops those that lie closest together
+    in proportion to their age. So recent checkpoints stay denser than old ones.
 
     Args:
-        interval: tokens between checkpoints while decoding, and inside long blocks.
-        max_checkpoints: the most of them for each sequence, the newest state not counted.
-        max_bytes: the most bytes of them for each sequence, or None.
+        interval: the tokens between checkpoints while decoding, and inside long blocks.
+        max_checkpoints: the most checkpoints of each sequence, the newest state not counted.
+        max_bytes: the most bytes of checkpoints of each sequence, or None for no limit.
 
     Raises:
-        ValueError: an interval below 1, or a negative bound.
+        ValueError: `interval` is below 1, or a limit is negative.
     """
 
     def __init__(self, interval: int = 64, max_checkpoints: int = 16, max_bytes: int | None = None) -> None:
@@ -88,48 +94,56 @@ class RecurrentCache(StreamCache[Stream]):
             assert all(0 < position <= end for position in states)
 
     def layer(self, layer: int) -> RecurrentLayer:
-        """A handle on one model layer. Raises ValueError below 0."""
+        """Return a handle on one model layer. Raises ValueError if it is negative."""
         return RecurrentLayer(self, checked_layer(layer))
 
     def put(self, *arrays: mx.array | None, sequence: int | None = None, at: int | None = None) -> None:
-        """Set the current layer's state.
+        """Store a state of the current layer.
 
         Args:
-            arrays: the state, of any shapes; None where there is nothing.
-            sequence: whose; None where the batch has one only.
-            at: a position inside the batch, to keep the state there as a checkpoint: that
-                after the token at `at` - 1. None is the end of the batch.
+            arrays: the state's arrays, of any shapes; each may be None.
+            sequence: the sequence; may be None if the batch has only one.
+            at: a position inside the batch, to store the state after the token at `at` - 1 as a checkpoint.
+                None stores the state at the batch's end.
 
         Raises:
-            ValueError: a number of arrays, of axes or a dtype that differs from the layer's
-                earlier ones, or a position outside the batch.
-            CacheError: no batch, one of several sequences and none named, or one whose `forward` is over.
+            ValueError: the number of arrays, their number of axes or a dtype differs from the layer's
+                earlier states, or `at` is outside the batch.
+            CacheError: no forward pass has begun, its `forward` block is over, or the batch has several
+                sequences and `sequence` names none of them.
         """
         self._put(self._layer, arrays, sequence, at)
 
     def get(self, sequence: int | None = None) -> Arrays:
-        """The current layer's state: before this batch, or what has been put in it; () at a beginning.
+        """Return the current layer's newest state: the one put in this batch, or else the one before it.
+
+        Args:
+            sequence: the sequence; may be None if the batch has only one.
+
+        Returns:
+            The state's arrays, or () if the sequence has none yet.
 
         Raises:
-            CacheError: no batch, or one of several sequences and none named.
+            CacheError: no forward pass has begun, or the batch has several sequences and `sequence` names
+                none of them.
         """
         return self._get(self._layer, sequence)
 
     def newest(self, layer: int, sequence: int) -> Arrays:
-        """A layer's state after the sequence's last token, also between batches; () where there is none."""
+        """Return a layer's state after the sequence's last token, or (). Works between batches, too."""
         self._check_ready()
         stream = self._streams.get(sequence)
         return stream.states.get(stream.end, NOTHING).get(layer, ()) if stream else ()
 
     def layer_nbytes(self, layer: int, sequence: int) -> int:
-        """Bytes of one layer's state and checkpoints in one sequence."""
+        """Return the bytes of one layer's state and checkpoints in one sequence."""
         self._check_ready()
         stream = self._streams.get(sequence)
         states = stream.states.values() if stream else ()
         return _nbytes({layer: state[layer]} for state in states if layer in state)
 
     def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
-        """Positions inside the batch at which a checkpoint would be useful, for `put(at=...)`."""
+        """Return the positions inside the batch at which checkpoints are useful, for `put(at=...)`."""
         (batch, begins, _), sequence = self._named(sequence)
         begin = begins[sequence]
         end = begin + len(batch.rows[sequence])
@@ -137,10 +151,12 @@ class RecurrentCache(StreamCache[Stream]):
         return tuple(range(first, end, self._interval))[-self._max_checkpoints or end :]
 
     def prepare_restore(self, sequence: int, position: int) -> int | None:
-        """The newest position <= `position` to continue from; None for an unknown sequence.
+        """Return the newest position <= `position` from which the sequence can continue; None if unknown.
+
+        To continue there, call `remove(sequence, found)` and feed the later tokens again.
 
         Raises:
-            ValueError: a negative number.
+            ValueError: a number is negative.
         """
         self._check_ready()
         sequence, position = whole(sequence=sequence, position=position)
@@ -162,8 +178,8 @@ class RecurrentCache(StreamCache[Stream]):
             begin = old.end
             if not self._can_resume(sequence, begin):
                 raise NotSupportedError(
-                    f"sequence {sequence} cannot go on at position {begin}: its state there is not held; "
-                    f"the newest that is lies at {self.prepare_restore(sequence, begin)}"
+                    f"sequence {sequence} cannot go on at position {begin}: the cache holds no state there; "
+                    f"remove the tokens from {self.prepare_restore(sequence, begin)} on and feed them again"
                 )
             end = begin + len(rows)
             # A layer that is not put keeps its state.
@@ -178,18 +194,18 @@ class RecurrentCache(StreamCache[Stream]):
             return StreamPlan(self, {})
         if stop < stream.end:
             raise NotSupportedError(
-                f"removing [{begin}, {stop}) from sequence {sequence} of length {stream.end}: "
-                "a recurrent state cannot forget tokens that later ones were added to"
+                f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {stream.end}: later "
+                "recurrent states contain these tokens; only the newest tokens can be removed"
             )
         if not self._can_resume(sequence, begin):
             raise NotSupportedError(
-                f"sequence {sequence} has no state at position {begin}; "
-                f"the newest before it lies at {self.prepare_restore(sequence, begin)}"
+                f"cannot cut sequence {sequence} at {begin}: there is no state at position {begin}; "
+                f"the newest before it is at {self.prepare_restore(sequence, begin)}"
             )
         return StreamPlan(self, {sequence: _cut(stream, begin)})
 
     def _plan_restore(self, sequence: int, snapshot: Stream | None) -> Plan:
-        """As of the base. Raises ValueError where the arrays are not like this cache's."""
+        """Plan to replace a sequence by a snapshot. Raises ValueError if its arrays do not fit this cache."""
         if snapshot is None:
             return StreamPlan(self, {sequence: None})
         for state in snapshot.states.values():
@@ -206,7 +222,9 @@ class RecurrentCache(StreamCache[Stream]):
         return StreamPlan(self, {dst: _cut(source, min(length, source.end)) if source else None})
 
     def _set_causal(self, options: CausalOptions) -> None:
-        raise NotSupportedError("a recurrence has no mask: no token can see later ones")
+        raise NotSupportedError(
+            "set_causal on a recurrent cache: it has no mask, so no token can see later ones"
+        )
 
     def _can_resume(self, sequence: int, position: int) -> bool:
         if position == 0:
@@ -214,7 +232,7 @@ class RecurrentCache(StreamCache[Stream]):
         stream = self._streams.get(sequence)
         if stream is None or position not in stream.states:
             return False
-        # One that was put for some layers only is no place to go back to.
+        # A checkpoint that was put for some layers only cannot be continued from.
         newest = stream.states.get(stream.end, NOTHING)
         return stream.states[position].keys() >= newest.keys()
 
@@ -224,7 +242,9 @@ class RecurrentCache(StreamCache[Stream]):
         if sequence is None and len(rows) == 1:
             return under_way, next(iter(rows))
         if sequence is None or sequence not in rows:
-            raise CacheError(f"sequence {sequence} is none of the batch's {len(rows)}: {sorted(rows)[:8]}")
+            raise CacheError(
+                f"sequence={sequence} names none of the batch's {len(rows)} sequences: {sorted(rows)[:8]}"
+            )
         return under_way, sequence
 
     def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
@@ -239,15 +259,15 @@ class RecurrentCache(StreamCache[Stream]):
         position = end if at is None else whole(at=at)[0]
         if not begins[sequence] < position <= end:
             raise ValueError(
-                f"at={at} is not inside the batch, which takes sequence {sequence} "
-                f"from {begins[sequence]} to {end}"
+                f"at={at} is outside the batch, which extends sequence {sequence} from {begins[sequence]} to "
+                f"{end} tokens: at must be {begins[sequence] + 1} to {end}"
             )
         state = {**states.get(position, NOTHING), layer: arrays}
         self._streams[sequence] = Stream(end, {**states, position: state}, keeps)
         self._forms[layer] = form
 
     def _checked_form(self, layer: int, arrays: Arrays) -> Form:
-        """The layer's form, these arrays included. Raises ValueError where they do not fit it."""
+        """Return the layer's form, extended by these arrays. Raises ValueError if they do not fit it."""
         form = tuple(None if array is None else (array.ndim, array.dtype) for array in arrays)
         known = self._forms.get(layer, form)
         if len(form) != len(known) or any(a != b for a, b in zip(form, known, strict=True) if a and b):
@@ -262,7 +282,7 @@ class RecurrentCache(StreamCache[Stream]):
         return self.newest(layer, sequence)
 
     def _thinned(self, stream: Stream) -> dict[int, State]:
-        """The checkpoints that stay when more tokens come."""
+        """Return the checkpoints that stay when more tokens come."""
         kept = dict(stream.states)
         if not stream.keeps_newest:
             kept.pop(stream.end, None)
@@ -275,29 +295,29 @@ class RecurrentCache(StreamCache[Stream]):
 
 
 def filter_none(arrays: Iterable[mx.array | None]) -> list[mx.array]:
-    """The arrays that are there."""
+    """Return the arrays that are not None."""
     return [array for array in arrays if array is not None]
 
 
 def arrays_in(states: Iterable[State]) -> list[mx.array]:
-    """All arrays of some states."""
+    """Return all arrays of some states."""
     return filter_none(array for state in states for own in state.values() for array in own)
 
 
 def _nbytes(states: Iterable[State]) -> int:
-    """Bytes of all different arrays."""
+    """The bytes of all arrays, shared ones counted once."""
     return sum({id(array): array.nbytes for array in arrays_in(states)}.values())
 
 
 def _cut(stream: Stream, length: int) -> Stream | None:
-    """The first `length` tokens of a stream."""
+    """Return the first `length` tokens of a stream, or None for none."""
     if not length:
         return None
     return Stream(length, {p: s for p, s in stream.states.items() if p <= length}, True)
 
 
 def _most_crowded(positions: list[int], end: int) -> int:
-    """The position whose neighbors lie closest together, in proportion to its age."""
+    """Return the position whose neighbors lie closest together in proportion to its age."""
 
     def spread(index: int) -> float:
         before = positions[index - 1] if index else 0

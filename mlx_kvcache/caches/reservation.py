@@ -1,4 +1,4 @@
-"""A worst case that is allocated and thrown away, so that what cannot fit fails early."""
+"""A trial forward pass: allocates the worst case and discards it, so that a lack of memory shows early."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..storage.masks import Mask
 
 
 class Reservation:
-    """Takes the place of a step after `start_forward(reserve=True)`."""
+    """Replaces `attend.step.Step` after `start_forward(reserve=True)`."""
 
     def __init__(self, batch: Batch, rule: Rule, config: CacheConfig, store: Store, table: CellTable) -> None:
         self.n = len(batch)
         self._config = config
         self._store = store
         self._room = room = table.room
-        # Short sequences may fill the room in float, if they are to stay so for a while.
+        # With `Quantization.after`, many short sequences may fill the whole room in float.
         self._is_packed = not table.pack_after
         self._pairs: dict[int, tuple[mx.array, mx.array]] = {}
         worst = room
@@ -31,7 +31,7 @@ class Reservation:
         self._size = max(worst, self.n)
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """Allocate and evaluate the layer's whole room."""
+        """Allocate and evaluate the layer's whole room, and store nothing."""
         buffers = self._store.layers.get(layer)
         form = buffers.form if buffers else self._store.form_for(layer, keys, values)
         form.checked(self.n, layer, keys, values)
@@ -54,12 +54,12 @@ class Reservation:
         return keys, values, mask
 
     def attend(self, layer: int, given: Attending) -> mx.array:
-        """`put`, unless keys and values are None, and attention to the worst case."""
+        """Call `put` if there are keys and values, and attend to the worst case."""
         if given.keys is not None and given.values is not None:
             self.put(layer, given.keys, given.values)
         keys, values, mask = self.get(layer)
         if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-            # Additive masks are for others; MLX wants those of its attention in the type of the result.
+            # MLX requires additive masks in the dtype of the result.
             mask = mask.astype(given.queries.dtype)
         out = mx.fast.scaled_dot_product_attention(
             given.queries, keys, values, scale=given.scale, mask=mask, sinks=given.sinks

@@ -1,4 +1,7 @@
-"""What a cache holds of one sequence, taken out of it and put into another."""
+"""Snapshots: copying one sequence's keys and values from a cache into another.
+
+Saving and loading files and changing the quantization of a sequence use them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .plan import HoldsCells, Journal, Plan
 
 
 class Run(NamedTuple):
-    """Neighboring positions from `begin` on, and each layer's keys and values there."""
+    """Neighboring positions from `begin` on, and each layer's keys and values at them."""
 
     begin: int
     length: int
@@ -24,9 +27,14 @@ class Run(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A sequence of K and V by position: the position after its last token, and what is held.
+    """The contents of one sequence of a `PositionalCache`.
 
-    Its arrays are views of buffers; while it is there, writing to them copies them.
+    Its arrays are views of buffers, so writing to a buffer copies it while the snapshot exists.
+
+    Attributes:
+        end: the length of the sequence in tokens.
+        runs: the held tokens, by rising position.
+        forms: the form of each layer's arrays.
     """
 
     end: int
@@ -35,19 +43,19 @@ class Snapshot(NamedTuple):
 
 
 def snapshot_of(cache: HoldsCells, sequence: int) -> Snapshot:
-    """What a cache holds of a sequence: nothing of an unknown one."""
+    """Return a snapshot of a sequence; that of an unknown sequence is empty."""
     end, spans = cache._table[sequence]
     forms = {layer: buffers.form for layer, buffers in cache._store.layers.items()}
     return Snapshot(end, tuple(_runs(cache, spans)), forms if spans else {})
 
 
 def _runs(cache: HoldsCells, spans: Spans) -> Iterator[Run]:
-    """Each run of positions that are stored in the same way."""
+    """Yield the runs of neighboring positions that are stored in the same way."""
     for own in _neighbors(spans, cache._table.packed):
         cells, is_packed = cells_in(tuple(own)), own[0].segment in cache._table.packed
         layers = {}
         for layer, buffers in cache._store.layers.items():
-            # What has never been written comes as zeros in float.
+            # Cells that were never written are read as zeros in float.
             stored = (buffers.form.stored(lanes, is_packed) for lanes in buffers.lanes(cells))
             keys, values = zip(*stored, strict=True)
             layers[layer] = joined(keys), joined(values)
@@ -55,7 +63,7 @@ def _runs(cache: HoldsCells, spans: Spans) -> Iterator[Run]:
 
 
 def _neighbors(spans: Spans, packed: Set[int]) -> list[list[Span]]:
-    """Spans that go on where the one before ends, and are packed if that is, together."""
+    """Group spans whose positions are neighbors and whose segments are both packed or both not."""
     groups: list[list[Span]] = []
     for span in spans:
         last = groups[-1][-1] if groups else None
@@ -67,11 +75,11 @@ def _neighbors(spans: Spans, packed: Set[int]) -> list[list[Span]]:
 
 
 class RestorePlan(Plan):
-    """A snapshot becomes a sequence, in a segment of its own.
+    """Replaces a sequence by a snapshot, which is copied to a new segment.
 
     Raises:
         CacheFullError: there is no room.
-        ValueError: a layer's heads are not those that the cache has.
+        ValueError: a layer's number or size of heads differs from the cache's.
     """
 
     def __init__(self, cache: HoldsCells, sequence: int, snapshot: Snapshot) -> None:

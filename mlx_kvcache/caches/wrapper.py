@@ -1,4 +1,4 @@
-"""Several caches as one, for models whose layers are of several kinds."""
+"""Several caches used as one, for models whose layers need different kinds of cache."""
 
 from __future__ import annotations
 
@@ -17,35 +17,39 @@ from .plan import JointPlan, Plan
 
 
 class WrapperCache(PlanningCache):
-    """Every batch and every edit goes to all children, or to none where one refuses.
+    """Combines caches of several kinds, for models whose layers differ.
 
-    `put`, `get`, `layer` and `set_causal` belong to the underlying cache: the child of the
-    current layer type, which `start_forward` sets to 0.
+    Every batch and every edit changes all children, or none if one of them refuses. `put`, `get`, `layer` and
+    `set_causal` go to the underlying cache: the child of the current layer type. `set_layer_type` chooses it;
+    each forward pass begins with layer type 0.
 
     Args:
-        caches: the children, in the order of layer types; not initialized yet.
+        caches: the children, in the order of layer types. Call `init` on the wrapper, not on them.
 
     Raises:
-        ValueError: no child, or one twice.
-        TypeError: a child that is none of this package's kinds.
+        ValueError: there is no child, or one is given twice.
+        TypeError: a child is not a cache of this package.
     """
 
     def __init__(self, *caches: PlanningCache) -> None:
         super().__init__()
         for child in caches:
             if not isinstance(child, PlanningCache):
-                raise TypeError(f"children are caches of their own, got {type(child).__name__}")
+                raise TypeError(f"every argument must be a cache, got {type(child).__name__}")
         if not caches or len(set(map(id, caches))) < len(caches):
-            raise ValueError(f"a wrapper needs one or more different caches, got {len(caches)}")
+            raise ValueError(
+                "a wrapper needs one or more different caches, "
+                f"got {len(caches)} of which {len(set(map(id, caches)))} are different"
+            )
         self._children = caches
         self._type = 0
 
     def set_layer_type(self, layer_type: int) -> None:
-        """Choose the underlying cache. Raises ValueError for an index that no child has."""
+        """Choose the underlying cache by its index. Raises ValueError if no child has it."""
         self._check_open()
         layer_type = operator.index(layer_type)
         if not 0 <= layer_type < len(self._children):
-            raise ValueError(f"layer type {layer_type}: there are 0 to {len(self._children) - 1}")
+            raise ValueError(f"layer type must be 0 to {len(self._children) - 1}, got {layer_type}")
         self._type = layer_type
 
     @property
@@ -55,12 +59,15 @@ class WrapperCache(PlanningCache):
 
     @property
     def key_value_cache(self) -> KeyValueCache:
-        """The underlying cache, where it holds keys and values. Raises NotSupportedError elsewhere."""
+        """The underlying cache. Raises NotSupportedError if it holds no keys and values."""
         child = self.underlying_cache
         if isinstance(child, WrapperCache):
             return child.key_value_cache
         if not isinstance(child, KeyValueCache):
-            raise NotSupportedError(f"layer type {self._type} is a {type(child).__name__}, without K and V")
+            raise NotSupportedError(
+                f"layer type {self._type} is a {type(child).__name__}, which holds no keys and values; "
+                "choose another with set_layer_type"
+            )
         return child
 
     @property
@@ -73,21 +80,21 @@ class WrapperCache(PlanningCache):
 
     def set_config(self, config: CacheConfig) -> None:
         """As `Cache.set_config`, for all children."""
-        with self._alike("_config"):
+        with self._reset_on_error("_config"):
             super().set_config(config)
             for child in self._children:
                 child.set_config(config)
 
     def set_layer(self, layer: int) -> None:
         """As `Cache.set_layer`, for all children."""
-        with self._alike("_layer"):
+        with self._reset_on_error("_layer"):
             super().set_layer(layer)
             for child in self._children:
                 child.set_layer(layer)
 
     @contextmanager
-    def _alike(self, name: str) -> Iterator[None]:
-        """An exception inside gives the children's attribute, and this one's, the value that this one had."""
+    def _reset_on_error(self, name: str) -> Iterator[None]:
+        """On an exception, reset this attribute of the wrapper and of all children to the wrapper's value."""
         before = getattr(self, name)
         try:
             yield
@@ -97,15 +104,15 @@ class WrapperCache(PlanningCache):
             raise
 
     def layer(self, layer: int) -> Any:
-        """A handle on one layer of the underlying cache."""
+        """Return a handle on one layer of the underlying cache."""
         return self._underlying().layer(layer)
 
     def put(self, *arrays: Any, **more: Any) -> None:
-        """As the underlying cache's `put`."""
+        """Call `put` of the underlying cache."""
         self._underlying().put(*arrays, **more)
 
     def get(self, **more: Any) -> Any:
-        """As the underlying cache's `get`."""
+        """Call `get` of the underlying cache."""
         return self._underlying().get(**more)
 
     def _underlying(self) -> Any:
@@ -116,7 +123,7 @@ class WrapperCache(PlanningCache):
         for index, child in enumerate(self._children):
             child._check_open()
             if child._ready:
-                raise CacheError(f"child {index} has been initialized by itself")
+                raise CacheError(f"child {index} is already initialized: call init on the wrapper only")
         for child in self._children:
             child.init(dtype, 1, room, self._max_batch, quantization)
 
@@ -159,7 +166,7 @@ class WrapperCache(PlanningCache):
 
 
 class _ForwardPlan(JointPlan):
-    """All children's steps; the layer type begins at 0."""
+    """A forward pass of all children, which begins with layer type 0."""
 
     def __init__(self, wrapper: WrapperCache, plans: list[Plan]) -> None:
         super().__init__(plans)

@@ -1,4 +1,4 @@
-"""Bookkeeping: which sequence owns which cell, where new tokens go, and who sees whom.
+"""Bookkeeping of cells: owners, placement of new tokens, removal, and visibility.
 
-Pure Python on ints and tuples. It must not know MLX, arrays or models.
+Pure Python on ints and tuples, independent of MLX, arrays and models.
 """

@@ -1,6 +1,7 @@
-"""Where the next tokens go: plans for a forward pass, computed without changing anything.
+"""Plans the cells of new tokens, and the compaction of segments, without changing the table.
 
-How much is allocated, and giving unused cells back.
+A sequence's new tokens follow its last ones in the same segment if the cells there are free. Otherwise they
+go to a new segment, with copies of the segments that only this sequence owns. Shared segments stay.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from .table import CellTable
 from .visibility import Rule
 
 STEP = 256
-"""Segments grow by this many cells: a compromise between copies and unused room."""
+"""Segments grow by this number of cells, a compromise between copies and unused memory."""
 SMALL_STEP = 64
-"""The same for segments below STEP, so that many short branches stay cheap."""
+"""Segments up to STEP cells and shared segments grow by this, so that many short branches stay cheap."""
 DEAD = 128
-"""A full segment with so many dead cells is moved to a new one instead of growing."""
+"""A full segment with this number of dead cells is copied to a new one instead of growing."""
 
 
 class Write(NamedTuple):
-    """`size` of a sequence's new tokens, from the `first` on, go to neighboring cells."""
+    """Stores a sequence's new tokens [first, first + size) in the cells from `cell` on."""
 
     first: int
     size: int
@@ -32,18 +33,22 @@ class Write(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A new segment that begins with copies of these cells, in order."""
+    """Creates a segment that begins with copies of these cells, in order."""
 
     segment: int
     pieces: Spans
 
 
 class Placed(NamedTuple):
-    """One sequence's share of a step.
+    """The placement of one sequence's tokens in a forward pass.
 
-    `rows` are its batch indices by rising position; they hold positions [begin, end).
-    `reads` is what they may see, by rising position. With `fresh` it stops at `begin`, and
-    the new tokens are to be taken from the batch itself, because not all of them are stored.
+    Attributes:
+        rows: the batch indices of the tokens, by rising position.
+        begin, end: their positions, [begin, end).
+        writes: the cells that store them.
+        reads: the cells that they may see, by rising position.
+        fresh: `reads` stops at `begin`, and new tokens are read from the batch, because not all tokens that
+            they see are stored.
     """
 
     sequence: int
@@ -57,7 +62,15 @@ class Placed(NamedTuple):
 
 @dataclass(slots=True)
 class Placement:
-    """A planned step: what to assign, what to assign to undo it, and what to do with arrays."""
+    """A plan: the changes of the table, the changes that undo them, and the work on arrays.
+
+    Attributes:
+        placed: the placement of each sequence's tokens.
+        changes, undo: new states of sequences to assign.
+        capacity: new capacities, of new segments and of those that grow.
+        moves: the new segments that begin with copies.
+        packed: the new segments that are quantized.
+    """
 
     placed: list[Placed] = field(default_factory=list)
     changes: dict[int, Sequence | None] = field(default_factory=dict)
@@ -67,7 +80,7 @@ class Placement:
     packed: set[int] = field(default_factory=set)
 
     def in_use(self) -> set[int]:
-        """Segments that must live until the step is over, whoever owns them."""
+        """Returns the segments to keep until the forward pass is over, even without an owner."""
         spans = [span for placed in self.placed for span in placed.reads]
         for old in self.undo.values():
             spans += old.spans if old else ()
@@ -75,12 +88,18 @@ class Placement:
 
 
 def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int) -> Placement:
-    """Plan a step: rows[sequence] are the batch indices of its next tokens.
+    """Plans a forward pass.
+
+    Args:
+        table: the table, which stays unchanged.
+        rows: for each sequence, the batch indices of its next tokens.
+        rule: the visibility rule.
+        rewind: the number of newest tokens that can be dropped afterwards.
 
     Raises:
-        NotSupportedError: a token would look at something that is not held.
-        CacheFullError: what is held afterwards, and what the tokens see and cannot take
-            from their own batch, exceeds the room.
+        NotSupportedError: a token would see a position that is not stored.
+        CacheFullError: the cells to keep afterwards, and those that the tokens see meanwhile, exceed the
+            room.
     """
     if len(rows) == 1:
         [(sequence, own)] = rows.items()
@@ -90,7 +109,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
     spread = {s: _Tokens.next_of(table, s, len(own), rule, rewind) for s, own in rows.items()}
     _check_room(table, spread)
     new = sum(tokens.stored for tokens in spread.values())
-    # Those that begin here borrow free room, too.
+    # Sequences that begin here also get a share of the free room.
     spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
     placement = Placement()
     for sequence, tokens in spread.items():
@@ -99,9 +118,15 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
 
 
 def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = False) -> int:
-    """The capacity of a segment for `required` cells, with at most `spare` unused ones.
+    """Returns the capacity of a segment for `required` cells, with at most `spare` unused ones.
 
-    A shared one grows in small steps: it is one branch of many that goes on there.
+    A shared segment grows in small steps, because only one of its branches continues there.
+
+    Args:
+        required: the number of cells that are needed.
+        spare: the largest number of unused cells.
+        reserve: the number of unused cells to add before rounding up to full steps.
+        is_shared: whether several sequences own the segment.
     """
     wanted = required + reserve
     step = SMALL_STEP if is_shared or wanted <= STEP else STEP
@@ -109,10 +134,14 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
 
 
 class _Tokens(NamedTuple):
-    """The next tokens [begin, end) of a sequence, and what the rule says of them.
+    """The next tokens of a sequence, at positions [begin, end).
 
-    `kept` was held before and is held after them; `during` was held before and is either
-    held after them or seen by them. `ranges` are their positions that are held afterwards.
+    Attributes:
+        rule: the visibility rule.
+        old: the sequence before.
+        kept: the spans of `old` to keep afterwards.
+        during: the spans of `old` to keep afterwards or that the new tokens see.
+        ranges: the positions of the new tokens to keep afterwards.
     """
 
     rule: Rule
@@ -129,8 +158,8 @@ class _Tokens(NamedTuple):
         begin, end = old.end, old.end + n
         if not resumable(rule, old.spans, begin):
             raise NotSupportedError(
-                f"sequence {sequence} cannot go on at position {begin}: not all that a token there "
-                f"sees, from position {max(0, rule.lower(begin))} on, is held"
+                f"sequence {sequence} cannot continue at position {begin}: a token there sees positions "
+                f"from {max(0, rule.lower(begin))} on, and not all of these are stored"
             )
         back = max(0, end - rewind)
         low = max(0, rule.lower(back))
@@ -152,7 +181,7 @@ class _Tokens(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether all of them are held afterwards."""
+        """Whether all new tokens are kept afterwards."""
         return self.ranges == ((self.begin, self.end),)
 
 
@@ -166,9 +195,14 @@ def _check_room(table: CellTable, spread: Mapping[int, _Tokens]) -> None:
 def append(
     table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
 ) -> Placement | None:
-    """The plan where it is the simplest, else None: one run of cells, all its own, with room behind it.
+    """Plans the simplest case: one span without other owners, and free cells after it.
 
-    Decoding takes this way at every step but one in STEP, so it is kept short.
+    Returns None in other cases. Decoding comes here for almost every token, so it does little.
+
+    Args:
+        table, rule, rewind: as for `place`.
+        sequence: the sequence.
+        rows: the batch indices of its next tokens.
     """
     old, n = table[sequence], len(rows)
     begin, spans = old
@@ -197,7 +231,7 @@ def append(
 def _place_one(
     table: CellTable, placement: Placement, sequence: int, rows: tuple[int, ...], tokens: _Tokens, spare: int
 ) -> None:
-    """Add one sequence's tokens to the plan: after its last ones, or in a new segment."""
+    """Adds the tokens of one sequence to the plan: after its last ones, or in a new segment."""
     old, kept, n = tokens.old, tokens.kept, tokens.stored
     evicts = count(kept) < count(old.spans)
     undo = old
@@ -232,7 +266,7 @@ def _place_one(
 
 
 def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _Tokens) -> bool:
-    """Whether new cells may follow the last ones, in their segment as it is or grown."""
+    """Whether new cells can follow the last ones, in their segment as it is or grown."""
     if not tokens.old.spans:
         return False
     last = tokens.old.spans[-1]
@@ -246,7 +280,7 @@ def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _
     if table.owners(last.segment) != {sequence}:
         return True
     if any(s.segment != last.segment and table.owners(s.segment) == {sequence} for s in tokens.kept):
-        # It has to be copied anyway: then all of its own runs become one.
+        # Growing copies the segment anyway, so copy the spans in other segments with it.
         return False
     dead = last.stop - count(span for span in tokens.kept if span.segment == last.segment)
     tight = table.room - table.allocated < tokens.stored
@@ -259,7 +293,7 @@ def _converts(table: CellTable, placement: Placement, segment: int, own: Spans) 
 
 
 def _replaced(spans: Spans, own: Spans, by: Spans) -> Spans:
-    """`spans` with those of `own` put at their new places, in order of position."""
+    """`spans` with those of `own` replaced by `by`, in order of position."""
     return _in_order(tuple(span for span in spans if span not in own) + by)
 
 
@@ -277,7 +311,7 @@ def _writes(tokens: _Tokens, segment: int, cell: int) -> tuple[tuple[Write, ...]
 
 
 def allocated_after(table: CellTable, placement: Placement) -> int:
-    """Cells of all segments that would be owned."""
+    """Returns the number of cells in all owned segments after this plan."""
     emptied = {
         span.segment
         for sequence in placement.changes
@@ -290,7 +324,7 @@ def allocated_after(table: CellTable, placement: Placement) -> int:
 
 
 def compact(table: CellTable) -> Placement:
-    """Plan to give all unused cells back: every segment that has some moves to an exact one."""
+    """Plans to free all unused cells: copies each segment that has some to a new one without."""
     placement = Placement()
     for segment in table.owned():
         cells = table.cells(segment)
@@ -311,7 +345,7 @@ def compact(table: CellTable) -> Placement:
 
 
 def _relocated(span: Span, source: int, target: int, cells: Iterable[tuple[int, int]]) -> Span:
-    """A span of `source` in `target`, which holds just these cells of it."""
+    """The new place of a span, after `cells` of `source` were copied to `target`."""
     if span.segment != source:
         return span
     start = 0

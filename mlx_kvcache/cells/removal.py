@@ -1,4 +1,4 @@
-"""Taking positions out of a sequence: the plan, computed without changing anything."""
+"""Plans the removal and re-basing of tokens of a sequence, without changing the table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .visibility import Rule
 
 
 class Target(NamedTuple):
-    """Where tokens are rewritten: in a segment from `cell` on. `is_new` says that it is not there yet."""
+    """The destination of re-based tokens: a segment, from `cell` on. `is_new`: it must be created."""
 
     segment: int
     cell: int
@@ -22,7 +22,7 @@ class Target(NamedTuple):
 
 
 class Rebased(NamedTuple):
-    """Tokens whose positions change by `offset`, and where they go."""
+    """Tokens whose keys are re-based by `offset`: the cells to read, and the cells to write."""
 
     source: Spans
     offset: int
@@ -30,14 +30,14 @@ class Rebased(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """Planned changes, and what has to be rewritten for them."""
+    """A plan: the changes of the table, and the tokens to re-base, if any."""
 
     changes: Changes
     rebased: Rebased | None
 
 
 def drop_tail(table: CellTable, sequence: int, begin: int) -> Removal:
-    """Plan to forget the positions from `begin` on."""
+    """Plans to remove the positions from `begin` on."""
     spans = clip(table[sequence].spans, 0, begin)
     return Removal({sequence: Sequence(begin, spans) if begin else None}, None)
 
@@ -45,15 +45,22 @@ def drop_tail(table: CellTable, sequence: int, begin: int) -> Removal:
 def remove_range(
     table: CellTable, sequence: int, begin: int, end: int, rule: Rule, rebase_head: bool = False
 ) -> Removal:
-    """Plan to take out [begin, end) and move the later positions down by end - begin.
+    """Plans to remove the positions [begin, end) and move later ones down by end - begin.
 
-    Keys know their positions only relative to each other, so either side can be re-based:
-    the later tokens by -(end - begin), or, with `rebase_head`, the earlier ones by
-    +(end - begin), where whoever rotates the next queries and keys goes on from the old end.
+    RoPE attention depends only on differences of positions, so either side can be re-based: the later
+    tokens by -(end - begin), or with `rebase_head` the earlier ones by +(end - begin). In the latter case
+    the caller must rotate the next queries and keys from the old end on.
+
+    Args:
+        table: the table, which stays unchanged.
+        sequence: the sequence.
+        begin, end: the range, which lies inside the sequence.
+        rule: the visibility rule.
+        rebase_head: re-base the tokens before the range instead of those after it.
 
     Raises:
-        NotSupportedError: what the next token may see would not be held.
-        CacheFullError: re-based cells are shared, and there is no room for a copy.
+        NotSupportedError: the next token would see a position that is not stored.
+        CacheFullError: the cells to re-base are shared, and there is no room for a copy.
     """
     old = table[sequence]
     gap = end - begin
@@ -61,8 +68,9 @@ def remove_range(
     new_end = old.end - gap
     if not resumable(rule, head + tail, new_end):
         raise NotSupportedError(
-            f"after removing [{begin}, {end}) from sequence {sequence} of length {old.end}, the next "
-            f"token at {new_end} would see positions from {max(0, rule.lower(new_end))} on that are not held"
+            f"cannot remove [{begin}, {end}) from sequence {sequence} of length {old.end}: the next token "
+            f"at {new_end} would see positions from {max(0, rule.lower(new_end))} on, and not all of these "
+            "are stored"
         )
     source, staying = (head, tail) if rebase_head else (tail, head)
     if not source or not gap:
@@ -76,7 +84,7 @@ def remove_range(
 
 
 def rebase_all(table: CellTable, sequence: int, offset: int) -> Removal:
-    """Plan to re-base every token that is held, while positions stay.
+    """Plans to re-base all stored tokens of a sequence by `offset`. Their positions in the table stay.
 
     Raises:
         CacheFullError: cells are shared, and there is no room for a copy.
@@ -88,7 +96,7 @@ def rebase_all(table: CellTable, sequence: int, offset: int) -> Removal:
 
 
 def _target(table: CellTable, sequence: int, source: Spans, staying: Spans, before: bool) -> Target:
-    """Where re-based tokens go: next to those that stay if the cells are free, else elsewhere."""
+    """The destination of re-based tokens: free cells next to those that stay, or a new segment."""
     size = count(source)
     if before and staying:
         segment, cell = staying[0].segment, staying[0].start - size

@@ -1,4 +1,4 @@
-"""Runs of cells, and arithmetic on tuples of them. All functions are pure."""
+"""Spans, which are runs of cells of one sequence, and pure functions on tuples of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOREVER = sys.maxsize
 
 
 class Span(NamedTuple):
-    """The cells [start, start + length) of a segment, holding the positions from `position` on."""
+    """The cells [start, start + length) of a segment, which hold the positions from `position` on."""
 
     segment: int
     start: int
@@ -34,10 +34,10 @@ Spans = tuple[Span, ...]
 
 
 class Sequence(NamedTuple):
-    """A token stream: the position after its last token, and where what is held lies.
+    """A sequence: the position after its last token, and the spans of the tokens that are stored.
 
-    Spans are in order of position and do not overlap. They need not reach back to 0, nor
-    up to `end` (a window of one token may hold nothing).
+    Spans are in order of position and do not overlap. They may start after position 0, have gaps, and stop
+    before `end`: a window of one token may hold no cells.
     """
 
     end: int
@@ -48,12 +48,12 @@ EMPTY = Sequence(0, ())
 
 
 def count(spans: Iterable[Span]) -> int:
-    """How many cells the spans have."""
+    """Returns the number of cells in the spans."""
     return sum(span.length for span in spans)
 
 
 def clip(spans: Spans, begin: int, end: int = FOREVER) -> Spans:
-    """The part at positions [begin, end)."""
+    """Returns the part of the spans at positions [begin, end)."""
     if len(spans) == 1:
         _, _, position, length = spans[0]
         if begin <= position and position + length <= end:
@@ -67,13 +67,13 @@ def clip(spans: Spans, begin: int, end: int = FOREVER) -> Spans:
 
 
 def seen_from(rule: Rule, spans: Spans, position: int) -> Spans:
-    """The part that tokens at `position` or later may see."""
+    """Returns the part of the spans that tokens at `position` or later may see."""
     low = max(0, rule.lower(position))
     return clip(spans, 0, min(rule.sinks, low)) + clip(spans, low) if low else spans
 
 
 def covers(spans: Spans, begin: int, end: int) -> bool:
-    """Whether every position in [begin, end) is there."""
+    """Returns whether the spans hold every position in [begin, end)."""
     for span in spans:
         if span.position <= begin < span.end:
             begin = span.end
@@ -81,18 +81,18 @@ def covers(spans: Spans, begin: int, end: int) -> bool:
 
 
 def resumable(rule: Rule, spans: Spans, position: int) -> bool:
-    """Whether all that tokens from `position` on may see below `position` is there."""
+    """Returns whether the spans hold every position below `position` that tokens from there on may see."""
     low = max(0, rule.lower(position))
     return covers(spans, low, position) and covers(spans, 0, min(rule.sinks, low))
 
 
 def moved(spans: Spans, by: int) -> Spans:
-    """The same cells, holding positions that are `by` higher."""
+    """Returns the same cells with all positions raised by `by`."""
     return tuple(span._replace(position=span.position + by) for span in spans)
 
 
 def join(spans: Spans) -> Spans:
-    """The same, with neighbors in one span where both cells and positions go on."""
+    """Merges neighboring spans with consecutive cells and positions."""
     if len(spans) < 2:
         return spans
     joined = [spans[0]]
@@ -106,7 +106,7 @@ def join(spans: Spans) -> Spans:
 
 
 def laid_out(segment: int, start: int, spans: Spans) -> Spans:
-    """The positions of `spans` in neighboring cells of `segment` from `start` on."""
+    """Returns the positions of `spans` in consecutive cells of `segment` from `start` on."""
     placed = []
     for span in spans:
         placed.append(Span(segment, start, span.position, span.length))
@@ -115,7 +115,7 @@ def laid_out(segment: int, start: int, spans: Spans) -> Spans:
 
 
 def union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Half-open intervals merged into disjoint ones, in rising order."""
+    """Merges half-open intervals into disjoint ones, in rising order."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(intervals):
         if merged and low <= merged[-1][1]:

@@ -1,4 +1,7 @@
-"""Who owns which cell."""
+"""The table of cells: the spans of each sequence, and the segments that hold them.
+
+Plans elsewhere are computed from the table without changing it; `CellTable.assign` applies them.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ from collections.abc import Collection, Iterator, Mapping, Set
 from .spans import EMPTY, FOREVER, Sequence, Spans, union
 
 Changes = Mapping[int, Sequence | None]
-"""New state of some sequences; None forgets one."""
+"""New states of some sequences. None deletes a sequence."""
 
 
 class CellTable:
-    """Sequences, and the cells of each segment that they hold.
+    """Sequences, and the cells that they hold in each segment.
 
-    A segment is a row of cells that is stored together. It is `owned` by the sequences
-    with spans in it; one that nobody owns is an orphan until it is swept. A cell is live
-    if any sequence holds it, and counts once however many do.
+    A segment is a row of cells that is stored together. Its owners are the sequences with spans in it. A
+    segment without owners is an orphan until `forget` removes it. A cell is live if at least one sequence
+    holds it, and counts once even if several do.
 
     Args:
-        room: how many cells may be live.
-        pack_after: a sequence that is longer than this goes on in segments that are packed.
+        room: the largest number of live cells.
+        pack_after: a sequence longer than this continues in packed (quantized) segments.
     """
 
     def __init__(self, room: int, pack_after: int = FOREVER) -> None:
@@ -28,12 +31,12 @@ class CellTable:
         self.sequences: dict[int, Sequence] = {}
         self.capacity: dict[int, int] = {}
         self.packed: set[int] = set()
-        """Segments that are stored in fewer bits."""
+        """Segments that are quantized."""
         self.live = 0
         self._owners: dict[int, set[int]] = {}
         self._live: dict[int, int] = {}
         self.orphans: set[int] = set()
-        """Segments that nobody owns and that have not been swept."""
+        """Segments without an owner that are not forgotten yet."""
         self._segments = 0
 
     def __getitem__(self, sequence: int) -> Sequence:
@@ -41,15 +44,15 @@ class CellTable:
 
     @property
     def allocated(self) -> int:
-        """Cells of all owned segments, the unused ones included."""
+        """The number of cells in all owned segments, including unused ones."""
         return sum(self.capacity[segment] for segment in self._owners)
 
     def packs(self, spans: Spans, length: int = 0) -> bool:
-        """Whether a new segment is packed, for these spans of a sequence of that length."""
+        """Whether a new segment for these spans of a sequence of this length is packed."""
         return length > self.pack_after or any(span.segment in self.packed for span in spans)
 
     def new_segment(self) -> int:
-        """A name that no segment has had."""
+        """Returns a number that no segment has had."""
         self._segments += 1
         return self._segments
 
@@ -57,15 +60,15 @@ class CellTable:
         return self._owners.get(segment, frozenset())
 
     def owned(self) -> tuple[int, ...]:
-        """All segments with an owner."""
+        """The segments with an owner."""
         return tuple(self._owners)
 
     def cells(self, segment: int, but: int | None = None) -> list[tuple[int, int]]:
-        """The live cells of a segment as disjoint intervals; `but` is a sequence to leave out."""
+        """Returns the live cells of a segment as disjoint intervals, without those of sequence `but`."""
         return union(self._intervals(segment, {} if but is None else {but: None}))
 
     def live_after(self, changes: Changes) -> int:
-        """How many cells would be live."""
+        """Returns the number of live cells after these changes."""
         total = self.live
         for segment in self._touched(changes):
             held = union(self._intervals(segment, changes))
@@ -73,17 +76,17 @@ class CellTable:
         return total
 
     def assign(self, changes: Changes) -> None:
-        """Make the changes, or none where an exception comes between. Their segments need a capacity."""
+        """Applies all changes, or none if an exception interrupts. Their segments need a capacity."""
         before = {sequence: self.sequences.get(sequence) for sequence in changes}
         try:
-            if not self._stretch(changes):
+            if not self._extend(changes):
                 self._replace(changes)
         except BaseException:
             self.restore(before)
             raise
 
     def restore(self, sequences: Changes, capacity: Mapping[int, int | None] | None = None) -> None:
-        """Make these true again, after whatever happened to what follows from them; None forgets one."""
+        """Restores sequences and capacities, and recomputes all else from them. None deletes an entry."""
         for sequence, old in sequences.items():
             self.sequences.pop(sequence, None)
             if old is not None:
@@ -95,8 +98,8 @@ class CellTable:
         self.packed &= self.capacity.keys()
         self._count()
 
-    def _stretch(self, changes: Changes) -> bool:
-        """Do what decoding does at every step: one sequence, alone in its segment, gets longer."""
+    def _extend(self, changes: Changes) -> bool:
+        """Applies the change of a decoded token, without a recount: one sequence grows in its own segment."""
         if len(changes) != 1:
             return False
         [(sequence, new)] = changes.items()
@@ -126,7 +129,7 @@ class CellTable:
             self._recount(segment)
 
     def forget(self, orphans: Collection[int]) -> None:
-        """Forget segments that nobody owns."""
+        """Removes segments without an owner."""
         try:
             for segment in orphans:
                 self.packed.discard(segment)
@@ -137,11 +140,11 @@ class CellTable:
             raise
 
     def check(self) -> None:
-        """Assert the invariants.
+        """Asserts the invariants.
 
-        Each sequence's spans rise in position without overlap, end at or below its end and lie
-        inside their segments; live cells are counted right and fit the room; each segment has
-        an owner or is an orphan.
+        The spans of each sequence rise in position without overlap, stop at or below its end, and lie
+        inside their segments. The counts of live cells are right and fit the room. Each segment
+        either has an owner or is an orphan.
         """
         held: dict[int, list[tuple[int, int]]] = {}
         for sequence, (end, spans) in self.sequences.items():
@@ -172,7 +175,7 @@ class CellTable:
                 yield from of(new.spans)
 
     def _touched(self, changes: Changes) -> set[int]:
-        """Segments whose live cells may change: of many forks, not those that all go on sharing."""
+        """The segments with changed spans. Leaves out a prefix that many forks keep sharing."""
         return {
             span.segment
             for sequence, new in changes.items()
@@ -180,7 +183,7 @@ class CellTable:
         }
 
     def _count(self) -> None:
-        """Find out anew who owns what."""
+        """Recomputes owners, live cells and orphans from the sequences."""
         self._owners.clear()
         for sequence, (_, spans) in self.sequences.items():
             for span in spans:

@@ -1,7 +1,8 @@
-"""Who sees whom, as predicates over positions.
+"""Visibility rules: the earlier positions that a token attends to.
 
-They are written with operators only, so that the same function runs on ints, on NumPy and
-on MLX arrays: the bookkeeping, the masks and the oracle of the tests share them.
+The rules use operators only, so the same functions work on ints and on NumPy and MLX arrays. The
+bookkeeping, the masks and the reference in the tests share them. `lower(q)` is the lowest position that a
+token at q sees, attention sinks aside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Causal:
-    """A token sees itself and all before it."""
+    """Full attention: a token sees itself and all tokens before it."""
 
     sinks = 0
 
@@ -22,7 +23,7 @@ class Causal:
 
 @dataclass(frozen=True)
 class Window:
-    """A token sees itself, the `size` - 1 before it, and the first `sinks` of its sequence."""
+    """A sliding window: a token sees itself, the `size` - 1 before it, and the first `sinks` tokens."""
 
     size: int
     sinks: int = 0
@@ -33,7 +34,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A token sees itself and those before it in its chunk of `size` positions."""
+    """Chunked attention: a token sees itself and the tokens before it in its chunk of `size` positions."""
 
     size: int
     sinks = 0
@@ -46,12 +47,12 @@ Rule = Causal | Window | Chunk
 
 
 def visible(rule: Rule, q: Any, k: Any, later: Any = False) -> Any:
-    """Whether a token at position q sees the one at k of its own sequence.
+    """Returns whether a token at position q sees the token at position k of the same sequence.
 
-    `later` lifts the upper bound (k <= q) where it is true. The lower bound may be
-    negative. Arguments broadcast; the result has their kind.
+    Where `later` is true, the token also sees later ones (k > q). Arguments broadcast, and the result has
+    their type.
     """
-    # Masks are large: what is true of all positions is not compared.
+    # Masks are large, so skip comparisons that are always true.
     below = k <= q if later is False else (k <= q) | later
     if isinstance(rule, Causal):
         return below

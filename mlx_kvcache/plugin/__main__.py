@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _misplaced(parser: argparse.ArgumentParser, tool: ModuleType, arguments: list[str]) -> list[str]:
     """Options of this command's behind the command, those that mlx-lm's has, too, left out."""
-    own, source = parser._option_string_actions, inspect.getsource(tool)
+    own, source = parser._option_string_actions.keys() - {"--help"}, inspect.getsource(tool)
     given = (argument.partition("=")[0] for argument in arguments)
     return [name for name in given if name.startswith("--") and name in own and f'"{name}"' not in source]
 

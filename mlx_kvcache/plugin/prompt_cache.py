@@ -214,7 +214,7 @@ class PromptCache(list[Any]):
             conversation.close()
 
     def __repr__(self) -> str:
-        module = type(self.pool.model).__module__.rpartition(".")[2]
+        module = self.pool.architecture.rpartition(".")[2]
         try:
             held = f"{self.position} tokens, capacity={self.capacity}, {size_of(self.nbytes)}"
         except CacheError:

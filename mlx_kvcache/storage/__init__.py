@@ -1,4 +1,4 @@
 """Keys and values as MLX arrays, in float or quantized, by layer and segment.
 
-It must not know sequences: it is told which cells to write, read and move.
+Independent of sequences: callers say which cells to write, read and copy.
 """

@@ -1,6 +1,8 @@
-"""Keys and values of one segment in one layer, and what a layer's arrays look like.
+"""Buffers of keys and values: one pair of arrays for each layer and segment.
 
-K/V buffers: for each layer and segment a pair of keys and values.
+A `Form` holds the shapes, dtypes and codecs of a layer. A `Pair` or `PackedPair` holds the keys and values
+of one segment, `Buffers` all pairs of a layer, and `Store` all layers. Moves and re-basing are staged: they
+prepare new pairs of lazy arrays, which `Store.adopt` then puts in place.
 """
 
 from __future__ import annotations
@@ -11,18 +13,17 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..cells.spans import Spans
-from ..quantization import Codec, Codecs, Quantization, check_width
+from ..quantization import Codec, Codecs, Quantization, check_head_dim
 from .codec import Index, Lane, Plain, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
 Lanes = tuple[Lane, Lane]
-"""Keys and values of neighboring cells."""
+"""Keys and values of the same cells."""
 
 
 class Form(NamedTuple):
-    """What a layer's arrays look like; the first `put` decides it.
+    """The shapes, dtypes and codecs of a layer, which its first `put` sets.
 
-    The dtypes are those in which keys and values come and go; by the codecs they are stored in
-    segments that are packed.
+    Keys and values are written and read in the dtypes. Packed segments store them with the codecs.
     """
 
     heads: int
@@ -35,25 +36,29 @@ class Form(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether packed segments differ from others."""
+        """Whether packed segments of this layer are quantized."""
         return self.key_codec is not None or self.value_codec is not None
 
     def packed_by(self, codecs: Codecs, name: str) -> Form:
-        """The form by these codecs. Raises ValueError where their groups do not divide a head."""
+        """Returns the form with these codecs.
+
+        Raises:
+            ValueError: a head_dim is not a multiple of the group size; the message names the layer by `name`.
+        """
         used = []
         for what, dim, codec in zip(("keys", "values"), (self.key_dim, self.value_dim), codecs, strict=True):
             if codec:
-                check_width(f"{what} of {name}", dim, codec.group_size)
-            # Some layers have keys only; nothing can be packed in no bits.
+                check_head_dim(dim, codec.group_size, f"the {what} of {name}")
+            # Layers with keys only have no values to quantize.
             used.append(codec if dim else None)
         return self._replace(key_codec=used[0], value_codec=used[1])
 
     def plain(self) -> Form:
-        """The form of segments that are not packed."""
+        """Returns the form of segments that are not packed."""
         return self._replace(key_codec=None, value_codec=None)
 
     def checked(self, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """K and V of n tokens in this form's dtypes. Raises ValueError where they have not its shapes."""
+        """Converts K and V of n tokens to this form's dtypes. Raises ValueError if they do not fit it."""
         key_shape, value_shape = (1, self.heads, n, self.key_dim), (1, self.heads, n, self.value_dim)
         if keys.shape != key_shape or values.shape != value_shape:
             raise ValueError(
@@ -82,7 +87,7 @@ class Form(NamedTuple):
         )
 
     def stored(self, lanes: Lanes, is_packed: bool) -> Lanes:
-        """The lanes as they lie in a segment that is packed, or is not."""
+        """Converts lanes to those of a packed segment, or of one that is not packed."""
         form = self if is_packed else self.plain()
         return (
             as_stored(lanes[0], form.key_codec, form.key_dtype),
@@ -90,11 +95,11 @@ class Form(NamedTuple):
         )
 
     def decoded(self, lanes: Lanes) -> tuple[mx.array, mx.array]:
-        """The lanes in float."""
+        """Converts lanes to float arrays."""
         return lanes[0].decoded(self.key_dtype), lanes[1].decoded(self.value_dtype)
 
     def pair(self, parts: Sequence[Lanes], capacity: int, is_packed: bool) -> AnyPair:
-        """A new pair of these K and V one after the other, and zeros up to `capacity` cells at least."""
+        """Returns a new pair of these K and V, concatenated, and zeros up to at least `capacity` cells."""
         stored = [self.stored(lanes, is_packed) for lanes in parts]
         size = sum(keys.arrays[0].shape[2] for keys, _ in stored)
         if size < capacity:
@@ -108,8 +113,8 @@ class Form(NamedTuple):
 class Pair:
     """Keys and values of one segment in one layer, in float.
 
-    Its arrays are its own: to assign to their elements costs less than `mx.slice_update`, to build
-    and to evaluate, but everybody who holds the same object would see it.
+    Writes assign to elements of the arrays, which builds and evaluates faster than `mx.slice_update`, but
+    changes the array object. A pair therefore has array objects of its own.
     """
 
     __slots__ = ("capacity", "keys", "values")
@@ -122,7 +127,7 @@ class Pair:
         self.capacity = keys.shape[2]
 
     def copy(self) -> Pair:
-        """Another with the same arrays, which stay as they are when this one is written."""
+        """Returns a pair of the same contents, which writes to this one do not change."""
         return Pair(self.keys, self.values)
 
     @property
@@ -130,12 +135,15 @@ class Pair:
         return self.keys, self.values
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
-        """Put tokens at some cells. In place when evaluated, if nobody holds a view."""
+        """Writes tokens to some cells; evaluation does so in place, if there are no views of the arrays."""
         self.keys[index] = keys
         self.values[index] = values
 
     def grow(self, cells: int) -> None:
-        """Have zeros up to so many cells. Keys are there twice for a moment, and then values."""
+        """Extends the pair with zeros to this number of cells.
+
+        Copies keys and then values, which needs less memory than both at once.
+        """
         try:
             self.keys = grown(self.keys, cells)
             self.values = grown(self.values, cells)
@@ -145,21 +153,21 @@ class Pair:
             raise
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
-        """Views of some cells."""
+        """Returns views of some cells."""
         return self.keys[index], self.values[index]
 
     @property
     def whole(self) -> Lanes:
-        """All cells as lanes."""
+        """The lanes of all cells."""
         return Plain(self.keys), Plain(self.values)
 
     def lanes(self, index: Index) -> Lanes:
-        """Views of some cells as lanes."""
+        """Returns views of some cells as lanes."""
         return Plain(self.keys[index]), Plain(self.values[index])
 
 
 class PackedPair:
-    """The same where keys, values or both are in fewer bits."""
+    """Keys and values of one segment in one layer, of which keys, values or both are quantized."""
 
     __slots__ = ("_form", "_lanes", "capacity")
 
@@ -181,12 +189,12 @@ class PackedPair:
 
     @property
     def whole(self) -> Lanes:
-        """All cells."""
+        """The lanes of all cells."""
         return self._lanes
 
     @property
     def keys(self) -> mx.array:
-        """What the keys' features are packed in."""
+        """The packed words of the keys, or the keys if they are in float."""
         return self._lanes[0].arrays[0]
 
     @keys.setter
@@ -195,7 +203,7 @@ class PackedPair:
 
     @property
     def values(self) -> mx.array:
-        """What the values' features are packed in."""
+        """The packed words of the values, or the values if they are in float."""
         return self._lanes[1].arrays[0]
 
     @values.setter
@@ -217,11 +225,11 @@ class PackedPair:
             raise
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
-        """Some cells in float."""
+        """Returns some cells in float."""
         return self._form.decoded(self.lanes(index))
 
     def lanes(self, index: Index) -> Lanes:
-        """Views of some cells."""
+        """As `Pair.lanes`."""
         return self._lanes[0].at(index), self._lanes[1].at(index)
 
 
@@ -229,24 +237,24 @@ AnyPair: TypeAlias = Pair | PackedPair
 
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
-"""(layer, keys, values) -> keys and values at their new positions, of the same shapes."""
+"""Re-bases (layer, keys, values). Returns keys and values of the same shapes."""
 
 Cells = tuple[int, int, Index]
-"""Neighboring cells: their segment, the cell after the last one, and how to index them."""
+"""Consecutive cells: their segment, the cell after the last one, and their index."""
 
 
 def cells_of(segment: int, low: int, high: int) -> Cells:
-    """The cells [low, high) of a segment."""
+    """Returns the cells [low, high) of a segment."""
     return segment, high, index_of(low, high)
 
 
 def cells_in(spans: Spans) -> list[Cells]:
-    """The cells of some spans."""
+    """Returns the cells of some spans."""
     return [cells_of(span.segment, span.start, span.stop) for span in spans]
 
 
 class Buffers:
-    """One layer's pairs, by segment."""
+    """The pairs of one layer, by segment."""
 
     __slots__ = ("form", "pairs", "written")
 
@@ -254,30 +262,30 @@ class Buffers:
         self.form = form
         self.pairs: dict[int, AnyPair] = {}
         self.written = 0
-        """Which step wrote last."""
+        """The name of the last step that wrote to this layer."""
 
     def pair(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
-        """The pair of a segment, created or grown with zeros to `capacity` cells."""
+        """Returns the pair of a segment. Creates it, or extends it with zeros to `capacity` cells."""
         pair = self.pairs.get(segment)
         if pair is None or pair.capacity < capacity:
             pair = self.pairs[segment] = self.sized(segment, capacity, is_packed)
         return pair
 
     def read(self, cells: Iterable[Cells]) -> list[tuple[mx.array, mx.array]]:
-        """Ranges of cells in float, views where they are stored so. Those never written are zeros."""
+        """Returns ranges of cells in float: views if they are stored so. Unwritten cells are zeros."""
         return [self._holding(segment, high).read(index) for segment, high, index in cells]
 
     def lanes(self, cells: Iterable[Cells]) -> list[Lanes]:
-        """Views of ranges of cells as they are stored. Those never written are zeros."""
+        """Returns views of ranges of cells as they are stored. Unwritten cells are zeros."""
         return [self._holding(segment, high).lanes(index) for segment, high, index in cells]
 
     def sized(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
-        """A copy of the pair for a segment, with zeros up to `capacity` cells at least."""
+        """Returns a copy of a segment's pair, extended with zeros to at least `capacity` cells."""
         pair = self.pairs.get(segment)
         return self.form.pair([pair.whole] if pair else [], capacity, is_packed)
 
     def _holding(self, segment: int, high: int) -> AnyPair:
-        """The pair of a segment with `high` cells at least."""
+        """The pair of a segment, or an extended copy if it has less than `high` cells."""
         pair = self.pairs.get(segment)
         if pair is None or pair.capacity < high:
             return self.sized(segment, high, pair is not None and pair.is_packed)
@@ -285,20 +293,20 @@ class Buffers:
 
 
 Staged = dict[int, dict[int, AnyPair]]
-"""New pairs by layer and segment, not yet adopted."""
+"""New pairs by layer and segment, before `Store.adopt`."""
 
 
 def arrays_in(staged: Staged) -> list[mx.array]:
-    """All arrays of new pairs."""
+    """Returns all arrays of new pairs."""
     return [array for pairs in staged.values() for pair in pairs.values() for array in pair.arrays]
 
 
 class Store:
-    """All buffers, in the dtype they are used in or in fewer bits.
+    """The buffers of all layers.
 
     Args:
-        dtype: in which K and V come and go; None keeps that of each layer's first ones.
-        quantization: how they lie in packed segments; None if there are no such.
+        dtype: the dtype in which K and V are written and read; None keeps that of each layer's first ones.
+        quantization: the quantization of packed segments; None for float.
     """
 
     def __init__(self, dtype: mx.Dtype | None, quantization: Quantization | None = None) -> None:
@@ -307,44 +315,42 @@ class Store:
         self.layers: dict[int, Buffers] = {}
 
     def codecs(self, layer: int) -> Codecs:
-        """How a layer's keys and values lie in packed segments."""
+        """The codecs of a layer's keys and values in packed segments."""
         return self.layers[layer].form[5:]
 
     def form_for(self, layer: int, keys: mx.array, values: mx.array) -> Form:
-        """The form of a layer that begins with these.
+        """Returns the form of a layer whose first keys and values are these.
 
         Raises:
-            ValueError: they have not four axes, no heads, or heads of a size that is not to be divided
-                into groups.
+            ValueError: they do not have four dimensions or at least one head with one feature, or their
+                head_dim is not a multiple of the group size.
         """
         if keys.ndim != 4 or values.ndim != 4:
-            raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected four axes")
+            raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected 4 dimensions")
         if not keys.shape[1] or not keys.shape[3]:
-            raise ValueError(
-                f"keys of layer {layer} are {keys.shape}: at least 1 head of 1 feature is needed"
-            )
+            raise ValueError(f"keys of layer {layer} are {keys.shape}, expected at least 1 head of 1 feature")
         return self._with_codecs(
             layer, Form(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
         )
 
     def accepted(self, layer: int, form: Form) -> Form:
-        """The form in which a layer takes what comes in another. Raises ValueError for other heads."""
+        """Returns the form in which a layer stores tokens of `form`. Raises ValueError for other heads."""
         own = self.layers[layer].form if layer in self.layers else self._with_codecs(layer, form)
         if own[:3] != form[:3]:
             raise ValueError(
-                f"layer {layer} has {form.heads} heads of {form.key_dim} and {form.value_dim} features, "
-                f"this cache's has {own.heads} of {own.key_dim} and {own.value_dim}"
+                f"layer {layer} has {form.heads} heads of {form.key_dim} and {form.value_dim} features for "
+                f"keys and values, this cache has {own.heads} of {own.key_dim} and {own.value_dim}"
             )
         return own
 
     def _with_codecs(self, layer: int, form: Form) -> Form:
-        """The form of a layer that begins with arrays of this one."""
+        """The form of a new layer for arrays of this form."""
         dtypes = self._dtype or form.key_dtype, self._dtype or form.value_dtype
         codecs = self._quantization.of(layer) if self._quantization else (None, None)
         return Form(*form[:3], *dtypes).packed_by(codecs, f"layer {layer}")
 
     def open(self, layer: int, form: Form) -> Buffers:
-        """Begin a layer. Layers of the same form share one object for it."""
+        """Creates the buffers of a layer. Layers of equal form share one `Form` object."""
         form = next((other.form for other in self.layers.values() if other.form == form), form)
         buffers = self.layers[layer] = Buffers(form)
         return buffers
@@ -352,7 +358,7 @@ class Store:
     def stage_move(
         self, staged: Staged, segment: int, pieces: list[Cells], capacity: int, is_packed: bool
     ) -> None:
-        """Prepare a new segment that begins with copies of these cells."""
+        """Stages a new segment that begins with copies of these cells, in all layers."""
         for layer, buffers in self.layers.items():
             pair = buffers.form.pair(buffers.lanes(pieces), capacity, is_packed)
             staged.setdefault(layer, {})[segment] = pair
@@ -367,7 +373,7 @@ class Store:
         is_packed: bool,
         rebase: Rebase,
     ) -> None:
-        """Prepare `segment` with the source cells, re-based, from `cell` on."""
+        """Stages a copy of `segment` with the source cells, re-based, from `cell` on, in all layers."""
         for layer, buffers in self.layers.items():
             keys, values = rebase(layer, *concatenated(buffers.read(source)))
             pair = buffers.sized(segment, capacity, is_packed)
@@ -379,10 +385,10 @@ class Store:
             self.layers[layer].pairs.update(pairs)
 
     def grow(self, capacity: Mapping[int, int]) -> None:
-        """Lengthen what there is of these segments, array by array, each computed at once.
+        """Extends these segments in all layers, and evaluates one array at a time.
 
-        MLX would have many new arrays under way before it lets go of the old ones: with 30 layers a
-        third of all, with fewer all.
+        Evaluated together, MLX would allocate many new arrays before it frees old ones: a third of all with
+        30 layers, and all of them with fewer.
         """
         for buffers in self.layers.values():
             for segment, cells in capacity.items():
@@ -397,7 +403,7 @@ class Store:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All that is stored."""
+        """The arrays of all buffers."""
         return [
             array
             for buffers in self.layers.values()
@@ -407,12 +413,12 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """The size of all buffers in bytes."""
         return sum(array.nbytes for array in self.arrays)
 
 
 def concatenated(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
-    """Several K and V joined along the tokens; a single one as it is."""
+    """Concatenates pairs of K and V along the tokens. Returns a single pair as it is."""
     if len(parts) == 1:
         return parts[0]
     keys, values = zip(*parts, strict=True)

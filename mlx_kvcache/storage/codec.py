@@ -1,6 +1,7 @@
-"""The device that computes: the one place where it is asked for, so that tests can give either answer.
+"""Lanes: rows of cells that hold keys or values, in float (`Plain`) or quantized (`Packed`).
 
-A row of cells that holds keys or values: in float, or in fewer bits.
+Both kinds have the same methods: write, read and grow cells, decode them to float, and compute the two
+products of attention, with quantized cells as they are. Lanes are immutable; each change returns a new one.
 """
 
 from __future__ import annotations
@@ -14,78 +15,78 @@ from ..quantization import Codec
 
 
 def is_cpu() -> bool:
-    """Whether MLX computes on a CPU.
+    """Returns whether MLX computes on a CPU.
 
-    There its attention has no kernel of its own: it repeats the keys for each query head, and multiplies
-    keys that the mask hides.
+    MLX has no fused attention there: it repeats the keys for each query head, and multiplies keys that
+    the mask hides. Only this function asks for the device, so that tests can replace it.
     """
     return mx.default_device().type == mx.cpu
 
 
 Index = tuple[slice, slice, slice]
-"""Of neighboring cells in an array (1, heads, cells, dim)."""
+"""Indexes consecutive cells in an array (1, heads, cells, dim)."""
 
 _LARGEST = 32752.0
-"""Half of float16's range, so that the distance of two numbers fits it too."""
+"""Half of the largest float16, so that differences of two numbers also fit float16."""
 _ALL = slice(None)
 _FEW, _MANY = 4, 384
-"""Rows and cells from which a CPU multiplies faster by cell than by row."""
+"""Up to this number of rows, and from this number of cells on, a CPU multiplies cells by rows faster."""
 
 
 def index_of(low: int, high: int) -> Index:
-    """The cells [low, high)."""
+    """Returns the index of the cells [low, high)."""
     return _ALL, _ALL, slice(low, high)
 
 
 class Plain(NamedTuple):
-    """Cells in float, (1, heads, cells, dim)."""
+    """A lane in float, (1, heads, cells, dim)."""
 
     array: mx.array
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """What is stored."""
+        """The stored arrays."""
         return (self.array,)
 
     @property
     def dim(self) -> int:
-        """Features of a head."""
+        """The number of features per head."""
         return self.array.shape[3]
 
     def written(self, index: Index, tokens: mx.array) -> Plain:
-        """The same with tokens at these cells."""
+        """Returns the lane with tokens written to these cells."""
         return Plain(_written(self.array, index, tokens))
 
     def at(self, index: Index) -> Plain:
-        """A view of some cells."""
+        """Returns a view of some cells."""
         return Plain(self.array[index])
 
     def grown(self, cells: int) -> Plain:
-        """The same with zeros up to so many cells, computed at once."""
+        """Returns the lane extended with zeros to this number of cells. Evaluates it."""
         return Plain(grown(self.array, cells))
 
     def renewed(self, array: mx.array) -> Plain:
-        """The same with another array for the first that is stored."""
+        """Returns the lane with its first array replaced."""
         return Plain(array)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        """The cells in float."""
+        """Returns the cells in float."""
         return self.array.astype(dtype)
 
     def scores(self, rows: mx.array) -> mx.array:
-        """Products of rows (1, heads, m, dim) with each cell: (1, heads, m, cells)."""
+        """Returns the products of rows (1, heads, m, dim) with each cell, (1, heads, m, cells)."""
         if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and is_cpu():
-            # BLAS packs what it multiplies by, and few rows are packed sooner than many cells.
+            # BLAS copies its right operand first, and a few rows copy faster than many cells.
             return (self.array @ rows.swapaxes(-1, -2)).swapaxes(-1, -2)
         return rows @ self.array.swapaxes(-1, -2)
 
     def weighted(self, weights: mx.array) -> mx.array:
-        """Sums of the cells by weights (1, heads, m, cells): (1, heads, m, dim)."""
+        """Returns the sums of the cells by weights (1, heads, m, cells), (1, heads, m, dim)."""
         return weights @ self.array
 
 
 class Packed(NamedTuple):
-    """Cells in fewer bits: packed words, and a scale and a bias for each group of features."""
+    """A quantized lane: packed words, and a scale and a bias for each group of features."""
 
     words: mx.array
     scales: mx.array
@@ -94,27 +95,27 @@ class Packed(NamedTuple):
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """What is stored."""
+        """The stored arrays."""
         return self.words, self.scales, self.biases
 
     @property
     def dim(self) -> int:
-        """Features of a head."""
+        """The number of features per head."""
         return self.scales.shape[3] * self.codec.group_size
 
     @classmethod
     def of(cls, arrays: Iterable[mx.array], codec: Codec) -> Packed:
-        """Words, scales and biases."""
+        """Returns a lane of these words, scales and biases."""
         words, scales, biases = arrays
         return cls(words, scales, biases, codec)
 
     def written(self, index: Index, tokens: mx.array) -> Packed:
-        """As `Plain.written`; the tokens are in float."""
+        """As `Plain.written`; quantizes the tokens."""
         new = zip(self.arrays, packed(tokens, self.codec).arrays, strict=True)
         return Packed.of((_written(old, index, part) for old, part in new), self.codec)
 
     def at(self, index: Index) -> Packed:
-        """A view of some cells."""
+        """As `Plain.at`."""
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
     def grown(self, cells: int) -> Packed:
@@ -126,9 +127,9 @@ class Packed(NamedTuple):
         return self._replace(words=array)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        """The cells in float."""
+        """As `Plain.decoded`."""
         words, scales, biases, (bits, group_size) = self
-        # It computes in the scales' dtype, whatever is asked for.
+        # MLX computes in the dtype of the scales, even if another one is asked for.
         scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
@@ -143,7 +144,7 @@ class Packed(NamedTuple):
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
         words, scales, biases, (bits, group_size) = self
         if is_cpu():
-            # There the product of rows of 16 bits is 20 to 50 times slower, and sums in 16 bits.
+            # On a CPU, 16-bit rows multiply 20 to 50 times slower, and sums are rounded to 16 bits.
             rows = rows.astype(mx.float32)
         return mx.quantized_matmul(
             rows, words, scales, biases, transpose=transpose, group_size=group_size, bits=bits
@@ -154,12 +155,12 @@ Lane: TypeAlias = Plain | Packed
 
 
 def alias(array: mx.array) -> mx.array:
-    """Another object for the same array: assigning to one's elements leaves the other as it was."""
+    """Returns a second object for an array. Assigning to elements of one leaves the other unchanged."""
     return array.astype(array.dtype)
 
 
 def grown(array: mx.array, cells: int) -> mx.array:
-    """An array (1, heads, n, dim) with zeros up to so many cells, computed at once."""
+    """Returns an array (1, heads, n, dim) extended with zeros to this number of cells. Evaluates it."""
     _, heads, size, dim = array.shape
     if size >= cells:
         return array
@@ -175,7 +176,7 @@ def _written(array: mx.array, index: Index, tokens: mx.array) -> mx.array:
 
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:
-    """Tokens (1, heads, n, dim) in fewer bits, with scales and biases of 16 bits."""
+    """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
     if tokens.dtype == mx.float32:
         tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
     words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
@@ -183,7 +184,7 @@ def packed(tokens: mx.array, codec: Codec) -> Packed:
 
 
 def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
-    """A lane in the form of others: by a codec, or where that is None in float."""
+    """Converts a lane to a codec, or to float for None. `dtype` is the float dtype of its cells."""
     if codec is None:
         return Plain(lane.decoded(dtype))
     if isinstance(lane, Packed) and lane.codec == codec:
@@ -193,13 +194,13 @@ def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
 
 
 def copied(lane: Lane) -> Lane:
-    """The same in arrays of its own, so that it keeps no longer ones alive."""
+    """Copies a lane, because a view keeps the whole array in memory."""
     arrays = [array + 0 for array in lane.arrays]
     return Packed.of(arrays, lane.codec) if isinstance(lane, Packed) else Plain(*arrays)
 
 
 def joined(lanes: Sequence[Lane]) -> Lane:
-    """Lanes of one form, one after the other."""
+    """Concatenates lanes of the same dtypes and codec."""
     first = lanes[0]
     if len(lanes) == 1:
         return first
@@ -209,7 +210,7 @@ def joined(lanes: Sequence[Lane]) -> Lane:
 
 
 def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None) -> Lane:
-    """A lane whose cells are all zero."""
+    """Returns a lane of zeros."""
     if codec is None:
         return Plain(mx.zeros((1, heads, cells, dim), dtype))
     words = mx.zeros((1, heads, cells, dim * codec.bits // 32), mx.uint32)
@@ -218,12 +219,12 @@ def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None
 
 
 def cell_bytes(dim: int, dtype: mx.Dtype, codec: Codec | None) -> int:
-    """Bytes of one head's share of a cell."""
+    """Returns the bytes of a cell for one head."""
     if codec is None:
         return dim * dtype.size
     return dim * codec.bits // 8 + 2 * mx.float16.size * (dim // codec.group_size)
 
 
 def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """Of the scales and biases for arrays of this dtype: always 16 bits."""
+    """Returns the 16-bit dtype of scales and biases for arrays of this dtype."""
     return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16

@@ -1,4 +1,4 @@
-"""Masks, compared on the device from a few ints per token."""
+"""Attention masks, computed on the device from the positions of queries and keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FARTHEST = 2**31 - 1
 
 
 def positions_of(ranges: list[tuple[int, int]]) -> Ints:
-    """Half-open ranges of positions, one after the other."""
+    """Returns the positions in half-open ranges, concatenated."""
     return np.concatenate([np.arange(low, high, dtype=np.int32) for low, high in ranges])
 
 
@@ -30,20 +30,21 @@ def array_mask(
     padding: int = 0,
     dtype: mx.Dtype | None = None,
 ) -> mx.array:
-    """Which keys each query sees.
+    """Returns the mask of the keys that each query sees.
 
     Args:
-        queries, keys: positions of the n queries and the S keys.
-        owners: their sequences; None where all are of one.
-        later: (n,) queries that also see later tokens, or None.
-        padding: cells to hide at the end.
-        dtype: None for booleans, else the type of additive masks.
+        rule: the visibility rule.
+        queries, keys: the positions of n queries, (n,), and of S keys, (S,).
+        owners: the sequences of the queries and of the keys; None if there is only one.
+        later: (n,), True for queries that also see later tokens; or None.
+        padding: the number of hidden keys to add at the end.
+        dtype: None for a boolean mask, or the float dtype of an additive one.
 
     Returns:
-        (n, S + padding), True or 0 = visible, False or -inf = hidden.
+        (n, S + padding), with True or 0 = visible, False or -inf = hidden.
     """
     if isinstance(rule, (Window, Chunk)) and rule.size > _FARTHEST:
-        # As far as positions go, which the device has in 32 bits.
+        # Positions are int32 on the device, and none is higher than this.
         rule = replace(rule, size=_FARTHEST)
     upper = False if later is None else mx.array(later)[:, None]
     seen: mx.array = visible(rule, mx.array(queries)[:, None], mx.array(keys), upper)

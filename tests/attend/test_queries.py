@@ -27,7 +27,7 @@ WRONG: dict[str, tuple[tuple[int, ...], str]] = {
     "heads": ((1, 3, 0, DIM), "3 heads are not a multiple of layer 1's 2 K/V heads"),
     "fewer heads": ((1, 1, 0, DIM), "1 heads are not a multiple of layer 1's 2 K/V heads"),
     "no heads": ((1, 0, 0, DIM), "0 heads are not a multiple of layer 1's 2 K/V heads"),
-    "head_dim": ((1, 4, 0, 16), "16 features a head, the keys of layer 1 have 32"),
+    "head_dim": ((1, 4, 0, 16), "head_dim is 16, expected 32 as in the keys of layer 1"),
     "rows": ((2, 4, 0, DIM), "expected (1, n_heads, {n}, head_dim)"),
     "axes": ((4, 0, DIM), "expected (1, n_heads, {n}, head_dim)"),
     "tokens": ((1, 4, 1, DIM), "expected (1, n_heads, {n}, head_dim)"),

@@ -106,7 +106,7 @@ def test_safe_when_empty(cache: EncoderCache) -> None:
     with pytest.raises(CacheError, match="sequence 0 has no encoder output in layer 0"):
         cache.get()
     cache.set_causal(CausalOptions((0,)))
-    with pytest.raises(ValueError, match="index 3 in a batch of 1"):
+    with pytest.raises(ValueError, match="index 3 is out of range for a batch of 1"):
         cache.set_causal(CausalOptions((3,)))
     assert cache.nbytes == 0
 

@@ -106,11 +106,11 @@ def test_after_close(cache: KeyValueCache) -> None:
     ("positions", "sequences", "multimodal", "message"),
     [
         ([], [], [], "at least 1 token"),
-        ([0, 1], [0], [], "2 positions but 1 sequences"),
+        ([0, 1], [0], [], "a sequence per position, got 2 and 1"),
         ([0, -1], [0, 0], [], r"positions\[1\] is -1"),
         ([0], [-3], [], r"sequences\[0\] is -3"),
-        ([4, 4], [2, 2], [], r"twice: \(2, 4\)"),
-        ([0], [0], [1], "multimodal index 1 in a batch of 1"),
+        ([4, 4], [2, 2], [], "position 4 of sequence 2 twice"),
+        ([0], [0], [1], "multimodal index 1 is out of range for a batch of 1"),
     ],
 )
 def test_batches_that_cannot_be(
@@ -122,11 +122,11 @@ def test_batches_that_cannot_be(
 
 def test_positions_must_go_on(cache: KeyValueCache) -> None:
     fed(cache, [0, 1, 2])
-    for positions, said in (([4], "not 4 to 4"), ([2], "not 2 to 2"), ([3, 5], "not 3 to 5")):
+    for positions, said in (([4], "got 4 to 4"), ([2], "got 2 to 2"), ([3, 5], "got 3 to 5")):
         batch = Batch(positions, [0] * len(positions))
         refused(cache, partial(cache.start_forward, batch), ValueError, f"sequence 0 ends at 3.*{said}")
     refused(cache, lambda: cache.start_forward(Batch.run(0, 3, 13)), ValueError, "13 tokens .*max_batch=12")
-    with pytest.raises(ValueError, match="no run of 0 tokens"):
+    with pytest.raises(ValueError, match="got 0 tokens"):
         Batch.run(0, 3, 0)
 
 
@@ -145,14 +145,19 @@ def test_numbers_out_of_range(cache: KeyValueCache) -> None:
     ):
         refused(cache, call, ValueError, said)
     cache.start_forward(Batch([4], [0]))
-    refused(cache, lambda: cache.set_causal(CausalOptions((1,))), ValueError, "index 1 in a batch of 1")
+    refused(
+        cache,
+        lambda: cache.set_causal(CausalOptions((1,))),
+        ValueError,
+        "index 1 is out of range for a batch of 1",
+    )
 
 
 def test_kinds_out_of_range() -> None:
     for make, told in (
         (lambda: SlidingWindowCache(0), "window_size must be 1 or more, got 0"),
-        (lambda: SlidingWindowCache(4, sinks=4), "sinks must be 0 to 3 in a window of 4, got 4"),
-        (lambda: SlidingWindowCache(4, sinks=5), "sinks must be 0 to 3 in a window of 4, got 5"),
+        (lambda: SlidingWindowCache(4, sinks=4), "sinks must be 0 to 3 in a window of 4 tokens, got 4"),
+        (lambda: SlidingWindowCache(4, sinks=5), "sinks must be 0 to 3 in a window of 4 tokens, got 5"),
         (lambda: SlidingWindowCache(4, sinks=-1), "sinks must be 0 or more, got -1"),
         (lambda: SlidingWindowCache(4, rewind=-1), "rewind must be 0 or more, got -1"),
         (lambda: ChunkedAttentionCache(0), "chunk_size must be 1 or more, got 0"),

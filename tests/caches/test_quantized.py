@@ -227,13 +227,13 @@ def test_other_kinds_keep_their_arrays() -> None:
 
 def test_widths_that_do_not_fit_are_refused_with_the_numbers() -> None:
     cache = CausalCache()
-    with pytest.raises(ValueError, match="80 features, which groups of 64 do not divide; no group size does"):
+    with pytest.raises(ValueError, match="head_dim 80 is not a multiple of group_size 64; no supported"):
         cache.init(quantization=Quantization(8), head_dim=80)
-    with pytest.raises(ValueError, match="96 features, which groups of 64 do not divide; groups of 32 do"):
+    with pytest.raises(ValueError, match="head_dim 96 is not a multiple of group_size 64; use 32"):
         cache.init(quantization=Quantization(8), head_dim=96)
     cache.init(quantization=Quantization((None, 8)), head_dim=128)
     with cache.forward(Batch([0], [0])):
-        with pytest.raises(ValueError, match="values of layer 3 have 80 features"):
+        with pytest.raises(ValueError, match="head_dim 80 of the values of layer 3"):
             cache.layer(3).put(noise(1, dim=80), noise(1, dim=80))
         assert cache.nbytes == 0
         cache.layer(3).put(noise(1, dim=80), noise(1))
@@ -242,9 +242,9 @@ def test_widths_that_do_not_fit_are_refused_with_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 7}, r"in 7 bits: there are \(8, 6, 5, 4, 3, 2\)"),
-        ({"bits": (8, 1)}, "in 1 bits"),
-        ({"group_size": 16}, r"a group size of 16: there are \(32, 64, 128\)"),
+        ({"bits": 7}, r"to 7 bits; supported: \(8, 6, 5, 4, 3, 2\)"),
+        ({"bits": (8, 1)}, "to 1 bits"),
+        ({"group_size": 16}, r"group_size 16 is not supported; supported: \(32, 64, 128\)"),
         ({"after": -1}, "after must be 0 or more, got -1"),
     ],
 )

@@ -214,14 +214,14 @@ def test_a_state_with_nothing_in_it() -> None:
 def test_batches_of_several_sequences_name_one() -> None:
     cache = made()
     cache.start_forward(Batch([0, 0], [3, 8]))
-    with pytest.raises(CacheError, match=r"sequence None is none of the batch's 2: \[3, 8\]"):
+    with pytest.raises(CacheError, match=r"sequence=None names none of the batch's 2 sequences: \[3, 8\]"):
         cache.get()
     cache.put(mx.ones(1), sequence=3)
     cache.put(mx.zeros(1), sequence=8)
-    with pytest.raises(CacheError, match="sequence 4"):
+    with pytest.raises(CacheError, match="sequence=4"):
         cache.layer(0).put(mx.ones(1), sequence=4)
     for at in (0, 2):
-        told = f"at={at} is not inside the batch, which takes sequence 3 from 0 to 1"
+        told = f"at={at} is outside the batch, which extends sequence 3 from 0 to 1 tokens: at must be 1 to 1"
         with pytest.raises(ValueError, match=told):
             cache.put(mx.ones(1), sequence=3, at=at)
     assert mx.array_equal(array(cache.get(sequence=8)), mx.zeros(1))

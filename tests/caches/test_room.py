@@ -54,10 +54,20 @@ def test_a_failing_shift_hook_changes_nothing() -> None:
     assert calls == [(0, (1, 1, 3, 2), [-2] * 3), (1, (1, 1, 3, 2), [-2] * 3)]
     wrong = causal(shift=lambda layer, keys, offsets: keys[:, :, 1:])
     fed(wrong, range(6))
-    refused(wrong, lambda: wrong.remove(0, 1, 3), ValueError, r"\(1, 1, 2, 2\) of keys \(1, 1, 3, 2\)")
+    refused(
+        wrong,
+        lambda: wrong.remove(0, 1, 3),
+        ValueError,
+        r"\(1, 1, 2, 2\) in layer 0, expected \(1, 1, 3, 2\)",
+    )
     longer = causal(shift=lambda layer, keys, offsets: mx.concatenate([keys, keys], axis=2))
     fed(longer, range(6))
-    refused(longer, lambda: longer.remove(0, 1, 3), ValueError, r"\(1, 1, 6, 2\) of keys \(1, 1, 3, 2\)")
+    refused(
+        longer,
+        lambda: longer.remove(0, 1, 3),
+        ValueError,
+        r"\(1, 1, 6, 2\) in layer 0, expected \(1, 1, 3, 2\)",
+    )
 
 
 def test_without_a_hook_only_tails_go() -> None:

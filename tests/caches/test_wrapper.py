@@ -81,7 +81,7 @@ def test_layer_types() -> None:
     cache.start_forward(Batch([3], [0]))
     assert cache.underlying_cache is causal
     for wrong in (-1, 2):
-        with pytest.raises(ValueError, match=f"layer type {wrong}: there are 0 to 1"):
+        with pytest.raises(ValueError, match=f"layer type must be 0 to 1, got {wrong}"):
             cache.set_layer_type(wrong)
     cache.set_layer(5)
     cache.put(*coded([3]))
@@ -92,7 +92,7 @@ def test_layer_types() -> None:
 
 
 def test_children_are_caches() -> None:
-    with pytest.raises(TypeError, match="children are caches of their own, got list"):
+    with pytest.raises(TypeError, match="every argument must be a cache, got list"):
         WrapperCache([CausalCache()])  # type: ignore[arg-type]
 
 

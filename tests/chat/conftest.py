@@ -19,7 +19,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """Heads of 48 features, which groups of 64 do not divide."""
+    """Heads of 48 features, not a multiple of the group size 64."""
     return written(tmp_path_factory.mktemp("models") / "odd", tokenizer, layers=1, head_dim=48)
 
 

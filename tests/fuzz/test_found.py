@@ -44,7 +44,7 @@ def test_bits_in_a_file_that_are_lists(tmp_path: Path) -> None:
     options = source.told["options"] | {"kv_bits": [[[8], 8], [8, {}]]}
     path = tmp_path / "a"
     path.write_bytes(own_file(source.told | {"options": options}, source.arrays))
-    with pytest.raises(CacheFileError, match=r"keys or values in \[8\] bits"):
+    with pytest.raises(CacheFileError, match=r"cannot quantize to \[8\] bits"):
         PromptCache.load(path, held("llama").model)
 
 
@@ -82,7 +82,7 @@ def test_texts_that_are_no_texts(letters: list[int], tmp_path: Path) -> None:
     arrays = source.arrays | {"0.0.1": Stored("I64", (len(letters),), data)}
     path = tmp_path / "a"
     path.write_bytes(plain_file(source.told, arrays))
-    with pytest.raises(CacheFileError, match=r"not a prompt cache as mlx-lm .*(too large|not in range)"):
+    with pytest.raises(CacheFileError, match="not a prompt cache as mlx-lm "):
         read_foreign(path)
 
 
@@ -91,7 +91,7 @@ def test_a_tree_that_is_too_deep(depth: int, tmp_path: Path) -> None:
     """Refused by its names, or where it is built."""
     path = tmp_path / "a"
     path.write_bytes(plain_file({f"0{'.0' * depth}": "x", "1.0": "KVCache"}, {}))
-    with pytest.raises(CacheFileError, match=r"not a prompt cache as mlx-lm "):
+    with pytest.raises(CacheFileError, match="prompt cache"):
         read_foreign(path)
 
 
@@ -283,7 +283,7 @@ def test_attention_to_an_encoder_without_heads() -> None:
 def test_attention_to_what_holds_no_keys() -> None:
     cache, new = RecurrentCache(), mx.zeros((1, 1, 1, 4))
     cache.init(mx.float32)
-    with pytest.raises(NotSupportedError, match="RecurrentCache, which holds no keys"):
+    with pytest.raises(NotSupportedError, match="RecurrentCache, which stores no keys"):
         attention(new, new, new, cache, scale=1.0)  # type: ignore[arg-type]
 
 

@@ -234,11 +234,13 @@ def test_a_file_of_another_model_cache_or_size_is_refused(saved: Path) -> None:
     wide.init(mx.float32)
     with wide.forward(Batch([0], [3])):
         wide.layer(1).put(mx.ones((1, 4, 1, 32)), mx.ones((1, 4, 1, 32)))
-    with pytest.raises(CacheFileError, match="layer 1 has 2 heads of 32 and 32 features, this cache's has 4"):
+    with pytest.raises(
+        CacheFileError, match=r"layer 1 has 2 heads of 32 and 32 features .*, this cache has 4"
+    ):
         load(saved, wide, 1)
     narrow = CausalCache()
     narrow.init(mx.float32, quantization=Quantization(8, group_size=64))
-    with pytest.raises(CacheFileError, match="32 features, which groups of 64 do not divide"):
+    with pytest.raises(CacheFileError, match=r"head_dim 32 of .* is not a multiple of group_size 64"):
         load(saved, narrow, 1)
 
 
@@ -293,7 +295,7 @@ def in_layer(name: str, value: Any) -> Change:
         (in_layer("dims", [32]), "not a list of 2"),
         (in_layer("dtypes", ["I32", "F32"]), "expected floats"),
         (in_layer("dtypes", ["F64", "F32"]), "MLX has no dtype 'F64'"),
-        (in_layer("codecs", [[7, 32], None]), "in 7 bits"),
+        (in_layer("codecs", [[7, 32], None]), "to 7 bits"),
         (in_layer("codecs", [[4, 32], [8, 32]]), "the header says"),
         (lambda header, arrays: header.pop("caches"), "the caches is None"),
         (lambda header, arrays: header["caches"].append({}), "not a list of 1"),

@@ -20,7 +20,7 @@ from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, build
 from tests.plugin.running import difference, logits_of
 
-REFUSED = {"deepseek_v41": "layer 0 of mlx_lm.models.deepseek_v41 caches by LayerCache"}
+REFUSED = {"deepseek_v41": "layer 0 of mlx_lm.models.deepseek_v41 uses mlx_lm.models.deepseek_v41.LayerCache"}
 NAMES = [name for name in CONFIGURATIONS if name not in REFUSED]
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 OTHER = [88 - token for token in TEXT]

@@ -254,7 +254,7 @@ def test_an_option_that_there_is_not(name: str, nearest: str, tmp_path: Path) ->
     logits_of(model, cache, TEXT[:3])
     cache.save(path)
     options: dict[str, Any] = {name: 4}
-    told = rf"there is no option '{name}': did you mean '{nearest}'\? Options are {nearest}, .*, "
+    told = f"has no option {name}; .*{nearest}"
     with pytest.raises(TypeError, match=told):
         PromptCache.load(path, model, **options)
     with pytest.raises(TypeError, match=told):
@@ -264,7 +264,7 @@ def test_an_option_that_there_is_not(name: str, nearest: str, tmp_path: Path) ->
         with pytest.raises(TypeError, match=r"a tokenizer as `mlx_lm\.load` returns it is needed, got"):
             PromptCache.load(path, model, tokenizer)
     tokens: Any = [1.5] * 3
-    with pytest.raises(TypeError, match="tokens must be whole numbers: 'float'"):
+    with pytest.raises(TypeError, match="tokens must be whole numbers"):
         cache.save(path, tokens=tokens)
 
 

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and CHANGELOG.md say is so."""
+"""CONTRIBUTING.md and CHANGELOG.md are true, and the modules keep to the sizes that CONTRIBUTING.md names."""
 
 from __future__ import annotations
 
@@ -58,6 +58,35 @@ def test_every_file_that_is_named_exists() -> None:
     }
     assert len(named) > 15
     assert not missing
+
+
+def test_every_place_of_a_change_exists() -> None:
+    """Each code span in "Where a change goes" is a file, a make target, or a name in a file of its row."""
+    section = CONTRIBUTING.partition("## Where a change goes\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!change)(\w[^|]+) \| (.+) \|$", section, re.MULTILINE)
+    assert len(rows) >= 10
+    for change, places in rows:
+        spans = re.findall(r"`([^`]+)`", places)
+        files = [span for span in spans if "/" in span or "." in Path(span).suffix]
+        assert files, change
+        assert not [name for name in files if not (ROOT / name).exists()], change
+        text = "".join((ROOT / name).read_text(encoding="utf-8") for name in files if (ROOT / name).is_file())
+        names = [span for span in spans if span not in files and not span.startswith("make ")]
+        # A name may stand for all that begin alike, as `_plan_...`.
+        assert not [name for name in names if name.removesuffix("...") not in text], change
+
+
+def test_modules_are_of_the_size_that_is_asked_for() -> None:
+    """One idea each, 40 to 600 lines; few enough to find by name."""
+    low, high = map(int, re.findall(r"A module is one idea, in (\d+) to (\d+) lines", CONTRIBUTING)[0])
+    files = list(PACKAGE.rglob("*.py"))
+    modules = [path for path in files if path.name != "__init__.py"]
+    sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert not {str(path): size for path, size in sizes.items() if not low <= size <= high}
+    plugin = PACKAGE / "plugin"
+    assert len([path for path in modules if path.is_relative_to(plugin)]) <= 30
+    assert len(list(plugin.rglob("*/__init__.py"))) <= 8
+    assert len(files) <= 85
 
 
 def test_the_lowest_versions_are_those_of_the_table() -> None:

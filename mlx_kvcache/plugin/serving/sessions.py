@@ -116,7 +116,8 @@ class _ModelSessions(SessionPool):
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
     ) -> bool:
         self._renew()
-        if cache.pool.version is not self._version:
+        pool = getattr(cache, "pool", None)
+        if pool and pool.model is self._model and pool.version is not self._version:
             return self._reject("computed with other weights", cache)
         return super().store(tokens, cache, salt, is_pinned)
 

@@ -57,14 +57,15 @@ def architecture(setting: Setting, name: str) -> None:
     branch = pair.fork()
     branch.feed([7, 8, 9])
     pair.feed([10])
+    begin, end = (min(position, pair.whole.position) for position in (2, 4))
     try:
-        pair.whole.remove(2, 4)
+        pair.whole.remove(begin, end)
     except NotSupportedError:
         try:
-            pair.cache.remove(2, 4)
+            pair.cache.remove(begin, end)
         except NotSupportedError:
             return
         raise AssertionError("one process refuses to remove, ranks do not") from None
-    pair.cache.remove(2, 4)
+    pair.cache.remove(begin, end)
     pair.feed([11])
     branch.feed([12])
