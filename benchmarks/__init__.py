@@ -1,1 +1,1 @@
-"""Figures about this package, each beside a peer in the same run."""
+"""Measures this package; each figure is compared with another implementation in the same run."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks --help"""
+"""Runs benchmarks: python -m benchmarks --help"""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "saving": saving.run,
 }
 APART: dict[str, Benchmark] = {"endless": endless.run, "chat": chat.run}
-"""What takes too long to be among `--all`, or is about an example."""
+"""Benchmarks that `--all` leaves out: they take too long, or measure an example."""
 
 
 def main() -> int:

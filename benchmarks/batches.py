@@ -1,4 +1,4 @@
-"""Several sequences at once."""
+"""Measures decode steps of several sequences in a batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _windows(model: Any, shape: Shape, rounds: int) -> Row:
-    """Rows in windows that have slid."""
+    """Measure a batch whose sliding windows have moved."""
     lengths = [1024] + [96] * 7
     model.make_cache = lambda: [RotatingKVCache(WINDOW) for _ in range(shape.layers)]
     try:
@@ -71,7 +71,7 @@ def _ours(model: Any, lengths: list[int], shape: Shape) -> list[Any]:
 
 
 def merged(caches: list[Any], kind: Any) -> list[Any]:
-    """mlx-lm's caches as a batch."""
+    """Merge mlx-lm's caches into a batch."""
     batch = [kind.merge([cache[i] for cache in caches]) for i in range(len(caches[0]))]
     evaluate(batch)
     return batch

@@ -1,4 +1,4 @@
-"""What fewer bits cost: bytes of K and V, and the loss on real text."""
+"""Measures quantization: bytes of K and V, and the loss on real text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "6 and 4": {"kv_bits": (6, 4)},
     "4, groups of 32": {"kv_bits": 4, "kv_group_size": 32},
 }
-"""Bits of keys and values alike, or of keys and of values."""
+"""Options by name: one width for keys and values, or "keys and values" separately."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Bytes and loss of SmolLM2 on 2,048 tokens of real text, for keys and values in fewer bits."""
+    """Bytes and loss of SmolLM2 on 2,048 tokens of real text, with quantized keys and values."""
     model, tokenizer = setting.load("smollm2")
     text = topics(tokenizer, setting.of(TOKENS, BLOCK) + 1)
     whole = losses(model, make_prompt_cache(model), text, BLOCK).mean()

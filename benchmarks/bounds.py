@@ -1,4 +1,4 @@
-"""What each ratio must reach, in one place: whole runs, and quick ones as a guard."""
+"""Defines the bounds that benchmark results must meet, in full and in quick runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ class Bound(NamedTuple):
     """A bound on a row.
 
     Attributes:
-        limit: of the ratio, or with `of_value` of the row's own figure.
-        quick: the same for a quick run, wide enough for a busy machine; None leaves it out.
-        reason: why it is not met, where that is known.
+        limit: the bound for a full run: a minimum for kind "speed", a maximum otherwise.
+        quick: the bound for a quick run, wide enough for a busy machine; None for no bound.
+        of_value: whether the bound is on the row's value instead of its ratio.
+        reason: why the bound is not met, if known.
     """
 
     limit: float
@@ -22,7 +23,7 @@ class Bound(NamedTuple):
     reason: str = ""
 
     def limit_of(self, is_quick: bool) -> float | None:
-        """The limit that holds; None where a quick run has none."""
+        """The bound for this kind of run, or None."""
         return self.quick if is_quick else self.limit
 
     def is_met(self, row: Row, is_quick: bool = False) -> bool:
@@ -30,7 +31,7 @@ class Bound(NamedTuple):
         return limit is None or (figure >= limit if row.kind == "speed" else figure <= limit)
 
     def figure(self, row: Row) -> float:
-        """What the bound is on."""
+        """The figure of the row that is compared with the bound."""
         if self.of_value:
             return row.ours
         assert row.ratio is not None
@@ -99,4 +100,4 @@ BOUNDS = {
     "endless.below.shift": Bound(1.03, reason=FAR),
     "endless.after.shift": Bound(1.03),
 }
-"""By the key of the row. A speed is to be at least so many times the peer's, anything else at most."""
+"""Bounds by the key of the row."""

@@ -1,4 +1,4 @@
-"""How long the chat in examples/ lets its user wait."""
+"""Measures the response times of the chat in examples/."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = "word " * 200 + "Tell me about the moon."
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Seconds from starting the chat to its prompt and a first token; from a key to its letter meanwhile."""
+    """Seconds from starting the chat to its prompt and first token, and from a key to its letter."""
     prompt, token = _started()
     yield Row("chat.prompt", "from starting the chat to its prompt", "s", prompt)
     yield Row(
@@ -42,7 +42,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _started() -> tuple[float, float]:
-    """Seconds from starting to the prompt, and to the first token of a reply, in a terminal of its own."""
+    """Seconds from the start to the prompt, and to the first token of a reply, in a new terminal."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "examples.chat", "--data", folder, "--max-tokens", "1"]
         start = time.perf_counter()
@@ -54,7 +54,7 @@ def _started() -> tuple[float, float]:
         _read_until(terminal, b"Say something")
         prompt = time.perf_counter() - start
         os.write(terminal, b"Say hi.\r")
-        # What a reply has cost is told when it ends, which is after one token.
+        # The statistics appear when the reply ends, which is after one token.
         _read_until(terminal, b"reused,")
         token = time.perf_counter() - start
         os.kill(child, signal.SIGKILL)
@@ -70,7 +70,7 @@ def _read_until(terminal: int, text: bytes) -> None:
 
 
 async def _typed(tokens: int) -> list[float]:
-    """Seconds from each key to its letter while a reply is written."""
+    """Seconds from each key to its letter while a reply is generated."""
     app = Chat(None, None, "Be brief.", lambda usual: Settings(temperature=0.0, max_tokens=tokens))
     waits = []
     async with app.run_test(size=(COLUMNS, ROWS)) as pilot:

@@ -1,4 +1,4 @@
-"""Attention within chunks, as in Llama 4."""
+"""Measures chunked attention, as in Llama 4."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(setting: Setting) -> Iterator[Row]:
         block = arrays(BLOCK, start)
         _step(ours, *block)
         _store(theirs, *block)
-    # The middle of a chunk is where there is something to see.
+    # Decoding is measured in the middle of a chunk, where tokens see half a chunk.
     token = arrays(1, 99)
     for _ in range(CHUNK // 2):
         check_equal(_step(ours, *token), _their_step(theirs, *token))
@@ -69,7 +69,7 @@ def _store(cache: list[ChunkedKVCache], q: mx.array, k: mx.array, v: mx.array) -
 
 
 def _their_step(cache: list[ChunkedKVCache], q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """As mlx-lm's llama4 does, whose mask hides the chunks behind."""
+    """Attend as mlx-lm's llama4 does; its mask hides past chunks."""
     outputs = []
     for layer in cache:
         layer.maybe_trim_front()

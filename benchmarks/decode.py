@@ -1,4 +1,4 @@
-"""One token more, after contexts of any length."""
+"""Measures decoding of one token after contexts of several lengths."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.shape import arrays, attention, contiguous, fill, prepared, shap
 from mlx_kvcache.plugin import make_prompt_cache
 
 DRIFT = 16
-"""Tokens that a context grows by before it is cut back."""
+"""Tokens by which a context may grow before it is trimmed to its length."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """A token after 256 to 16,384: a model, and its cache and attention alone."""
+    """One token after 256 to 16,384: the whole model, and only its cache and attention."""
     model, _ = setting.load("smollm2")
     shape = shape_of(model)
     token, given = mx.array([[5]]), arrays(1, 7, shape=shape)

@@ -1,4 +1,4 @@
-"""What 500 removals do to the keys that stay."""
+"""Measures the rounding error of keys after 500 removals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REMOVALS, WIDTH, SINKS = 500, 4, 8
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Largest error of 16-bit keys after 500 removals of 4 tokens, against rotating what is stored."""
+    """Largest error of 16-bit keys after 500 removals of 4 tokens, against rotating stored keys."""
     for dtype in (mx.bfloat16, mx.float16):
         yield from _errors(dtype)
 

@@ -1,4 +1,4 @@
-"""Going back, and taking text out of the middle."""
+"""Measures rewinding, and removal of tokens from the middle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK, BACK = 512, 64
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Rewinding 64 tokens, and removing the middle of 4,096 against prefilling what is left."""
+    """Rewinding 64 tokens, and removing the middle of 4,096 against prefilling the tokens after it."""
     model, _ = setting.load(setting.of("smollm2", "tiny"))
     context, shape = setting.of(4096, 2048), shape_of(model)
     ours, theirs = fill(make_prompt_cache(model), context, shape=shape), contiguous(context, shape=shape)
@@ -47,14 +47,14 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _removal(model: Any, context: int, rounds: int) -> Row:
-    """mlx-lm's caches cannot remove from the middle: they prefill what comes after it again."""
+    """Compare a removal with mlx-lm's caches, which must prefill the tokens after it again."""
     text = mx.random.randint(0, 500, (1, context), key=mx.random.key(0))
     cache = make_prompt_cache(model)
     begin, end = context // 4, 3 * context // 4
     read(model, cache, text, BLOCK)
     token, seconds = mx.array([[5]]), []
     found: list[mx.array] = []
-    # The first removal asks once how the model turns keys; a chat does that once, too.
+    # The first removal also probes the model's RoPE, once for each model. It is not counted.
     for _ in range(rounds + 1):
         branch = cache.fork()
         seconds.append(timed(lambda: _removed(model, branch, begin, end, token, found)))  # noqa: B023

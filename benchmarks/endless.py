@@ -1,4 +1,4 @@
-"""Text without end: the loss by position, with room for 1,024 tokens and with room for all."""
+"""Measures the loss by position on a long text, with a capacity of 1,024 tokens and without a bound."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlx_kvcache.plugin import make_prompt_cache
 
 TOKENS, BLOCK, ROOM, SINKS = 16384, 256, 1024, 4
 TRAINED = 8192
-"""Tokens of context that SmolLM2 was trained on."""
+"""The context length, in tokens, that SmolLM2 was trained on."""
 BIN = 1024
 
 
 def run(setting: Setting) -> Iterator[Row | Curve]:
-    """Loss on 16,384 tokens of English with room for 1,024, against full attention and RotatingKVCache."""
+    """Loss on 16,384 tokens of English, capacity 1,024, against full attention and RotatingKVCache."""
     model, tokenizer = setting.load("smollm2")
     text = topics(tokenizer, TOKENS + 1)
     peer = f"RotatingKVCache({ROOM}, keep={SINKS})"
@@ -41,7 +41,7 @@ def run(setting: Setting) -> Iterator[Row | Curve]:
             key, work = f"endless.below.{name}", f"mean loss below position {TRAINED:,}, {_shown(name)}"
             yield less(key, work, "nats", loss[:TRAINED].mean(), "full attention", full)
     for name, loss in found.items():
-        # The second half is other text; full attention that begins there says how hard it is.
+        # The second half is other text, so its reference is full attention that starts there.
         key, work = f"endless.after.{name}", f"the same from there to {TOKENS:,}, {_shown(name)}"
         yield less(key, work, "nats", loss[TRAINED:].mean(), "full attention begun there", again.mean())
     yield Curve(
@@ -63,7 +63,7 @@ def _shown(name: str) -> str:
 
 
 def _windowed(model: Any) -> Any:
-    """What this package answers a model with that asks for `RotatingKVCache`."""
+    """Make this package's cache for a model that asks for `RotatingKVCache`."""
     model.make_cache = lambda: [RotatingKVCache(ROOM, keep=SINKS) for _ in model.layers]
     try:
         return make_prompt_cache(model)
@@ -72,7 +72,7 @@ def _windowed(model: Any) -> Any:
 
 
 def _streaming(model: Any) -> Any:
-    """The window with sinks of another package, where it is installed."""
+    """Make VeloxQuant-MLX's window with sinks; None if the package is not installed."""
     try:
         from veloxquant_mlx import KVCacheBuilder, KVCacheConfig
     except ImportError:

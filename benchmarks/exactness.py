@@ -1,4 +1,4 @@
-"""How far a model's logits are from those with mlx-lm's KVCache."""
+"""Compares a model's logits with those computed with mlx-lm's KVCache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Branches of one conversation."""
+"""Measures forks of a conversation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS = 8
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Forks of a 4,096-token prompt, 1 to 64, and one token in each layer of each, against deepcopy."""
+    """1 to 64 forks of a 4,096-token prompt, and one token in each layer of each, against deepcopy."""
     prompt = setting.of(4096, 1024)
     ours = fill(make_prompt_cache(tiny_llama(num_hidden_layers=LAYERS)), prompt)
     theirs = contiguous(prompt, shape=SMOLLM2._replace(layers=LAYERS))
@@ -46,7 +46,7 @@ def _forked(cache: Any, branches: int) -> None:
     _write(forks)
     for fork in forks:
         fork.close()
-    # Asking for bytes lets go of what was closed.
+    # Reading nbytes frees the cells of closed caches.
     assert cache.pool.nbytes
 
 

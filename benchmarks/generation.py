@@ -1,4 +1,4 @@
-"""Generating text."""
+"""Measures text generation with mlx-lm's generate_step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = 32
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Milliseconds per token of mlx_lm's generate_step, with mlx-lm's own caches and with these."""
+    """Milliseconds per token of mlx_lm's generate_step, with this package's caches and mlx-lm's."""
     model, tokenizer = setting.load("smollm2")
     text = "Once upon a time there was a small cache that"
     prompt = mx.array(tokenizer.encode(text) if tokenizer else list(text.encode()))

@@ -1,4 +1,4 @@
-"""Bytes while a conversation grows."""
+"""Measures peak memory while a conversation grows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = 8192
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Peak bytes of K and V growing to 8,192 tokens, updates alone, as a share of those that are live."""
+    """Peak bytes of K and V while growing to 8,192 tokens, relative to the live bytes; updates only."""
     model = tiny_llama(num_hidden_layers=LAYERS)
     live = LAYERS * TOKENS * KV_HEADS * DIM * 2 * 4
     for block in setting.of((512, 64, 1), (512,)):

@@ -1,4 +1,4 @@
-"""What the cache costs where nothing is multiplied."""
+"""Measures the cache's overhead on the host: updates without attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.plugin.tiny import tiny_llama
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Microseconds per layer and step of the mask and updates: the graph built, and evaluated."""
+    """Microseconds per layer and step for the mask and updates: graph built, and evaluated."""
     model, token = tiny_llama(num_hidden_layers=LAYERS), mx.ones((1, KV_HEADS, 1, DIM))
     mx.eval(token)
     rounds = setting.of(100, 60)
@@ -51,7 +51,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 class Bare:
-    """The least that MLX can be asked to do: two assignments and two slices a layer."""
+    """The minimum of MLX operations for a cache: two assignments and two slices for each layer."""
 
     def __init__(self, length: int) -> None:
         shape = 1, KV_HEADS, length + 256, DIM

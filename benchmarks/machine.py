@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""Describes the machine on which figures are measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 def machine() -> dict[str, str]:
-    """Device, system and versions."""
+    """Collect the device, the system and the versions of packages."""
     return {
         "device": _device(),
         "blas": _blas(),
@@ -24,7 +24,7 @@ def machine() -> dict[str, str]:
 
 
 def described(told: dict[str, str]) -> str:
-    """The same as one line."""
+    """Format the result of `machine` as one line."""
     blas = f" with {told['blas']}" if told["blas"] else ""
     return (
         f"{told['system']}, {told['device']}{blas}, Python {told['python']}, "
@@ -33,7 +33,7 @@ def described(told: dict[str, str]) -> str:
 
 
 def name() -> str:
-    """For the name of a file."""
+    """The machine's name, for file names."""
     kind = "gpu" if _is_gpu() else "cpu"
     chip = _chip().replace(" ", "-") if _is_gpu() else f"{os.cpu_count()}-cores"
     return f"{platform.system()}-{platform.machine()}-{chip}-{kind}".lower()
@@ -52,7 +52,7 @@ def _device() -> str:
 
 
 def _blas() -> str:
-    """Which library multiplies on the CPU."""
+    """The BLAS library that MLX uses on the CPU; "" on a GPU."""
     if _is_gpu():
         return ""
     if platform.system() == "Darwin":

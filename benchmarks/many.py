@@ -1,4 +1,4 @@
-"""Prompts that arrive over time: steps that read one prompt and decode others."""
+"""Measures continuous batching of prompts that arrive over time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.setting import Setting
 from mlx_kvcache.plugin import Many
 
 LENGTHS = (32, 64, 128, 256, 512, 48, 96, 192, 384, 40, 80, 160, 320, 56, 112, 224)
-"""Tokens of the 16 prompts."""
+"""Lengths of the 16 prompts, in tokens."""
 EVERY = 4
 """Steps between arrivals."""
 LONG, RUNNING = 512, 4
-"""A prompt that joins, and how many sequences it must not hold up."""
+"""The length of the prompt that joins, in tokens, and the number of running sequences."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -47,7 +47,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 Loop = tuple[Callable[[list[int], int], object], Callable[[], int]]
-"""Adding a prompt, and a step that returns how many tokens it gave."""
+"""A function that adds a prompt, and a step that returns the number of generated tokens."""
 
 
 def _ours(model: Any) -> Loop:

@@ -1,4 +1,4 @@
-"""Masks of blocks."""
+"""Measures building the mask of a block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK, CONTEXT, WINDOW = 512, 4096, 512
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """The mask of a block of 512 as an array, after 4,096 tokens: full attention, and a window of 512."""
+    """The mask array of a block of 512 after 4,096 tokens: full attention, and a window of 512."""
     full, windowed = tiny_llama(), tiny_llama()
     windowed.make_cache = lambda: [RotatingKVCache(WINDOW) for _ in windowed.layers]
     for name, model, theirs, window in (

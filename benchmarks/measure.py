@@ -1,4 +1,4 @@
-"""Times and bytes of two ways to do the same."""
+"""Measures the time and memory of two implementations of the same work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.rows import Row
 from tests.plugin.running import difference
 
 Work = Callable[[], float]
-"""Does something once and returns the seconds that count."""
+"""Does the work once and returns the measured seconds."""
 
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
@@ -21,16 +21,17 @@ UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 def speed(
     key: str, work: str, unit: str, ours: Work, peer: str, theirs: Work, rounds: int, per: int = 1
 ) -> Row:
-    """Do both in turn, `rounds` times after one warm-up, under a watch for memory.
+    """Measure two implementations in turn, `rounds` times after one warm-up, which measures peak memory.
 
     Args:
-        unit: "s", "ms" or "us" for each of `per` parts of the work.
+        unit: "s", "ms" or "us".
+        per: the number of parts of the work; times are reported for one part.
     """
     peak = peak_of(ours), peak_of(theirs)
     first: list[float] = []
     second: list[float] = []
     for index in tqdm(range(rounds), desc=work, leave=False):
-        # Whoever goes first may be slowed by what the other left behind, so they take turns.
+        # The order alternates, because the work before may slow down the first of a pair.
         for do, seconds in ((ours, first), (theirs, second))[:: 1 if index % 2 else -1]:
             seconds.append(do())
     ratios = [b / a for a, b in zip(first, second, strict=True)]
@@ -55,7 +56,7 @@ def speed(
 
 
 def once(key: str, work: str, unit: str, ours: float, peer: str, theirs: float) -> Row:
-    """A row of work that takes too long, or too little beside the other, to be repeated in turn."""
+    """Make a speed row from single times in seconds, for work that cannot be measured in turn."""
     scale = UNITS[unit]
     return Row(key, work, unit, ours * scale, peer, theirs * scale, "speed", theirs / ours)
 
@@ -67,7 +68,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Bytes of arrays above those there before, at most while something is done."""
+    """The peak size in bytes of the arrays that the work adds to those that exist before."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -76,14 +77,17 @@ def peak_of(work: Callable[[], object]) -> int:
 
 
 def check_equal(a: mx.array, b: mx.array, within: float = 1e-3) -> None:
-    """Raise RuntimeError where two ways to compute the same differ: then their times say nothing.
+    """Check that two implementations give the same result, without which their times mean nothing.
 
     Args:
-        within: how much of the largest number.
+        within: the tolerance, relative to the largest number in `b`.
+
+    Raises:
+        RuntimeError: the results differ by more.
     """
     found, largest = difference(a, b), difference(b, mx.zeros(()))
-    # What is not a number is not below anything either.
+    # Negated so that NaN is an error, too.
     if not found <= within * largest:
         raise RuntimeError(
-            f"results of up to {largest:.1e} differ by {found:.1e}, more than {within:.0e} of it"
+            f"results differ by {found:.1e}, more than {within:.0e} of the largest number, {largest:.1e}"
         )

@@ -1,4 +1,4 @@
-"""Speed and memory of keys and values in fewer bits."""
+"""Measures the speed and memory of quantized keys and values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK = 256
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """A token in 8 and in 4 bits against QuantizedKVCache and against float; peak bytes of a prefill."""
+    """One token in 8 and 4 bits against QuantizedKVCache and float, and peak bytes of a prefill."""
     model, _ = setting.load(setting.of("smollm2", "tiny"))
     prefill, rounds = setting.of(1024, 512), setting.of(16, 5)
     text = mx.random.randint(0, 500, (1, prefill), key=mx.random.key(0))
@@ -35,7 +35,7 @@ def run(setting: Setting) -> Iterator[Row]:
     for bits in (8, 4):
         ours = _filled(model, make_prompt_cache(model, kv_bits=bits), text)
         theirs = _filled(model, [QuantizedKVCache(64, bits) for _ in model.layers], text)
-        # They round to scales of other precision.
+        # The two use scales of different precision, hence the wide tolerance.
         check_equal(model(token, cache=ours), model(token, cache=theirs), 0.02 if bits == 8 else 0.5)
         for key, peer, cache in (
             (f"packed.{bits}", "QuantizedKVCache", theirs),
@@ -60,7 +60,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _peak(model: Any, text: mx.array, bits: int | None) -> int:
-    """Through mlx-lm's own loop."""
+    """The peak bytes of a prefill by mlx-lm's generate_step."""
     cache = make_prompt_cache(model, kv_bits=bits)
     steps = generate_step(text[0], model, max_tokens=1, prompt_cache=cache, prefill_step_size=BLOCK)
     return peak_of(lambda: list(steps))

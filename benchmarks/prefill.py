@@ -1,4 +1,4 @@
-"""Reading a prompt in blocks."""
+"""Measures prefilling a prompt in blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = 512
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Prompts of 128 to 8,192 tokens in blocks of 512, on a GPU to 32,768, through two layers."""
+    """Prompts of 128 to 8,192 tokens (on a GPU to 32,768) in blocks of 512, through two layers."""
     model, _ = setting.load("tiny")
     lengths: tuple[int, ...] = (128, 512, 2048, 4096, 8192)
     if mx.default_device().type == mx.gpu:

@@ -1,7 +1,7 @@
-"""How bytes and times of a model grow with the ranks that it is split over, on paper.
+"""Estimates the memory and the time per token of a model that is split over several ranks.
 
-One token at a time, which is what generating for one reader is: every rank reads its weights and
-its keys and values once for each token, and waits for what the others send.
+The estimate is for decoding one sequence: for each token, every rank reads its weights and its
+keys and values once, and waits for the messages of the other ranks.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RECORD = 1024
-"""Bytes in which each rank tells the others what it is about to do, once for each call of the model."""
+"""The size in bytes of the record that ranks exchange before each call of the model."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder without experts, as mlx-lm's llama.
+    """The sizes of a decoder without experts, such as mlx-lm's llama.
 
     Attributes:
-        weight_bytes, cache_bytes, sent_bytes: bytes of a weight, of an element of K or V, and of one
-            that is sent.
+        weight_bytes, cache_bytes, sent_bytes: bytes for each weight, for each element of K or V,
+            and for each element sent.
     """
 
     layers: int
@@ -34,24 +34,27 @@ class Model:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of a layer."""
+        """The number of weights in a layer."""
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
         return attention + 3 * self.hidden * self.intermediate
 
     @property
     def outer_weights(self) -> int:
-        """Weights of the head, which each rank has and reads whole; the embedding is only looked up."""
+        """The number of weights in the output head.
+
+        Each rank holds and reads all of them. The embedding is held, but not read whole.
+        """
         return self.hidden * self.vocabulary
 
     @property
     def kv_per_token(self) -> float:
-        """Bytes of keys and values of a token in all layers."""
+        """Bytes for the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.cache_bytes
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between neighbors in a ring: seconds that a message takes at least, and bytes per second."""
+    """A link between neighbors in a ring: latency in seconds, bandwidth in bytes per second."""
 
     latency: float
     bandwidth: float
@@ -59,10 +62,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Chip:
-    """One machine.
+    """The hardware of one rank.
 
     Attributes:
-        reads: bytes per second from its memory.
+        reads: memory bandwidth in bytes per second.
         flops: multiplications and additions per second.
         memory: bytes for weights and caches.
     """
@@ -73,36 +76,36 @@ class Chip:
 
 
 def flops_per_token(model: Model, context: int) -> float:
-    """Multiplications and additions of a token after `context` others, in all ranks together."""
+    """Multiplications and additions for a token after `context` tokens, over all ranks."""
     weights = model.layers * model.layer_weights + model.outer_weights
     return 2 * weights + 4 * model.layers * model.heads * model.head_dim * context
 
 
 def weight_bytes(model: Model, ranks: int) -> float:
-    """Bytes of a rank's weights, split in either way: its share of the layers; embedding and head whole."""
+    """Bytes of a rank's weights: its share of the layers, and the whole embedding and head."""
     shared = model.layers * model.layer_weights / ranks
     return (shared + 2 * model.outer_weights) * model.weight_bytes
 
 
 def tokens_held(model: Model, chip: Chip, ranks: int) -> float:
-    """How many tokens' keys and values fit beside the weights, where heads or layers can be dealt out."""
+    """The number of tokens that fit beside the weights, if heads or layers divide evenly."""
     free = chip.memory - weight_bytes(model, ranks)
     return max(0.0, free / (model.kv_per_token / ranks))
 
 
 def all_sum(link: Link, ranks: int, size: float) -> float:
-    """Seconds to add up `size` bytes in a ring: each rank sends a share 2 (N - 1) times."""
+    """Seconds for an all-sum of `size` bytes in a ring: each rank sends a share 2 (N - 1) times."""
     steps = 2 * (ranks - 1)
     return steps * (link.latency + size / ranks / link.bandwidth)
 
 
 def all_gather(link: Link, ranks: int, size: float) -> float:
-    """Seconds until every rank has `size` bytes of every other one."""
+    """Seconds for an all-gather of `size` bytes from each rank in a ring."""
     return (ranks - 1) * (link.latency + size / link.bandwidth)
 
 
 def bytes_sent(model: Model, way: str, ranks: int) -> float:
-    """Bytes that a rank sends for one token, the vote included."""
+    """Bytes that a rank sends for one token, including the exchange of records."""
     state, vote = model.hidden * model.sent_bytes, (ranks - 1) * RECORD
     if way == "tensor":
         return 2 * model.layers * 2 * (ranks - 1) / ranks * state + vote
@@ -110,7 +113,7 @@ def bytes_sent(model: Model, way: str, ranks: int) -> float:
 
 
 def waiting(model: Model, way: str, ranks: int, link: Link) -> float:
-    """Seconds of a token in which ranks wait for each other: sums or handing over, and the vote."""
+    """Seconds per token spent on communication: sums or transfers, and the exchange of records."""
     if ranks == 1:
         return 0.0
     state = model.hidden * model.sent_bytes
@@ -122,7 +125,7 @@ def waiting(model: Model, way: str, ranks: int, link: Link) -> float:
 
 
 def computing(model: Model, way: str, ranks: int, chip: Chip, context: int) -> float:
-    """Seconds of a token in which something is computed, wherever: the larger of reading and multiplying."""
+    """Seconds per token spent on computation: the larger of reading memory and multiplying."""
     at_once = ranks if way == "tensor" else 1
     layers = model.layers * model.layer_weights / at_once
     read = (layers + model.outer_weights) * model.weight_bytes + model.kv_per_token * context / at_once
@@ -132,5 +135,5 @@ def computing(model: Model, way: str, ranks: int, chip: Chip, context: int) -> f
 
 
 def seconds_per_token(model: Model, way: str, ranks: int, chip: Chip, link: Link, context: int) -> float:
-    """Of one sequence after `context` tokens. A pipeline's ranks work one after the other."""
+    """Seconds per token of one sequence after `context` tokens. Pipeline ranks work one after another."""
     return computing(model, way, ranks, chip, context) + waiting(model, way, ranks, link)

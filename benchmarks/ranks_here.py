@@ -1,4 +1,4 @@
-"""Times of ranks on this machine, over loopback, beside what `ranks.py` says that they should be.
+"""Measures ranks on this machine, over loopback, for comparison with the estimates of `ranks.py`.
 
     make bench-ranks
 
@@ -36,9 +36,9 @@ SIZES = (1, 2, 4)
 
 
 def main() -> None:
-    """Measure, and write what was found."""
+    """Measure with every number of ranks, and write the results."""
     argparse.ArgumentParser(prog="python -m benchmarks.ranks_here", description=__doc__).parse_args()
-    # A rank is one core: otherwise one process would have all of them, as several do.
+    # One core for each rank: otherwise a single process would use all cores, as several do together.
     os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     told: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "ranks": {}}
     for size in SIZES:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def rank(folder: Path) -> None:
-    """What one rank does; the first one writes what it has found."""
+    """Run the measurements on one rank. Rank 0 writes the results into the folder."""
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init()
     found: dict[str, float] = {}
@@ -72,7 +72,7 @@ def rank(folder: Path) -> None:
 
 
 def _model(way: str, module: Any, group: mx.distributed.Group) -> nn.Module:
-    """This rank's part of a model with random weights."""
+    """Make this rank's shard of a model with random weights."""
     mx.random.seed(0)
     arguments = {
         "model_type": way,
@@ -90,7 +90,7 @@ def _model(way: str, module: Any, group: mx.distributed.Group) -> nn.Module:
 
 
 def _token(model: nn.Module, group: mx.distributed.Group | None) -> float:
-    """Seconds of a token after a prompt."""
+    """Seconds per token after a prompt of CONTEXT tokens."""
     cache = make_prompt_cache(model, group=group)
     mx.eval(model(mx.arange(CONTEXT)[None], cache=cache))
     token = mx.array([[1]])
@@ -98,7 +98,7 @@ def _token(model: nn.Module, group: mx.distributed.Group | None) -> float:
 
 
 def _median(work: Callable[[], mx.array], times: int = REPEATS) -> float:
-    """Seconds of the middle one of several runs, after three that do not count."""
+    """The median seconds of several runs, after three warm-up runs."""
     seconds = []
     for _ in range(3 + times):
         start = time.perf_counter()

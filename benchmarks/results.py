@@ -1,4 +1,4 @@
-"""Results as a file, by machine."""
+"""Writes and reads files of results, one for each machine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def path_of(out: Path) -> Path:
-    """A file itself; in a folder the one that is named after this machine."""
+    """The path itself, or for a folder the file in it that is named after this machine."""
     return out / f"{name()}.json" if out.is_dir() else out
 
 
 def write(path: Path, benchmark: str, found: list[Row | Curve], seconds: float, is_quick: bool) -> None:
-    """Put one benchmark's results into a file, in the place of those it had before."""
+    """Write one benchmark's results into a file, replacing its earlier results there."""
     told: dict[str, Any] = {}
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def write(path: Path, benchmark: str, found: list[Row | Curve], seconds: float, 
 
 
 def rows_of(told: Mapping[str, Any]) -> dict[str, Row]:
-    """The rows of a file's benchmarks, by key."""
+    """Read the rows of all benchmarks in a file, by key."""
     found = {}
     for entry in told.values():
         for row in entry["rows"]:
@@ -51,12 +51,12 @@ def rows_of(told: Mapping[str, Any]) -> dict[str, Row]:
 
 
 def curves_of(told: Mapping[str, Any]) -> list[Curve]:
-    """The curves of a file's benchmarks."""
+    """Read the curves of all benchmarks in a file."""
     return [Curve(**curve) for entry in told.values() for curve in entry["curves"]]
 
 
 def _compact(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what is not there, and figures to four digits."""
+    """Drop fields that are None, and round figures to four digits."""
     return {key: _rounded(value) for key, value in fields.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark finds: rows of a table, and curves of a plot."""
+"""Defines benchmark results: rows of a table, and curves of a plot."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["speed", "less", "value"]
-"""What a ratio says: how many times as fast as the peer; how much less of something; or there is none."""
+"""The meaning of a row's ratio: times as fast as the peer, times as much, or no ratio."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of work, here and in a peer.
+    """The figures of one piece of work, for this package and a peer.
 
     Attributes:
-        key: names the work, and its bound.
-        work: the same for a reader.
-        unit: of `ours` and `theirs`, such as "ms" or "MB".
-        ours, theirs: medians of all runs, or single measurements where nothing varies.
-        peer: who else did it.
-        ratio: by kind: theirs / ours of "speed", ours / theirs of "less".
-        spread: lower and upper quartile of the ratios of neighboring runs.
-        runs: how many pairs of runs there were.
-        peak: bytes of MLX's arrays at most during one run above those before it, here and in the peer.
+        key: identifies the work and its bound.
+        work: a description for readers.
+        unit: the unit of `ours` and `theirs`, such as "ms" or "MB".
+        ours, theirs: medians of all runs, or single measurements.
+        peer: the name of the implementation compared with.
+        ratio: theirs / ours for kind "speed", ours / theirs for "less"; for speed, the median
+            over pairs of runs.
+        spread: the lower and upper quartiles of the ratios of paired runs.
+        runs: the number of pairs of runs.
+        peak: peak bytes of MLX's arrays added during one run, for this package and the peer.
     """
 
     key: str
@@ -50,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Curve:
-    """One plot: lines over the same x."""
+    """The data of one plot: named lines over the same x."""
 
     key: str
     title: str
@@ -65,10 +66,10 @@ class Curve:
 
 
 def held(key: str, work: str, ours: int, peer: str, theirs: int) -> Row:
-    """A row of bytes."""
+    """Make a row that compares sizes, given in bytes."""
     return less(key, work, "MB", ours / 1e6, peer, theirs / 1e6)
 
 
 def less(key: str, work: str, unit: str, ours: float, peer: str, theirs: float) -> Row:
-    """A row of something that is counted, of which less is better."""
+    """Make a row for a quantity of which less is better."""
     return Row(key, work, unit, ours, peer, theirs, "less", ours / theirs)

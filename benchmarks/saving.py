@@ -1,4 +1,4 @@
-"""Conversations that are there tomorrow."""
+"""Measures saving and loading conversations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK, ROUNDS = 256, 5
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Saving and loading a conversation of 4,000 tokens, against prefilling it and mlx-lm's own files."""
+    """Saving and loading 4,000 tokens, against prefilling them and against mlx-lm's own files."""
     model, _ = setting.load(setting.of("smollm2", "tiny"))
     length = setting.of(4000, 1000)
     text = [(7 * i + i * i) % 400 + 100 for i in range(length)]
@@ -42,7 +42,7 @@ def _prefilled(model: Any, text: list[int], path: Path) -> Iterator[Row]:
             timed(lambda: found.append(_next(model, PromptCache.load(path, model), token)))  # noqa: B023
             for _ in range(ROUNDS)
         )
-        # The fork leaves what is saved as it is.
+        # A fork, so that the saved cache stays unchanged.
         check_equal(found[-1], _next(model, cache.fork(), token), 0)
         yield once(
             f"saving.{bits}",

@@ -1,4 +1,4 @@
-"""Conversations that begin alike."""
+"""Measures conversations with a shared prefix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN, BRANCHES = 64, 8
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """8 conversations on one prefix, hits against LRUPromptCache, and a pool that was used for long."""
+    """8 conversations on one prefix, hits against LRUPromptCache, and a pool after long use."""
     model, _ = setting.load(setting.of("smollm2", "tiny"))
     prefix, rounds = setting.of(2048, 1024), setting.of(12, 4)
     yield _first_tokens(model, prefix)
@@ -50,7 +50,7 @@ def _first_tokens(model: Any, prefix: int) -> Row:
 
 
 def _hit(model: Any, length: int, rounds: int) -> Row:
-    """A request that goes on from the middle of a stored conversation."""
+    """Measure a request that continues from the middle of a stored conversation."""
     shape = shape_of(model)
     stored, theirs = SessionPool(lambda: make_prompt_cache(model)), LRUPromptCache()
     texts = [[(7 * i + i * i + seed) % 400 + 100 for i in range(length)] for seed in range(4)]
@@ -114,7 +114,7 @@ def _shared(model: Any, prefix: int, rounds: int) -> Iterator[Row]:
 
 
 def _long_life(changes: int) -> Row:
-    """The same conversation in a pool that was forked, trimmed and refilled, and in a new one."""
+    """Measure a step in a pool after many forks, trims and refills, and in a new pool."""
     model, rng = tiny_llama(num_hidden_layers=8), random.Random(0)
     old = make_prompt_cache(model)
     _feed(model, old, 600)

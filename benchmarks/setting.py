@@ -1,4 +1,4 @@
-"""What is measured on: the device, the model, and how thoroughly."""
+"""Defines the options of a benchmark run: the model, and full or quick runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64
 
 @dataclass(frozen=True)
 class Setting:
-    """Options of a run.
+    """The options of a run.
 
     Args:
-        model: "tiny", "smollm2" or the path of a folder with a model, for work that asks for one; None
-            leaves the choice to the work.
-        is_quick: fewer and smaller runs.
+        model: "tiny", "smollm2" or a folder with a model, for benchmarks that run a model; None
+            takes each benchmark's default.
+        is_quick: whether to make fewer and smaller runs.
     """
 
     model: str | None = None
     is_quick: bool = False
 
     def load(self, usual: str) -> tuple[Any, Any]:
-        """The chosen model, or else the usual one, and its tokenizer."""
+        """Load the chosen model, by default `usual`, and its tokenizer; None if it has no tokenizer.
+
+        Raises:
+            ValueError: there is no such model.
+        """
         name = self.model or usual
         if name == "tiny":
             return two_layers(), None
@@ -42,12 +46,12 @@ class Setting:
         return model, tokenizer
 
     def of(self, usual: Any, quick: Any) -> Any:
-        """A number, or numbers, by how thorough the run is."""
+        """Return `quick` in a quick run and `usual` otherwise."""
         return quick if self.is_quick else usual
 
 
 def two_layers() -> Any:
-    """Two layers of SmolLM2's shape, with a small vocabulary and random weights."""
+    """Make a model of two layers of SmolLM2's shape, with a small vocabulary and random weights."""
     mx.random.seed(0)
     shape = llama.ModelArgs(
         model_type="llama",

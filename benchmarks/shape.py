@@ -1,4 +1,4 @@
-"""Caches and arrays of a model's shape, SmolLM2's unless told: attention without the rest of a model."""
+"""Makes caches and arrays of a model's shape, to measure attention without the rest of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCALE = DIM**-0.5
 
 
 class Shape(NamedTuple):
-    """What a model's attention is given."""
+    """The shape of a model's attention; all layers are alike."""
 
     layers: int
     heads: int
@@ -28,7 +28,11 @@ SMOLLM2 = Shape(LAYERS, HEADS, KV_HEADS, DIM, mx.float32)
 
 
 def shape_of(model: Any) -> Shape:
-    """The shape of a model all of whose layers are alike. Raises ValueError for one that does not say."""
+    """Read the shape from a model whose layers are alike.
+
+    Raises:
+        ValueError: the model's arguments do not contain the number of heads.
+    """
     args = model.args
     try:
         heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
@@ -42,7 +46,7 @@ def shape_of(model: Any) -> Shape:
 def arrays(
     n: int, seed: int = 0, rows: int = 1, shape: Shape = SMOLLM2
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries (rows, n_heads, n, head_dim), and keys and values with n_kv_heads."""
+    """Make random queries (rows, n_heads, n, head_dim), and keys and values with n_kv_heads."""
     each = mx.random.split(mx.random.key(seed), 3)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     made = [
@@ -66,7 +70,7 @@ def fill(cache: Any, length: int, seed: int = 0, step: int | None = None, shape:
 
 
 def read(model: Any, cache: Any, text: mx.array, block: int) -> mx.array:
-    """Give a model a text (1, n) in blocks; the logits of the last one."""
+    """Run a model on a text (1, n) in blocks. Returns the logits of the last block."""
     for start in range(0, text.shape[1], block):
         logits: mx.array = model(text[:, start : start + block], cache=cache)
         mx.eval(logits)
@@ -74,18 +78,18 @@ def read(model: Any, cache: Any, text: mx.array, block: int) -> mx.array:
 
 
 def evaluate(cache: Any) -> None:
-    """Compute all that has been written."""
+    """Evaluate the keys and values of all layers."""
     mx.eval([array for layer in cache for array in (layer.keys, layer.values)])
 
 
 def contiguous(length: int, seed: int = 0, shape: Shape = SMOLLM2) -> list[KVCache]:
-    """mlx-lm's own cache, filled."""
+    """Make mlx-lm's own caches, filled with `length` random tokens."""
     filled: list[KVCache] = fill([KVCache() for _ in range(shape.layers)], length, seed, shape=shape)
     return filled
 
 
 def attention(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """Update every layer and attend, as a model does; of a batch, the rows' histories as they are."""
+    """Update every layer and attend, as a model does. For a batch, histories are not gathered."""
     rows = getattr(cache[0], "rows", None) if queries.shape[0] > 1 else None
     n, outputs = queries.shape[2], []
     if rows:
@@ -101,23 +105,23 @@ def attention(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -
 
 
 class Prepared:
-    """Keys and values that are there already: what attention costs without a cache."""
+    """A layer cache that returns prepared keys and values: the cost of attention without a cache."""
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         self.keys, self.values = keys, values
         self.offset = keys.shape[2] - 1
 
     def make_mask(self, *given: Any, **more: Any) -> None:
-        """One token sees all."""
+        """Return None: a single token sees all keys."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        # A model is to compute what it would have stored.
+        # Makes the model compute its new keys and values, although they are not stored.
         history = mx.depends([self.keys, self.values], [keys, values])
         return history[0], history[1]
 
 
 def prepared(length: int, shape: Shape = SMOLLM2) -> list[Prepared]:
-    """A history of `length` tokens for each layer, each in arrays of its own."""
+    """Make a history of `length` tokens for each layer, in separate arrays."""
     cache = []
     for seed in range(shape.layers):
         _, keys, values = arrays(length, seed, shape=shape)

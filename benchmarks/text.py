@@ -1,4 +1,4 @@
-"""Real English without a download, and how well a model foretells it."""
+"""Provides English text without a download, and a model's loss on it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 
 def topics(tokenizer: Any, n: int) -> list[int]:
-    """The first n tokens of the standard library's help."""
+    """The first n tokens of the help texts in Python's standard library."""
     tokens: list[int] = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values()))
     return tokens[:n]
 
 
 def losses(model: Any, cache: Any, text: list[int], block: int, name: str = "") -> np.ndarray:
-    """The loss in nats of each token of a text but the first, read in blocks."""
+    """The loss in nats of each token of a text except the first; the text is read in blocks."""
     found = []
     for start in tqdm(range(0, len(text) - 1, block), desc=name, unit="block", leave=False):
         read, foretold = text[start : start + block], text[start + 1 : start + block + 1]

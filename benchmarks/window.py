@@ -1,4 +1,4 @@
-"""Windows and chunks, attention included."""
+"""Measures sliding windows, including attention."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _decoding(key: str, work: str, ours: Any, theirs: Any, token: Any, rounds: i
 
 
 def _rewinding(blocks: list[Any], prefill_seconds: float) -> Row:
-    """RotatingKVCache cannot go back once it has slid; it prefills again."""
+    """Compare a rewind with RotatingKVCache, which must prefill again once its window has moved."""
     cache, prefill = _ours(), BLOCK * len(blocks)
     _fill(cache, blocks)
     token, found = arrays(1, 7), []

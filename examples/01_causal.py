@@ -1,4 +1,4 @@
-"""A cache by itself: fill it, look at it, rewind it."""
+"""Uses a causal cache on its own: fill, read, rewind."""
 
 import mlx.core as mx
 
@@ -12,7 +12,7 @@ positions = [0, 1, 2, 3, 4]
 keys = mx.random.normal((1, heads, len(positions), head_dim))
 values = mx.random.normal((1, heads, len(positions), head_dim))
 
-# An exception inside the block takes the tokens out again.
+# An exception inside the block removes the tokens again.
 with cache.forward(Batch(positions, sequences=[0] * 5)):
     layer = cache.layer(0)
     layer.put(keys, values)

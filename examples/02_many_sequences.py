@@ -1,4 +1,4 @@
-"""Several sequences in one batch, a shared prefix, and attention on each one's own history."""
+"""Computes attention for a batch of sequences that share a prefix."""
 
 import mlx.core as mx
 
@@ -10,7 +10,7 @@ heads, head_dim = 2, 8
 
 
 def forward(batch: Batch) -> mx.array:
-    """One layer of attention, the tokens in the order of the batch."""
+    """Run one attention layer on random tokens, in the order of the batch."""
     queries, keys, values = mx.random.normal((3, 1, heads, len(batch), head_dim))
     with cache.forward(batch):
         return attention(queries, keys, values, cache.layer(0), scale=head_dim**-0.5)

@@ -1,4 +1,4 @@
-"""Endless text in a bounded cache: the keys of what stays are rotated to their new positions."""
+"""Decodes beyond a cache's capacity: drops old tokens and re-bases the keys that stay."""
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -1,4 +1,4 @@
-"""mlx-lm with prompt caches that rewind and fork: the same prompt, two answers, one prefill."""
+"""Forks mlx-lm prompt caches: two answers to one prompt with one prefill."""
 
 import mlx_lm
 

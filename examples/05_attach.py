@@ -1,4 +1,4 @@
-"""mlx-lm's own functions on an attached model: text that goes on beyond the cache's capacity."""
+"""Generates beyond a cache's capacity with mlx-lm's own functions on an attached model."""
 
 import mlx_lm
 

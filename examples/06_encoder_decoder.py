@@ -1,4 +1,4 @@
-"""Cross-attention: a decoder that looks at an encoder's output, one wrapper for both caches."""
+"""Uses one wrapper for self-attention and cross-attention in an encoder-decoder model."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def heads(x: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Projections of one attention; without a source they are of the queries only."""
+    """The projections of an attention layer. Without a source, only queries are projected."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers of self-attention and cross-attention in turn."""
+    """Alternates self-attention and cross-attention."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         self.cross = [Attention() for _ in range(LAYERS)]
 
     def __call__(self, tokens: mx.array, encoded: mx.array | None, cache: WrapperCache) -> mx.array:
-        """`encoded` is given once; later calls read what the cache kept of it."""
+        """Compute logits. Pass `encoded` once; later calls read its keys and values from the cache."""
         x = self.embed(tokens)[None]
         for i in range(LAYERS):
             cache.set_layer_type(SELF)

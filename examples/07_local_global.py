@@ -1,4 +1,4 @@
-"""A decoder of local and global layers in turn: a window and a full cache, rewound together."""
+"""Rewinds a decoder that alternates sliding-window and full attention layers."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +10,7 @@ SCALE = (DIM // HEADS) ** -0.5
 
 
 class Decoder(nn.Module):
-    """Even layers see a window, odd ones everything."""
+    """Even layers use a sliding window, odd layers full attention."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,7 +55,7 @@ def feed(part: mx.array) -> mx.array:
 
 
 feed(tokens[:30])
-cache.remove(0, 18)  # the window has slid past 18 long ago, and can still go back there
+cache.remove(0, 18)  # the window has moved past 18, but rewind=16 keeps enough to go back
 again = mx.concatenate([tokens[:18], tokens[30:]])
 logits = mx.concatenate([feed(again[18:24]), *[feed(again[i : i + 1]) for i in range(24, 28)]])
 fresh = model.without_cache(again)[18:]

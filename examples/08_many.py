@@ -1,4 +1,4 @@
-"""A server's inner loop: conversations that begin alike, come at any time, and do not wait."""
+"""Serves conversations with a shared system prompt: continuous batching and a prefix cache."""
 
 import mlx.core as mx
 
@@ -11,7 +11,7 @@ sessions = SessionPool(lambda: make_prompt_cache(model), max_bytes=512_000_000)
 many = Many(model, tokens_per_step=64)
 system = {"role": "system", "content": "You are a guide who answers in one short sentence."}
 
-# What all conversations begin with is computed once and never given up.
+# The shared beginning is computed once; a pinned cache is never evicted.
 with sessions.open(tokenizer.apply_chat_template([system])) as shared:
     model(mx.array([shared.rest]), cache=shared.cache)
     shared.close(is_pinned=True)

@@ -1,4 +1,4 @@
-"""A conversation in fewer bits that is saved, and goes on in a cache of another size."""
+"""Saves a quantized conversation and continues it in a cache with another capacity."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ model, tokenizer = smollm2.load()
 
 
 def said(cache: PromptCache, tokens: list[int], message: str) -> list[int]:
-    """All tokens after another turn, of which only those that are new are computed."""
+    """Run another turn, computing only the new tokens. Returns all tokens."""
     turn = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
     new: list[int] = tokenizer.encode(turn, add_special_tokens=False)
     rest = (tokens + new)[cache.position :]

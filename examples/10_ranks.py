@@ -1,9 +1,9 @@
-"""One model on several processes, each with its share of the cache, compared with one process.
+"""Runs a model on several ranks, each with a shard of the cache, and compares it with one process.
 
     mlx.launch -n 2 --backend ring -- .venv/bin/python -m examples.10_ranks
     mlx.launch -n 4 --backend ring -- .venv/bin/python -m examples.10_ranks pipeline
 
-By itself it is one rank of one.
+Without mlx.launch there is one rank.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from mlx_lm.models import llama, qwen2
 from mlx_kvcache import RanksDisagreeError
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 
-# SmolLM2's 3 KV heads are not to be divided by 2 or 4, so this one has 8; mlx-lm pipelines Qwen2, not Llama.
+# SmolLM2's 3 KV heads cannot be divided by 2 or 4, so these models have 8. mlx-lm pipelines Qwen2, not Llama.
 SIZES = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def models(way: str, group: mx.distributed.Group) -> tuple[nn.Module, nn.Module]:
-    """A whole model with random weights, the same on every rank, and this rank's part of it."""
+    """Make a model with random weights, the same on every rank, and this rank's shard of it."""
     mx.random.seed(0)
     module = qwen2 if way == "pipeline" else llama
     whole = module.Model(module.ModelArgs.from_dict({"model_type": way, **SIZES}))
@@ -49,14 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("way", nargs="?", default="tensor", choices=("tensor", "pipeline"))
     way = parser.parse_args().way
-    # Ranks of other devices would add up in another order.
+    # Different devices add in different orders, so all ranks use the CPU.
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init()
     whole, part = models(way, group)
     one, ours = make_prompt_cache(whole), make_prompt_cache(part, group=group)
 
     def told(what: str, tokens: list[int], one: PromptCache, ours: PromptCache) -> None:
-        """Both read tokens; how far the logits are apart."""
+        """Read tokens with both models and print the difference of their logits."""
         expected, found = whole(mx.array([tokens]), cache=one), part(mx.array([tokens]), cache=ours)
         mx.eval(expected, found)
         worst = mx.abs(expected - found).max().item()
@@ -85,7 +85,7 @@ def main() -> None:
         flush=True,
     )
     try:
-        # One rank drops fewer tokens than the others.
+        # Rank 0 rewinds fewer tokens than the others.
         ours.rewind(3 if group.rank() else 2)
     except RanksDisagreeError as error:
         print(f"rank {group.rank()}: {error}", flush=True)

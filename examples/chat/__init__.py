@@ -1,1 +1,1 @@
-"""A chat in the terminal that prefills no token twice."""
+"""A terminal chat that reuses its caches, so that no token is prefilled twice."""

@@ -1,4 +1,4 @@
-"""Chat with a model: python -m examples.chat --help"""
+"""Starts the chat: python -m examples.chat --help"""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(chosen: argparse.Namespace, usual: Settings) -> Settings:
-    """The usual settings with what was chosen. Raises ValueError out of bounds."""
+    """Apply command-line options to settings. Raises ValueError for a value out of bounds."""
     names = ("capacity", "window", "bits", "max_tokens", "temperature")
     given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
     return replace(usual, **given)
 
 
 def lines(script: Path | None) -> Iterator[str]:
-    """What the user says, from a file, a pipe or the keyboard."""
+    """Read the user's lines from a file, a pipe or the keyboard."""
     if script is None and sys.stdin.isatty():
         while True:
             try:
@@ -63,7 +63,7 @@ def plain(chosen: argparse.Namespace) -> int:
     from .plain import Plain
     from .watchdog import exit_without_terminal
 
-    # Nothing is saved, so a signal may end this at once, as it does by itself.
+    # Nothing is saved here, so signals keep their default action: they end the process at once.
     exit_without_terminal()
     console = Console(stderr=True)
     try:

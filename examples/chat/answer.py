@@ -1,4 +1,4 @@
-"""A reply under way."""
+"""Collects a reply while the model generates it, and reports its progress."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .prompt import Prompt
 from .reading import Piece
 
 PAUSE = 1 / 30
-"""Seconds between two parts of a reply that are told, at least: a screen shows no more."""
+"""The minimum time between two reported parts of a reply, in seconds: a screen shows no more."""
 
 
 class Stopped(Exception):
-    """The user wants no more."""
+    """The user stopped the reply."""
 
 
 @dataclass
 class Answer:
-    """What has been read and written so far.
+    """A reply in progress.
 
     Attributes:
-        text, written: the reply, without and with what ends it.
-        read: how many tokens of the prompt have been computed.
-        first, last: when its first and its newest token came.
-        ended: why it is shorter than the model's own.
+        text, written: the reply without and with its stop token.
+        read: the number of prompt tokens computed.
+        begin, first, last: times of the start, the first token and the newest token, in seconds.
+        ended: why the reply is incomplete; "" if it is not.
     """
 
     prompt: Prompt
@@ -49,24 +49,24 @@ class Answer:
 
     @property
     def piece(self) -> Piece | None:
-        """The reply as it was written; None where it was not begun."""
+        """The reply with its tokens; None before its first token."""
         return Piece(self.written, tuple(self.tokens)) if self.tokens else None
 
     def progress(self, done: int, total: int) -> None:
-        """Note how far reading is. Raises Stopped."""
+        """Report the progress of the prefill. Raises Stopped if the user stopped it."""
         self.read = done
         self.emit(Reading(done, total))
         if self.is_stopped() and done < total:
             raise Stopped
 
     def tell(self) -> None:
-        """Tell what has not been told of the reply."""
+        """Report the text that has not been reported yet."""
         if self._untold:
             self.emit(Said(self._untold))
             self._untold, self._told = "", self.last
 
     def add(self, part: Any, tokenizer: Any) -> None:
-        """Note a token, as mlx-lm's `stream_generate` gives it. Raises Stopped."""
+        """Add a token from mlx-lm's `stream_generate`. Raises Stopped if the user stopped the reply."""
         self.last = self.clock()
         if not self.tokens:
             self.first = self.last

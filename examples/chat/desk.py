@@ -1,4 +1,4 @@
-"""What a user works on: conversations, settings, and the reply under way. No screen, and no MLX."""
+"""Holds the chat's state: conversations, settings and the reply in progress. Uses no screen and no MLX."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from .worker import CONFIGURE, LOAD, REPLY, Worker
 
 
 class Refused(Exception):
-    """What cannot be done now, and why; nothing has changed."""
+    """The action is not possible now; nothing has changed. The message gives the reason."""
 
 
 @dataclass
 class Pending:
-    """A reply under way: to which message, under which name, and what there is of it.
+    """A reply in progress.
 
     Attributes:
-        before: the end of the branch before the message was said; `is_new` where it was just now.
+        last: the user's message that it answers.
+        name: the id of the reply's message.
+        before: the leaf of the conversation before this reply was requested.
+        is_new: whether `last` was added for this reply.
+        text: the reply so far.
     """
 
     conversation: Conversation
@@ -36,16 +40,17 @@ class Pending:
 
 
 class Desk:
-    """Conversations, one of which is looked at.
+    """All conversations and the actions on them; one conversation is current.
 
     Args:
         system: the system prompt of new conversations.
-        other: what else is remembered, such as the model.
+        other: other saved values, such as the model's name.
 
     Attributes:
-        pending: the reply under way, or None.
-        seen: what the caches hold, as far as is known.
-        returned: text that could not be answered, to be tried again.
+        current: the conversation on the screen.
+        pending: the reply in progress, or None.
+        seen: the newest report on the caches, or None.
+        returned: the text of a message that could not be answered, for the user to try again.
     """
 
     def __init__(
@@ -68,19 +73,19 @@ class Desk:
 
     @property
     def model(self) -> str | None:
-        """Which model is asked for."""
+        """The name of the chosen model; None for the default."""
         name: str | None = self.other.get("model")
         return name
 
     @property
     def order(self) -> dict[str, int]:
-        """Conversations' places by age, which their colours go by."""
+        """The rank of each conversation by age, which determines its color."""
         by_age = sorted(self.conversations, key=lambda conversation: conversation.created)
         return {conversation.id: place for place, conversation in enumerate(by_age)}
 
     @property
     def is_shown(self) -> bool:
-        """Whether the reply under way is on the branch that is looked at."""
+        """Whether the reply in progress is on the current branch."""
         return (
             self.pending is not None
             and self.pending.conversation is self.current
@@ -88,25 +93,25 @@ class Desk:
         )
 
     def begin(self) -> None:
-        """Take the model that is asked for, before anything else."""
+        """Request the chosen model, before any other request."""
         self.worker.load(self.model, self.settings)
         self._look()
 
     def load(self, model: str | None) -> None:
-        """Take another model."""
+        """Load another model."""
         self._check_idle()
         self.other["model"] = model
         self.begin()
         self._keep()
 
     def new(self) -> None:
-        """Begin a conversation."""
+        """Start a new conversation."""
         if self.current.messages:
             self.current = self._fresh()
         self._look()
 
     def open(self, id: str) -> None:  # noqa: A002
-        """Look at another conversation."""
+        """Make another conversation current."""
         self.current = next(each for each in self.conversations if each.id == id)
         self._look()
 
@@ -118,7 +123,7 @@ class Desk:
         self._list(conversation)
 
     def delete(self, conversation: Conversation) -> None:
-        """Move a conversation out of sight; its file goes to the folder `deleted`."""
+        """Delete a conversation; its file moves to the folder `deleted`."""
         if self.pending and self.pending.conversation is conversation:
             raise Refused("a reply is being written there; stop it first")
         if conversation in self.conversations:
@@ -129,22 +134,22 @@ class Desk:
             self._look()
 
     def find(self, words: str) -> list[Conversation]:
-        """The conversations that have all these words in their titles or messages."""
+        """Find the conversations that contain all these words in their titles or messages."""
         wanted = words.lower().split()
         return [each for each in self.conversations if not wanted or _has_all(each, wanted)]
 
     def ask(self, text: str) -> Message:
-        """Say something at the end of the branch."""
+        """Send a message at the end of the branch."""
         return self._say(text, self.current.leaf)
 
     def edit(self, message: Message, text: str) -> Message:
-        """Say something instead of an earlier message, on a branch of its own."""
+        """Send a message in place of an earlier one, on a new branch."""
         if message.role != "user":
             raise Refused("only your own messages can be edited; a reply can be made again")
         return self._say(text, message.parent)
 
     def regenerate(self, message: Message | None = None) -> None:
-        """Make a reply again, beside the one there is; None takes the branch's last."""
+        """Generate a reply again, on a new branch; None means the last reply of the branch."""
         self._check_idle()
         path = self.current.path_to(message.id) if message else self.current.path
         asked = [each for each in path if each.role == "user"]
@@ -154,13 +159,13 @@ class Desk:
         self._answer(asked[-1], before, is_new=False)
 
     def look_at(self, message: Message) -> None:
-        """Look at the branch of a message."""
+        """Switch to the branch of a message."""
         self.current.look_at(message.id)
         self.library.save(self.current)
         self._look()
 
     def set_system(self, text: str) -> None:
-        """Change what the model is told before the conversation."""
+        """Change the system prompt of the current conversation."""
         self._check_idle()
         self.current.system = cleaned(text).strip()
         if self.current.messages:
@@ -174,16 +179,16 @@ class Desk:
         self._keep()
 
     def stop(self) -> bool:
-        """End the reply under way. Returns whether there is one."""
+        """Stop the reply in progress. Returns whether there is one."""
         self.worker.stop()
         return self.pending is not None
 
     def tell(self, event: Event) -> None:
-        """Note what the model's side tells, for `heed_next`. In any thread."""
+        """Queue an event from the worker for `heed_next`. Thread-safe."""
         self._told.append(event)
 
     def heed_next(self) -> Event | None:
-        """Take in the next event that was told, and return it; None if `secure` has taken it in."""
+        """Process the next queued event and return it; None if `secure` has already processed it."""
         with self._heeding:
             event = self._told.popleft() if self._told else None
             if event is not None:
@@ -191,7 +196,7 @@ class Desk:
             return event
 
     def heed(self, event: Event) -> None:
-        """Take in what the model's side tells."""
+        """Process an event from the worker."""
         if isinstance(event, Seen):
             self.seen = event
         elif isinstance(event, Said) and self.pending:
@@ -212,12 +217,12 @@ class Desk:
             self._take_back()
 
     def close(self) -> None:
-        """Note where to go on, and have everything kept."""
+        """Save the state, and close the worker, which saves the caches."""
         self._keep()
         self.worker.close()
 
     def secure(self) -> None:
-        """Write everything that is known by now, the reply under way as far as it was told. In any thread."""
+        """Save everything at once, including the reply in progress so far. Thread-safe."""
         # A library that is closed has written everything, and takes no more.
         with suppress(RuntimeError):
             with self._heeding:
@@ -245,7 +250,7 @@ class Desk:
         self.worker.reply(self.current, last, self.pending.name)
 
     def _take_back(self) -> None:
-        """A reply could not be given: all is as it was before the message was said."""
+        """Undo a reply that failed: restore the conversation as it was before the message."""
         assert self.pending is not None
         pending, self.pending = self.pending, None
         conversation = pending.conversation
@@ -266,7 +271,7 @@ class Desk:
             raise Refused("a reply is being written; stop it first")
 
     def _list(self, conversation: Conversation) -> None:
-        """Have a conversation among the others, and saved."""
+        """Add a conversation to the list, if it is new, and save it."""
         if conversation not in self.conversations:
             self.conversations.insert(0, conversation)
         self.library.save(conversation)

@@ -1,4 +1,4 @@
-"""Replies of a model, on caches that are found by what has been said."""
+"""Generates replies; finds the caches by the tokens of the conversation."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .tree import Conversation, Cost, Message, Replied
 from .watch import Watch
 
 STEP = 128
-"""Tokens that are read at once: a stop is heeded between them."""
+"""The block size of the prefill, in tokens: it can be stopped between blocks."""
 
 
 @dataclass
 class Engine:
-    """A model, and its caches by the tokens in them. All of it belongs to one thread.
+    """A model and its caches. Use it in one thread only.
 
     Args:
-        folder: where caches go that leave memory, and at `close`; None for nowhere.
-        clock: seconds, for what is told about speed.
+        folder: the folder for caches that are evicted, and for all caches at `close`; None saves none.
+        clock: returns the time in seconds, for speeds.
 
     Attributes:
-        notice: what is not as asked for.
+        notice: a warning if the folder cannot be used; "" otherwise.
     """
 
     model: Any
@@ -66,17 +66,17 @@ class Engine:
         emit: Callable[[Event], None] = lambda event: None,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Replied:
-        """Answer a message of the user.
+        """Generate the reply to a user's message.
 
         Args:
             last: the message.
-            name: the reply's.
-            emit: is told what happens, the end excepted.
-            is_stopped: asked at every token whether that is enough.
+            name: the id of the reply's message.
+            emit: receives events during the reply, but not its end.
+            is_stopped: called at every token; a true result stops the reply.
 
         Raises:
             TooLong: the message does not fit; nothing has changed.
-            CacheError: as the caches'; what was said before is as it was.
+            CacheError: a cache failed; the conversation is unchanged.
         """
         conversation.read_by(self.reader)
         path = conversation.path_to(last.id)
@@ -97,13 +97,13 @@ class Engine:
         return Replied(answer.text, answer.piece, prompt.read, (start, prompt.start), cost, answer.ended)
 
     def warm(self, conversation: Conversation, emit: Callable[[Event], None]) -> None:
-        """Have the cache of the branch that is looked at in memory, where there is one anywhere."""
+        """Load the current branch's cache into memory, if one is stored."""
         conversation.read_by(self.reader)
         path = conversation.path
         if path:
             context, tokens = remembered(self.tokenizer, conversation)
             gap = len(context.opening.tokens) if path[-1].start else None
-            # With a token more, all of these can be reused.
+            # `open` leaves at least one token to compute; the extra token lets it reuse all others.
             with self.pool.open([*tokens, 0], conversation.salt(path)) as session:
                 self.watch.follow(conversation.id, session, gap)
         else:
@@ -111,11 +111,11 @@ class Engine:
         self.look(emit)
 
     def look(self, emit: Callable[[Event], None]) -> None:
-        """Tell what the caches hold."""
+        """Report what the caches hold."""
         emit(self.watch.seen())
 
     def close(self) -> None:
-        """Have all caches written, where there is a folder, and give them up."""
+        """Write all caches to the folder, if there is one, and close them."""
         self.pool.close()
 
     def _pool(self, folder: Path | None) -> SessionPool:
@@ -154,7 +154,7 @@ class Engine:
                     return
 
     def _make_room(self, prompt: Prompt, name: str) -> bool:
-        """Whether there is room for a token, the oldest turn forgotten where there was none."""
+        """Make room for a token, forgetting the oldest turn if necessary. Returns whether there is room."""
         capacity = self.settings.capacity
         if capacity is None or prompt.session.cache.position < capacity:
             return True
@@ -177,7 +177,7 @@ class Engine:
 
 
 def _set_window(model: Any, settings: Settings) -> None:
-    """Let full attention be windows: the caches read what a model asks for."""
+    """Apply the window setting: replace the model's `KVCache` layers by `RotatingKVCache`."""
     vars(model).pop("make_cache", None)
     if settings.window is None:
         return

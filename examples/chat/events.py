@@ -1,4 +1,4 @@
-"""What the model's side tells the other."""
+"""Defines the events that the worker sends to the screen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from .tree import Cost, Replied
 
 if TYPE_CHECKING:
-    # The screen comes before mlx-lm, which takes seconds to import.
+    # Importing mlx-lm takes seconds; the screen must not wait for it.
     from mlx_kvcache.plugin import Holding
 
 
 @dataclass(frozen=True)
 class Loading:
-    """A model is being fetched or read; `share` is how much of that is done, None where unknown."""
+    """A model is being downloaded or loaded. `share` is the fraction done, or None if unknown."""
 
     what: str
     share: float | None = None
@@ -22,7 +22,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """A model can be talked with. `notice` says what is not as asked for."""
+    """A model is loaded. `notice` is a warning for the user, or ""."""
 
     model: str
     notice: str = ""
@@ -30,7 +30,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """Something could not be done; everything is as it was before."""
+    """An action failed; nothing has changed."""
 
     what: str
     why: str
@@ -38,7 +38,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Reading:
-    """So many of the tokens that the cache did not have are read."""
+    """Progress of the prefill, in tokens that the cache did not hold."""
 
     done: int
     total: int
@@ -46,23 +46,23 @@ class Reading:
 
 @dataclass(frozen=True)
 class Said:
-    """A part of the reply."""
+    """A part of the reply's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the caches hold now.
+    """A report on the contents of the caches.
 
     Attributes:
-        holdings: cells, one for each kind of layer.
-        owners: conversations by sequence, of those that are known.
-        current: the sequence of the branch that is looked at.
-        cached: its tokens.
-        nbytes, most: bytes that are allocated, now and at most so far.
-        moved: its tokens that stand elsewhere than they were computed, [first, after).
-        totals: of all replies since the start.
+        holdings: the cells of each kind of layer.
+        owners: ids of conversations by sequence, as far as known.
+        current: the sequence of the current branch; None if it has no cache.
+        cached: the number of tokens in it.
+        nbytes, most: allocated bytes, now and at the peak.
+        moved: the range [begin, end) of its tokens whose keys were re-based.
+        totals: the sum of all replies since the start.
     """
 
     holdings: tuple[Holding, ...]
@@ -77,7 +77,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Ended:
-    """There will be no more."""
+    """The worker has ended; this is its last event."""
 
 
 Event = Ended | Loading | Ready | Failed | Reading | Said | Replied | Seen

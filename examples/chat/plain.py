@@ -1,4 +1,4 @@
-"""Lines in, answers out: the chat without a screen."""
+"""Runs the chat on lines of text, without a screen."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELP = """\
 
 
 class Plain:
-    """Branches of a conversation and the commands on them."""
+    """A conversation with branches, and the commands on it."""
 
     def __init__(self, engine: Engine, system: str) -> None:
         self.engine = engine
@@ -41,7 +41,7 @@ class Plain:
         return [message for message in self.conversation.path if message.role == "user"]
 
     def handle(self, line: str) -> bool:
-        """Act on one line. Returns False when the user leaves."""
+        """Process one line. Returns False when the user quits."""
         line = line.strip()
         if not line.startswith("/"):
             if line:
@@ -76,7 +76,7 @@ class Plain:
         self.branches[self.current] = self.conversation.leaf
 
     def _answer(self, message: Message) -> bool:
-        """Whether there was an answer."""
+        """Answer a message. Returns False if that failed."""
         name = new_id()
         try:
             with _interruptible() as is_stopped:
@@ -142,7 +142,7 @@ class Plain:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C end an answer instead of the program."""
+    """Let Ctrl-C stop the answer instead of the program."""
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:

@@ -1,4 +1,4 @@
-"""What is left to read before a reply, and what has to be forgotten for it."""
+"""Prepares a reply: finds the cache of a branch, and forgets old messages if there is no room."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from .tree import Conversation, Message
 
 
 class TooLong(ValueError):
-    """A message that cannot fit even an otherwise empty conversation."""
+    """The message does not fit the capacity, even if all earlier messages are forgotten."""
 
 
 @dataclass
 class Prompt:
-    """A conversation on its cache, before and while it is answered.
+    """A branch and its cache, before and during a reply.
 
     Attributes:
         session: the cache, and the tokens to compute.
         turns: all messages of the branch.
-        context: those that are remembered, as they are read.
-        start: how many of the first are forgotten.
-        read: how the last message is read; None where it cannot be told from those before it.
-        forgotten: tokens that were taken out of the cache.
+        context: the remembered messages, as the model reads them.
+        start: the number of forgotten messages at the beginning.
+        read: the last message as the model reads it; None if it cannot be separated from the
+            messages before it.
+        forgotten: the number of tokens removed from the cache.
     """
 
     session: Session
@@ -40,12 +41,12 @@ class Prompt:
 
     @property
     def gap(self) -> int | None:
-        """The position at which messages are missing; None where all are remembered."""
+        """The position at which messages are missing; None if none are."""
         return len(self.context.opening.tokens) if self.start else None
 
 
 def remembered(tokenizer: Any, conversation: Conversation) -> tuple[Context, list[int]]:
-    """What the model reads of the branch that is looked at, and all tokens of it, a reply at the end too."""
+    """The context of the current branch, and its tokens including a reply at the end."""
     path = conversation.path
     turns = [message.turn for message in path[path[-1].start :]]
     written = turns.pop().piece if turns[-1].role == "assistant" else None
@@ -56,10 +57,13 @@ def remembered(tokenizer: Any, conversation: Conversation) -> tuple[Context, lis
 def prepare(
     pool: SessionPool, tokenizer: Any, conversation: Conversation, path: Sequence[Message], settings: Settings
 ) -> Prompt:
-    """Find the cache that has most of a branch, which ends with a message of the user, and make room.
+    """Open the cache that holds most of a branch, and make room for the reply.
+
+    Args:
+        path: the branch; it ends with a message of the user.
 
     Raises:
-        TooLong: there can be none.
+        TooLong: there is no room, even if all earlier messages are forgotten.
     """
     turns = [message.turn for message in path]
     system, start, salt = conversation.system, path[-1].start, conversation.salt(list(path))
@@ -80,13 +84,13 @@ def prepare(
 
 
 def forget(prompt: Prompt, name: str) -> bool:
-    """Take the oldest remembered turn out of the cache of a reply under way.
+    """Remove the oldest remembered turn from the cache during a reply.
 
     Args:
-        name: the reply's.
+        name: the id of the reply's message.
 
     Returns:
-        Whether there was one that could be.
+        Whether a turn was removed.
     """
     later = [i for i, turn in enumerate(prompt.turns) if turn.role == "user" and i > prompt.start]
     if not later:
@@ -104,7 +108,7 @@ def forget(prompt: Prompt, name: str) -> bool:
 def _fitting(
     tokenizer: Any, system: str, turns: list[Turn], start: int, context: Context, settings: Settings
 ) -> tuple[int, Context]:
-    """From which message on there is room for a reply, and what is read then."""
+    """Find the first message from which on there is room for a reply, and the context from there."""
     if settings.capacity is None:
         return start, context
     room = min(settings.max_tokens, settings.capacity // 4)
@@ -126,7 +130,7 @@ def _last_piece(context: Context, last: Turn) -> Piece | None:
 
 
 def _drop(session: Session, begin: int, end: int, salt: tuple[str, int], expected: list[int] | None) -> bool:
-    """Take [begin, end) out of a session, if it has been computed and what is left is as expected."""
+    """Remove [begin, end) from a session if it is computed and the remaining tokens are as expected."""
     left = session.tokens[:begin] + session.tokens[end:]
     if end > session.cache.position or (expected is not None and left != expected):
         return False

@@ -1,4 +1,4 @@
-"""From messages to tokens: what the model reads, piece by piece."""
+"""Converts messages to tokens, reusing the tokens of messages read or generated before."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jinja2.exceptions import TemplateError
 
 
 class Piece(NamedTuple):
-    """A message as the model read or wrote it, with all that its template puts around it.
+    """A message as the model read or wrote it, including the template's text around it.
 
     Attributes:
-        closing: how many characters and tokens at its beginning end the message before it.
+        closing: the numbers of characters and tokens at the beginning that end the message before.
     """
 
     text: str
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
     @property
     def body(self) -> Piece:
-        """Without what ends the message before it."""
+        """The piece without the text that ends the message before it."""
         characters, tokens = self.closing
         return Piece(self.text[characters:], self.tokens[tokens:])
 
@@ -32,7 +32,7 @@ NOTHING = Piece("", ())
 
 @dataclass(frozen=True)
 class Turn:
-    """A message to be read: who says it, what, and how it was read before, if it was."""
+    """A message to be read; `piece` is its earlier reading, if there is one."""
 
     role: str
     text: str
@@ -41,13 +41,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Context:
-    """What the model reads before it answers.
+    """The text and tokens that the model reads before it answers.
 
     Attributes:
         opening: the system prompt.
-        pieces: one for each turn, or those before the first whose reading has changed.
-        rest: what comes behind them, encoded anew.
-        is_whole: every turn has its piece, `rest` the last one's.
+        pieces: a piece for each turn, up to the first one whose reading has changed.
+        rest: everything after these, newly encoded.
+        is_whole: whether every turn has its own piece; the last one's is `rest`.
     """
 
     opening: Piece
@@ -61,18 +61,18 @@ class Context:
 
     @property
     def length(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return sum(len(piece.tokens) for piece in (self.opening, *self.pieces, self.rest))
 
     def tokens_of(self, turns: int) -> int | None:
-        """How many tokens the first so many turns take, with what ends them; None where that is unknown."""
+        """The number of tokens in the first `turns` turns and their endings; None if unknown."""
         if len(self.pieces) < turns or not self.is_whole:
             return None
         following = self.pieces[turns] if turns < len(self.pieces) else self.rest
         return sum(len(piece.tokens) for piece in self.pieces[:turns]) + following.closing[1]
 
     def without(self, turns: int) -> Context:
-        """What is left when the first so many turns are forgotten."""
+        """The context without the first `turns` turns."""
         if turns < len(self.pieces):
             pieces = (self.pieces[turns].body, *self.pieces[turns + 1 :])
             return replace(self, pieces=pieces)
@@ -80,11 +80,11 @@ class Context:
 
 
 def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
-    """What the model reads of these turns, the last of them the user's.
+    """Make the context of a list of turns that ends with a turn of the user.
 
-    Tokens that were read or written before are taken as they were: encoding a text again can
-    give others. Where a template changes what it made of earlier turns, all from there on is
-    encoded anew.
+    Reuses the tokens of turns read or generated before, because encoding a text again can give
+    other tokens. If the template renders an earlier turn differently now, everything from this
+    turn on is encoded again.
     """
     text = rendered(tokenizer, system, turns)
     opening = _opening(tokenizer, system)
@@ -99,7 +99,7 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
         pieces.append(piece)
         read += len(piece.text)
     if len(pieces) == len(turns) and read < len(text):
-        # The last turn was read with less behind it than the template puts there now.
+        # The template now adds text after the last turn that its piece lacks.
         read -= len(pieces.pop().text)
     is_whole = len(pieces) >= len(turns) - 1
     before = rendered(tokenizer, system, turns[:-1], answer=False) if is_whole and len(turns) > 1 else ""
@@ -108,7 +108,7 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
 
 
 def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = True) -> str:
-    """The template's text of a conversation, up to where the model answers."""
+    """Render a conversation with the model's template, with the prefix of an answer if `answer` is true."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     if not tokenizer.chat_template:
         return _plainly(system, turns, answer)
@@ -118,7 +118,7 @@ def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = 
     except TemplateError:
         if not (system and messages):
             raise
-        # Some templates know no system prompt.
+        # Some templates do not support a system prompt; it goes before the first message.
         first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
         return _template(tokenizer, [first, *messages[1:]], answer)
 
@@ -129,7 +129,7 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
 
 
 def _piece(tokenizer: Any, text: str, start: int, begin: int) -> Piece:
-    """The text from `start` on, of which what is before `begin` ends an earlier message."""
+    """Encode the text from `start` on. The part before `begin` ends an earlier message."""
     closing = encoded(tokenizer, text[start:begin])
     body = encoded(tokenizer, text[max(start, begin) :])
     return Piece(text[start:], (*closing, *body), (max(0, begin - start), len(closing)))
@@ -151,7 +151,7 @@ def _template(tokenizer: Any, messages: list[dict[str, str]], answer: bool) -> s
 
 
 def _plainly(system: str, turns: Sequence[Turn], answer: bool) -> str:
-    """For models without a template."""
+    """Render a conversation for a model without a template."""
     lines = [f"{system}\n\n"] if system else []
     lines += [f"{turn.role}: {turn.text}\n" for turn in turns]
     return "".join(lines) + ("assistant:" if answer else "")

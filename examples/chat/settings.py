@@ -1,4 +1,4 @@
-"""What a user can set, and within which bounds."""
+"""Defines the chat's settings and their bounds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is run and its caches are made.
+    """Settings of sampling and caches.
 
     Attributes:
-        capacity: the most tokens that a conversation's cache holds; None for no bound.
-        window: how many tokens a token sees; None for all.
-        sinks: first tokens that a window never hides.
-        bits: of stored keys and values; None for the model's own precision.
-        temperature: of sampling; 0 always takes the likeliest token.
+        capacity: the maximum number of tokens in a conversation's cache; None for no bound.
+        window: the number of tokens that a token sees; None for all.
+        sinks: the number of first tokens that stay visible in a window.
+        bits: the bit width of stored keys and values; None for the model's own precision.
+        temperature: the sampling temperature; 0 always takes the likeliest token.
         top_p: sample from the likeliest tokens that together have this probability.
-        max_tokens: the longest reply.
-        memory: megabytes of all caches in memory; what has to leave goes to files.
+        max_tokens: the maximum length of a reply, in tokens.
+        memory: the maximum size of all caches in memory, in MB; evicted caches go to files.
 
     Raises:
-        ValueError: out of bounds.
+        ValueError: a value is out of bounds.
     """
 
     capacity: int | None = 4096
@@ -47,12 +47,12 @@ class Settings:
 
     @property
     def caches(self) -> tuple[Any, ...]:
-        """What the caches depend on: where it changes, they have to be made anew."""
+        """The settings that the caches depend on; when they change, caches must be made again."""
         return self.capacity, self.window, self.window and self.sinks, self.bits, self.memory
 
     @classmethod
     def of(cls, saved: Any) -> Settings:
-        """From JSON; names that are not known are left out. Raises ValueError for bad values."""
+        """Read settings from JSON, ignoring unknown names. Raises ValueError for bad values."""
         if not isinstance(saved, dict):
             raise ValueError(f"settings must be an object, got {type(saved).__name__}")
         known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}

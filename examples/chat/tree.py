@@ -1,4 +1,4 @@
-"""A conversation: a tree of messages, of which one branch is looked at."""
+"""A conversation as a tree of messages; one branch is current."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 from .reading import Piece, Turn
 
 TITLE = 40
-"""Characters of a title that is taken from the first message."""
+"""The maximum length of a title made from the first message, in characters."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a reply cost: tokens reused, read, written and forgotten, and seconds.
+    """The statistics of a reply: tokens reused, prefilled, generated and forgotten, and times.
 
     Attributes:
-        first_token: seconds until the first token, `seconds` from there to the last.
-        saved: seconds that reading the reused tokens would have taken, by the speed of reading seen.
+        first_token: seconds until the first token.
+        seconds: seconds from the first token to the last.
+        saved: seconds saved by reuse, estimated with the prefill speed measured so far.
     """
 
     reused: int = 0
@@ -34,7 +35,7 @@ class Cost:
 
     @property
     def rate(self) -> float:
-        """Tokens per second, from the first to the last; 0 where there were fewer than two."""
+        """Tokens per second after the first token; 0 for fewer than two tokens."""
         return (self.generated - 1) / self.seconds if self.seconds > 0 and self.generated > 1 else 0.0
 
     def __add__(self, other: Cost) -> Cost:
@@ -50,14 +51,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Replied:
-    """A reply that is over.
+    """A finished reply.
 
     Attributes:
-        text: all of it.
-        piece: the reply as it was written; None if it was not begun, or if only its text is known.
-        read: how the message before it was read; None where that cannot be told from others.
-        start: how many messages are forgotten at its beginning and at its end.
-        ended: as of `Message`.
+        text: its text.
+        piece: the reply with its tokens; None if it has none, or if only its text is known.
+        read: the message before it, as the model read it; None if it cannot be separated from
+            earlier messages.
+        start: the numbers of forgotten messages when the reply began and when it ended.
+        ended: as in `Message`.
     """
 
     text: str
@@ -70,13 +72,14 @@ class Replied:
 
 @dataclass
 class Message:
-    """One message. Its text never changes, so that branches can share it.
+    """A message. Its text never changes, so that branches can share it.
 
     Attributes:
-        parent: the message before it; None for the first.
-        piece: as the model read or wrote it; None where it has not been read alone.
-        start: how many messages from the first are forgotten where this one is the last.
-        ended: why a reply is shorter than the model's own: "stopped", "length" or "capacity".
+        parent: the id of the message before it; None for the first.
+        piece: the message as the model read or wrote it; None if it has not been read separately.
+        start: the number of messages, from the first on, that are forgotten on a branch that ends
+            with this message.
+        ended: why a reply is incomplete: "stopped", "length" or "capacity"; "" if it is complete.
     """
 
     id: str
@@ -95,11 +98,11 @@ class Message:
 
 @dataclass
 class Conversation:
-    """Messages by their names, and the last one of the branch that is looked at.
+    """A tree of messages by id; `leaf` is the last message of the current branch.
 
     Attributes:
-        reader: the tokenizer that the messages' pieces are of.
-        gone: names of messages that were taken back, which must not come back from a file.
+        reader: a fingerprint of the tokenizer that made the messages' pieces.
+        gone: ids of messages that were taken back; a merge with the file must not restore them.
     """
 
     id: str = field(default_factory=lambda: new_id())
@@ -114,7 +117,7 @@ class Conversation:
 
     @property
     def path(self) -> list[Message]:
-        """The messages of the branch, the first one first."""
+        """The messages of the current branch, from the first to the last."""
         return self.path_to(self.leaf)
 
     def path_to(self, id: str | None) -> list[Message]:  # noqa: A002
@@ -125,18 +128,18 @@ class Conversation:
         return path[::-1]
 
     def children(self, id: str | None) -> list[Message]:  # noqa: A002
-        """What was said after a message, the oldest first."""
+        """The messages that follow a message directly, the oldest first."""
         return [message for message in self.messages.values() if message.parent == id]
 
     def placed(self) -> list[tuple[Message, int, int]]:
-        """The messages of the branch, each with its place among those beside it, from 1, and their number."""
+        """The messages of the current branch, each with its place among its siblings, and their number."""
         beside: dict[str | None, list[str]] = {}
         for message in self.messages.values():
             beside.setdefault(message.parent, []).append(message.id)
         return [(m, beside[m.parent].index(m.id) + 1, len(beside[m.parent])) for m in self.path]
 
     def beside(self, message: Message) -> list[Message]:
-        """A message and those in its place on other branches."""
+        """A message and its siblings on other branches."""
         return self.children(message.parent)
 
     def leaves(self) -> Iterator[Message]:
@@ -145,7 +148,7 @@ class Conversation:
         yield from (message for message in self.messages.values() if message.id not in parents)
 
     def say(self, text: str, parent: str | None) -> Message:
-        """Add a message of the user behind `parent`, and look at it."""
+        """Add a message of the user after `parent`, and make its branch current."""
         start = self.messages[parent].start if parent else 0
         message = Message(new_id(), parent, "user", text, start=start)
         if not self.title:
@@ -159,14 +162,14 @@ class Conversation:
         self.changed = time.time()
 
     def read_by(self, reader: str) -> None:
-        """Have the messages read anew, where another tokenizer than this one has read them."""
+        """Drop all pieces if another tokenizer made them."""
         if self.reader != reader:
             self.reader = reader
             for message in self.messages.values():
                 message.piece = None
 
     def take(self, last: Message, name: str, replied: Replied) -> None:
-        """Note a reply to `last`, and look at it unless another branch is looked at by now."""
+        """Add a reply to `last`, and make its branch current unless the user has switched to another."""
         last.piece, last.start = replied.read or last.piece, replied.start[0]
         if replied.piece is None and not replied.text:
             return
@@ -177,20 +180,20 @@ class Conversation:
             self.leaf = looked_at
 
     def take_back(self, message: Message, leaf: str | None) -> None:
-        """Remove a message that nothing has followed yet, and look at what ends with `leaf` again."""
+        """Remove a message without replies; the branch that ends with `leaf` becomes current again."""
         del self.messages[message.id]
         self.gone.append(message.id)
         if self.leaf == message.id:
             self.leaf = leaf
 
     def look_at(self, id: str | None) -> None:  # noqa: A002
-        """Look at the branch of a message, down to the newest end."""
+        """Switch to the branch of a message, following the newest message at each fork."""
         while children := self.children(id):
             id = children[-1].id  # noqa: A001
         self.leaf = id
 
     def salt(self, path: list[Message]) -> tuple[str, int] | None:
-        """What tells a cache that has forgotten from a fresh one of the same tokens."""
+        """The salt that separates a cache with forgotten messages from a fresh one; None if none are."""
         for before, message in zip([None, *path[:-1]][::-1], path[::-1], strict=True):
             if message.start > (before.start if before else 0):
                 return message.id, message.start
@@ -201,7 +204,7 @@ class Conversation:
 
     @classmethod
     def of(cls, saved: Any) -> Conversation:
-        """From JSON. Raises ValueError where it is not what `as_json` gave."""
+        """Read a conversation from JSON. Raises ValueError if `as_json` did not write it."""
         try:
             if saved["version"] != 1:
                 raise ValueError(f"version {saved['version']} is not known here")
@@ -214,7 +217,7 @@ class Conversation:
         return conversation
 
     def _check(self) -> None:
-        """Parents come before their children, so that every path ends."""
+        """Check that parents come before their children, so that every path ends."""
         seen: set[str | None] = {None}
         for message in self.messages.values():
             if message.parent not in seen or not isinstance(message.text, str):
@@ -236,13 +239,13 @@ def _message(saved: dict[str, Any]) -> Message:
 
 
 def titled(text: str) -> str:
-    """A title for a conversation that begins with this."""
+    """Make a title from a conversation's first message."""
     first = " ".join(cleaned(text).split())
     return first if len(first) <= TITLE else first[: TITLE - 1].rstrip() + "…"
 
 
 def cleaned(text: str) -> str:
-    """Text without what a terminal would obey: control characters but line ends and tabs."""
+    """Remove control characters that a terminal would execute; keeps line ends and tabs."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 

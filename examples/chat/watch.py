@@ -1,4 +1,4 @@
-"""What the caches hold, and what they have saved, for those who look on."""
+"""Collects statistics for the screen: what the caches hold and how much time they have saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .events import Seen
 from .tree import Cost
 
 EVERY = 0.1
-"""Seconds between two looks at a reply under way, at least."""
+"""The minimum time between two reports during a reply, in seconds."""
 
 MEASURED = 16
-"""Tokens that must be read at once to tell how fast reading is."""
+"""The minimum number of tokens in a prefill for which its speed counts."""
 
 
 class Watch:
-    """Knows which sequence of the caches is whose, and adds up."""
+    """Maps the caches' sequences to conversations, and sums up the statistics of replies."""
 
     def __init__(self, pool: SessionPool, clock: Callable[[], float]) -> None:
         self.totals = Cost()
@@ -34,23 +34,23 @@ class Watch:
         self._read = (0, 0.0)
 
     def follow(self, conversation: str, session: Session, gap: int | None) -> None:
-        """From here on, this session is what is looked at. `gap` is where messages are missing."""
+        """Make a session the current one. `gap` is the position at which messages are missing, or None."""
         self._cache, self._gap = session.cache, gap
         self._owners[session.cache.sequence] = conversation
 
     def forget(self) -> None:
-        """Nothing is looked at."""
+        """Set no current session."""
         self._cache = None
 
     def move(self, gap: int | None) -> None:
         self._gap = gap
 
     def is_due(self) -> bool:
-        """Whether it is time for another look."""
+        """Whether it is time for the next report."""
         return self._clock() >= self._next
 
     def saved(self, reused: int, read: int, seconds: float) -> float:
-        """Seconds that reading `reused` tokens would have taken, after reading others took some."""
+        """The estimated seconds to prefill `reused` tokens; `read` tokens took `seconds` now."""
         if read >= MEASURED or not self._read[0]:
             self._read = (self._read[0] + read, self._read[1] + seconds)
         tokens, taken = self._read
@@ -70,7 +70,7 @@ class Watch:
             if self._cache is not None:
                 current, cached = self._cache.sequence, self._cache.position
         except CacheError:
-            # It has been given up for another's sake.
+            # The cache has been evicted.
             self._cache = current = None
         cells = self._pool.cells
         if cells is not None:
@@ -82,7 +82,7 @@ class Watch:
         )
 
     def _moved(self, cached: int) -> tuple[int, int]:
-        """Whose keys were rotated when messages were taken out: those before the gap, or after it."""
+        """The range of tokens whose keys were re-based on removal: those before the gap, or after it."""
         if self._gap is None or self._cache is None:
             return 0, 0
         return (0, self._gap) if self._cache.pool.scheme.ahead else (self._gap, cached)

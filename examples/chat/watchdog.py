@@ -1,4 +1,4 @@
-"""Ends the chat when its terminal is gone or a signal says so."""
+"""Saves and ends the chat when its terminal closes, or on SIGHUP or SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from contextlib import suppress
 from typing import NoReturn
 
 ORDERLY, AT_ONCE = 0.7, 0.3
-"""Seconds for ending as a user would, and after that for the main thread to put the terminal right."""
+"""Seconds for a normal exit, and after that for the main thread to restore the terminal."""
 
 _GONE = select.POLLHUP | select.POLLERR
 
 
 class Watchdog(threading.Thread):
-    """A thread that ends the process within `ORDERLY + AT_ONCE` seconds of being told, and saves before.
+    """A thread that saves and ends the process within about a second of a request to end.
 
-    It is told by SIGTERM, by SIGHUP and by a hang-up of a terminal that the process reads or writes.
-    Whatever the main thread does or waits for then, this thread goes on. To be made in the main thread.
+    SIGTERM, SIGHUP and the hang-up of a terminal that the process reads or writes are such requests.
+    The thread works even if the main thread is busy or blocked. Create it in the main thread.
 
     Args:
-        leave: asks the main thread to end as it does when the user leaves, which ends with `finish`.
-        save: saves everything that is known by now, where that took too long.
-        quit: asks the main thread to end at once, after that.
+        leave: asks the main thread for a normal exit, which calls `finish` at its end.
+        save: saves everything; called if the normal exit takes too long.
+        quit: asks the main thread to exit at once; called after `save`.
 
     Attributes:
-        status: what the process exits with; None while nothing has told it to end.
+        status: the exit status; None until a request to end.
     """
 
     def __init__(self, leave: Callable[[], None], save: Callable[[], None], quit: Callable[[], None]) -> None:  # noqa: A002
@@ -38,10 +38,10 @@ class Watchdog(threading.Thread):
         self._steps = (leave, ORDERLY), (save, 0.0), (quit, AT_ONCE)
         self._signals, writing = os.pipe()
         os.set_blocking(writing, False)
-        # Python's own handlers run when the main thread comes to it; this tells of a signal at once.
+        # Python's signal handlers must wait for the main thread; the wakeup descriptor works at once.
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            # Under nohup, a hang-up means nothing.
+            # nohup ignores SIGHUP; this must stay so.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         self.start()
@@ -49,21 +49,21 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         self.status = 128 + wait_for_end(self._signals)
         for step, seconds in self._steps:
-            # A failure must not keep the process from ending.
+            # A failed step must not keep the process from ending.
             with suppress(Exception):
                 step()
-            # Meanwhile the main thread ends the process by `finish`.
+            # The main thread may end the process with `finish` during this time.
             time.sleep(seconds)
         os._exit(self.status)
 
     def finish(self) -> None:
-        """End the process if it was told to end: the main thread is through."""
+        """End the process if there was a request to end. The main thread calls this when it is done."""
         if self.status is not None:
             os._exit(self.status)
 
 
 def exit_without_terminal() -> None:
-    """From here on, end the process when its terminal is gone, even where no signal tells of that."""
+    """Start a thread that ends the process when its terminal closes, even without a signal."""
 
     def watch() -> NoReturn:
         os._exit(128 + wait_for_end())
@@ -72,13 +72,16 @@ def exit_without_terminal() -> None:
 
 
 def wait_for_end(signals: int | None = None) -> int:
-    """Wait for the end of a terminal, or for a byte that is the number of SIGTERM or SIGHUP.
+    """Wait until a terminal closes, or until SIGTERM or SIGHUP arrives.
+
+    Args:
+        signals: a file descriptor from which the numbers of signals are read as bytes.
 
     Returns:
-        The signal, SIGHUP for the end of a terminal.
+        The signal's number; SIGHUP if a terminal closed.
     """
     poll = select.poll()
-    # Pipes hang up, too, when all of them has been written, which is no reason to end.
+    # Only terminals: a pipe also hangs up when its writer is done, which is no reason to end.
     for terminal in filter(os.isatty, range(3)):
         poll.register(terminal, 0)
     if signals is not None:

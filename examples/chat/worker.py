@@ -1,4 +1,4 @@
-"""A thread that owns the model: whatever touches MLX happens here."""
+"""The thread that owns the model and makes all calls of MLX."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .settings import Settings
 from .tree import Conversation, Message
 
 LOAD, CONFIGURE, REPLY = "load the model", "change the settings", "reply"
-"""What `Failed` says could not be done, where that has to be taken back."""
+"""Values of `Failed.what` for actions that the desk must undo."""
 
 
 class Worker(threading.Thread):
-    """Does what it is asked for, one thing after the other.
+    """Processes requests one after another in a thread.
 
     Args:
-        emit: is told what happens, in this thread.
-        folder: for the caches, as of `Engine`.
-        options: of `Engine`, its clock.
+        emit: receives events, in this thread.
+        folder: the folder for caches, as in `Engine`.
+        options: further options of `Engine`.
     """
 
     def __init__(self, emit: Callable[[Event], None], folder: Path | None, **options: Any) -> None:
@@ -36,33 +36,33 @@ class Worker(threading.Thread):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether there is a model, and so perhaps something that `close` keeps."""
+        """Whether a model is loaded, so that `close` may have caches to save."""
         return self._engine is not None
 
     def load(self, name: str | None, settings: Settings) -> None:
-        """Take another model; where that cannot be, the one before stays."""
+        """Load another model. If that fails, the present one stays."""
         self._ask(LOAD, lambda: self._load(name, settings))
 
     def configure(self, settings: Settings) -> None:
-        """Run the model with other settings from here on."""
+        """Change the settings for later replies."""
         self._ask(CONFIGURE, lambda: self._configure(settings))
 
     def reply(self, conversation: Conversation, last: Message, name: str) -> None:
-        """Answer a message of the user; the reply will have this name."""
-        # Each reply has a stop of its own: one for an earlier reply must not reach it, nor be undone by it.
+        """Answer a message of the user. `name` is the id of the reply's message."""
+        # A separate event for each reply, so that stopping one reply does not affect another.
         stop = self._halt = threading.Event()
         self._ask(REPLY, lambda: self._reply(conversation, last, name, stop))
 
     def warm(self, conversation: Conversation) -> None:
-        """Have a branch's cache in memory and tell about it."""
+        """Load the current branch's cache into memory and report on the caches."""
         self._ask("look at the caches", lambda: self._engine and self._engine.warm(conversation, self._emit))
 
     def stop(self) -> None:
-        """End the reply that is under way, after the token that is."""
+        """Stop the reply in progress after its current token."""
         self._halt.set()
 
     def close(self) -> None:
-        """Stop, have all caches written, and end the thread."""
+        """Stop the reply, save all caches, and end the thread."""
         self.stop()
         self._ask("keep the caches", self._close)
         self._jobs.put(None)
@@ -76,7 +76,7 @@ class Worker(threading.Thread):
         def job() -> None:
             try:
                 do()
-            # Whatever goes wrong, the thread has to go on and the user to know.
+            # After any error the thread must continue, and the user is told.
             except Exception as error:  # noqa: BLE001
                 self._emit(Failed(what, str(error) or type(error).__name__))
 

@@ -53,11 +53,11 @@ def test_drawn_fits() -> None:
         assert all(len(line) <= width for line in lines)
 
 
-def test_conversations_have_colours_of_their_own() -> None:
+def test_conversations_have_colors_of_their_own() -> None:
     text = cellmap.drawn(seen(FULL), {"a": 0, "b": 1}, 30, 12, "#000000")
-    colours = {str(span.style) for span in text.spans}
-    assert cellmap.COLOURS[0] in colours
-    assert len(colours) >= 4
+    colors = {str(span.style) for span in text.spans}
+    assert cellmap.COLORS[0] in colors
+    assert len(colors) >= 4
 
 
 def test_recurrent_layers_show_checkpoints() -> None:

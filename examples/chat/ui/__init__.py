@@ -1,1 +1,1 @@
-"""The chat as an application in a terminal."""
+"""The chat's screen: an application in a terminal."""

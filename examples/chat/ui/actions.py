@@ -1,4 +1,4 @@
-"""What keys and words on the screen do."""
+"""Defines the key bindings and the actions of the application."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from .transcript import Transcript
 
 
 class Actions(App[None]):
-    """The part of the application that acts.
+    """The base class of the application, with its actions.
 
     Attributes:
-        desk: what is worked on.
-        editing: the message that the text in the composer will take the place of.
-        home: where other threads can have something done in the application's; None before it runs.
+        desk: the state of the chat.
+        editing: the message that the text in the composer will replace, or None.
+        home: the event loop and context for calls from other threads; None before the application
+            runs.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -68,15 +69,15 @@ class Actions(App[None]):
     _must_leave = False
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Under a dialog, keys are the dialog's."""
+        """Allow only quitting while a dialog is open."""
         return len(self.screen_stack) == 1 or action in ("interrupt", "leave")
 
     async def show(self) -> None:
-        """Bring the screen to what is so."""
+        """Update the screen."""
         raise NotImplementedError
 
     def busy(self, what: str | None, share: float | None = None) -> None:
-        """Say in a line what is going on; None for nothing."""
+        """Show a progress line; None hides it."""
         raise NotImplementedError
 
     def action_keys(self) -> None:
@@ -87,7 +88,7 @@ class Actions(App[None]):
         self.action_write()
 
     def action_list(self) -> None:
-        """Show the list and go to it; from it, back."""
+        """Show and focus the list; if it has the focus, go back to the composer."""
         if self.focused and self.query_one(Conversations) in self.focused.ancestors:
             self.action_write()
             return
@@ -146,7 +147,7 @@ class Actions(App[None]):
         self.notify("Copied.")
 
     async def action_before(self) -> None:
-        """The branch before, at the last place where there are several."""
+        """Switch to the previous branch at the last fork."""
         await self._at_last_fork(-1)
 
     async def action_after(self) -> None:
@@ -219,14 +220,14 @@ class Actions(App[None]):
             self.action_write()
 
     def action_interrupt(self) -> None:
-        """Copy what is selected; else stop a reply; else leave."""
+        """Copy the selection; without one, stop the reply; without a reply, quit."""
         if text := self.screen.get_selected_text():
             self.copy_to_clipboard(text)
         elif not self.desk.stop():
             self.action_leave()
 
     def action_leave(self) -> None:
-        """Keep everything and go; at once where the model's side has nothing to keep, or at a second time."""
+        """Save everything and quit; skips saving caches if there are none, or at a second call."""
         is_second, self._is_closing = self._is_closing, True
         if not is_second:
             self._note_draft()
@@ -238,20 +239,20 @@ class Actions(App[None]):
         self.desk.close()
 
     def leave(self) -> None:
-        """Keep everything and go, unless that has begun, as soon as the screen is there. In any thread."""
+        """Save and quit as soon as the screen is ready, unless that has begun. Thread-safe."""
         self._must_leave = True
         if self.home:
             loop, context = self.home
             loop.call_soon_threadsafe(self._leave_if_told, context=context)
 
     def secure(self) -> None:
-        """Write everything that is known by now. In any thread."""
+        """Save everything at once. Thread-safe."""
         if not self._is_closing:
             self._note_draft()
         self.desk.secure()
 
     async def begin(self) -> None:
-        """Put back what was being written when the user left, and be there for other threads."""
+        """Restore the unsent message of the last run, and accept calls from other threads."""
         draft, edited = (self.desk.other.pop(name, "") for name in ("draft", "edited"))
         if edited in self.desk.current.messages:
             await self.action_edit_message(edited)
@@ -271,7 +272,7 @@ class Actions(App[None]):
             self.desk.other |= {"draft": self.composer.content, "edited": edited}
 
     def _chosen(self) -> Any:
-        """The conversation under the list's cursor if that has the focus; else the one that is looked at."""
+        """The conversation under the list's cursor if the list has the focus; else the current one."""
         panel = self.query_one(Conversations)
         name = panel.highlighted if self.focused and panel in self.focused.ancestors else None
         return next((each for each in self.desk.conversations if each.id == name), self.desk.current)
@@ -282,7 +283,7 @@ class Actions(App[None]):
             await self._beside(forks[-1], by)
 
     async def _beside(self, message: Message, by: int) -> None:
-        """Look at the branch that is `by` places from a message's."""
+        """Switch to the branch `by` places from a message's."""
         beside = self.desk.current.beside(message)
         other = beside[(beside.index(message) + by) % len(beside)]
         if other is not message:

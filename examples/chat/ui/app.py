@@ -1,4 +1,4 @@
-"""The application: what is on the screen, and what happens meanwhile."""
+"""The application: composes the screen and handles events from the worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..tree import Replied
 from ..watchdog import Watchdog
 from ..worker import Worker
 from .actions import Actions
-from .cellmap import CellMap, colour_of
+from .cellmap import CellMap, color_of
 from .composer import Composer
 from .figures import Figures
 from .pickers import Conversations
@@ -39,14 +39,14 @@ HELLO = """\
 
 
 class Chat(Actions):
-    """Conversations on the left, the cache on the right."""
+    """The application. Conversations are on the left, the cache is on the right."""
 
     TITLE = "mlx_kvcache"
     CSS_PATH = Path(__file__).with_name("chat.tcss")
     ENABLE_COMMAND_PALETTE = False
 
     class Happened(Notice):
-        """The model's side tells something."""
+        """The worker has sent an event."""
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class Chat(Actions):
             self.theme = theme
         for problem in self.library.problems:
             self.notify(problem, severity="warning", timeout=10, markup=False)
-        # The model is asked for before the user can ask anything, but the screen comes first:
-        # what a model has to import takes Python's attention for a while.
+        # The model is the worker's first request, but the worker starts only after the first
+        # refresh: its imports hold the interpreter for a while.
         self.desk.begin()
         self.query_one(Composer).focus()
         await self.show()
@@ -102,7 +102,7 @@ class Chat(Actions):
         await self.begin()
 
     async def show(self) -> None:
-        """Bring the screen to what is so."""
+        """Update the screen."""
         desk, path = self.desk, self.desk.current.path
         if self.editing and self.editing.id not in desk.current.messages:
             self.editing = None
@@ -124,7 +124,7 @@ class Chat(Actions):
         self.show_cache()
 
     def show_list(self) -> None:
-        self.query_one(Conversations).show(self.desk.current, lambda name: colour_of(name, self.desk.order))
+        self.query_one(Conversations).show(self.desk.current, lambda name: color_of(name, self.desk.order))
 
     def show_cache(self) -> None:
         desk, path = self.desk, self.desk.current.path
@@ -138,7 +138,7 @@ class Chat(Actions):
     async def _happened(self) -> None:
         event = self.desk.heed_next()
         if self._is_closing and not isinstance(event, Failed | Ended):
-            # A screen that is about to go need not be brought up to date.
+            # The application is closing; no update is needed.
             return
         transcript = self.query_one(Transcript)
         match event:
@@ -203,7 +203,7 @@ class Chat(Actions):
         self.action_write()
 
     def busy(self, what: str | None, share: float | None = None) -> None:
-        """Say in a line what is going on; None for nothing."""
+        """Show a progress line; None hides it."""
         line = self.query_one("#busy")
         line.set_class(what is not None, "shown")
         if what is not None:
@@ -219,16 +219,16 @@ class Chat(Actions):
 
 
 def run(folder: Path | None, model: str | None, system: str, adjust: Callable[[Settings], Settings]) -> int:
-    """Hold conversations until the user leaves."""
+    """Run the application until the user quits. Returns the exit status."""
     app = Chat(folder or default_folder(), model, system, adjust)
     watchdog = Watchdog(app.leave, app.secure, app.exit)
     try:
         app.run()
     finally:
-        # It may have ended otherwise than by the user's leave.
+        # The application may have ended without the user quitting.
         app.secure()
         watchdog.finish()
     if app.worker.is_alive():
-        # Everything is saved, and Python would wait for what the model's side is doing.
+        # Everything is saved; a normal exit would wait for the worker.
         os._exit(app.return_code or 0)
     return app.return_code or 0

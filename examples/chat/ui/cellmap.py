@@ -1,4 +1,4 @@
-"""The caches as a picture: a character for every few cells."""
+"""Draws a map of the caches, with one character for one or more cells."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from textual.widget import Widget
 from ..events import Seen
 
 if TYPE_CHECKING:
-    # The screen comes before mlx-lm, which takes seconds to import.
+    # Importing mlx-lm takes seconds; the screen must not wait for it.
     from mlx_kvcache.plugin import Holding
 
-COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
-"""Of conversations; readable on light and on dark ground."""
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
+"""The colors of conversations, readable on light and dark backgrounds."""
 NOBODY = "#8a8f98"
 
 FREE, OWN, SHARED, HIDDEN, MOVED, SINK = range(6)
@@ -29,19 +29,19 @@ PLAIN, DIM, FAINT = 1.0, 0.65, 0.4
 
 @dataclass(frozen=True)
 class Cells:
-    """One segment: for each cell what it is, and whose."""
+    """The cells of one segment: the kind and the sequence of each, as NumPy arrays."""
 
     kinds: Any
     sequences: Any
 
 
-def colour_of(name: str, order: Mapping[str, int]) -> str:
-    """A conversation's colour, by its place in the list."""
-    return COLOURS[order[name] % len(COLOURS)] if name in order else NOBODY
+def color_of(name: str, order: Mapping[str, int]) -> str:
+    """The color of a conversation, by its rank in `order`."""
+    return COLORS[order[name] % len(COLORS)] if name in order else NOBODY
 
 
 def cells_of(holding: Holding, seen: Seen) -> list[Cells]:
-    """What each cell of each segment is, seen from the next token of the sequence that is looked at."""
+    """Classify the cells of each segment, as the next token of the current sequence sees them."""
     segments = {
         name: Cells(np.full(capacity, FREE, np.int8), np.full(capacity, -1))
         for name, capacity in holding.segments.items()
@@ -65,11 +65,11 @@ def cells_of(holding: Holding, seen: Seen) -> list[Cells]:
 
 
 def drawn(seen: Seen, order: Mapping[str, int], width: int, height: int, ground: str) -> Text:
-    """All caches in `width` x `height` characters, each standing for as many cells as that needs.
+    """Draw all caches in `width` x `height` characters, choosing a scale that fits.
 
     Args:
-        order: places of conversations, for their colours.
-        ground: the colour behind, towards which kinds of layers are shaded.
+        order: the ranks of conversations, for their colors.
+        ground: the background color; kinds of layers are shaded toward it.
     """
     held = [(holding, cells_of(holding, seen)) for holding in seen.holdings]
     scale = _scale([cells for _, cells in held], width, height)
@@ -91,7 +91,7 @@ def drawn(seen: Seen, order: Mapping[str, int], width: int, height: int, ground:
 
 
 def _scale(held: list[list[Cells]], width: int, height: int) -> int:
-    """Cells for a character, a power of two."""
+    """Choose the number of cells for each character, a power of two."""
     scale = 1
     while scale < 1 << 20:
         signs = [sum(-(-len(cells.kinds) // scale) for cells in segments) for segments in held]
@@ -103,13 +103,13 @@ def _scale(held: list[list[Cells]], width: int, height: int) -> int:
 
 
 def _rows(segments: list[Cells], scale: int, width: int) -> list[list[tuple[int, int]]]:
-    """Segments one behind the other, broken into rows: what each character is, and whose."""
+    """Arrange segments in rows of characters. Returns the kind and the sequence of each character."""
     signs: list[tuple[int, int]] = []
     for cells in segments:
         short = -len(cells.kinds) % scale
         kinds = np.pad(cells.kinds, (0, short)).reshape(-1, scale)
         sequences = np.pad(cells.sequences, (0, short)).reshape(-1, scale)
-        # What is rarer says more.
+        # The rarest kind among the cells of a character, which has the highest number, is shown.
         at = np.arange(len(kinds)), kinds.argmax(axis=1)
         signs += zip(kinds[at].tolist(), sequences[at].tolist(), strict=True)
     return [signs[start : start + width] for start in range(0, len(signs), width)]
@@ -122,20 +122,20 @@ def _style(
         return Style(color=NOBODY, dim=True)
     owner = seen.owners.get(sequence, "")
     is_current = owner == seen.owners.get(seen.current if seen.current is not None else -1)
-    return Style(color=_mixed(colour_of(owner, order), ground, shade * (PLAIN if is_current else DIM)))
+    return Style(color=_mixed(color_of(owner, order), ground, shade * (PLAIN if is_current else DIM)))
 
 
-def _mixed(colour: str, ground: str, share: float) -> str:
-    pairs = zip(_channels(colour), _channels(ground), strict=True)
+def _mixed(color: str, ground: str, share: float) -> str:
+    pairs = zip(_channels(color), _channels(ground), strict=True)
     return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
 
 
-def _channels(colour: str) -> list[int]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def _channels(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def _legend(used: Iterable[int], scale: int, width: int) -> Text:
-    """What the signs in use mean."""
+    """Draw the legend of the signs in use."""
     parts = [f"{SIGNS[kind]} {NAMES[kind]}" for kind in sorted(used, reverse=True)]
     parts.append(f"each sign {scale:,} cell{'s' if scale > 1 else ''}")
     lines = [""]
@@ -147,7 +147,7 @@ def _legend(used: Iterable[int], scale: int, width: int) -> Text:
 
 
 class CellMap(Widget):
-    """The map, drawn anew whenever what the caches hold is told."""
+    """The widget of the map; redrawn after every report on the caches."""
 
     def __init__(self) -> None:
         super().__init__(id="cells")

@@ -1,4 +1,4 @@
-"""Where a message is written."""
+"""The text field for messages, with a history and short forms of long pastes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from textual.widgets import TextArea
 from ..tree import cleaned
 
 PASTE = 100_000
-"""Characters of a paste that are shown as they are; of a longer one only its size is."""
+"""The maximum length of a paste shown in full, in characters; a longer one is abbreviated."""
 
 
 class Composer(TextArea):
-    """A text of several lines. Enter sends it; up and down at its ends go through what was sent before."""
+    """A field of several lines. Enter sends; up in the first line and down in the last browse the history."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("shift+enter,alt+enter,ctrl+j", "newline", "New line", show=False),
     ]
 
     class Sent(Message):
-        """The user wants to say this."""
+        """The user sends this text."""
 
         def __init__(self, text: str) -> None:
             super().__init__()
             self.text = text
 
     class Asked(Message):
-        """The user wants to know the keys."""
+        """The user asks for the list of keys."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -46,19 +46,19 @@ class Composer(TextArea):
 
     @property
     def content(self) -> str:
-        """The text, long pastes in full."""
+        """The text, with long pastes in full."""
         text = self.text
         for shown, pasted in self._pasted.items():
             text = text.replace(shown, pasted)
         return text
 
     def remember(self, past: list[str]) -> None:
-        """What was said before, the newest last."""
+        """Set the history, the newest message last."""
         self._past = past
         self._at = len(past)
 
     def put(self, text: str) -> None:
-        """Let this be the text."""
+        """Replace the text."""
         self._pasted.clear()
         self.text = self._short(text)
         self.move_cursor(self.document.end)
@@ -81,7 +81,7 @@ class Composer(TextArea):
             self._take(event)
             self._go(1)
         elif event.key in self._bindings.key_to_bindings:
-            # Left to bubble, a key's action would come after the letters that are typed behind it.
+            # If the key bubbled, its action would run after the letters typed next.
             self._take(event)
             await self.run_action(self._bindings.get_bindings_for_key(event.key)[0].action)
 
@@ -91,7 +91,7 @@ class Composer(TextArea):
         self.insert(self._short(cleaned(event.text)))
 
     def _short(self, text: str) -> str:
-        """A text that can be edited: a whole book is kept aside."""
+        """Abbreviate a long text, which is kept in `_pasted`, so that editing stays fast."""
         if len(text) <= PASTE:
             return text
         shown = f"[{len(text):,} characters, {text[:30].strip()!r} …]"

@@ -1,4 +1,4 @@
-"""Small screens that ask one thing."""
+"""Modal dialogs: the list of keys, text input and confirmation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ conversations, the one you look at brightest; shades are kinds of layers.
 
 
 class Dialog(ModalScreen[T]):
-    """A box over the rest; escape leaves it."""
+    """A box over the screen; escape closes it without a result."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Leave")]
 
@@ -59,7 +59,7 @@ class Dialog(ModalScreen[T]):
 
 
 class Keys(Dialog[None]):
-    """All keys."""
+    """Shows the list of keys."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark,f1,q", "leave", show=False)]
 
@@ -69,7 +69,7 @@ class Keys(Dialog[None]):
 
 
 class Ask(Dialog[str]):
-    """A line of text."""
+    """Asks for a line of text."""
 
     def __init__(self, question: str, text: str = "") -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Ask(Dialog[str]):
 
 
 class AskLong(Ask):
-    """A text of several lines."""
+    """Asks for a text of several lines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "save", "Save", priority=True)]
 
@@ -106,7 +106,7 @@ class AskLong(Ask):
 
 
 class Confirm(Dialog[bool]):
-    """Yes or no."""
+    """Asks a yes-or-no question."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", show=False),

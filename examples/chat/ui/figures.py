@@ -1,4 +1,4 @@
-"""The numbers: what is cached, what that has saved, and how fast it goes."""
+"""Shows statistics: tokens reused and generated, time saved, speed and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..tree import Cost
 
 
 def table(seen: Seen | None, last: Cost | None) -> Table:
-    """Of the last reply, and of all since the start."""
+    """Make the table, for the last reply and for all since the start."""
     rows = Table.grid(padding=(0, 1), expand=True)
     rows.add_column()
     rows.add_column(justify="right")
@@ -32,7 +32,7 @@ def table(seen: Seen | None, last: Cost | None) -> Table:
 
 
 class Figures(Static):
-    """The numbers as a table."""
+    """The widget of the table."""
 
     def __init__(self) -> None:
         super().__init__(table(None, None), id="figures")

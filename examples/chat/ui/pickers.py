@@ -1,4 +1,4 @@
-"""Screens to pick from: branches, models and conversations."""
+"""Lists to choose from: branches, models and conversations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .dialogs import Dialog
 
 
 class Branches(Dialog[str]):
-    """The messages of a conversation as a tree; the one that is picked is looked at."""
+    """A dialog with a conversation's messages as a tree. Returns the id of the chosen message."""
 
     def __init__(self, conversation: Conversation) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Branches(Dialog[str]):
         tree.focus()
 
     def _add(self, node: TreeNode[str], parent: str | None) -> None:
-        # A loop along what has no alternative: conversations are longer than Python's stack.
+        # Loops instead of recursion, because a conversation may be longer than Python's stack.
         stack = [(node, parent)]
         while stack:
             node, parent = stack.pop()
@@ -68,7 +68,7 @@ class Branches(Dialog[str]):
 
 
 class Models(Dialog[str]):
-    """A model to talk with: the wheel's, a suggestion, or any path or name."""
+    """A dialog for the model: the one from the wheel (""), a suggestion, or any path or name."""
 
     def compose(self) -> ComposeResult:
         room = memory()
@@ -92,7 +92,7 @@ class Models(Dialog[str]):
 
 
 class Conversations(Vertical):
-    """The list of conversations, and a line to search in it."""
+    """The list of conversations, with a search field."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f2", "app.rename", "Rename"),
@@ -103,7 +103,7 @@ class Conversations(Vertical):
     def __init__(self, find: Callable[[str], Sequence[Conversation]]) -> None:
         super().__init__(id="conversations")
         self._find = find
-        self._colours: Callable[[str], str] = lambda name: ""
+        self._colors: Callable[[str], str] = lambda name: ""
 
     def compose(self) -> ComposeResult:
         yield Input(placeholder="search")
@@ -111,15 +111,15 @@ class Conversations(Vertical):
 
     @property
     def highlighted(self) -> str | None:
-        """The conversation under the cursor."""
+        """The id of the conversation under the cursor."""
         options = self.query_one(OptionList)
         return (
             options.get_option_at_index(options.highlighted).id if options.highlighted is not None else None
         )
 
-    def show(self, current: Conversation, colour: Callable[[str], str]) -> None:
-        """List what the words in the line find."""
-        self._colours = colour
+    def show(self, current: Conversation, color: Callable[[str], str]) -> None:
+        """List the conversations that match the search."""
+        self._colors = color
         options = self.query_one(OptionList)
         found = self._find(self.query_one(Input).value)
         options.clear_options()
@@ -128,6 +128,6 @@ class Conversations(Vertical):
         options.highlighted = place if place is not None else (0 if found else None)
 
     def _option(self, conversation: Conversation, is_current: bool) -> Option:
-        label = Text("● " if is_current else "○ ", self._colours(conversation.id))
+        label = Text("● " if is_current else "○ ", self._colors(conversation.id))
         label.append(conversation.title, "bold" if is_current else "")
         return Option(label, id=conversation.id)

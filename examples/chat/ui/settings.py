@@ -1,4 +1,4 @@
-"""The settings screen."""
+"""The settings dialog."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIELDS = {
 
 
 class SettingsScreen(Dialog[Settings]):
-    """What a user can set. What is out of bounds is said, and nothing is changed."""
+    """Edits the settings. A value out of bounds is reported, and the dialog stays open."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "save", "Save", priority=True)]
 

@@ -1,4 +1,4 @@
-"""The context as a line: who said what of it, what is forgotten, and what the next token sees."""
+"""Draws the context as a line: the roles in proportion, forgotten messages, and visible tokens."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ..events import Seen
 from ..tree import Message
 
 if TYPE_CHECKING:
-    # The screen comes before mlx-lm, which takes seconds to import.
+    # Importing mlx-lm takes seconds; the screen must not wait for it.
     from mlx_kvcache.cells.visibility import Rule
     from mlx_kvcache.plugin import Holding
 
 ROLES = {"system": "#8b5cf6", "user": "#3b82f6", "assistant": "#10b981"}
 SHORTEST = 256
-"""Tokens that the line stands for, at least, where there is room for as many."""
+"""The minimum number of tokens that the line represents, unless the capacity is smaller."""
 
 GAP, PAST, EMPTY = "┆", "░", "·"
 
 
 class Part(NamedTuple):
-    """So many tokens of one role."""
+    """A run of tokens of one role."""
 
     role: str
     tokens: int
 
 
 def parts_of(path: Sequence[Message], cached: int) -> list[Part]:
-    """The remembered messages of a branch; what is cached beyond them is the system prompt."""
+    """The parts of a branch: the remembered messages; all other cached tokens are the system prompt."""
     start = path[-1].start if path else 0
     parts = [Part(m.role, len(m.piece.tokens) if m.piece else 0) for m in path[start:]]
     before = max(0, cached - sum(part.tokens for part in parts))
@@ -42,12 +42,12 @@ def parts_of(path: Sequence[Message], cached: int) -> list[Part]:
 def drawn(
     parts: Sequence[Part], capacity: int | None, seen_from: int, sinks: int, is_cut: bool, width: int
 ) -> Text:
-    """The parts in proportion, in one line.
+    """Draw the parts in proportion, in one line.
 
     Args:
-        capacity: what the whole line stands for; None for as much as there is.
-        seen_from: the first position that the next token sees, the first `sinks` excepted.
-        is_cut: messages behind the system prompt are forgotten.
+        capacity: the number of tokens that the line represents; None for all there are.
+        seen_from: the first position that the next token sees, besides the first `sinks`.
+        is_cut: whether messages after the system prompt are forgotten.
     """
     roles = [part.role for part in parts for _ in range(part.tokens)]
     whole = max(capacity or 0, len(roles), 1)
@@ -66,7 +66,7 @@ def drawn(
 
 
 class ContextStrip(Widget):
-    """The strip, and a line that says it in numbers."""
+    """The widget of the line, with the number of tokens below."""
 
     def __init__(self) -> None:
         super().__init__(id="strip")
@@ -92,12 +92,12 @@ class ContextStrip(Widget):
 
 
 def _scale(tokens: int, capacity: int | None) -> int:
-    """What the line stands for: the capacity, once that lets one see something."""
+    """The number of tokens that the line represents: grows with the context, up to the capacity."""
     shown = max(SHORTEST, 1 << (2 * tokens - 1).bit_length())
     return min(shown, capacity) if capacity else max(tokens, 1)
 
 
 def _narrowest(holdings: Sequence[Holding]) -> Rule | None:
-    """The rule of the layers that see least."""
+    """The visibility rule of the layers that see the fewest tokens."""
     rules = [holding.rule for holding in holdings if holding.rule is not None]
     return max(rules, key=lambda rule: rule.lower(1 << 20), default=None)

@@ -1,4 +1,4 @@
-"""Textual's way to a terminal, which bears that the terminal is gone."""
+"""A Textual driver that ignores errors after the terminal has closed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from textual.drivers.linux_driver import LinuxDriver
 
 
 class SteadyDriver(LinuxDriver):
-    """Loses what it cannot write, and reads nothing where there is nothing to read.
+    """Ignores errors of reading and writing the terminal.
 
-    Textual's own driver ends its writing thread at the first error. What waits to be written then fills a
-    queue, and the main thread stops for good when that is full. An error in reading ends the application
-    without a word to it.
+    Textual's own driver ends its writing thread at the first error. Its queue then fills up and blocks
+    the main thread for good. An error of reading ends the application without notice.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -26,7 +25,7 @@ class SteadyDriver(LinuxDriver):
 
 
 class _Steady:
-    """A file whose errors are passed over."""
+    """A file whose errors are ignored."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

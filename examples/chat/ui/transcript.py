@@ -1,4 +1,4 @@
-"""The conversation: a widget for each message, with markdown, and what can be done with it."""
+"""Shows the current branch: a widget for each message, with Markdown and its actions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from textual.widgets.markdown import MarkdownStream
 from ..tree import Message, cleaned
 
 SHOWN = 30
-"""Messages that are put on the screen at first; those before them on demand."""
+"""The number of newest messages shown at first; earlier ones are shown on demand."""
 
 ENDINGS = {
     "stopped": "stopped",
@@ -27,7 +27,7 @@ ENDINGS = {
 
 
 class MessageView(Vertical, can_focus=True):
-    """One message. Keys and words on it act on it."""
+    """A message, with keys and links for its actions."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e,enter", "act('edit')", "Edit"),
@@ -81,21 +81,21 @@ class MessageView(Vertical, can_focus=True):
 
 
 class Forgotten(Static):
-    """Marks that the model no longer knows what is above."""
+    """Marks the end of the messages that are forgotten."""
 
     def __init__(self, count: int) -> None:
         super().__init__(f"┄┄ {count} messages above are forgotten ┄┄")
 
 
 class Earlier(Static):
-    """Stands for messages that are not on the screen yet."""
+    """A link to earlier messages that are not on the screen yet."""
 
     def __init__(self, count: int) -> None:
         super().__init__(f"[@click=app.earlier]▲ {count} earlier messages (ctrl+home)[/]")
 
 
 class Writing(Vertical):
-    """A reply that is being written."""
+    """A reply in progress."""
 
     def __init__(self, name: str) -> None:
         super().__init__(classes="assistant writing")
@@ -125,7 +125,7 @@ class Writing(Vertical):
 
 
 class Transcript(VerticalScroll, can_focus=False):
-    """The messages of one branch, the newest at the bottom."""
+    """The messages of the current branch, the newest at the bottom."""
 
     def __init__(self) -> None:
         super().__init__(id="transcript")
@@ -140,13 +140,13 @@ class Transcript(VerticalScroll, can_focus=False):
         names: dict[str, str],
         writing: str | None,
     ) -> None:
-        """Put a branch on the screen; what is there already stays.
+        """Show a branch, keeping the widgets that stay the same.
 
         Args:
-            conversation: its name.
-            path: messages, each with its place among those in its place, from 1, and their number.
-            names: of the roles.
-            writing: what there is of the reply under way, None where there is none.
+            conversation: the id of the conversation.
+            path: the messages, each with its place among its siblings (from 1) and their number.
+            names: the names of the roles.
+            writing: the reply in progress so far; None if there is none.
         """
         if self._path and self._path[0] != conversation:
             self._all = False
@@ -165,7 +165,7 @@ class Transcript(VerticalScroll, can_focus=False):
         self.anchor()
 
     def show_all(self) -> None:
-        """From the next `show` on, the earlier messages too."""
+        """Make the next `show` include the earlier messages."""
         self._all = True
 
     def view_of(self, id: str) -> MessageView | None:  # noqa: A002
@@ -177,7 +177,7 @@ class Transcript(VerticalScroll, can_focus=False):
     def _wanted(
         self, conversation: str, path: Sequence[tuple[Message, int, int]], names: dict[str, str]
     ) -> tuple[Any, ...]:
-        """What the widgets depend on: the conversation, then an entry for each widget."""
+        """The values that the widgets depend on: the conversation, then an entry for each widget."""
         first, start = self._first(path), path[-1][0].start if path else 0
         entries: list[Any] = [("earlier", first)] if first else []
         for index in range(first, len(path)):

@@ -1,1 +1,1 @@
-"""Many conversations at once: continuous batching, prefix caches, and mlx-lm's server."""
+"""Serves many conversations: continuous batching, session pools, mlx-lm's prompt store and server."""

@@ -1,8 +1,8 @@
-"""Generating for many sequences at once, which come and go at any step.
+"""Continuous batching: generates for many sequences, which can join and leave at every step.
 
-Each step is one call of the model: a token of every sequence that is generating, and as many
-tokens of waiting prompts as fit beside them. So a long prompt never holds the others up for
-longer than a step. ("Sarathi-Serve", arXiv 2403.02310, on engines in general.)
+Each step calls the model once, with one token of every generating sequence and with as many
+prompt tokens as fit into the rest of the step. A long prompt is thus read in chunks and delays
+the other sequences by one step at a time (chunked prefill, "Sarathi-Serve", arXiv 2403.02310).
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
 
 Sampler = Callable[[mx.array], mx.array]
-"""Log probabilities (1, vocabulary) -> a token (1,), as mlx-lm's samplers."""
+"""Maps log probabilities (1, vocabulary) to a token (1,), like mlx-lm's samplers."""
 
 Finish = Literal["stop", "length", "cancelled", "full", "closed", "interrupted"]
 
 
 class Generated(NamedTuple):
-    """A token of a sequence; the last one says why it is the last.
+    """A generated token, or the end of a sequence.
 
     Attributes:
-        ticket: what `Many.add` gave.
-        token: None where the sequence ends without one.
-        finish: None while it goes on; "full" where its cache has no room, "closed" where it was
-            closed by somebody, "interrupted" where an exception left a cache that cannot go back.
-        error: what was raised, where something was.
+        ticket: the sequence, as returned by `Many.add`.
+        token: the token; None if the sequence ended without one.
+        finish: why the sequence ended; None while it runs. "stop": a stop token; "length":
+            max_tokens reached; "cancelled": `Many.cancel`; "full": the cache has no room;
+            "closed": the cache was closed or moved to another pool; "interrupted": an exception
+            interrupted a step and the cache cannot roll back.
+        error: the exception that ended the sequence, or None.
     """
 
     ticket: int
@@ -61,42 +63,46 @@ class _Sequence:
 
     @property
     def most(self) -> int:
-        """The longest block that its cache can ever take at once, if it makes room for it."""
+        """The longest block that the cache can take at once after making room."""
         capacity, overflow, sinks, _ = self.cache._conversation.limits
         return sys.maxsize if capacity is None or overflow == "error" else capacity - sinks
 
 
 class Many:
-    """A running set of sequences of one model.
+    """Generates for a changing set of sequences of one model (continuous batching).
 
     Args:
         model: an mlx-lm model.
-        tokens_per_step: the most tokens in one call of the model.
-        options: of `make_prompt_cache`, for sequences that bring no cache.
+        tokens_per_step: the maximum number of tokens in one call of the model.
+        options: options of `make_prompt_cache`, for sequences added without a cache.
 
     Raises:
-        ValueError: tokens_per_step below 1.
-        TypeError, NotSupportedError: as `make_prompt_cache`.
+        ValueError: tokens_per_step is below 1.
+        TypeError, NotSupportedError: as `make_prompt_cache`; a group of several ranks is not
+            supported.
     """
 
     def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
         check_options(options, "Many", ("tokens_per_step",))
         (self._most,) = whole(1, tokens_per_step=tokens_per_step)
         if not ranks_of(options.get("group")).is_alone:
-            raise NotSupportedError("sequences that come and go are not agreed on by the ranks of a group")
+            raise NotSupportedError(
+                "Many does not support ranks: they do not agree on which sequences join and leave; "
+                "pass no group, or generate with make_prompt_cache(group=...)"
+            )
         self._model = model
         self._options = options = reusable(options)
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: list[Generated] = []
         first = make_prompt_cache(model, **options)
-        # Kept, so that what is made later is made in the same pool.
+        # A reference to the pool, so that later caches are made in it.
         self._pool = first.pool
-        # The width of logits, which need not be computed for that.
+        # The shape is known without evaluating the logits.
         self._vocabulary = logits_of(model, mx.zeros((1, 1), mx.int32), first).shape[-1]
 
     def __len__(self) -> int:
-        """Sequences that have not ended."""
+        """The number of running sequences."""
         return len(self._sequences)
 
     def __repr__(self) -> str:
@@ -111,24 +117,24 @@ class Many:
         sampler: Sampler | None = None,
         stop_tokens: Iterable[int] = (),
     ) -> int:
-        """Let a sequence join at the next step.
+        """Add a sequence, which joins at the next step.
 
         Args:
-            prompt: its tokens, those in `cache` left out.
-            max_tokens: how many to generate at most.
-            cache: a prompt cache of this model to go on with; None makes one.
-            sampler: None takes the likeliest token.
-            stop_tokens: tokens after which it ends.
+            prompt: its tokens, without those that `cache` already holds.
+            max_tokens: the maximum number of tokens to generate.
+            cache: a prompt cache of this model to continue; None makes a new one.
+            sampler: chooses the next token; None takes the likeliest.
+            stop_tokens: tokens that end the sequence.
 
         Returns:
-            A ticket, which names it.
+            A ticket that identifies the sequence in `step` and `cancel`.
 
         Raises:
-            ValueError: an empty prompt, a token outside the vocabulary, max_tokens below 1, or
-                a cache of another pool.
-            TypeError: a prompt that is no sequence of whole numbers, such as a text, or a cache of another
-                class.
-            CacheError: the cache is in use here already, or closed.
+            ValueError: the prompt is empty, a token is outside the vocabulary, max_tokens is
+                below 1, or the cache belongs to another pool.
+            TypeError: the prompt is not a sequence of integers (a str, for example), or the cache
+                is not a `PromptCache`.
+            CacheError: the cache is closed, or a sequence added before uses it.
         """
         tokens = token_ids(prompt, "prompt")
         if not tokens:
@@ -140,15 +146,19 @@ class Many:
         if cache is None:
             cache = make_prompt_cache(self._model, **self._options)
         if not isinstance(cache, PromptCache):
-            raise TypeError(f"cache must be of make_prompt_cache, got {class_of(cache)}")
+            raise TypeError(f"cache must be a PromptCache (see make_prompt_cache), got {class_of(cache)}")
         if cache.pool is not self._pool:
-            raise ValueError("the cache is of another pool: another model, or made with other options")
+            raise ValueError(
+                "the cache belongs to another pool: it was made for another model or with other options"
+            )
         if any(cache is own.cache for own in self._sequences.values()):
-            raise CacheError("the cache is in use by another sequence; fork it")
-        cache.position  # noqa: B018  # raises where it is closed
+            raise CacheError("the cache is in use by another sequence; pass cache.fork()")
+        cache.position  # noqa: B018  # raises if the cache is closed
         stop = frozenset(token_ids(stop_tokens, "stop_tokens"))
         if sampler is not None and not callable(sampler):
-            raise TypeError(f"sampler must be a function of log probabilities, got {class_of(sampler)}")
+            raise TypeError(
+                f"sampler must be a function (log probabilities -> token), got {class_of(sampler)}"
+            )
         ticket = next(self._tickets)
         self._sequences[ticket] = _Sequence(
             cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop
@@ -156,18 +166,25 @@ class Many:
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
-        """End a sequence before its time, and return its cache. Raises ValueError for an unknown one."""
+        """End a sequence early and return its cache.
+
+        Raises:
+            ValueError: no running sequence has this ticket.
+        """
         if ticket not in self._sequences:
-            raise ValueError(f"no sequence {ticket} is running; there are {sorted(self._sequences)}")
+            raise ValueError(f"no sequence {ticket} is running; running: {sorted(self._sequences)}")
         cache = self._sequences[ticket].cache
         self._end(Generated(ticket, None, "cancelled"))
         return cache
 
     def step(self) -> list[Generated]:
-        """One call of the model: what it gives, and what has ended since the last one.
+        """Call the model once.
 
-        Where the model or a sampler raises, the tokens of this step wait for the next one. A
-        sequence whose cache cannot go back by them ends.
+        If the model or a sampler raises, the caches roll back and the next step repeats the
+        tokens of this one. A sequence whose cache cannot roll back ends ("interrupted").
+
+        Returns:
+            The tokens of this step, and the sequences that have ended since the last one.
         """
         chosen = self._chosen()
         begins = {ticket: self._sequences[ticket].cache.position for ticket in chosen}
@@ -177,19 +194,19 @@ class Many:
         except BaseException as error:
             self._take_back(begins, error)
             raise
-        # In one line, so that what is interrupted before it gives them with the next step.
+        # In one line: if an exception comes before it, the next step returns these results.
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
 
     def _chosen(self) -> dict[int, list[int]]:
-        """The next tokens of each sequence: one of those that generate, then blocks of prompts.
+        """Choose the tokens of the next step: one of each generating sequence, then blocks of prompts.
 
-        Where there is no room for one of each, all are served in turn.
+        If there are more generating sequences than tokens_per_step, all sequences take turns.
         """
         chosen: dict[int, list[int]] = {}
         room = self._most
         generating = [t for t, s in self._sequences.items() if s.pending]
         starting = sorted(t for t, s in self._sequences.items() if s.waiting)
-        # Where not all find room, those come first that have waited longest.
+        # self._sequences is in the order of service: those that have waited longest come first.
         order = list(self._sequences) if len(generating) >= room else [*generating, *starting]
         for ticket in order:
             sequence = self._sequences[ticket]
@@ -198,7 +215,7 @@ class Many:
                 continue
             try:
                 if sequence.cache.pool is not self._pool:
-                    raise CacheError("the cache is of another pool since it was added")
+                    raise CacheError("the cache has moved to another pool since it was added")
                 with sequence.cache._rows.edit(f"make room for {len(tokens)} tokens"):
                     sequence.cache._conversation.make_room(len(tokens), early=True)
             except CacheError as error:
@@ -210,8 +227,8 @@ class Many:
         return chosen
 
     def _computed(self, chosen: dict[int, list[int]]) -> tuple[dict[int, _Sequence], list[Generated]]:
-        """The model's call: the sequences after it, and a token for each that has read all it had."""
-        # Those that are served go behind the others.
+        """Call the model. Returns the sequences after it, and a token for each prompt that is read."""
+        # The sequences served in this step move behind the others.
         waiting_ones = {t: s for t, s in self._sequences.items() if t not in chosen}
         after, results = {**waiting_ones, **self._sequences}, list[Generated]()
         for ticket, tokens in chosen.items():
@@ -221,7 +238,7 @@ class Many:
         logits = dict(self._logits(chosen)) if chosen else {}
         ready = {ticket: own for ticket, own in logits.items() if not after[ticket].waiting}
         if len(ready) < len(chosen):
-            # Blocks of prompts are not part of anybody's logits yet.
+            # Sequences still reading their prompt are part of the same computation.
             mx.eval(list(ready.values()))
         for ticket, own in ready.items():
             generated = _sampled(ticket, after[ticket], own)
@@ -235,7 +252,7 @@ class Many:
         return after, results
 
     def _take_back(self, begins: dict[int, int], error: BaseException) -> None:
-        """Let caches go back to where they were before a step."""
+        """Roll caches back to their positions before a step."""
         for ticket, begin in begins.items():
             cache = self._sequences[ticket].cache
             try:
@@ -249,7 +266,7 @@ class Many:
         self._sequences, self._ended = others, [*self._ended, last]
 
     def _logits(self, chosen: dict[int, list[int]]) -> Iterator[tuple[int, mx.array]]:
-        """For each sequence the logits (1, vocabulary) after its last token."""
+        """Yield the logits (1, vocabulary) after each sequence's last token."""
         if not self._pool.mixes:
             for ticket, tokens in chosen.items():
                 cache = self._sequences[ticket].cache
@@ -267,7 +284,7 @@ class Many:
 
 
 def _sampled(ticket: int, sequence: _Sequence, logits: mx.array) -> Generated:
-    """A sequence's next token by logits (1, vocabulary)."""
+    """Sample a sequence's next token from logits (1, vocabulary)."""
     logits = logits.astype(mx.float32)
     drawn: Any = sequence.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
     token = int(drawn)
@@ -292,20 +309,23 @@ def generate_many(
     progress: bool = False,
     **options: Any,
 ) -> Iterator[Generated]:
-    """Generate for many prompts, and give each token as it comes.
+    """Generate for many prompts with continuous batching.
 
     Args:
-        prompts: lists of tokens; taken from the iterable as sequences end. A ticket is a
-            prompt's place in it.
-        max_tokens, stop_tokens: as of `Many.add`, for all.
-        tokens_per_step: the most tokens in one call of the model.
-        most_at_once: the most sequences that run at the same time.
-        progress: show how many prompts are done.
-        options: of `make_prompt_cache`.
+        prompts: lists of tokens, taken from the iterable as running sequences end. A sequence's
+            ticket is the index of its prompt.
+        max_tokens, stop_tokens: as in `Many.add`, for all prompts.
+        tokens_per_step: the maximum number of tokens in one call of the model.
+        most_at_once: the maximum number of sequences that run at the same time.
+        progress: whether to show a progress bar of the finished prompts.
+        options: options of `make_prompt_cache`.
+
+    Returns:
+        An iterator over the generated tokens of all prompts, in the order of generation.
 
     Raises:
-        ValueError: as `Many` and `Many.add`, or most_at_once below 1.
-        TypeError: as `Many` and `Many.add`, or one text in place of prompts.
+        ValueError: as `Many` and `Many.add`; most_at_once is below 1.
+        TypeError: as `Many` and `Many.add`; `prompts` is a str.
     """
     check_options(options, "generate_many", _OWN)
     if isinstance(prompts, str):

@@ -1,9 +1,12 @@
-"""mlx-lm's store of prompt caches, for caches that know exactly where they can go on.
+"""Patches mlx-lm's `LRUPromptCache` so that it reuses as much of a stored cache as can be resumed.
 
-`LRUPromptCache` asks a cache whether it can be trimmed, but not by how much. A window cannot be
-trimmed by any number, and a recurrence by some. So a stored cache is used up to the newest
-position that it can go on from, and shorter prefixes are kept where a longer cache cannot go
-back to them. Caches that are not of this package are served as mlx-lm serves them.
+`LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can
+be trimmed only so far, and a recurrent layer only to its checkpoints. With these functions,
+
+- a lookup resumes a fork of a stored cache at the newest position that all its layers support;
+- storing a cache keeps those shorter prefixes that the new cache cannot roll back to.
+
+Caches of other packages are stored and found as in mlx-lm.
 """
 
 from __future__ import annotations
@@ -27,21 +30,23 @@ original_fetch = LRUPromptCache.fetch_nearest_cache
 original_insert = LRUPromptCache.insert_cache
 
 CANDIDATES = 32
-"""Stored caches that are asked how far they can go back, at most."""
+"""The maximum number of stored caches that a lookup compares."""
 
 _loaded: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
-"""For each store whose models are known: the models that are loaded now."""
+"""The models that are loaded now, by store. Stores of unknown models have no entry."""
 
 
 def note_models(store: Any, models: Iterable[Any]) -> None:
-    """Say which models a store serves from now on: caches of others are dropped."""
+    """Set the models that a store serves. Caches of other models are dropped at the next access."""
     _loaded[store] = [weakref.ref(model) for model in models]
 
 
 def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
-    """Stands in for `LRUPromptCache.fetch_nearest_cache`: a fork of what serves the longest prefix.
+    """Replaces `LRUPromptCache.fetch_nearest_cache`: forks the cache that serves the longest prefix.
 
-    At least one token is always left to compute, without which there is nothing to sample from.
+    Returns:
+        The fork, or None, and the tokens left to compute: at least one, because sampling needs
+        its logits.
     """
     index = _indexed(self)
     _drop_stale(self)
@@ -53,8 +58,7 @@ def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[
     try:
         return _forked(ours, tokens)
     except CacheError as error:
-        # A prompt can always be computed afresh.
-        logging.warning("a stored prompt cache cannot be used: %s", error)
+        logging.warning("a stored prompt cache cannot be used, the prompt is computed again: %s", error)
         return None, tokens
 
 
@@ -69,7 +73,7 @@ def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[
     if not point:
         return None, tokens
     fork = copy.deepcopy(found)
-    # A cache may hold fewer tokens than it is stored under, where the last was never fed.
+    # The cache may hold fewer tokens than its key: the last token generated was never fed.
     behind = {id(rows): rows.positions[0] - point for rows in rows_of(fork)}
     for entry in fork:
         entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
@@ -79,9 +83,9 @@ def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[
 def insert_cache(
     self: Any, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
 ) -> None:
-    """Stands in for `LRUPromptCache.insert_cache`: drops those shorter prefixes that this cache serves.
+    """Replaces `LRUPromptCache.insert_cache`: drops only the prefixes that the new cache can serve.
 
-    A cache that has shifted is not kept, as it is not that of these tokens; nor is one that cannot be used.
+    Skips a cache that has shifted (it no longer holds these tokens) and one that raises an error.
     """
     if not is_ours(prompt_cache):
         original_insert(self, model, tokens, prompt_cache, cache_type=cache_type)
@@ -103,7 +107,7 @@ def insert_cache(
 
 
 class Index:
-    """Stands in for mlx-lm's `PromptTrie`, whose search takes time with the square of a prompt's length."""
+    """Replaces mlx-lm's `PromptTrie`, whose search takes time quadratic in the prompt's length."""
 
     def __init__(self) -> None:
         self._trees: dict[Any, PrefixTree[tuple[list[int], Any]]] = {}
@@ -122,11 +126,11 @@ class Index:
         return value
 
     def matches(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, Any]]:
-        """As `PrefixTree.matches`."""
+        """See `PrefixTree.matches`."""
         return ((common, value) for common, (_, value) in self._found(model, tokens))
 
     def prefixes(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, Any]]:
-        """Values of shorter prefixes of these tokens, with their lengths."""
+        """Yield the length and the value of each stored proper prefix of these tokens."""
         return (
             (common, value)
             for common, (stored, value) in self._found(model, tokens)
@@ -138,7 +142,7 @@ class Index:
         return [(length, self.pop(model, tokens[:length])) for length, _ in prefixes]
 
     def search(self, model: Any, tokens: list[int]) -> Any:
-        """As `PromptTrie.search`, which ignores prefixes of one token."""
+        """Search as `PromptTrie.search` does. It ignores prefixes of one token."""
         found = [(common, stored) for common, (stored, _) in self._found(model, tokens)]
         lengths = {len(stored) for common, stored in found if common == len(stored)}
         if len(tokens) in lengths:
@@ -156,7 +160,7 @@ class Index:
 
 
 class _KeepingPrefixes:
-    """An index that gives up no shorter prefixes: which of them can go has been decided before."""
+    """An index that keeps prefixes on insertion: `insert_cache` has already dropped the redundant ones."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -169,12 +173,15 @@ class _KeepingPrefixes:
 
 
 def is_ours(cache: Sequence[Any]) -> bool:
-    """Whether a list has layers of this package; those of a draft model may be others."""
+    """Whether any layer in the list is of this package. A draft model's layers may be mlx-lm's."""
     return any(isinstance(entry, Observable) for entry in cache)
 
 
 def resume_point(cache: Sequence[Any], position: int) -> int:
-    """The newest position <= `position` that every cache of a list, some of them ours, can go on from."""
+    """The newest position <= `position` that every layer of a list can resume from.
+
+    At least one layer must be of this package.
+    """
     all_rows = rows_of(cache)
     point = min(position, *(rows.positions[0] for rows in all_rows))
     while (lower := min(rows.resume_point(point) for rows in all_rows)) < point:
@@ -185,13 +192,13 @@ def resume_point(cache: Sequence[Any], position: int) -> int:
 
 
 def rows_of(cache: Sequence[Any]) -> list[Rows]:
-    """What the layers of this package in a list belong to; two where a draft model's are ours, too."""
+    """The `Rows` of this package's layers in a list: two if a draft model's layers are among them."""
     found = {id(entry.rows): entry.rows for entry in cache if isinstance(entry, Observable)}
     return list(found.values())  # type: ignore[arg-type]
 
 
 def _indexed(store: Any) -> Index:
-    """The index of a store, which takes the place of mlx-lm's."""
+    """The store's `Index`; replaces mlx-lm's trie on first use."""
     if not isinstance(store._trie, Index):
         index = Index()
         for model, tokens in _stored(store):
@@ -202,12 +209,12 @@ def _indexed(store: Any) -> Index:
 
 
 def _stored(store: Any) -> list[tuple[Any, list[int]]]:
-    """Under which model and tokens each cache is stored."""
+    """The key (model and tokens) of each stored cache."""
     return [each for lru in store._lru._lrus.values() for each in lru]
 
 
 def _drop_stale(store: Any) -> None:
-    """Let go of caches that are closed, or whose model is gone or has been loaded again as another object."""
+    """Drop caches that are closed or whose model is no longer loaded, or was loaded again as a new object."""
     loaded = _loaded.get(store)
     live = None if loaded is None else [model() for model in loaded]
     for model, tokens in _stored(store):
@@ -228,7 +235,6 @@ def _is_stale(rows: Rows, live: list[Any] | None) -> bool:
 
 
 def _remove(store: Any, model: Any, tokens: list[int]) -> None:
-    """Take a cache out of a store."""
     entry = store._trie.pop(model, tokens)
     store._n_bytes -= entry.nbytes
     store._n_bytes_by_type[entry.cache_type] -= entry.nbytes

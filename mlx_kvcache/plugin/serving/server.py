@@ -1,9 +1,9 @@
-"""mlx-lm's server and batches on these caches: a request that cannot be served fails alone.
+"""Patches mlx-lm's server and `BatchGenerator` so that a request that cannot be served fails alone.
 
-mlx-lm's server generates for all clients in one thread, and an exception there ends it for all. So
-what can be known of a request is checked where mlx-lm answers it with an error: whether the model
-runs on these caches, and whether the prompt and a reply fit the capacity. What is raised later all
-the same ends the requests under way with an error, and the thread goes on with the next ones.
+mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The
+patches check a request while mlx-lm can still answer it with an error: the model must be
+supported, and the prompt and a reply must fit the capacity. An exception during generation ends
+the requests in progress with an error, and the thread continues with new requests.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..forward.rows import Rows
 from . import prompt_store
 
 _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakref.WeakKeyDictionary()
-"""For each server: the queues by which its clients wait for what is generated."""
+"""For each server, the queues on which clients wait for their replies."""
 
 
 class EmptyPromptError(ValueError):
-    """A request has no tokens to begin with."""
+    """A request's prompt has no tokens."""
 
 
 class InterruptedReplyError(RuntimeError):
-    """The server could not go on with a reply."""
+    """An error in the server ended a reply."""
 
 
 def insert_segments(
@@ -44,18 +44,18 @@ def insert_segments(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Stands in for `BatchGenerator.insert_segments`: takes in what can be generated to its end.
+    """Replaces `BatchGenerator.insert_segments`: checks that prompts fit and caches can form a batch.
 
-    With `overflow="error"` a reply ends at the capacity, as at `max_tokens`.
+    With overflow="error", `max_tokens` is lowered to the room that the prompt leaves.
 
     Raises:
-        CacheFullError: a prompt, and one token of a reply, exceed the capacity; nothing is inserted.
-        ValueError: a cache cannot join the others; nothing is inserted.
+        CacheFullError: a prompt and one token of its reply exceed the capacity; nothing is inserted.
+        ValueError: a cache belongs to another pool than the others; nothing is inserted.
     """
     caches = list(caches or [None] * len(segments))
     most = list(max_tokens or [self.max_tokens] * len(segments))
     if not len(caches) == len(most) == len(segments):
-        # mlx-lm says what is wrong.
+        # mlx-lm's own function raises the error.
         return _originals["insert_segments"](self, segments, most, caches, *args, **kwargs)
     running = [*self._prompt_batch.prompt_cache[:1], *self._generation_batch.prompt_cache[:1]]
     pools = [
@@ -70,8 +70,8 @@ def insert_segments(
             rows.check_called_by(self.model)
             if any(pool is not rows.pool for pool in pools):
                 raise ValueError(
-                    "a prompt cache cannot join this batch: it was made with other options than those of "
-                    "the running sequences; make it with the same options, or let these end first"
+                    "a prompt cache cannot join this batch: its options differ from those of the running "
+                    "sequences; make it with the same options, or insert it after these have ended"
                 )
             pools.append(rows.pool)
             most[i] = min(most[i], _room(rows, sum(map(len, prompt))))
@@ -79,10 +79,14 @@ def insert_segments(
 
 
 def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
-    """How many tokens a reply to so many may have. Raises CacheFullError where it is none.
+    """The maximum number of tokens in a reply to a prompt.
 
     Args:
-        ahead: tokens that are tried beyond the reply's, such as a draft model's.
+        prompt: the number of new tokens in the prompt.
+        ahead: tokens computed beyond the reply, such as a draft model's.
+
+    Raises:
+        CacheFullError: there is no room for one token.
     """
     capacity, overflow, _, _ = rows.conversation.limits
     if capacity is None or overflow != "error":
@@ -93,19 +97,19 @@ def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
             prompt + ahead + 1,
             capacity - rows.positions[0],
             capacity,
-            f"the prompt has {rows.positions[0] + prompt} tokens and needs room for a reply; shorten it, "
+            f"the prompt has {rows.positions[0] + prompt} tokens and leaves no room for a reply; shorten it, "
             'raise the capacity, or use overflow="shift"',
         )
     return room
 
 
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-    """Stands in for `ResponseGenerator._tokenize`, whose errors mlx-lm gives to the client.
+    """Replaces `ResponseGenerator._tokenize`: also checks the request. mlx-lm sends its errors to the client.
 
     Raises:
-        EmptyPromptError: no tokens.
-        CacheFullError: a prompt that does not fit the capacity.
-        NotSupportedError: a model that does not run on these caches.
+        EmptyPromptError: the prompt has no tokens.
+        CacheFullError: the prompt does not fit the capacity.
+        NotSupportedError: the model is not supported.
     """
     result = _originals["_tokenize"](self, tokenizer, request, args)
     prompt = len(result[0])
@@ -123,7 +127,7 @@ def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
 
 
 def share_request(self: Any, request: Any) -> Any:
-    """Stands in for `ResponseGenerator._share_request`: notes who waits for a reply."""
+    """Replaces `ResponseGenerator._share_request`: also records the client's queue."""
     shared = _originals["_share_request"](self, request)
     if shared is not None:
         _under_way.setdefault(self, weakref.WeakSet()).add(shared[0])
@@ -131,7 +135,7 @@ def share_request(self: Any, request: Any) -> Any:
 
 
 def run_generate(self: Any) -> None:
-    """Stands in for `ResponseGenerator._run_generate`: goes on after an exception, with new requests."""
+    """Replaces `ResponseGenerator._run_generate`: continues with new requests after an exception."""
     while True:
         try:
             self._generate()
@@ -139,37 +143,37 @@ def run_generate(self: Any) -> None:
         except Exception as error:
             waiting = list(_under_way.pop(self, ()))
             if not waiting:
-                # No request did that: the model cannot be loaded, for instance.
+                # Not caused by a request; for example, the model cannot be loaded.
                 logging.exception("mlx_lm.server cannot generate")
                 self._generation_failed = True
                 return
-            logging.exception("%s requests under way are ended", len(waiting))
+            logging.exception("ending %s requests in progress", len(waiting))
             reason = f"{type(error).__name__}: {error}"
         for queue in waiting:
-            # A new exception: the one above holds the thread's frames, and so caches and models.
-            queue.put(InterruptedReplyError(f"the reply was interrupted; ask again ({reason})"))
+            # A new exception, because the original one refers to the thread's frames with caches and models.
+            queue.put(InterruptedReplyError(f"the reply was interrupted by {reason}; send the request again"))
 
 
 def set_completion_headers(self: Any, status_code: int = 200) -> None:
-    """Stands in for `APIHandler._set_completion_headers`: errors in a request are not "not found"."""
+    """Replaces `APIHandler._set_completion_headers`: mlx-lm sends 404 for errors of all kinds."""
     if status_code == 404:
         status_code = _status(sys.exc_info()[1])
     _originals["_set_completion_headers"](self, status_code)
 
 
 def handle_completion(self: Any, request: Any, stop_words: list[str]) -> None:
-    """Stands in for `APIHandler.handle_completion`: a client is told what ended its reply."""
+    """Replaces `APIHandler.handle_completion`: sends the client the error that ended its reply."""
     try:
         _originals["handle_completion"](self, request, stop_words)
     except ConnectionError:
         raise
     except Exception as error:
-        logging.exception("a reply is ended")
+        logging.exception("a reply ended with an error")
         body = json.dumps({"error": str(error)}).encode()
         if self.stream:
             self.wfile.write(b"data: " + body + b"\n\n")
             return
-        # The headers of a reply have not been sent yet.
+        # Discards the headers of the reply, which have not been sent yet.
         self._headers_buffer = []
         _originals["_set_completion_headers"](self, _status(error, otherwise=500))
         self.send_header("Content-Length", str(len(body)))
@@ -178,7 +182,7 @@ def handle_completion(self: Any, request: Any, stop_words: list[str]) -> None:
 
 
 def _status(error: BaseException | None, otherwise: int = 404) -> int:
-    """The HTTP status for an error: the request's fault, the server's, or as mlx-lm has it."""
+    """The HTTP status for an error: 400 for the request's fault, 500 for the server's, or `otherwise`."""
     if isinstance(error, InterruptedReplyError):
         return 500
     return 400 if isinstance(error, (CacheError, EmptyPromptError)) else otherwise
@@ -196,12 +200,12 @@ _originals: dict[str, Callable[..., Any]] = {name: getattr(cls, name) for cls, n
 
 
 def patch() -> None:
-    """Let mlx-lm's server and batches use what is here."""
+    """Replace mlx-lm's functions by those of this module."""
     for cls, name, function in _PATCHES:
         setattr(cls, name, function)
 
 
 def restore() -> None:
-    """Give mlx-lm's own functions back."""
+    """Restore mlx-lm's own functions."""
     for cls, name, _ in _PATCHES:
         setattr(cls, name, _originals[name])

@@ -1,4 +1,8 @@
-"""A `SessionPool` for an mlx-lm model, with a folder behind it."""
+"""Makes a `SessionPool` for an mlx-lm model: a prefix cache in memory and, optionally, in a folder.
+
+Caches depend on the model's weights. When the weights change, the pool drops its caches and
+continues with those files that were written with the new weights.
+"""
 
 from __future__ import annotations
 
@@ -35,25 +39,29 @@ def make_session_pool(
     tokenizer: Any = None,
     **options: Any,
 ) -> SessionPool:
-    """Conversations of a model by their tokens, in memory and, where a folder is given, beyond.
+    """Make a prefix cache of a model's conversations, in memory and optionally in a folder.
 
-    What has to leave memory goes to the folder, and comes back when a conversation begins alike:
-    also after a restart, and from other processes that use the same folder.
+    Caches evicted from memory are written to the folder. They are loaded again when a conversation
+    begins with the same tokens, also after a restart and in other processes that use the folder.
 
     Args:
-        max_bytes, max_stored: as of `SessionPool`.
-        folder: on a local file system, "~" for the home; made where it is missing.
-        folder_bytes: the most bytes of its files.
-        tokenizer: keeps apart what was saved with another one.
-        options: of `make_prompt_cache`.
+        max_bytes, max_stored: as in `SessionPool`.
+        folder: a folder on a local file system; "~" is expanded, and a missing folder is created.
+        folder_bytes: the maximum total size of the folder's files, in bytes.
+        tokenizer: if given, files saved with another tokenizer are not used.
+        options: options of `make_prompt_cache`.
 
     Raises:
-        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`.
+        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`; a group of several ranks
+            is not supported.
         CacheFileError: the folder cannot be used.
     """
     check_options(options, "make_session_pool", _OWN)
     if not ranks_of(options.get("group")).is_alone:
-        raise NotSupportedError("a pool on each rank would forget what it has room for, and not the same")
+        raise NotSupportedError(
+            "session pools are not supported with ranks: each rank would evict different conversations; "
+            "pass no group"
+        )
 
     options = reusable(options)
 
@@ -64,9 +72,9 @@ def make_session_pool(
         return cache._prepared(tokens, tokenizer)
 
     def load(path: Path, verify: bool) -> PromptCache:
-        # Made as those in memory are, so that they share a pool, whatever the file's own options.
+        # The options of the caches in memory override the file's, so that all share a pool.
         defaults = Limits()._asdict() | Storage()._asdict()
-        # Where it is not verified, nobody wants more than to know how far it can go back.
+        # A file that is not verified is only asked for its resume points, so its arrays stay lazy.
         rows, _ = loaded(path, model, tokenizer, verify, defaults | options, lazy=not verify)
         return PromptCache(rows)
 
@@ -80,10 +88,10 @@ def make_session_pool(
 
 
 class _ModelSessions(SessionPool):
-    """A session pool whose caches serve as long as the model has the weights that they were computed with.
+    """A session pool that drops its caches when the model's weights change.
 
     Args:
-        tier: makes the tier for the model as it is now; it is given a cache.
+        tier: makes the disk tier for the model's present weights, given a cache of the model.
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class _ModelSessions(SessionPool):
         return super().store(tokens, cache, salt, is_pinned)
 
     def _renew(self) -> None:
-        """Where the model has other weights by now, begin anew: in memory, and with the files for these."""
+        """If the model's weights have changed, drop all caches and switch to the files of the new weights."""
         version = version_of(self._model)
         with self._lock:
             if version is self._version:
@@ -123,7 +131,7 @@ class _ModelSessions(SessionPool):
             disk, self._disk = self._disk, None
         self.clear()
         if disk:
-            # What other weights have written stays, for when the model has them again.
+            # The files of the old weights stay, in case the model gets these weights back.
             disk.close()
             try:
                 self._disk = self._tier(self._make())
@@ -132,7 +140,7 @@ class _ModelSessions(SessionPool):
 
 
 def _namespace(cache: PromptCache, model: dict[str, str]) -> str:
-    """What caches must have in common to serve each other: the model, and how they are stored."""
+    """A digest of the model and the storage options: only files with the same digest are used."""
     options = options_of(cache._conversation)
     storage = {name: options.get(name) for name in ("kv_bits", "kv_group_size", "quantize_after")}
     return hashlib.sha256(json.dumps([model, storage], sort_keys=True).encode()).hexdigest()

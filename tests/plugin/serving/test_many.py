@@ -146,7 +146,7 @@ def test_one_that_is_stored_otherwise_meanwhile_ends() -> None:
         layer.to_quantized(32, 8)
     results += [result for _ in range(12) for result in many.step()]
     [ended] = [result for result in results if result.finish == "closed"]
-    assert (ended.ticket, str(ended.error)) == (0, "the cache is of another pool since it was added")
+    assert (ended.ticket, str(ended.error)) == (0, "the cache has moved to another pool since it was added")
     assert collected(results)[1] == greedy(model, PROMPTS[1], 10)
 
 
