@@ -21,6 +21,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..arguments import class_of
 from ..errors import NotSupportedError
+from .cache_options import check_options, reusable
 from .entries.arrays import ArraysCache
 from .entries.keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
 from .entries.nested import CacheList
@@ -28,9 +29,8 @@ from .files import save_for_mlx_lm
 from .hosts.layout import own_cache
 from .hosts.lifetimes import PerModel
 from .hosts.observe import observe
-from .options import check_options, reusable
 from .prompt_cache import PromptCache, make_prompt_cache
-from .serving import prompt_store, server
+from .serving import mlx_lm_store, server
 
 _FUNCTIONS = {
     "models.cache.make_prompt_cache": ["model", "max_kv_size"],
@@ -193,7 +193,7 @@ def _make_cache(model: nn.Module) -> list[Any]:
 
 def _save(file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
     """Replaces `save_prompt_cache` of mlx-lm, which would write quantized windows as if they were floats."""
-    if prompt_store.is_ours(cache):
+    if mlx_lm_store.is_ours(cache):
         path = Path(file_name)
         # MLX adds this suffix to a name that has none.
         save_for_mlx_lm(path if path.suffix else path.with_suffix(".safetensors"), cache, metadata)
@@ -205,12 +205,12 @@ def _bind_all() -> None:
     """Installs our functions in mlx-lm while any model is attached, and its own otherwise. Takes no lock."""
     while True:
         is_attached = bool(_attached or _all_models)
-        ours = _dispatch, _save, prompt_store.fetch_nearest_cache, prompt_store.insert_cache
-        theirs = _original, _original_save, prompt_store.original_fetch, prompt_store.original_insert
+        ours = _dispatch, _save, mlx_lm_store.fetch_nearest_cache, mlx_lm_store.insert_cache
+        theirs = _original, _original_save, mlx_lm_store.original_fetch, mlx_lm_store.original_insert
         old, new = (theirs, ours) if is_attached else (ours, theirs)
         _bind("make_prompt_cache", old[0], new[0])
         _bind("save_prompt_cache", old[1], new[1])
-        prompt_store.LRUPromptCache.fetch_nearest_cache, prompt_store.LRUPromptCache.insert_cache = new[2:]
+        mlx_lm_store.LRUPromptCache.fetch_nearest_cache, mlx_lm_store.LRUPromptCache.insert_cache = new[2:]
         (server.patch if is_attached else server.restore)()
         # Another thread, or the finalizer of a model, may have attached or detached in between.
         if is_attached == bool(_attached or _all_models):

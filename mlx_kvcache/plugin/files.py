@@ -28,11 +28,11 @@ from ..persist.files import Opened, Prepared, evaluate, faults_of, open_file, pr
 from ..persist.schema import decode_codec, decode_lane, encode_lane, integer, listing, mapping
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain
+from .cache_options import Storage, by_layer, new_conversation, options_of
 from .entries.keyvalue import QuantizedKVCache
-from .forward.rows import Rows
+from .forward.batch_rows import Rows
 from .hosts.layout import Leaf
 from .hosts.mlx_lm_files import Entry, Foreign, read_foreign
-from .options import Storage, by_layer, new_conversation, options_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Pool
 from .pool.weights import fingerprint, first_form, is_first_form, version_of

@@ -17,10 +17,10 @@ import mlx.nn as nn
 from ..arguments import size_of, token_ids, whole
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Prepared
+from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
-from .forward.rows import Rows
-from .options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
+from .forward.batch_rows import Rows
 from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
 from .ranks import ranks_of

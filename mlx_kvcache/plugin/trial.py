@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..errors import NotSupportedError
 from ..storage.buffers import Form
 from .entries.nested import entries_of
-from .forward.rows import Rows, TokenRows
+from .forward.batch_rows import Rows, TokenRows
 from .hosts.layout import Leaf, logits_of
 from .hosts.lifetimes import PerModel
 from .pool.conversation import Conversation, Limits

@@ -4,7 +4,7 @@ It works with any cache that has the methods of `session.Branch`, such as `rewin
 depend on mlx-lm.
 """
 
-from .pool import Counts, SessionPool
+from .prefix_cache import Counts, SessionPool
 from .session import Session
 
 __all__ = ["Counts", "Session", "SessionPool"]

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ...arguments import class_of
 from ...errors import CacheError
-from ..forward.rows import Rows
+from ..forward.batch_rows import Rows
 from ..hosts.layout import Leaf
 from ..hosts.observe import Observable
 

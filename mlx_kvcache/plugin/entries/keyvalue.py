@@ -16,8 +16,8 @@ from ...errors import CacheError
 from ...quantization import Quantization
 from ...storage.buffers import AnyPair, Cells, Lanes, cells_in, concatenated
 from ...storage.codec import Plain, alias, joined
+from ..forward.batch_rows import Rows
 from ..forward.forward import Forward
-from ..forward.rows import Rows
 from ..hosts.layout import Leaf
 from ..pool.conversation import Conversation
 from ..rope.rebase import rebased
@@ -76,7 +76,7 @@ class KeyValueLayer(Layer):
     ) -> Any:
         """The mask for the next N tokens, for `mlx_lm.models.base.create_attention_mask`.
 
-        Outside a model's call this may begin a forward; see `forward/rows.py`.
+        Outside a model's call this may begin a forward; see `forward/batch_rows.py`.
 
         Args:
             N: the number of columns of the model's input.

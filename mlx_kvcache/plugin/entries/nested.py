@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..forward.rows import Rows
+from ..forward.batch_rows import Rows
 from ..hosts.layout import Entry, Leaf
 from ..hosts.observe import Observable
 from .arrays import ArraysCache

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from ...arguments import class_of, token_ids, whole
 from ...errors import CacheError, CacheFullError, NotSupportedError
+from ..cache_options import check_options, reusable
 from ..entries.nested import entries_of
-from ..forward.rows import TokenRows
+from ..forward.batch_rows import TokenRows
 from ..hosts.layout import logits_of
-from ..options import check_options, reusable
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
 

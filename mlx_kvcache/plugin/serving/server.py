@@ -21,8 +21,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.server import APIHandler, ResponseGenerator
 
 from ...errors import CacheError, CacheFullError
-from ..forward.rows import Rows
-from . import prompt_store
+from ..forward.batch_rows import Rows
+from . import mlx_lm_store
 
 _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakref.WeakKeyDictionary()
 """For each server, the queues on which clients wait for their replies."""
@@ -61,12 +61,12 @@ def insert_segments(
     pools = [
         rows.pool
         for entries in (running, *(own[3] for own in self._unprocessed_sequences))
-        for rows in prompt_store.rows_of(entries)
+        for rows in mlx_lm_store.rows_of(entries)
     ]
     for i, prompt in enumerate(segments):
         if caches[i] is None:
             caches[i] = mlx_lm_cache.make_prompt_cache(self.model, self.max_kv_size)
-        for rows in prompt_store.rows_of(caches[i]):
+        for rows in mlx_lm_store.rows_of(caches[i]):
             rows.check_called_by(self.model)
             if any(pool is not rows.pool for pool in pools):
                 raise ValueError(
@@ -117,10 +117,10 @@ def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
         raise EmptyPromptError("the prompt is empty: at least 1 token is needed")
     provider = self.model_provider
     models = [model for model in (provider.model, provider.draft_model) if model is not None]
-    prompt_store.note_models(self.prompt_cache, models)
+    mlx_lm_store.note_models(self.prompt_cache, models)
     ahead = args.num_draft_tokens + 1 if len(models) > 1 else 0
     for model in models:
-        for rows in prompt_store.rows_of(mlx_lm_cache.make_prompt_cache(model)):
+        for rows in mlx_lm_store.rows_of(mlx_lm_cache.make_prompt_cache(model)):
             args.max_tokens = min(args.max_tokens, _room(rows, prompt, ahead))
             rows.conversation.close()
     return result

@@ -18,10 +18,10 @@ import mlx.nn as nn
 from ...errors import CacheError, NotSupportedError
 from ...persist.disk_cache import DiskTier, PrefixFolder
 from ...persist.files import Prepared
-from ...sessions.pool import SessionPool
+from ...sessions.prefix_cache import SessionPool
 from ...sessions.session import Branch, Session
+from ..cache_options import Storage, check_options, options_of, reusable
 from ..files import loaded
-from ..options import Storage, check_options, options_of, reusable
 from ..pool.conversation import Limits
 from ..pool.weights import fingerprint, version_of
 from ..prompt_cache import PromptCache, make_prompt_cache

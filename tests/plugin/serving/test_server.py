@@ -14,7 +14,7 @@ from mlx_lm.utils import save_config, save_model
 from mlx_kvcache import CacheError
 from mlx_kvcache.plugin.entries.base import Layer
 from mlx_kvcache.plugin.entries.keyvalue import KeyValueLayer
-from mlx_kvcache.plugin.forward.rows import Rows
+from mlx_kvcache.plugin.forward.batch_rows import Rows
 from mlx_kvcache.plugin.pool.pool import Pool
 from tests.folders import written
 from tests.plugin.serving.clients import Answer, Client, served

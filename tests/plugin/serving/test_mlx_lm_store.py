@@ -16,7 +16,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_kvcache.plugin import attach
-from mlx_kvcache.plugin.serving import prompt_store as reuse
+from mlx_kvcache.plugin.serving import mlx_lm_store as reuse
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama

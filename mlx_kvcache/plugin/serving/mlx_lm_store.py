@@ -22,7 +22,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
 from ...radix_tree import PrefixTree
-from ..forward.rows import Rows
+from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
 
 LRUPromptCache = mlx_lm_cache.LRUPromptCache
