@@ -57,7 +57,7 @@ from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
-from .forward import BatchedForward, Columns, Forward, Padding, SingleForward, TokenForward
+from .forward import Columns, Form, Forward, Padding
 from .row_groups import groups, is_one_input, run_apart
 
 
@@ -87,7 +87,7 @@ class Rows(Caller):
         self.padding = Padding(len(self.conversations))
         self.forward: Forward | None = None
         # The next forward of as many tokens repeats it, which costs little.
-        self._last: SingleForward | None = None
+        self._last: Forward | None = None
         self.interrupted = False
         names = [leaf.name for leaf in pool.leaves]
         self.edits = Told(names, strict=True)
@@ -156,7 +156,7 @@ class Rows(Caller):
         self.settle()
         columns = self._columns_of(n)
         # Only a model's call is known to attend to handles. Layers driven by hand return arrays.
-        is_ragged = is_called and self._may_be_ragged
+        is_ragged = self._form == "tokens" or (is_called and self._may_be_ragged)
         counts = [stop - first for first, stop in columns]
         full = [(c, n) for c, n in zip(self.conversations, counts, strict=True) if not c.has_room(n)]
         for conversation, count in full:
@@ -167,7 +167,7 @@ class Rows(Caller):
                 f"make room for {count} tokens in conversation {conversation.name}"
             ):
                 conversation.make_room(count, early=is_called)
-        forward = self._forward_of(columns, n, is_ragged)
+        forward = Forward(self.pool, self.conversations, columns, n, self._form, is_ragged)
         try:
             self.forward = forward
             forward.start()
@@ -239,7 +239,7 @@ class Rows(Caller):
         self.written_last = forward.written
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
-        self._last = forward if isinstance(forward, SingleForward) else None
+        self._last = forward if forward.is_single else None
         self.pool.compute(forward.arrays())
 
     def settle(self) -> None:
@@ -270,10 +270,9 @@ class Rows(Caller):
     def _columns_of(self, n: int) -> list[Columns]:
         return self.padding.columns(n)
 
-    def _forward_of(self, columns: Sequence[Columns], n: int, is_ragged: bool) -> Forward:
-        if self.is_batch:
-            return BatchedForward(self.pool, self.conversations, columns, n, is_ragged)
-        return SingleForward(self.conversation, n, is_ragged)
+    @property
+    def _form(self) -> Form:
+        return "rows" if self.is_batch else "single"
 
     @property
     def _input_rows(self) -> int:
@@ -554,8 +553,9 @@ class TokenRows(Rows):
     def _columns_of(self, n: int) -> list[Columns]:
         return [(0, count) for count in self._counts]
 
-    def _forward_of(self, columns: Sequence[Columns], n: int, is_ragged: bool) -> Forward:
-        return TokenForward(self.pool, self.conversations, columns, n)
+    @property
+    def _form(self) -> Form:
+        return "tokens"
 
     def _find_offsets(self) -> tuple[Any, Any]:
         offsets: list[int] = []

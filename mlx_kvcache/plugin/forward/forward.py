@@ -1,7 +1,7 @@
 """One forward of a model: stores the new keys, values and states, and returns histories and masks.
 
-`SingleForward` is for one sequence, `BatchedForward` for several as the rows of one input, and `TokenForward`
-for inputs in which every token is a row. `Padding` keeps the columns that mlx-lm's `prepare` announces.
+The rows of the input are one sequence, several sequences, or single tokens of several sequences; see `Form`.
+`Padding` keeps the columns that mlx-lm's `prepare` announces.
 
 If the model accepts handles, each row attends to its own history. Otherwise the rows' histories are gathered
 into one array. It is padded on the left, so that all rows end with their new tokens, and a mask hides the
@@ -10,9 +10,8 @@ padding. The padding is never stored.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -131,15 +130,20 @@ class Padding:
 History = tuple[mx.array, mx.array]
 """Keys and values (B, n_kv_heads, S, head_dim)."""
 
+Form = Literal["single", "rows", "tokens"]
+"""The rows of an input: one sequence without padding, one row for each sequence, or one for each token."""
 
-class Forward(ABC):
+
+class Forward:
     """A forward of n columns through all caches of a pool.
 
     Args:
         pool: the pool of the conversations.
-        conversations: one for each row.
+        conversations: those that get new tokens.
         columns: for each conversation, the range of the n columns that are its tokens.
-        n: the number of columns of the model's input.
+        n: the number of columns of the model's input. With `form` "tokens", the input has one column,
+            and `columns` counts the rows of each conversation.
+        form: what the rows of the input are. For "tokens", histories are handles only.
         is_ragged: return handles instead of arrays as histories.
 
     Attributes:
@@ -155,18 +159,24 @@ class Forward(ABC):
         conversations: Sequence[Conversation],
         columns: Sequence[Columns],
         n: int,
+        form: Form,
         is_ragged: bool,
     ) -> None:
         self.pool = pool
-        self.is_ragged = is_ragged
         self.conversations = conversations
         self.columns = columns
         self.n = n
+        self.is_single = form == "single"
+        self.is_ragged = is_ragged
         self.begins = [conversation.position for conversation in conversations]
         # Cheaper than a set, which would grow with every layer.
         self.written = bytearray(len(pool.leaves))
         self.asked: set[int] = set()
         self.advanced: set[int] = set()
+        self._is_by_token = form == "tokens"
+        self._is_full = all(span == (0, n) for span in columns)
+        self._is_empty = all(first == stop for first, stop in columns)
+        self._masks: dict[tuple[Rule, int], Mask] = {}
         self._plan = pool.plan_forward(self._batch())
         self._kinds = pool.kinds
         self._caches: tuple[Any, ...] = pool.caches
@@ -178,13 +188,37 @@ class Forward(ABC):
         self._plan.commit()
         self._steps = [getattr(cache, "_step", None) for cache in self._caches]
 
+    def again(self) -> bool:
+        """Repeat the forward of a single sequence for its next n tokens if nothing changed in between.
+
+        Returns False, and does nothing, otherwise.
+        """
+        made = self._plan.made
+        try:
+            if not self.is_single or self.is_ragged or not self._plan.again():
+                return False
+            self.begins = [self.begins[0] + self.n]
+            self.written = bytearray(len(self.pool.leaves))
+            self.asked.clear()
+            self._masks.clear()
+        except BaseException:
+            if self._plan.made != made:
+                self._plan.undo()
+            raise
+        return True
+
     def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        """Store a leaf's keys and values (B, n_kv_heads, n, head_dim) and return its history."""
+        """Store a leaf's keys and values (B, n_kv_heads, n, head_dim) and return its history.
+
+        If all columns are padding, the history is the keys and values themselves.
+        """
+        if self._is_empty:
+            return keys, values
         step = self.step(leaf)
-        if not self.is_ragged:
-            return self._exchange(step, leaf, keys, values)
+        if self.is_single and not self.is_ragged:
+            return step.exchange(leaf.index, keys, values)
         step.put(leaf.index, self._tokens(keys), self._tokens(values))
-        return self._handles(leaf)
+        return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
 
     def history(self, leaf: Leaf) -> Any:
         """The history that `update` returned."""
@@ -194,12 +228,27 @@ class Forward(ABC):
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         """The mask of the n columns for a leaf's history: None, "causal", an array or a handle."""
+        if self._is_empty:
+            return mx.eye(self.n, dtype=mx.bool_)
         step = self.step(leaf)
         rule = narrowed(leaf.rule, window_size)
-        if not self.is_ragged:
-            return self._mask(step, leaf, rule, return_array)
-        sees_all = rule == leaf.rule and self.n == 1 and not return_array
-        return None if sees_all else RaggedMask(leaf, window_size)
+        if self.is_ragged:
+            sees_all = rule == leaf.rule and self.n == 1 and not return_array
+            return None if sees_all else RaggedMask(leaf, window_size)
+        is_own = rule == leaf.rule
+        if is_own and self.is_single:
+            mask = step.own_mask(step.parts[0])
+            if not (return_array and isinstance(mask, str)):
+                return mask
+        elif is_own and not return_array and self._is_full and len({part.size for part in step.parts}) == 1:
+            if self.n == 1:
+                return None
+            if isinstance(rule, Causal):
+                return "causal"
+        key = rule, self._kinds[leaf.index]
+        if key not in self._masks:
+            self._masks[key] = self._array_mask(step, rule)
+        return self._masks[key]
 
     def attend(
         self, leaf: Leaf, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
@@ -219,14 +268,25 @@ class Forward(ABC):
 
     def state(self, leaf: Leaf) -> list[mx.array | None]:
         """A recurrence's arrays (B, ...), as before this forward. The model replaces items of this list."""
+        if self._is_by_token:
+            raise _no_arrays()
         if leaf.index not in self._states:
-            self._states[leaf.index] = self._read(leaf)
+            rows = [padded_state(newest(own, leaf), leaf.slots) for own in self.conversations]
+            one = rows[0] if self.is_single else [_joined(slot) for slot in zip(*rows, strict=True)]
+            self._states[leaf.index] = one
         return self._states[leaf.index]
 
     def finish(self) -> None:
         """Store the new states of the recurrences."""
         for index, arrays in self._states.items():
-            self._write(self.pool.leaves[index], arrays)
+            for row, (conversation, (first, stop)) in enumerate(
+                zip(self.conversations, self.columns, strict=True)
+            ):
+                if self.is_single:
+                    store(conversation, self.pool.leaves[index], tuple(arrays))
+                elif first < stop:
+                    own = tuple(None if array is None else array[row : row + 1] for array in arrays)
+                    store(conversation, self.pool.leaves[index], own)
 
     def undo(self) -> None:
         """Remove the tokens from all caches."""
@@ -257,6 +317,8 @@ class Forward(ABC):
 
     def _batch(self) -> Batch | None:
         """The tokens of the forward, or None if all columns are padding."""
+        if self.is_single:
+            return Batch.run(self.conversations[0].sequence, self.begins[0], self.n)
         positions: list[int] = []
         sequences: list[int] = []
         for conversation, begin, (first, stop) in zip(
@@ -266,101 +328,95 @@ class Forward(ABC):
             sequences += [conversation.sequence] * (stop - first)
         return Batch(positions, sequences) if positions else None
 
-    @abstractmethod
     def _tokens(self, array: mx.array) -> mx.array:
         """Drop padding: an array (B, heads, n, dim) of the model as (1, heads, tokens, dim)."""
+        if self.is_single:
+            return array
+        if self._is_by_token:
+            return array.swapaxes(0, 2)
+        if self._is_full:
+            rows, heads, n, dim = array.shape
+            return array.swapaxes(0, 1).reshape(1, heads, rows * n, dim)
+        tokens = [
+            array[i : i + 1, :, first:stop] for i, (first, stop) in enumerate(self.columns) if first < stop
+        ]
+        return mx.concatenate(tokens, axis=2)
 
-    @abstractmethod
     def _rows(self, tokens: mx.array) -> mx.array:
         """The reverse of `_tokens`, with zeros for padding."""
+        if self.is_single:
+            return tokens
+        if self._is_by_token:
+            return tokens.swapaxes(0, 2)
+        _, heads, _, dim = tokens.shape
+        if self._is_full:
+            return tokens.reshape(heads, len(self.columns), self.n, dim).swapaxes(0, 1)
+        rows, start = [], 0
+        for first, stop in self.columns:
+            own = tokens[:, :, start : start + stop - first]
+            rows.append(mx.pad(own, _edges(first, self.n - stop)))
+            start += stop - first
+        return mx.concatenate(rows)
 
-    @abstractmethod
-    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        """Store a leaf's keys and values and return its history as arrays."""
-
-    @abstractmethod
     def _arrays(self, step: Step, leaf: Leaf) -> History:
-        """A leaf's history as arrays, after its keys and values have been stored."""
+        """A leaf's histories, stored already, as arrays (B, ...) that end with the new columns.
 
-    @abstractmethod
-    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
-        """The mask for a history that is returned as arrays."""
-
-    @abstractmethod
-    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
-        """The mask as an array, for any visibility rule."""
-
-    @abstractmethod
-    def _read(self, leaf: Leaf) -> list[mx.array | None]: ...
-
-    @abstractmethod
-    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None: ...
-
-
-class SingleForward(Forward):
-    """A forward of one sequence, the only row of the model's input.
-
-    If its cells are several spans, a model that accepts handles attends to the spans without copying them.
-    """
-
-    def __init__(self, conversation: Conversation, n: int, is_ragged: bool) -> None:
-        super().__init__(conversation.pool, (conversation,), ((0, n),), n, is_ragged)
-
-    def again(self) -> bool:
-        """Repeat this forward for the next n tokens if nothing changed in between.
-
-        Returns False, and does nothing, otherwise.
+        Shorter ones are padded with zeros on the left.
         """
-        made = self._plan.made
-        try:
-            if self.is_ragged or not self._plan.again():
-                return False
-            self.begins = [self.begins[0] + self.n]
-            self.written = bytearray(len(self.pool.leaves))
-            self.asked.clear()
-        except BaseException:
-            if self._plan.made != made:
-                self._plan.undo()
-            raise
-        return True
-
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        if self.is_ragged:
-            return super().update(leaf, keys, values)
-        return self.step(leaf).exchange(leaf.index, keys, values)
-
-    def _tokens(self, array: mx.array) -> mx.array:
-        return array
-
-    def _rows(self, tokens: mx.array) -> mx.array:
-        return tokens
-
-    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        return step.exchange(leaf.index, keys, values)
-
-    def _arrays(self, step: Step, leaf: Leaf) -> History:
-        return step.history(leaf.index, step.parts[0])
-
-    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
-        if rule == leaf.rule:
-            mask = step.own_mask(step.parts[0])
-            if mask is None or not (return_array and isinstance(mask, str)):
-                return mask
-        return self._array_mask(step, rule)
+        if self.is_single:
+            return step.history(leaf.index, step.parts[0])
+        if self._is_by_token:
+            raise _no_arrays()
+        parts = self._parts(step)
+        widest = max(part.earlier_size if part else 0 for part in parts)
+        gathered: tuple[list[mx.array | None], list[mx.array | None]] = [], []
+        for part, (first, stop) in zip(parts, self.columns, strict=True):
+            histories = step.history(leaf.index, part) if part else (None, None)
+            for own, rows in zip(histories, gathered, strict=True):
+                if part is None or own is None:
+                    rows.append(None)
+                    continue
+                before = part.earlier_size
+                if before and first:
+                    new = mx.pad(own[:, :, before:], _edges(first, 0))
+                    own = mx.concatenate([own[:, :, :before], new], axis=2)
+                left, right = widest - before + (0 if before else first), self.n - stop
+                rows.append(mx.pad(own, _edges(left, right)) if left or right else own)
+        keys, values = (_joined(rows) for rows in gathered)
+        assert keys is not None and values is not None
+        return keys, values
 
     def _array_mask(self, step: Step, rule: Rule) -> mx.array:
-        part = step.parts[0]
-        queries, keys = positions_of([(part.begin, part.end)]), positions_of(part.ranges)
-        return array_mask(rule, queries, keys)
+        """The mask (B, 1, n, S) of each row's columns for its history; (n, S) for a single sequence."""
+        if self.is_single:
+            only = step.parts[0]
+            return array_mask(rule, positions_of([(only.begin, only.end)]), positions_of(only.ranges))
+        if self._is_by_token:
+            raise _no_arrays()
+        parts = self._parts(step)
+        widest = max(part.earlier_size if part else 0 for part in parts)
+        queries = np.full((len(parts), self.n), -1, np.int32)
+        keys = np.full((len(parts), widest + self.n), -1, np.int32)
+        for row, (part, (first, stop)) in enumerate(zip(parts, self.columns, strict=True)):
+            if part is None:
+                continue
+            new: Ints = np.arange(part.begin, part.end, dtype=np.int32)
+            queries[row, first:stop] = new
+            keys[row, widest + first : widest + stop] = new
+            if part.earlier_size:
+                keys[row, widest - part.earlier_size : widest] = positions_of(part.earlier)
+        q, k = mx.array(queries)[:, None, :, None], mx.array(keys)[:, None, None, :]
+        seen: mx.array = visible(rule, q, k) & (k >= 0)
+        if self._is_full:
+            return seen
+        # A padding column sees itself: softmax over no keys would be NaN.
+        itself = mx.arange(widest + self.n) == widest + mx.arange(self.n)[:, None]
+        return seen | (itself & (q < 0))
 
-    def _batch(self) -> Batch:
-        return Batch.run(self.conversations[0].sequence, self.begins[0], self.n)
-
-    def _read(self, leaf: Leaf) -> list[mx.array | None]:
-        return padded_state(newest(self.conversations[0], leaf), leaf.slots)
-
-    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None:
-        store(self.conversations[0], leaf, tuple(arrays))
+    def _parts(self, step: Step) -> list[Part | None]:
+        """For each row its part of the step, or None if the row is all padding."""
+        parts = {part.sequence: part for part in step.parts}
+        return [parts.get(conversation.sequence) for conversation in self.conversations]
 
 
 def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
@@ -388,130 +444,6 @@ def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:
     return list(arrays) if arrays else [None] * slots
 
 
-class BatchedForward(Forward):
-    """A forward of several sequences as rows of one input, which may be padded on either side.
-
-    If all columns are padding, `update` returns the model's own keys and values.
-    """
-
-    def __init__(
-        self,
-        pool: Pool,
-        conversations: Sequence[Conversation],
-        columns: Sequence[Columns],
-        n: int,
-        is_ragged: bool,
-    ) -> None:
-        super().__init__(pool, conversations, columns, n, is_ragged)
-        self._is_full = all(span == (0, n) for span in columns)
-        self._is_empty = all(first == stop for first, stop in columns)
-        self._masks: dict[tuple[Rule, int], Mask] = {}
-
-    def update(self, leaf: Leaf, keys: mx.array, values: mx.array) -> Any:
-        return (keys, values) if self._is_empty else super().update(leaf, keys, values)
-
-    def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
-        if self._is_empty:
-            return mx.eye(self.n, dtype=mx.bool_)
-        return super().mask(leaf, return_array, window_size)
-
-    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        step.put(leaf.index, self._tokens(keys), self._tokens(values))
-        return self._arrays(step, leaf)
-
-    def _arrays(self, step: Step, leaf: Leaf) -> History:
-        """The histories of all rows as arrays (B, ...) that end with the new columns, padded with zeros."""
-        parts = self._parts(step)
-        widest = max(part.earlier_size if part else 0 for part in parts)
-        gathered: tuple[list[mx.array | None], list[mx.array | None]] = [], []
-        for part, (first, stop) in zip(parts, self.columns, strict=True):
-            histories = step.history(leaf.index, part) if part else (None, None)
-            for own, rows in zip(histories, gathered, strict=True):
-                if part is None or own is None:
-                    rows.append(None)
-                    continue
-                before = part.earlier_size
-                if before and first:
-                    new = mx.pad(own[:, :, before:], _edges(first, 0))
-                    own = mx.concatenate([own[:, :, :before], new], axis=2)
-                left, right = widest - before + (0 if before else first), self.n - stop
-                rows.append(mx.pad(own, _edges(left, right)) if left or right else own)
-        keys, values = (_joined(rows) for rows in gathered)
-        assert keys is not None and values is not None
-        return keys, values
-
-    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
-        equal = self._is_full and len({part.size for part in step.parts}) == 1
-        if equal and not return_array and rule == leaf.rule:
-            if self.n == 1:
-                return None
-            if isinstance(rule, Causal):
-                return "causal"
-        key = rule, self.pool.kinds[leaf.index]
-        if key not in self._masks:
-            self._masks[key] = self._array_mask(step, rule)
-        return self._masks[key]
-
-    def _tokens(self, array: mx.array) -> mx.array:
-        if self._is_full:
-            rows, heads, n, dim = array.shape
-            return array.swapaxes(0, 1).reshape(1, heads, rows * n, dim)
-        tokens = [
-            array[i : i + 1, :, first:stop] for i, (first, stop) in enumerate(self.columns) if first < stop
-        ]
-        return mx.concatenate(tokens, axis=2)
-
-    def _rows(self, tokens: mx.array) -> mx.array:
-        _, heads, _, dim = tokens.shape
-        if self._is_full:
-            return tokens.reshape(heads, len(self.columns), self.n, dim).swapaxes(0, 1)
-        rows, start = [], 0
-        for first, stop in self.columns:
-            own = tokens[:, :, start : start + stop - first]
-            rows.append(mx.pad(own, _edges(first, self.n - stop)))
-            start += stop - first
-        return mx.concatenate(rows)
-
-    def _parts(self, step: Step) -> list[Part | None]:
-        """For each row its part of the step, or None if the row is all padding."""
-        parts = {part.sequence: part for part in step.parts}
-        return [parts.get(conversation.sequence) for conversation in self.conversations]
-
-    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
-        """The mask (B, 1, n, S) of each row's columns for its gathered history."""
-        parts = self._parts(step)
-        widest = max(part.earlier_size if part else 0 for part in parts)
-        queries = np.full((len(parts), self.n), -1, np.int32)
-        keys = np.full((len(parts), widest + self.n), -1, np.int32)
-        for row, (part, (first, stop)) in enumerate(zip(parts, self.columns, strict=True)):
-            if part is None:
-                continue
-            new: Ints = np.arange(part.begin, part.end, dtype=np.int32)
-            queries[row, first:stop] = new
-            keys[row, widest + first : widest + stop] = new
-            if part.earlier_size:
-                keys[row, widest - part.earlier_size : widest] = positions_of(part.earlier)
-        q, k = mx.array(queries)[:, None, :, None], mx.array(keys)[:, None, None, :]
-        seen: mx.array = visible(rule, q, k) & (k >= 0)
-        if self._is_full:
-            return seen
-        # A padding column sees itself: softmax over no keys would be NaN.
-        itself = mx.arange(widest + self.n) == widest + mx.arange(self.n)[:, None]
-        return seen | (itself & (q < 0))
-
-    def _read(self, leaf: Leaf) -> list[mx.array | None]:
-        rows = [padded_state(newest(conversation, leaf), leaf.slots) for conversation in self.conversations]
-        return [_joined(slot) for slot in zip(*rows, strict=True)]
-
-    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None:
-        for row, (conversation, (first, stop)) in enumerate(
-            zip(self.conversations, self.columns, strict=True)
-        ):
-            if first < stop:
-                own = tuple(None if array is None else array[row : row + 1] for array in arrays)
-                store(conversation, leaf, own)
-
-
 def _edges(before: int, after: int) -> list[tuple[int, int]]:
     """Widths for `mx.pad` along the tokens of an array (1, heads, n, dim)."""
     return [(0, 0), (0, 0), (before, after), (0, 0)]
@@ -523,39 +455,6 @@ def _joined(rows: Sequence[mx.array | None]) -> mx.array | None:
     if like is None:
         return None
     return mx.concatenate([mx.zeros_like(like) if row is None else row for row in rows])
-
-
-class TokenForward(Forward):
-    """A forward in which every token of every sequence is a row. Histories are handles only."""
-
-    def __init__(
-        self, pool: Pool, conversations: Sequence[Conversation], columns: Sequence[Columns], n: int
-    ) -> None:
-        super().__init__(pool, conversations, columns, n, is_ragged=True)
-
-    def _tokens(self, array: mx.array) -> mx.array:
-        return array.swapaxes(0, 2)
-
-    def _rows(self, tokens: mx.array) -> mx.array:
-        return tokens.swapaxes(0, 2)
-
-    def _exchange(self, step: Step, leaf: Leaf, keys: mx.array, values: mx.array) -> History:
-        raise _no_arrays()
-
-    def _arrays(self, step: Step, leaf: Leaf) -> History:
-        raise _no_arrays()
-
-    def _mask(self, step: Step, leaf: Leaf, rule: Rule, return_array: bool) -> Mask:
-        raise _no_arrays()
-
-    def _array_mask(self, step: Step, rule: Rule) -> mx.array:
-        raise _no_arrays()
-
-    def _read(self, leaf: Leaf) -> list[mx.array | None]:
-        raise _no_arrays()
-
-    def _write(self, leaf: Leaf, arrays: list[mx.array | None]) -> None:
-        raise _no_arrays()
 
 
 def _no_arrays() -> NotSupportedError:

@@ -27,12 +27,12 @@ def went_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """How often a step has gone on from the last one."""
     counts: list[bool] = []
 
-    def counted(self: forward.SingleForward) -> bool:
+    def counted(self: forward.Forward) -> bool:
         counts.append(original(self))
         return counts[-1]
 
-    original = forward.SingleForward.again
-    monkeypatch.setattr(forward.SingleForward, "again", counted)
+    original = forward.Forward.again
+    monkeypatch.setattr(forward.Forward, "again", counted)
     return counts
 
 
