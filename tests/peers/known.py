@@ -11,8 +11,8 @@ KNOWN: dict[str, str] = {
     ),
     "test_models.py::TestModels::test_cohere": (
         "the test makes a model of 35 billion random weights and never computes them. A call on these caches "
-        "starts to compute what it stores, so that other threads can use it, and these weights need more memory "
-        "than most machines have. The attached run leaves the test out."
+        "starts to compute what it stores, because other threads may use it, and these weights need more "
+        "memory than most machines have. The attached run leaves the test out."
     ),
     "test_models.py::TestModels::test_deepseek_v41": (
         "the model caches in a class of its own, LayerCache, which is not supported: attach raises "
