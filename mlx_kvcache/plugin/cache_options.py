@@ -198,12 +198,6 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     limits = limits.checked()
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None
-    if (shifts or limits.sinks) and layout.is_recurrent:
-        raise NotSupportedError(
-            f'overflow="{limits.overflow}" with sinks={limits.sinks} is not supported for '
-            f"{type(model).__module__}: it has recurrent layers, whose state cannot drop its oldest tokens; "
-            'use overflow="error" and sinks=0'
-        )
     rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
     pool = pool_for(model, layout, rewinds, None, ranks)
     try_out(pool)
@@ -254,7 +248,9 @@ def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
         rewind: the option of `make_prompt_cache`.
         capacity: the capacity of a cache that shifts; None for any other.
     """
-    if rule is None or isinstance(rule, Causal):
+    if rule is None:
+        return rewind
+    if isinstance(rule, Causal):
         return 1
     if capacity is not None and capacity <= 4 * rule.size:
         # After a shift the window may reach past the gap, so all remaining tokens must be held.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +21,7 @@ from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversa
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
 from .forward.batch_rows import Rows
-from .pool.conversation import Conversation, Limits, Overflow
+from .pool.conversation import Conversation, Limits, Overflow, Recurrent
 from .pool.pool import Pool
 from .ranks import ranks_of
 
@@ -114,19 +114,25 @@ class PromptCache(list[Any]):
             raise ValueError(f"cannot rewind to position {position}: expected 0 to {self.position}")
         self._rewind_to(position)
 
-    def remove(self, begin: int, end: int | None = None) -> None:
+    def remove(self, begin: int, end: int | None = None, recurrent: Recurrent = "refuse") -> None:
         """Removes the tokens [begin, end). Later tokens move down and their keys are re-based.
 
         Args:
             begin: the first position to remove.
             end: the position after the last one to remove; None removes all tokens from `begin` on.
+            recurrent: what happens to the states of recurrent layers, which contain the tokens if others
+                follow. "keep" leaves them as they are: attention forgets the tokens, the states do not.
+                "replay" computes the states again without the tokens; it needs them among the newest
+                `rewind` tokens. "refuse" raises NotSupportedError. Other models ignore it.
 
         Raises:
-            ValueError: begin and end are not in 0 <= begin <= end <= position.
+            ValueError: begin and end are not in 0 <= begin <= end <= position, or recurrent is unknown.
             TypeError: begin or end is not a whole number.
-            NotSupportedError: the model's keys cannot be re-based, the model has recurrent layers, or a
-                window would no longer hold tokens that the next token sees.
+            NotSupportedError: the model's keys cannot be re-based, its recurrent states cannot be changed in
+                this way, or a window would no longer hold tokens that the next token sees.
         """
+        if recurrent not in get_args(Recurrent):
+            raise ValueError(f'recurrent must be "refuse", "keep" or "replay", got {recurrent!r}')
         position = self.position
         begin, stop = whole(None, begin=begin, end=position if end is None else end)
         if not 0 <= begin <= stop <= position:
@@ -139,7 +145,7 @@ class PromptCache(list[Any]):
             self._rewind_to(begin)
         else:
             with self._rows.edit(f"remove [{begin}, {stop})"):
-                self._conversation.remove(begin, stop)
+                self._conversation.remove(begin, stop, recurrent)
 
     def fork(self) -> PromptCache:
         """Returns an independent cache with the same tokens. Shares keys and values; copies no array."""

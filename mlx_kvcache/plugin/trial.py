@@ -15,20 +15,27 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..caches.recurrent import Arrays
 from ..errors import NotSupportedError
 from ..storage.buffers import Form
 from .entries.nested import entries_of
 from .forward.batch_rows import Rows, TokenRows
+from .forward.forward import newest
 from .hosts.layout import Leaf, logits_of
 from .hosts.lifetimes import PerModel
+from .hosts.mixers import Mixers, find
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Batching, Pool
 from .pool.weights import Version
 
 LENGTHS = (5, 2)
 """Lengths in tokens of the rows that are tested."""
+REWIND = 6
+"""How many tokens the caches of the trial can drop."""
 BY_COLUMN = frozenset({"minimax_m3_vl"})
 """Models that select blocks of thousands of keys by column index, which padding changes."""
+SAME = 0.05
+"""Largest difference of equal states, as a fraction of their root mean square; allows for 16 bits."""
 NOISE = 0.1
 """Largest difference of equal logits, as a fraction of their standard deviation; allows for 16 bits."""
 
@@ -61,13 +68,16 @@ def _answer(pool: Pool, question: str) -> Any:
     findings, key = _findings.of(model), (question, version, pool.ranks.size)
     with findings.lock:
         if key not in findings.answers:
-            scratch = Pool(model, pool.layout, [1] * len(pool.caches), None, pool.ranks, version)
+            scratch = Pool(model, pool.layout, [REWIND] * len(pool.caches), None, pool.ranks, version)
             scratch.ask = _answer
             # The form of what a model writes is known without computing it.
-            scratch.is_scratch = question == "forms"
+            scratch.is_scratch = question in ("forms", "mixers")
+            if question != "batching" and question != "mixes":
+                # These ask how to note inputs, so nothing is noted meanwhile.
+                scratch.__dict__["mixers"] = {}
             found = _QUESTIONS[question](scratch)
             version.after_call(model)
-            if question != "forms":
+            if question not in ("forms", "mixers"):
                 pool.ranks.agree(f"go on with {question}: {found}")
             answers = {known: answer for known, answer in findings.answers.items() if known[1] is version}
             findings.answers = answers | {key: found}
@@ -159,7 +169,80 @@ def _mixes(pool: Pool) -> bool:
     return _difference(found, expected) <= NOISE
 
 
-_QUESTIONS: dict[str, Callable[[Pool], Any]] = {"forms": _written, "batching": _batching, "mixes": _mixes}
+def _mixers(pool: Pool) -> dict[int, Mixers]:
+    """Find the modules that compute the states of recurrent layers, if they are known for all layers."""
+    cache = entries_of(_rows(pool, 1))
+    found = find(pool.living_model, lambda n: pool.living_model(mx.zeros((1, n), mx.int32), cache=cache))
+    needed = {leaf.index for leaf in pool.leaves if leaf.rule is None and leaf.index in pool.forms}
+    return found if found.keys() >= needed else {}
+
+
+def _refusal(pool: Pool) -> str:
+    """Compare replayed states with those of fresh computations; return what differs, or an empty text.
+
+    A block of seven tokens is divided, and two tokens follow. States inside and after the block are
+    computed again, and logits show whether dividing the block has changed them.
+    """
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    mixers = pool.ask(pool, "mixers")
+    plain = _rows(pool, 1)
+    expected = [_states(pool, _rows(pool, 1), text[:end]) for end in TRIED]
+    logits = mx.concatenate(
+        [_run(pool, plain, text[:7]), _run(pool, plain, text[7:8]), _run(pool, plain, text[8:])], 1
+    )
+    pool.__dict__["mixers"] = pool.watch_mixers(mixers)
+    rows = _rows(pool, 1)
+    found = mx.concatenate(
+        [_run(pool, rows, text[:7]), _run(pool, rows, text[7:8]), _run(pool, rows, text[8:])], 1
+    )
+    if _difference(found, logits) > NOISE:
+        return "calls of the modules that compute the recurrent states cannot be divided"
+    for end, states in zip(reversed(TRIED), reversed(expected), strict=True):
+        if not rows.can_resume(end):
+            return f"the states at token {end} of {len(text)} are not known"
+        rows.conversation.rewind_to(end)
+        for leaf, arrays in states.items():
+            for number, (own, known) in enumerate(
+                zip(newest(rows.conversation, pool.leaves[leaf]), arrays, strict=True)
+            ):
+                if (own is None) != (known is None) or (own is not None and _unlike(own, known)):
+                    return f"state {number} of layer {pool.leaves[leaf].name} depends on more than the calls of its modules"
+    return ""
+
+
+TRIED = (3, 5, 6, 8)
+"""Positions at which states are computed again."""
+
+
+def _run(pool: Pool, rows: Rows, tokens: list[int]) -> mx.array:
+    logits = logits_of(pool.living_model, mx.array([tokens]), entries_of(rows)).astype(mx.float32)
+    mx.eval(logits)
+    return logits
+
+
+def _states(pool: Pool, rows: Rows, tokens: list[int]) -> dict[int, Arrays]:
+    """Return the states of all recurrent layers after some tokens that run as one block."""
+    _run(pool, rows, tokens)
+    return {leaf.index: newest(rows.conversation, leaf) for leaf in pool.leaves if leaf.rule is None}
+
+
+def _unlike(a: mx.array, b: mx.array) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return True
+    if not mx.issubdtype(a.dtype, mx.floating):
+        return not mx.array_equal(a, b)
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    scale = mx.sqrt(mx.square(b).mean()).item()
+    return mx.sqrt(mx.square(a - b).mean()).item() > SAME * scale
+
+
+_QUESTIONS: dict[str, Callable[[Pool], Any]] = {
+    "forms": _written,
+    "batching": _batching,
+    "mixes": _mixes,
+    "mixers": _mixers,
+    "refusal": _refusal,
+}
 
 
 def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
 from ..forward.forward import newest, padded_state
+from ..hosts.mixers import Place
+from ..hosts.observe import Call
 from .base import Layer
 
 
@@ -42,6 +46,17 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
             forward.written[self.leaf.index] = True
             self.rows.wrote()
 
+    def recurrent_places(self) -> Sequence[Place]:
+        return (Place(self.leaf.index, self.leaf.slots),)
+
+    def called_by(
+        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        forward = self.rows.forward
+        if forward is None or not self.rows.is_called:
+            return call(*args, **kwargs)
+        return forward.run_mixer(self.leaf, module, call, args, kwargs)
+
     @property
     def left_padding(self) -> mx.array | None:
         """The number of padding columns before the next tokens of each row (B,), or None without padding."""
@@ -65,7 +80,8 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
             self.rows.forward.advanced.add(self.leaf.index)
 
     def is_trimmable(self) -> bool:
-        return False
+        """Whether the newest tokens can be dropped one by one."""
+        return bool(self.rows.pool.mixers)
 
     def empty(self) -> bool:
         return max(self.rows.positions, default=0) == 0

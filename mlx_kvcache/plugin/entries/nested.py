@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import mlx.nn as nn
 
 from ..forward.batch_rows import Rows
 from ..hosts.layout import Entry, Leaf
-from ..hosts.observe import Observable
+from ..hosts.mixers import Place
+from ..hosts.observe import Call, Observable
 from .arrays import ArraysCache
 from .base import check_ours
 from .keyvalue import layer_of
@@ -25,6 +29,22 @@ class CacheList(Observable):
     def served_by(self, rows: Rows) -> CacheList:
         """The same entry for other rows."""
         return type(self)(*(cache.served_by(rows) for cache in self.caches))
+
+    def recurrent_places(self) -> Sequence[Place]:
+        size = len(self.caches)
+        return [
+            place._replace(index=index, size=size)
+            for index, cache in enumerate(self.caches)
+            for place in cache.recurrent_places()
+        ]
+
+    def called_by(
+        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        for cache in self.caches:
+            if isinstance(cache, ArraysCache):
+                call = functools.partial(_called_by, cache, module, call)
+        return call(*args, **kwargs)
 
     def __getitem__(self, idx: int) -> Any:
         return self.caches[idx]
@@ -105,6 +125,10 @@ class CacheList(Observable):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheList:
         return type(self)(*(cache.__deepcopy__(memo) for cache in self.caches))
+
+
+def _called_by(cache: ArraysCache, module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
+    return cache.called_by(module, call, args, kwargs)
 
 
 def entries_of(rows: Rows) -> list[Any]:

@@ -10,10 +10,11 @@ padding. The padding is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ...attend.part import Attending, Part
@@ -26,6 +27,8 @@ from ...errors import CacheError, NotSupportedError
 from ...storage.masks import Ints, Mask, array_mask, positions_of
 from ..hosts.handles import Ragged, RaggedMask
 from ..hosts.layout import Leaf
+from ..hosts.mixers import joined_outputs
+from ..hosts.observe import Call
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 
@@ -182,6 +185,11 @@ class Forward:
         self._caches: tuple[Any, ...] = pool.caches
         self._steps: list[Step | None] = []
         self._states: dict[int, list[mx.array | None]] = {}
+        self._noted: dict[int, dict[int, list[mx.array]]] = {}
+        """For each recurrence, by leaf, and each of its modules what was noted of its newest tokens."""
+        self._inside: dict[int, dict[int, list[mx.array | None]]] = {}
+        """For each recurrence, by leaf, its arrays before some of the columns."""
+        self._columns_to_cut: list[int] | None = None
 
     def start(self) -> None:
         """Add the tokens to all caches. After an interrupt, `undo` removes them."""
@@ -276,17 +284,68 @@ class Forward:
             self._states[leaf.index] = one
         return self._states[leaf.index]
 
+    def run_mixer(
+        self, leaf: Leaf, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run the call of a module that is handed a recurrence, and note its inputs.
+
+        Where a state inside the block is worth a checkpoint, the module is called for the tokens before it
+        and again for the others.
+        """
+        mixers = self.pool.mixers.get(leaf.index)
+        index = mixers.index(module) if mixers else None
+        inputs = mixers.inputs(index, self.n, args, kwargs) if mixers and index is not None else None
+        if mixers is None or index is None or inputs is None:
+            return call(*args, **kwargs)
+        noted = self._noted.setdefault(leaf.index, {})
+        cuts = () if mixers.is_nested else self._cuts(leaf)
+        if not cuts:
+            noted[index] = inputs
+            return call(*args, **kwargs)
+        outputs, state = [], self.state(leaf)
+        inside = self._inside.setdefault(leaf.index, {column: list(state) for column in cuts})
+        for column, (own, named) in zip(
+            [*cuts, None], mixers.pieces(index, self.n, cuts, args, kwargs), strict=True
+        ):
+            before = list(state)
+            outputs.append(call(*own, **named))
+            if column is not None:
+                # Another module may share the state, so keep those arrays only that this one has replaced.
+                for slot, (old, new) in enumerate(zip(before, state, strict=True)):
+                    if new is not old:
+                        inside[column][slot] = new
+            else:
+                noted[index] = mixers.inputs(index, self.n - cuts[-1], own, named) or []
+        return joined_outputs(outputs)
+
+    def _cuts(self, leaf: Leaf) -> Sequence[int]:
+        """The columns before which a recurrence's state is worth a checkpoint in some row."""
+        if self._columns_to_cut is None:
+            cache, found = self.pool.recurrent(leaf), set()
+            for conversation, begin in zip(self.conversations, self.begins, strict=True):
+                found |= {position - begin for position in cache.wanted(conversation.sequence)}
+            self._columns_to_cut = sorted(found)
+        return self._columns_to_cut
+
     def finish(self) -> None:
         """Store the new states of the recurrences."""
         for index, arrays in self._states.items():
-            for row, (conversation, (first, stop)) in enumerate(
-                zip(self.conversations, self.columns, strict=True)
+            leaf, noted = self.pool.leaves[index], self._noted.get(index, {})
+            mixers = self.pool.mixers.get(index)
+            is_noted = mixers is not None and len(noted) == len(mixers.modules)
+            inputs = [array for number in sorted(noted) for array in noted[number]] if is_noted else None
+            for row, (conversation, begin, (first, stop)) in enumerate(
+                zip(self.conversations, self.begins, self.columns, strict=True)
             ):
-                if self.is_single:
-                    store(conversation, self.pool.leaves[index], tuple(arrays))
-                elif first < stop:
-                    own = tuple(None if array is None else array[row : row + 1] for array in arrays)
-                    store(conversation, self.pool.leaves[index], own)
+                if first < stop:
+                    for column, state in self._inside.get(index, {}).items():
+                        store(conversation, leaf, self._of_row(state, row), at=begin + column)
+                    store(conversation, leaf, self._of_row(arrays, row), inputs=inputs, row=row)
+
+    def _of_row(self, arrays: Sequence[mx.array | None], row: int) -> Arrays:
+        if self.is_single:
+            return tuple(arrays)
+        return tuple(None if array is None else array[row : row + 1] for array in arrays)
 
     def undo(self) -> None:
         """Remove the tokens from all caches."""
@@ -434,9 +493,9 @@ def newest(conversation: Conversation, leaf: Leaf) -> Arrays:
     return conversation.pool.recurrent(leaf).newest(leaf.index, conversation.sequence)
 
 
-def store(conversation: Conversation, leaf: Leaf, arrays: Arrays) -> None:
-    """Store a recurrence's arrays as its state after the forward's tokens."""
-    conversation.pool.recurrent(leaf)._put(leaf.index, arrays, conversation.sequence, None)
+def store(conversation: Conversation, leaf: Leaf, arrays: Arrays, **more: Any) -> None:
+    """Store a recurrence's arrays as its state after the forward's tokens; see `RecurrentCache.put`."""
+    conversation.pool.states[leaf.index].put(*arrays, sequence=conversation.sequence, **more)
 
 
 def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:

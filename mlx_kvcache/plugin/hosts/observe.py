@@ -12,7 +12,7 @@ import copyreg
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -37,6 +37,16 @@ class Observable:
     """Base class of the entries of a cache list. A model's call with one of them is recognized."""
 
     rows: Caller
+
+    def recurrent_places(self) -> Sequence[Any]:
+        """The recurrent layers in this entry, as `Place`s of `mixers.py`."""
+        return ()
+
+    def called_by(
+        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run the call of a module that is handed this entry, and return its output."""
+        return call(*args, **kwargs)
 
 
 _ORIGINAL = "_original_of_mlx_kvcache"
@@ -123,9 +133,7 @@ def _subclass(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
 
 
 def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
-    if not any("__call__" in vars(base) for base in cls.__mro__):
-        raise TypeError("it does not define __call__")
-    original, original_reduce = cls.__call__, cls.__reduce_ex__
+    original = cls.__call__
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -133,6 +141,23 @@ def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
         if cache is None:
             return original(self, *args, **kwargs)
         return cache[0].rows.run(self, functools.partial(original, self), args, kwargs)
+
+    own = {"make_cache": _MakeCache(maker)} if maker else {}
+    made = subclassed(cls, {"__call__": call, **own})
+    for descriptor in own.values():
+        descriptor.owner = weakref.ref(made)
+    return made
+
+
+def subclassed(cls: type[nn.Module], names: Mapping[str, Any]) -> type[nn.Module]:
+    """Return a subclass that looks like `cls`, with these attributes. Copies of its instances get `cls`.
+
+    Raises:
+        TypeError: `cls` does not define `__call__`.
+    """
+    if not any("__call__" in vars(base) for base in cls.__mro__):
+        raise TypeError("it does not define __call__")
+    original_reduce = cls.__reduce_ex__
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Copies have no caches, so they get the original class, unless a user derived from this one."""
@@ -145,13 +170,8 @@ def _made(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:
             constructor, args = copyreg._reconstructor, (made, dict, ())  # type: ignore[attr-defined]
         return constructor, tuple(cls if arg is made else arg for arg in args), *rest
 
-    names: dict[str, Any] = {"__call__": call, "__reduce_ex__": reduce, _ORIGINAL: cls}
-    names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    if maker:
-        names["make_cache"] = _MakeCache(maker)
-    made = type(cls.__name__, (cls,), names)
-    if maker:
-        names["make_cache"].owner = weakref.ref(made)
+    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, _ORIGINAL: cls}
+    made = type(cls.__name__, (cls,), {**names, "__reduce_ex__": reduce, **about})
     return made
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ...arguments import whole
 from ...caches.plan import JointPlan, Plan
+from ...caches.recurrent import RecurrentCache
 from ...cells.removal import rebase_all, remove_range
 from ...errors import CacheError, CacheFullError, NotSupportedError
 from ...storage.buffers import Rebase
@@ -17,6 +18,8 @@ from ..rope.rebase import Head, HeadRebase, rebased
 from .pool import Pool
 
 Overflow = Literal["error", "shift"]
+Recurrent = Literal["refuse", "keep", "replay"]
+"""What a removal does to recurrent states, which contain the removed tokens."""
 
 FARTHEST = 1 << 16
 """Largest lead of a head. Beyond it float32 angles lose precision, so all keys are re-based to lead 0."""
@@ -138,32 +141,39 @@ class Conversation:
         plans = self.pool.plan_truncate(self.sequence, position)
         return JointPlan([*plans, HeadPlan(self, self.head.cut(position), gaps)])
 
-    def remove(self, begin: int, end: int) -> None:
+    def remove(self, begin: int, end: int, recurrent: Recurrent = "refuse") -> None:
         """Remove the tokens [begin, end), which must not be the last ones.
 
+        Args:
+            recurrent: what happens to recurrent states, which contain the removed tokens; see
+                `PromptCache.remove`.
+
         Raises:
-            NotSupportedError: the positions of the later tokens cannot be changed, or the next token
-                would see tokens that the cache does not hold.
+            NotSupportedError: the positions of the later tokens cannot be changed, the next token would see
+                tokens that the cache does not hold, or recurrent states cannot be changed in this way.
         """
         pool, scheme, gap = self.pool, self.pool.scheme, end - begin
+        refusal = scheme.refusal
         if pool.layout.is_recurrent:
-            raise NotSupportedError(
-                f"cannot remove [{begin}, {end}) of {self.position} tokens: the model has recurrent layers, "
-                "and a recurrent state cannot forget earlier tokens"
-            )
-        if scheme.refusal:
-            raise NotSupportedError(
-                f"cannot remove [{begin}, {end}) of {self.position} tokens: {scheme.refusal}"
-            )
+            if recurrent == "refuse":
+                refusal = (
+                    "the model has recurrent layers, whose states contain these tokens; "
+                    'pass recurrent="keep" to let the states go on knowing them, or recurrent="replay" to '
+                    "compute the states of the newest tokens without them"
+                )
+            elif not scheme.ahead and any(own.uses_offset for own in pool.mixers.values()):
+                refusal = "its recurrent states contain the positions of tokens, which would change"
+        if refusal:
+            raise NotSupportedError(f"cannot remove [{begin}, {end}) of {self.position} tokens: {refusal}")
         if not scheme.ahead:
-            pool.commit(self._plan_tail(begin, end))
+            pool.commit(self._plan_tail(begin, end, recurrent))
             return
-        plan = self._plan_head(begin, end)
+        plan = self._plan_head(begin, end, recurrent)
         pool.ranks.ready()
-        if self.head.lead + gap > FARTHEST:
+        if self.head.lead + gap > FARTHEST and not pool.layout.is_recurrent:
             # After planning once, so that a removal that is refused changes nothing.
             self._renormalize()
-            plan = self._plan_head(begin, end)
+            plan = self._plan_head(begin, end, recurrent)
         pool.apply(plan)
 
     def has_room(self, n: int) -> bool:
@@ -213,17 +223,22 @@ class Conversation:
         drop = max((position - sinks) // 2, n - free)
         try:
             if sinks + drop < position:
-                self.remove(sinks, sinks + drop)
+                self.remove(sinks, sinks + drop, recurrent="keep")
             else:
                 self.pool.commit(self.plan_rewind(sinks, gaps=1))
         except NotSupportedError as error:
             raise CacheFullError(n, free, capacity, f"cannot shift: {error}") from error
 
-    def _plan_head(self, begin: int, end: int) -> Plan:
+    def _plan_states(self, begin: int, end: int, recurrent: Recurrent) -> list[Plan]:
+        """Plan a removal in the recurrent layers."""
+        caches = (cache for cache in self.pool.caches if isinstance(cache, RecurrentCache))
+        return [cache._plan_remove(self.sequence, begin, end, recurrent) for cache in caches]
+
+    def _plan_head(self, begin: int, end: int, recurrent: Recurrent) -> Plan:
         """Plan a removal that re-bases the tokens before it."""
         pool, scheme, lead = self.pool, self.pool.scheme, self.head.lead
         new_lead = lead + end - begin
-        plans: list[Plan] = []
+        plans = self._plan_states(begin, end, recurrent)
         pieces = {}
         for kind, cache in pool.positional():
             removal = remove_range(cache._table, self.sequence, begin, end, cache._rule, rebase_head=True)
@@ -235,10 +250,10 @@ class Conversation:
             pieces[kind] = rebase.pieces
         return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces), gaps=1)])
 
-    def _plan_tail(self, begin: int, end: int) -> Plan:
+    def _plan_tail(self, begin: int, end: int, recurrent: Recurrent) -> Plan:
         """Plan a removal that re-bases the tokens after it."""
         rebase = self._by(begin - end)
-        plans = []
+        plans = self._plan_states(begin, end, recurrent)
         for _, cache in self.pool.positional():
             removal = remove_range(cache._table, self.sequence, begin, end, cache._rule)
             plans.append(cache._plan_edit(removal, rebase))

@@ -31,13 +31,14 @@ from ...batch import Batch
 from ...caches.base import PlanningCache
 from ...caches.causal import PositionalCache
 from ...caches.plan import JointPlan, Plan
-from ...caches.recurrent import RecurrentCache, arrays_in
+from ...caches.recurrent import Arrays, RecurrentCache, arrays_in
 from ...errors import CacheError
 from ...quantization import Codecs, Quantization
 from ...storage.buffers import Form
 from ..hosts.handles import serve
 from ..hosts.layout import Layout, Leaf
 from ..hosts.lifetimes import PerModel
+from ..hosts.mixers import Mixers, watch
 from ..hosts.observe import observe
 from ..ranks import ALONE, Ranks
 from ..rope.probe import scheme_of
@@ -77,6 +78,7 @@ class Pool:
     Attributes:
         architecture: the module of the model's class.
         caches: one for each of the layout's rules.
+        states: for each leaf of recurrent states, by index, its layer of the recurrent cache.
         kinds: for each leaf of the layout, the index of its cache.
         quantization: the bit widths of stored keys and values, by leaf; None for the model's precision.
         ranks: the processes that run the model together.
@@ -84,7 +86,7 @@ class Pool:
         forms: for each leaf that the model writes, the form of its keys and values; None for
             recurrent states.
         mirrored: the leaves whose values the model replaces by arrays shaped like their keys.
-        ask: answers a question about the model ("batching", "mixes") by running it.
+        ask: answers a question about the model, such as "batching", by running it.
         is_scratch: whether written arrays are discarded without being computed.
     """
 
@@ -106,12 +108,17 @@ class Pool:
         self.quantization = quantization
         self.leaves = layout.leaves
         self.caches = tuple(
-            RecurrentCache() if rule is None else PositionalCache(rule, rewind, None)
+            RecurrentCache(max(rewind, 64), replay=self._replay, rewind=rewind)
+            if rule is None
+            else PositionalCache(rule, rewind, None)
             for rule, rewind in zip(layout.rules, rewinds, strict=True)
         )
         for cache in self.caches:
             cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantization=quantization)
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
+        self.states = {
+            leaf.index: self.recurrent(leaf).layer(leaf.index) for leaf in self.leaves if leaf.rule is None
+        }
         self.lock = threading.RLock()
         self.forms: dict[int, Form | None] = dict.fromkeys(range(len(self.leaves)))
         self.mirrored: set[int] = set()
@@ -164,6 +171,28 @@ class Pool:
     def mixes(self) -> bool:
         """Whether one input may have single tokens of any sequences as its rows."""
         return bool(self.ask(self, "mixes"))
+
+    @cached_property
+    def mixers(self) -> dict[int, Mixers]:
+        """The modules that compute the recurrent layers' states, by leaf.
+
+        Empty if there are none, or if calling them again does not give the same states: then a conversation
+        can go back to checkpoints only.
+        """
+        if not self.layout.is_recurrent:
+            return {}
+        found: dict[int, Mixers] = self.ask(self, "mixers")
+        if not found or self.ask(self, "refusal"):
+            return {}
+        return self.watch_mixers(found)
+
+    def watch_mixers(self, found: dict[int, Mixers]) -> dict[int, Mixers]:
+        modules = [module for own in found.values() for mixer in own.modules if (module := mixer.module())]
+        weakref.finalize(self, watch(self.living_model, modules))
+        return found
+
+    def _replay(self, leaf: int, arrays: Arrays, inputs: tuple[mx.array, ...]) -> Arrays:
+        return self.mixers[leaf].replay(arrays, inputs)
 
     @property
     def buffers(self) -> list[mx.array]:

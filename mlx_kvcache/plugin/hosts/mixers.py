@@ -1,0 +1,368 @@
+"""Finds the modules that compute recurrent states ("mixers"), and computes states from their noted inputs.
+
+A state is a function of the state before and of what its mixers were called with. So whoever notes the
+inputs of the newest tokens can call the mixers again on some of them, from an earlier state, without
+running the rest of the model. Mixers are found by watching which modules of the model are handed a
+recurrent entry: the innermost such module reads and writes it. Two modules may share an entry; they are
+then called one after the other.
+
+While caches of this package exist, the class of each mixer is replaced by a subclass, as `observe.py` does
+with the model's, that passes calls on to the entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import Enum
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .lifetimes import PerModel
+from .observe import Call, Observable, subclassed
+
+Arrays = tuple[mx.array | None, ...]
+
+
+class _Role(Enum):
+    """What an argument is that differs from call to call."""
+
+    ENTRY = "the entry"
+    TOKENS = "an array with one column for each token"
+    OFFSET = "the offset of the first token"
+
+
+Frame = tuple[tuple[int | str, Any], ...]
+"""The arguments of a call: their indices or names, and a `_Role` or the value itself."""
+
+
+class Place(NamedTuple):
+    """A recurrent layer within an entry that a module is handed.
+
+    Attributes:
+        leaf: its index among the model's leaves.
+        slots: its number of state arrays.
+        index: its index in a `CacheList` of `size` layers, or None if it is the entry itself.
+    """
+
+    leaf: int
+    slots: int
+    index: int | None = None
+    size: int = 0
+
+
+class _Mixer(NamedTuple):
+    """A module that reads and writes a recurrent layer.
+
+    Attributes:
+        module: weak, because a pool does not keep its model alive.
+        frames: the arguments of its calls with one token (False) and with several (True).
+    """
+
+    module: weakref.ref[nn.Module]
+    frames: dict[bool, Frame]
+
+
+class Mixers:
+    """The modules that compute one recurrent layer's states, in the order of their calls.
+
+    Attributes:
+        place: the layer.
+        modules: the modules.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.modules: list[_Mixer] = []
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the modules also read other layers, so that their calls cannot be split."""
+        return self.place.index is not None
+
+    @property
+    def uses_offset(self) -> bool:
+        """Whether the states contain the positions of tokens."""
+        return any(role is _Role.OFFSET for mixer in self.modules for _, role in mixer.frames[True])
+
+    def index(self, module: nn.Module) -> int | None:
+        """The index of a module, or None if it is not one of these."""
+        return next((i for i, mixer in enumerate(self.modules) if mixer.module() is module), None)
+
+    def inputs(
+        self, index: int, n: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[mx.array] | None:
+        """Return what must be noted of a call to compute its states again: arrays (B, n, ...).
+
+        Returns None if the call differs from those of the trial, so that it cannot be repeated.
+        """
+        frame = self.modules[index].frames[n > 1]
+        given = _named(args, kwargs)
+        if len(given) != len(frame):
+            return None
+        inputs = []
+        for (name, value), (known, role) in zip(given, frame, strict=True):
+            if name != known:
+                return None
+            if role is _Role.TOKENS:
+                if not _by_token(value, n):
+                    return None
+                inputs.append(value)
+            elif role is _Role.OFFSET:
+                inputs.append(_positions(value, n))
+            elif role is not _Role.ENTRY and not self.is_nested and value is not role and value != role:
+                return None
+        return inputs
+
+    def pieces(
+        self, index: int, n: int, cuts: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Yield the arguments of a call in pieces, divided at some of its n columns."""
+        for begin, end in itertools.pairwise([0, *cuts, n]):
+            # Taken, not sliced: a slice would keep the whole block's buffer alive with what is noted of it.
+            columns, values = mx.arange(begin, end), []
+            for (_, value), (_, role) in zip(
+                _named(args, kwargs), self.modules[index].frames[n > 1], strict=True
+            ):
+                if role is _Role.TOKENS:
+                    values.append(mx.take(value, columns, axis=1))
+                else:
+                    values.append(value + begin if role is _Role.OFFSET else value)
+            yield tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    def replay(self, arrays: Arrays, inputs: Sequence[mx.array]) -> Arrays:
+        """Return the layer's arrays after some tokens.
+
+        Args:
+            arrays: the arrays before them, or ().
+            inputs: for each module in turn what `inputs` returned for these tokens.
+        """
+        scratch = mlx_lm_cache.ArraysCache(self.place.slots)
+        if arrays:
+            scratch.cache = list(arrays)
+        n, rest = inputs[0].shape[1], iter(inputs)
+        for weakly, frames in self.modules:
+            module = weakly()
+            assert module is not None
+            args, kwargs = [], {}
+            for name, role in frames[n > 1]:
+                value = self._argument(role, scratch, rest)
+                if isinstance(name, int):
+                    args.append(value)
+                else:
+                    kwargs[name] = value
+            module(*args, **kwargs)
+        return tuple(scratch.cache)
+
+    def _argument(self, role: Any, scratch: Any, inputs: Iterator[mx.array]) -> Any:
+        if role is _Role.ENTRY:
+            return scratch if self.place.index is None else self._list_with(scratch)
+        if role is _Role.TOKENS:
+            return next(inputs)
+        return int(next(inputs)[0, 0].item()) if role is _Role.OFFSET else role
+
+    def _list_with(self, scratch: Any) -> Any:
+        """A `CacheList` with the layer in its place. The module may write keys and values to the others."""
+        layers: list[Any] = [mlx_lm_cache.KVCache() for _ in range(self.place.size)]
+        assert self.place.index is not None
+        layers[self.place.index] = scratch
+        return mlx_lm_cache.CacheList(*layers)
+
+
+def joined_outputs(outputs: Sequence[Any]) -> Any:
+    """Join the outputs of a call's pieces: arrays (B, n, ...), or tuples of them."""
+    if isinstance(outputs[0], mx.array):
+        return mx.concatenate(list(outputs), axis=1)
+    return type(outputs[0])(joined_outputs(own) for own in zip(*outputs, strict=True))
+
+
+class _Call(NamedTuple):
+    """A call of a module that was handed a recurrent layer."""
+
+    place: Place
+    module: nn.Module
+    n: int
+    frame: Frame
+
+
+class _Recorder(threading.local):
+    """The calls of this thread that are recorded, and those under way, as (layers, has it called others)."""
+
+    calls: list[_Call] | None = None
+    under_way: list[tuple[set[int], set[int]]]
+
+
+_recorder = _Recorder()
+_users: PerModel[dict[object, list[nn.Module]]] = PerModel(dict)
+"""For each model, the modules that each active `watch` needs to see."""
+_subclasses: dict[type, type] = {}
+_originals: dict[type, type] = {}
+"""The classes that those in `_subclasses` replace."""
+
+
+def find(model: nn.Module, run: Callable[[int], None]) -> dict[int, Mixers]:
+    """Find the mixers of a model by running it.
+
+    Args:
+        run: calls the model with the next 2 and then the next 1 of 3 tokens of an empty cache.
+
+    Returns:
+        The mixers of each recurrent layer, by the index of its leaf. Layers are left out if their modules
+        cannot be watched, or are called in a way that cannot be repeated.
+    """
+    inner = [module for module in model.modules() if module is not model and module.children()]
+    leave = watch(model, inner)
+    try:
+        calls = []
+        for n in (2, 1):
+            with _recorded() as own:
+                run(n)
+            calls.append(own)
+    finally:
+        leave()
+    found: dict[int, Mixers] = {}
+    for first, second in zip(*calls, strict=False):
+        if first.place == second.place and first.module is second.module:
+            own_mixers = found.setdefault(first.place.leaf, Mixers(first.place))
+            frames = _with_offset(first.frame, second.frame)
+            own_mixers.modules.append(
+                _Mixer(weakref.ref(first.module), dict(zip((True, False), frames, strict=True)))
+            )
+    return found if len(calls[0]) == len(calls[1]) else {}
+
+
+def watch(model: nn.Module, modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """Pass calls of these modules on to their entries until the result is called.
+
+    The returned function is safe in finalizers: it takes no lock and may be called twice. Modules whose
+    class cannot be replaced are left as they are.
+    """
+    user, users = object(), _users.of(model)
+    users[user] = list(modules)
+    for module in modules:
+        with suppress(TypeError):
+            _set_class(module, users)
+    return functools.partial(_leave, weakref.ref(model), user)
+
+
+def _leave(weakly: weakref.ref[nn.Module], user: object) -> None:
+    model = weakly()
+    users = _users.get(model) if model is not None else None
+    for module in users.pop(user, ()) if users is not None else ():
+        _set_class(module, users)
+
+
+def _set_class(module: nn.Module, users: Mapping[object, Sequence[nn.Module]]) -> None:
+    """Give a module the class that its users need. A class set by other code counts as its own."""
+    while True:
+        cls = type(module)
+        original = _originals.get(cls, cls)
+        is_needed = any(module is needed for own in list(users.values()) for needed in own)
+        wanted = _subclass(original) if is_needed else original
+        if cls is wanted:
+            return
+        # Another thread may change the users in between, so check again.
+        module.__class__ = wanted
+
+
+def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _subclasses:
+        original = cls.__call__
+
+        @functools.wraps(original)
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            entry = next(
+                (value for value in (*args, *kwargs.values()) if isinstance(value, Observable)), None
+            )
+            if entry is None:
+                return original(self, *args, **kwargs)
+            act = functools.partial(original, self)
+            if _recorder.calls is not None:
+                return _record(entry, self, act, args, kwargs)
+            return entry.called_by(self, act, args, kwargs)
+
+        made = subclassed(cls, {"__call__": call})
+        _originals[made] = cls
+        _subclasses[cls] = made
+    return _subclasses[cls]
+
+
+@contextmanager
+def _recorded() -> Iterator[list[_Call]]:
+    _recorder.calls, _recorder.under_way = [], []
+    try:
+        yield _recorder.calls
+    finally:
+        _recorder.calls = None
+
+
+def _record(
+    entry: Observable, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a module and note the call for those layers of the entry that no module inside it is handed."""
+    places = entry.recurrent_places()
+    for _, inside in _recorder.under_way:
+        inside.update(place.leaf for place in places)
+    passed_on: set[int] = set()
+    _recorder.under_way.append((set(), passed_on))
+    output = call(*args, **kwargs)
+    _recorder.under_way.pop()
+    n = _tokens(args, kwargs)
+    assert _recorder.calls is not None
+    for place in places:
+        if place.leaf not in passed_on and n:
+            _recorder.calls.append(_Call(place, module, n, _frame(args, kwargs, n)))
+    return output
+
+
+def _frame(args: Sequence[Any], kwargs: Mapping[str, Any], n: int) -> Frame:
+    def role(value: Any) -> Any:
+        if isinstance(value, Observable):
+            return _Role.ENTRY
+        return _Role.TOKENS if _by_token(value, n) else value
+
+    return tuple((name, role(value)) for name, value in _named(args, kwargs))
+
+
+def _with_offset(first: Frame, second: Frame) -> tuple[Frame, Frame]:
+    """Recognize numbers that are the position of the first token, in calls at positions 0 and 2."""
+    if [name for name, _ in first] != [name for name, _ in second]:
+        return first, second
+    pairs = zip(first, second, strict=True)
+    is_offset = [(type(a), a, type(b), b) == (int, 0, int, 2) for (_, a), (_, b) in pairs]
+    changed = (
+        tuple(
+            (name, _Role.OFFSET if known else role)
+            for (name, role), known in zip(frame, is_offset, strict=True)
+        )
+        for frame in (first, second)
+    )
+    return next(changed), next(changed)
+
+
+def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[int | str, Any]]:
+    return [*enumerate(args), *kwargs.items()]
+
+
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The number of columns of the first array among the arguments, or 0."""
+    arrays = (value for value in (*args, *kwargs.values()) if isinstance(value, mx.array) and value.ndim > 1)
+    first = next(arrays, None)
+    return first.shape[1] if first is not None else 0
+
+
+def _by_token(value: Any, n: int) -> bool:
+    return isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1] == n
+
+
+def _positions(offset: Any, n: int) -> mx.array:
+    """Positions (B, n) of n tokens from an offset, which is a number or an array (B,)."""
+    first = mx.array(offset, mx.int32).reshape(-1, 1)
+    return first + mx.arange(n, dtype=mx.int32)
