@@ -206,7 +206,8 @@ def _refusal(pool: Pool) -> str:
                 zip(newest(rows.conversation, pool.leaves[leaf]), arrays, strict=True)
             ):
                 if (own is None) != (known is None) or (own is not None and _unlike(own, known)):
-                    return f"state {number} of layer {pool.leaves[leaf].name} depends on more than the calls of its modules"
+                    name = pool.leaves[leaf].name
+                    return f"state {number} of layer {name} depends on more than the calls of its modules"
     return ""
 
 

@@ -153,6 +153,8 @@ class Rows(Caller):
         self.edits.forget()
 
     def _start(self, n: int, is_called: bool) -> None:
+        # The first access tries the model, so that its modules can be watched from the first call on.
+        _ = self.pool.mixers
         self.settle()
         columns = self._columns_of(n)
         # Only a model's call is known to attend to handles. Layers driven by hand return arrays.

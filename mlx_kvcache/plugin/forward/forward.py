@@ -10,6 +10,7 @@ padding. The padding is never stored.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -302,20 +303,21 @@ class Forward:
         if not cuts:
             noted[index] = inputs
             return call(*args, **kwargs)
-        outputs, state = [], self.state(leaf)
+        outputs, pieces, state = [], [], self.state(leaf)
         inside = self._inside.setdefault(leaf.index, {column: list(state) for column in cuts})
-        for column, (own, named) in zip(
-            [*cuts, None], mixers.pieces(index, self.n, cuts, args, kwargs), strict=True
-        ):
+        edges = [0, *cuts, self.n]
+        calls = mixers.pieces(index, self.n, cuts, args, kwargs)
+        for (begin, end), (own, named) in zip(itertools.pairwise(edges), calls, strict=True):
             before = list(state)
             outputs.append(call(*own, **named))
-            if column is not None:
+            if end < self.n:
                 # Another module may share the state, so keep those arrays only that this one has replaced.
                 for slot, (old, new) in enumerate(zip(before, state, strict=True)):
                     if new is not old:
-                        inside[column][slot] = new
-            else:
-                noted[index] = mixers.inputs(index, self.n - cuts[-1], own, named) or []
+                        inside[end][slot] = new
+            if begin >= self.n - self.pool.rewind:
+                pieces.append(mixers.inputs(index, end - begin, own, named) or [])
+        noted[index] = [mx.concatenate(slot, axis=1) for slot in zip(*pieces, strict=True)]
         return joined_outputs(outputs)
 
     def _cuts(self, leaf: Leaf) -> Sequence[int]:
@@ -324,7 +326,8 @@ class Forward:
             cache, found = self.pool.recurrent(leaf), set()
             for conversation, begin in zip(self.conversations, self.begins, strict=True):
                 found |= {position - begin for position in cache.wanted(conversation.sequence)}
-            self._columns_to_cut = sorted(found)
+            base = self.n - self.pool.rewind
+            self._columns_to_cut = sorted(column for column in found if column == base)
         return self._columns_to_cut
 
     def finish(self) -> None:

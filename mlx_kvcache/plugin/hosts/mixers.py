@@ -37,6 +37,7 @@ class _Role(Enum):
     ENTRY = "the entry"
     TOKENS = "an array with one column for each token"
     OFFSET = "the offset of the first token"
+    MASK = "a mask for attention, which recurrences ignore"
 
 
 Frame = tuple[tuple[int | str, Any], ...]
@@ -117,7 +118,7 @@ class Mixers:
                 inputs.append(value)
             elif role is _Role.OFFSET:
                 inputs.append(_positions(value, n))
-            elif role is not _Role.ENTRY and not self.is_nested and value is not role and value != role:
+            elif not isinstance(role, _Role) and (isinstance(value, mx.array) or value != role):
                 return None
         return inputs
 
@@ -166,7 +167,9 @@ class Mixers:
             return scratch if self.place.index is None else self._list_with(scratch)
         if role is _Role.TOKENS:
             return next(inputs)
-        return int(next(inputs)[0, 0].item()) if role is _Role.OFFSET else role
+        if role is _Role.OFFSET:
+            return int(next(inputs)[0, 0].item())
+        return None if role is _Role.MASK else role
 
     def _list_with(self, scratch: Any) -> Any:
         """A `CacheList` with the layer in its place. The module may write keys and values to the others."""
@@ -229,12 +232,12 @@ def find(model: nn.Module, run: Callable[[int], None]) -> dict[int, Mixers]:
         leave()
     found: dict[int, Mixers] = {}
     for first, second in zip(*calls, strict=False):
-        if first.place == second.place and first.module is second.module:
-            own_mixers = found.setdefault(first.place.leaf, Mixers(first.place))
-            frames = _with_offset(first.frame, second.frame)
-            own_mixers.modules.append(
-                _Mixer(weakref.ref(first.module), dict(zip((True, False), frames, strict=True)))
-            )
+        names = [[name for name, _ in call.frame] for call in (first, second)]
+        if first.place != second.place or first.module is not second.module or names[0] != names[1]:
+            return {}
+        own_mixers = found.setdefault(first.place.leaf, Mixers(first.place))
+        frames = dict(zip((True, False), _roles(first.frame, second.frame), strict=True))
+        own_mixers.modules.append(_Mixer(weakref.ref(first.module), frames))
     return found if len(calls[0]) == len(calls[1]) else {}
 
 
@@ -331,20 +334,18 @@ def _frame(args: Sequence[Any], kwargs: Mapping[str, Any], n: int) -> Frame:
     return tuple((name, role(value)) for name, value in _named(args, kwargs))
 
 
-def _with_offset(first: Frame, second: Frame) -> tuple[Frame, Frame]:
-    """Recognize numbers that are the position of the first token, in calls at positions 0 and 2."""
-    if [name for name, _ in first] != [name for name, _ in second]:
-        return first, second
-    pairs = zip(first, second, strict=True)
-    is_offset = [(type(a), a, type(b), b) == (int, 0, int, 2) for (_, a), (_, b) in pairs]
-    changed = (
-        tuple(
-            (name, _Role.OFFSET if known else role)
-            for (name, role), known in zip(frame, is_offset, strict=True)
-        )
-        for frame in (first, second)
-    )
-    return next(changed), next(changed)
+def _roles(first: Frame, second: Frame) -> tuple[Frame, Frame]:
+    """Recognize masks, and numbers that are the position of the first token, which is 0 and then 2."""
+    frames: tuple[list[tuple[int | str, Any]], ...] = ([], [])
+    for (name, a), (_, b) in zip(first, second, strict=True):
+        role = None
+        if isinstance(a, str):
+            role = _Role.MASK
+        elif (type(a), a, type(b), b) == (int, 0, int, 2):
+            role = _Role.OFFSET
+        frames[0].append((name, role or a))
+        frames[1].append((name, role or b))
+    return tuple(frames[0]), tuple(frames[1])
 
 
 def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[int | str, Any]]:

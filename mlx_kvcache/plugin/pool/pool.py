@@ -78,6 +78,7 @@ class Pool:
     Attributes:
         architecture: the module of the model's class.
         caches: one for each of the layout's rules.
+        rewind: the number of newest tokens that recurrent layers can drop, whichever they are.
         states: for each leaf of recurrent states, by index, its layer of the recurrent cache.
         kinds: for each leaf of the layout, the index of its cache.
         quantization: the bit widths of stored keys and values, by leaf; None for the model's precision.
@@ -116,6 +117,7 @@ class Pool:
         for cache in self.caches:
             cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantization=quantization)
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
+        self.rewind = dict(zip(layout.rules, rewinds, strict=True)).get(None, 0)
         self.states = {
             leaf.index: self.recurrent(leaf).layer(leaf.index) for leaf in self.leaves if leaf.rule is None
         }
