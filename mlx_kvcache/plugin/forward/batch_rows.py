@@ -242,7 +242,7 @@ class Rows(Caller):
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
         self._last = forward if forward.is_single else None
-        self.pool.compute(forward.arrays())
+        self.pool.compute_forward(forward.arrays())
 
     def settle(self) -> None:
         """Undo an open forward, and become the current user of the pool. Raises CacheError if closed."""

@@ -211,6 +211,18 @@ class Pool:
         evaluate: Callable[..., None] = mx.eval if self._is_shared else mx.async_eval
         evaluate(list(arrays))
 
+    def compute_forward(self, arrays: Iterable[mx.array]) -> None:
+        """Evaluate arrays that a forward has written.
+
+        An error is raised only if several threads use the pool. Otherwise it is left to whoever evaluates the
+        model's output, as without a cache of this package.
+        """
+        try:
+            self.compute(arrays)
+        except RuntimeError:
+            if self._is_shared:
+                raise
+
     def codecs(self, leaf: Leaf) -> Codecs:
         """Return the quantization of a leaf's keys and of its values; None for the model's precision."""
         return self.quantization.of(leaf.index) if self.quantization else (None, None)
