@@ -1,0 +1,67 @@
+"""Which states of a recurrence stay as checkpoints: arithmetic on their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+Range = tuple[int, int]
+"""Positions [begin, end)."""
+
+
+def anchors(positions: Iterable[int], ranges: Iterable[Range], back: int, interval: int) -> set[int]:
+    """Return the checkpoints that are needed to compute the states from `back` on again.
+
+    Each range needs one at or before `back`, or else its first one. After that, more are kept so that their
+    distance stays about `interval`: when the sequence has grown, one of these is the new first one, and the
+    inputs before it can be dropped.
+
+    Args:
+        positions: the positions of all checkpoints, by rising position; 0 counts as one.
+        ranges: the tokens whose inputs are known.
+        back: the first position to which it must be possible to go back.
+        interval: the most tokens between two checkpoints, if there are enough.
+    """
+    kept = set()
+    for begin, end in ranges:
+        inside = [p for p in positions if begin <= p <= end]
+        older = [p for p in inside if p <= back]
+        chain = older[-1:] or inside[:1]
+        newer = [p for p in inside if chain and p > chain[0]]
+        for position, following in zip(newer, [*newer[1:], end + 1], strict=True):
+            if following - chain[-1] > interval:
+                chain.append(position)
+        kept.update(chain)
+    return kept
+
+
+def expendable(
+    positions: Collection[int], end: int, needed: Collection[int], marks: Collection[int] = ()
+) -> Iterator[int]:
+    """Yield the checkpoints of a sequence in the order in which they should be dropped.
+
+    Unmarked ones come first. Among them, those that lie closest together in proportion to their age.
+
+    Args:
+        positions: the checkpoints.
+        end: the length of the sequence.
+        needed: the checkpoints that must not be dropped.
+        marks: the positions that the user has marked.
+    """
+    left = sorted(positions)
+    while candidates := [p for p in left if p not in needed]:
+        unmarked = [p for p in candidates if p not in marks]
+        dropped = _most_crowded(left, unmarked or candidates, end)
+        left.remove(dropped)
+        yield dropped
+
+
+def _most_crowded(positions: list[int], candidates: list[int], end: int) -> int:
+    """Return the candidate whose neighbors lie closest together in proportion to its age."""
+
+    def spread(position: int) -> float:
+        index = positions.index(position)
+        before = positions[index - 1] if index else 0
+        after = positions[index + 1] if index + 1 < len(positions) else end + 1
+        return (after - before) / (end + 1 - position)
+
+    return min(candidates, key=spread)
