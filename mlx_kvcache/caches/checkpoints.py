@@ -21,16 +21,16 @@ def anchors(positions: Iterable[int], ranges: Iterable[Range], back: int, interv
         back: the first position to which it must be possible to go back.
         interval: the most tokens between two checkpoints, if there are enough.
     """
-    kept = set()
+    kept: set[int] = set()
     for begin, end in ranges:
         inside = [p for p in positions if begin <= p <= end]
-        older = [p for p in inside if p <= back]
-        chain = older[-1:] or inside[:1]
-        newer = [p for p in inside if chain and p > chain[0]]
-        for position, following in zip(newer, [*newer[1:], end + 1], strict=True):
-            if following - chain[-1] > interval:
-                chain.append(position)
-        kept.update(chain)
+        older = len([p for p in inside if p <= back])
+        chain = inside[max(0, older - 1) :]
+        last = None
+        for position, following in zip(chain, [*chain[1:], end + 1], strict=False):
+            if last is None or following - last > interval:
+                kept.add(position)
+                last = position
     return kept
 
 
