@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 Range = tuple[int, int]
 """Positions [begin, end)."""
@@ -35,7 +37,7 @@ def anchors(positions: Iterable[int], ranges: Iterable[Range], back: int, interv
 
 
 def expendable(
-    positions: Collection[int], end: int, needed: Collection[int], marks: Collection[int] = ()
+    positions: Collection[int], end: int, needed: Collection[int], marks: Collection[int]
 ) -> Iterator[int]:
     """Yield the checkpoints of a sequence in the order in which they should be dropped.
 
@@ -53,6 +55,41 @@ def expendable(
         dropped = _most_crowded(left, unmarked or candidates, end)
         left.remove(dropped)
         yield dropped
+
+
+class Expendable(NamedTuple):
+    """The checkpoints of a sequence that may be dropped.
+
+    Attributes:
+        sequence: the sequence.
+        order: their positions, in the order in which they should be dropped.
+        sizes: for each of them, the bytes of its arrays by their ids.
+    """
+
+    sequence: int
+    order: Iterator[int]
+    sizes: Mapping[int, Mapping[int, int]]
+
+
+def beyond(budget: int, streams: Sequence[Expendable], uncounted: Set[int]) -> Iterator[tuple[int, int]]:
+    """Yield the checkpoints to drop, as (sequence, position), until the others are within a budget of bytes.
+
+    Sequences lose theirs one after the other. An array counts once, until nothing holds it.
+
+    Args:
+        budget: the most bytes.
+        streams: the sequences, in the order in which they should lose checkpoints.
+        uncounted: the ids of arrays that stay anyway.
+    """
+    held = [arrays for stream in streams for arrays in stream.sizes.values()]
+    holders = Counter(array for arrays in held for array in arrays)
+    counted = {array: size for arrays in held for array, size in arrays.items() if array not in uncounted}
+    excess = sum(counted.values()) - budget
+    for sequence, order, sizes in streams:
+        while excess > 0 and (position := next(order, None)) is not None:
+            yield sequence, position
+            holders.subtract(sizes[position].keys())
+            excess -= sum(counted.get(array, 0) for array in sizes[position] if not holders[array])
 
 
 def _most_crowded(positions: list[int], candidates: list[int], end: int) -> int:

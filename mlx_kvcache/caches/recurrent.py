@@ -6,8 +6,7 @@ the newest tokens and a function that runs the recurrence, it can compute the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -15,77 +14,18 @@ from ..arguments import whole
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError, NotSupportedError
 from .base import Pass, StreamCache, StreamPlan, checked_layer
-from .checkpoints import anchors, expendable
+from .checkpoints import Expendable, anchors, beyond, expendable
+from .interface import Recurrent
 from .plan import Plan
-from .replay import Note, Notes, checked_inputs, covered, joined, noted_arrays, within
+from .replay import Note, checked_inputs, noted_arrays
+from .states import NOTHING, Arrays, Replay, State, Stream, arrays_in, filter_none, sizes_of
 
-Arrays = tuple[mx.array | None, ...]
-"""One layer's state. MLX arrays are immutable, so sharing and keeping old states copies nothing."""
+__all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream", "arrays_in", "filter_none"]
 
 Form = tuple[object, ...]
 """For each array of a state its number of axes and dtype, or None if it has always been None."""
 
-State = Mapping[int, Arrays]
-"""The states of all layers at one position, by layer."""
-
-Replay = Callable[[int, Arrays, tuple[mx.array, ...]], Arrays]
-"""Returns a layer's state after some tokens, given the layer, its state before or (), and its inputs."""
-
-NOTHING: State = {}
-
-
-class Stream(NamedTuple):
-    """A sequence.
-
-    Attributes:
-        end: its length in tokens.
-        states: the newest state and the checkpoints, by position.
-        keeps_newest: whether the state at `end` becomes a checkpoint when more tokens come.
-        notes: the inputs of earlier forward passes.
-        latest: the inputs of the newest forward pass, to which layers may still add theirs.
-    """
-
-    end: int
-    states: Mapping[int, State]
-    keeps_newest: bool
-    notes: Notes = ()
-    latest: Note | None = None
-
-    @property
-    def inputs(self) -> Notes:
-        """All notes."""
-        return (*self.notes, self.latest) if self.latest else self.notes
-
-    @property
-    def layers(self) -> Set[int]:
-        """The layers that a state needs to be continued from."""
-        if self.end in self.states:
-            return self.states[self.end].keys()
-        held = (*self.states.values(), *(note.layers for note in self.inputs))
-        return {layer for layers in held for layer in layers}
-
-    @property
-    def checkpoints(self) -> list[int]:
-        """The positions that can be continued from without computing a state, by rising position."""
-        layers = self.layers
-        return [0, *sorted(p for p, state in self.states.items() if state.keys() >= layers)]
-
-    def source(self, position: int) -> int | None:
-        """Return the checkpoint from which to compute the state at `position`; None if that is impossible.
-
-        It is `position` itself if there is a checkpoint.
-        """
-        if not position or (position in self.states and self.states[position].keys() >= self.layers):
-            return position
-        newest = max(p for p in self.checkpoints if p <= position)
-        ranges = covered(self.inputs, self.layers)
-        return newest if any(a <= newest and position <= b for a, b in ranges) else None
-
-    def newest_before(self, position: int) -> int:
-        """Return the newest position <= `position` that the sequence can go back to."""
-        points = [p for p in self.checkpoints if p <= position]
-        ranges = [(a, min(b, position)) for a, b in covered(self.inputs, self.layers)]
-        return max([*points, *(b for a, b in ranges if any(a <= p <= b for p in points))])
+EMPTY = Stream(0, {}, False)
 
 
 class RecurrentLayer:
@@ -134,6 +74,9 @@ class RecurrentCache(StreamCache[Stream]):
             these tokens, or () if there are none, and the layer's inputs, each (1, n, ...). It must not
             have side effects.
         rewind: the number of newest tokens that can be removed, whichever they are. Needs `replay`.
+        budget: the most bytes of checkpoints of all sequences together, or None for no limit. When a forward
+            pass adds a checkpoint, others are dropped: first those of the sequences used longest ago. Newest
+            states and the checkpoints that `rewind` needs are neither counted nor dropped.
 
     Raises:
         ValueError: `interval` is below 1, a limit is negative, or `rewind` is given without `replay`.
@@ -147,6 +90,7 @@ class RecurrentCache(StreamCache[Stream]):
         *,
         replay: Replay | None = None,
         rewind: int = 0,
+        budget: int | None = None,
     ) -> None:
         super().__init__()
         (self._interval,) = whole(1, interval=interval)
@@ -157,22 +101,27 @@ class RecurrentCache(StreamCache[Stream]):
             raise ValueError(
                 f"rewind={rewind} needs a function that computes states again: give replay=, or rewind=0"
             )
+        self._budget = None if budget is None else whole(budget=budget)[0]
         self._replay = replay
+        self._uses = 0
         self._forms: dict[int, Form] = {}
         self._counts: dict[int, int] = {}
         """The number of arrays that each layer gives as inputs."""
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(array for stream in self._streams.values() for array in _arrays_of(stream))
+        arrays = (array for stream in self._streams.values() for array in stream.arrays)
+        return sum(sizes_of(arrays).values())
 
     def check(self) -> None:
         for stream in self._streams.values():
-            assert stream.end > 0
+            assert stream.end > 0 or (stream.marks and not stream.states)
             assert all(0 < position <= stream.end for position in stream.states)
             edges = [edge for note in stream.inputs for edge in (note.begin, note.end)]
             assert edges == sorted(edges)
             assert not edges or stream.end >= edges[-1]
+            assert sorted({*stream.marks}) == [*stream.marks]
+            assert len(stream.marks) <= self._max_checkpoints
 
     def layer(self, layer: int) -> RecurrentLayer:
         """Return a handle on one model layer. Raises ValueError if it is negative."""
@@ -236,13 +185,14 @@ class RecurrentCache(StreamCache[Stream]):
             return 0
         states = [{layer: state[layer]} for state in stream.states.values() if layer in state]
         inputs = [note.layers[layer].arrays for note in stream.inputs if layer in note.layers]
-        return _nbytes([*arrays_in(states), *(array for arrays in inputs for array in arrays)])
+        arrays = [*arrays_in(states), *(array for own in inputs for array in own)]
+        return sum(sizes_of(arrays).values())
 
     def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
         """Return the positions inside the batch at which checkpoints are useful, for `put(at=...)`.
 
-        In a batch of more than `rewind` tokens, one is `rewind` tokens before its end: with a state there, it
-        is enough to give the `inputs` of the tokens after it.
+        Marked positions are among them. In a batch of more than `rewind` tokens, one is `rewind` tokens
+        before its end: with a state there, it is enough to give the `inputs` of the tokens after it.
         """
         (batch, begins, _), sequence = self._named(sequence)
         begin = begins[sequence]
@@ -251,7 +201,35 @@ class RecurrentCache(StreamCache[Stream]):
         positions = set(range(first, end, self._interval)[-self._max_checkpoints or end :])
         if self._rewind and end - self._rewind > begin:
             positions.add(end - self._rewind)
-        return tuple(sorted(positions))
+        marks = self._streams.get(sequence, EMPTY).marks
+        return tuple(sorted(positions.union(mark for mark in marks if begin < mark < end)))
+
+    def mark(self, sequence: int, position: int) -> bool:
+        """Mark a position as worth a checkpoint: these are dropped last.
+
+        If the sequence can go back to the position, the checkpoint is made now. If the position is yet to
+        come, a forward pass that ends there will make it, and `wanted` has it in a pass that crosses it. The
+        cache keeps the newest `max_checkpoints` marks of a sequence; a fork has them, too.
+
+        Returns:
+            Whether there is or will be a checkpoint.
+
+        Raises:
+            ValueError: a number is negative.
+        """
+        self._check_ready()
+        sequence, position = whole(sequence=sequence, position=position)
+        if not position:
+            return True
+        stream = self._streams.get(sequence, EMPTY)
+        marks = tuple(sorted({*stream.marks, position}))[-self._max_checkpoints or position :]
+        held = stream if position > stream.end else stream.with_state(position, self._run)
+        if held is None or position not in marks:
+            return False
+        keeps_newest = stream.keeps_newest or position == stream.end
+        marked = self._thinned(held._replace(marks=marks, keeps_newest=keeps_newest))
+        self._streams[sequence] = marked
+        return position > stream.end or position in marked.states
 
     def prepare_restore(self, sequence: int, position: int) -> int | None:
         """Return the newest position <= `position` from which the sequence can continue; None if unknown.
@@ -272,46 +250,67 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _plan_forward(self, batch: Batch) -> Plan:
         batch.check_continues(self._end)
-        changes: dict[int, Stream | None] = {}
+        self._uses += 1
+        changes: dict[int, Stream] = {}
+        adds_checkpoint = False
         for sequence, rows in batch.rows.items():
-            old = self._streams.get(sequence, Stream(0, {}, False))
-            begin = old.end
-            if not self._can_resume(sequence, begin):
+            old = self._streams.get(sequence, EMPTY)
+            if not self._can_resume(sequence, old.end):
                 raise NotSupportedError(
-                    f"sequence {sequence} cannot go on at position {begin}: the cache holds no state there; "
-                    f"remove the tokens from {self.prepare_restore(sequence, begin)} on and feed them again"
+                    f"sequence {sequence} cannot go on at position {old.end}: the cache holds no state "
+                    f"there; remove the tokens from {old.newest_before(old.end)} on and feed them again"
                 )
-            changes[sequence] = self._grown(old, begin + len(rows))
+            changes[sequence] = self._grown(old, old.end + len(rows))
+            adds_checkpoint |= old.keeps_newest
+        if self._budget is not None and adds_checkpoint:
+            changes |= self._within_budget(self._budget, changes)
         return StreamPlan(self, changes, batch)
 
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+    def _plan_remove(
+        self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
+    ) -> Plan:
         stream = self._streams.get(sequence)
         stop = self._clipped(sequence, end)
         if stream is None or begin >= stop:
             return StreamPlan(self, {})
         if stop < stream.end:
-            raise NotSupportedError(
-                f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {stream.end}: later "
-                "recurrent states contain these tokens; only the newest tokens can be removed"
-            )
-        if not self._can_resume(sequence, begin):
+            return StreamPlan(self, {sequence: self._without(sequence, stream, begin, stop, recurrent)})
+        if stream.source(begin) is None:
             raise NotSupportedError(
                 f"cannot cut sequence {sequence} at {begin}: there is no state at position {begin}; "
-                f"the newest before it is at {self.prepare_restore(sequence, begin)}"
+                f"the newest before it is at {stream.newest_before(begin)}"
             )
-        return StreamPlan(self, {sequence: self._cut(stream, begin)})
+        return StreamPlan(self, {sequence: stream.cut(begin, self._run)})
+
+    def _without(self, sequence: int, stream: Stream, begin: int, stop: int, recurrent: Recurrent) -> Stream:
+        """Return the sequence without tokens from its middle."""
+        asked = f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {stream.end}: "
+        if recurrent == "keep":
+            return self._thinned(stream.without(begin, stop, self._run))
+        if recurrent == "replay":
+            result = stream.recomputed_without(begin, stop, self._run)
+            if result is not None:
+                return self._thinned(result)
+            raise NotSupportedError(
+                f'{asked}recurrent="replay" needs a state at {begin} and the inputs from {stop} on, but the '
+                f"newest state before is at {stream.newest_before(begin)} and the inputs of {stream.ranges} "
+                'are held; use recurrent="keep", or cut the sequence and feed the later tokens again'
+            )
+        raise NotSupportedError(
+            f"{asked}later recurrent states contain these tokens; only the newest tokens can be removed, "
+            'unless recurrent="keep" goes on with these states, or recurrent="replay" computes them again'
+        )
 
     def _snapshot(self, sequence: int) -> Stream | None:
         """Return the sequence, with one more checkpoint.
 
-        A file does not hold notes. With a checkpoint just before the end, a loaded sequence can go back to
+        A file does not hold inputs. With a checkpoint just before the end, a loaded sequence can go back to
         read its last token again.
         """
         stream = self._streams.get(sequence)
-        if stream is None:
-            return None
-        states = self._with_state(stream, stream.newest_before(stream.end - 1))
-        return stream._replace(states=states or stream.states)
+        if not stream or not stream.end:
+            return stream
+        return stream.with_state(stream.newest_before(stream.end - 1), self._run)
 
     def _plan_restore(self, sequence: int, snapshot: Stream | None) -> Plan:
         """Plan to replace a sequence by a snapshot. Raises ValueError if its arrays do not fit this cache."""
@@ -320,13 +319,15 @@ class RecurrentCache(StreamCache[Stream]):
         for state in snapshot.states.values():
             for layer, arrays in state.items():
                 self._checked_form(layer, arrays)
+        self._uses += 1
         notes = snapshot.inputs if self._rewind else ()
-        stream = snapshot._replace(notes=notes, latest=None)
+        stream = snapshot._replace(notes=notes, latest=None, used=self._uses)
         return StreamPlan(self, {sequence: self._thinned(stream)})
 
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         source = self._streams.get(src)
-        return StreamPlan(self, {dst: self._cut(source, min(length, source.end)) if source else None})
+        copied = source.cut(min(length, source.end), self._run) if source else None
+        return StreamPlan(self, {dst: copied})
 
     def _set_causal(self, options: CausalOptions) -> None:
         raise NotSupportedError(
@@ -403,89 +404,72 @@ class RecurrentCache(StreamCache[Stream]):
             return known
         return self.newest(layer, sequence)
 
+    def _run(self, layer: int, arrays: Arrays, inputs: tuple[mx.array, ...]) -> Arrays:
+        """Call `replay`, and check what it returns."""
+        assert self._replay is not None
+        after = tuple(self._replay(layer, arrays, inputs))
+        self._checked_form(layer, after)
+        return after
+
     def _grown(self, old: Stream, end: int) -> Stream:
-        """Return the sequence when more tokens come: with new tokens up to `end`, without what is too old."""
+        """Return the sequence with new tokens up to `end`, and without what is then too old."""
         states = dict(old.states)
         # A layer that is not put keeps its state.
         newest = states.get(old.end, NOTHING)
         if not old.keeps_newest:
             states.pop(old.end, None)
         states[end] = newest
-        keeps_newest = end - old.end > 1 or end % self._interval == 0
         if old.latest and old.latest.end - old.latest.begin > 1:
             # What was copied from a long block is computed, so that the block can be freed.
-            mx.async_eval(list(noted_arrays([old.latest])))
-        stream = Stream(end, states, keeps_newest, old.inputs)
+            mx.async_eval(list(noted_arrays([old.latest])))  # type: ignore[no-untyped-call]
+        keeps_newest = end - old.end > 1 or end % self._interval == 0 or end in old.marks
+        stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks, self._uses)
         if stream.notes:
             base = max(p for p in stream.checkpoints if p <= max(0, end - self._rewind))
             stream = stream._replace(notes=tuple(note for note in stream.notes if note.end > base))
         return self._thinned(stream) if old.keeps_newest else stream
 
     def _thinned(self, stream: Stream) -> Stream:
-        """Drop checkpoints beyond the limits."""
-        states = dict(stream.states)
-        newest = states.pop(stream.end, None)
-        order = expendable(states, stream.end, self._needed(stream))
+        """Drop checkpoints beyond the limits of a sequence."""
+        states = {p: state for p, state in stream.states.items() if p != stream.end}
+        order = expendable(states, stream.end, self._needed(stream), stream.marks)
         while len(states) > self._max_checkpoints or self._exceeds_bytes(states):
             dropped = next(order, None)
             if dropped is None:
                 break
             del states[dropped]
-        if newest is not None:
-            states[stream.end] = newest
+        if stream.end in stream.states:
+            states[stream.end] = stream.states[stream.end]
         return stream._replace(states=states)
 
     def _exceeds_bytes(self, states: Mapping[int, State]) -> bool:
-        return self._max_bytes is not None and _nbytes(arrays_in(states.values())) > self._max_bytes
+        if self._max_bytes is None:
+            return False
+        return sum(sizes_of(arrays_in(states.values())).values()) > self._max_bytes
 
     def _needed(self, stream: Stream) -> set[int]:
         """Return the checkpoints that are needed to go back by `rewind` tokens."""
-        ranges = covered(stream.inputs, stream.layers)
-        return anchors(stream.checkpoints, ranges, stream.end - self._rewind, self._interval)
+        return anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
 
-    def _cut(self, stream: Stream, length: int) -> Stream | None:
-        """Return the first `length` tokens of a stream, or None for none."""
-        if not length:
-            return None
-        states = self._with_state(stream, length) or stream.states
-        kept = {p: state for p, state in states.items() if p <= length}
-        return Stream(length, kept, True, within(stream.inputs, 0, length))
+    def _within_budget(self, budget: int, changes: Mapping[int, Stream]) -> dict[int, Stream]:
+        """Return further changes, which drop checkpoints beyond the budget of all sequences.
 
-    def _with_state(self, stream: Stream, position: int) -> Mapping[int, State] | None:
-        """Return the states with one at `position`, computed if there is none; None if that is impossible."""
-        source = stream.source(position)
-        if source is None or source == position:
-            return stream.states if source == position else None
-        state = self._replayed(stream, source, within(stream.inputs, source, position))
-        return {**stream.states, position: state}
-
-    def _replayed(self, stream: Stream, source: int, notes: Notes) -> State:
-        """Compute the state after the tokens of these notes, which come after the checkpoint at `source`."""
-        assert self._replay is not None
-        before, state = stream.states.get(source, NOTHING), {}
-        for layer in stream.layers:
-            state[layer] = tuple(self._replay(layer, before.get(layer, ()), joined(notes, layer)))
-            self._checked_form(layer, state[layer])
-        # Here, a lack of memory changes nothing yet.
-        mx.eval(arrays_in([state]))
-        return state
-
-
-def filter_none(arrays: Iterable[mx.array | None]) -> list[mx.array]:
-    """Return the arrays that are not None."""
-    return [array for array in arrays if array is not None]
-
-
-def arrays_in(states: Iterable[State]) -> list[mx.array]:
-    """Return all arrays of some states."""
-    return filter_none(array for state in states for own in state.values() for array in own)
-
-
-def _arrays_of(stream: Stream) -> list[mx.array]:
-    """Return all arrays of a sequence."""
-    return [*arrays_in(stream.states.values()), *noted_arrays(stream.inputs)]
-
-
-def _nbytes(arrays: Iterable[mx.array]) -> int:
-    """The bytes of all arrays, shared ones counted once."""
-    return sum({id(array): array.nbytes for array in arrays}.values())
+        The newest states of the batch's sequences in `changes` are still those before it.
+        """
+        streams = {**self._streams, **changes}
+        found, uncounted = [], set[int]()
+        for sequence, stream in sorted(streams.items(), key=lambda item: item[1].used):
+            sizes = {p: sizes_of(arrays_in([state])) for p, state in stream.states.items()}
+            newest, needed = sizes.pop(stream.end, {}), self._needed(stream)
+            if sequence not in changes:
+                uncounted.update(newest)
+            for position in needed & sizes.keys():
+                uncounted.update(sizes.pop(position))
+            order = expendable(stream.states.keys() - {stream.end}, stream.end, needed, stream.marks)
+            found.append(Expendable(sequence, order, sizes))
+        dropped: dict[int, Stream] = {}
+        for sequence, position in beyond(budget, found, uncounted):
+            stream = dropped.get(sequence, streams[sequence])
+            left = {p: state for p, state in stream.states.items() if p != position}
+            dropped[sequence] = stream._replace(states=left)
+        return dropped

@@ -36,16 +36,22 @@ class Inputs(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The inputs of all layers at the tokens [begin, end), which one forward pass added."""
+    """The inputs of all layers at the tokens [begin, end), which one forward pass added.
+
+    Attributes:
+        follows: whether the states at these tokens follow from those before. They do not if tokens in
+            between were removed, but not from the states.
+    """
 
     begin: int
     end: int
     layers: Mapping[int, Inputs]
+    follows: bool = True
 
     def moved(self, offset: int) -> Note:
         """Return the note of the same tokens at other positions."""
         layers = {n: own._replace(begin=own.begin + offset) for n, own in self.layers.items()}
-        return Note(self.begin + offset, self.end + offset, layers)
+        return Note(self.begin + offset, self.end + offset, layers, self.follows)
 
 
 Notes = tuple[Note, ...]
@@ -62,12 +68,15 @@ def within(notes: Notes, begin: int, end: int) -> Notes:
 
 
 def covered(notes: Notes, layers: Set[int]) -> list[Range]:
-    """Return the ranges of tokens whose inputs are known for all of these layers, neighbors joined."""
+    """Return the ranges of tokens whose inputs are known for all of these layers.
+
+    Neighbors are joined where the states of one follow from those of the other.
+    """
     ranges: list[Range] = []
     for note in notes:
         if note.layers.keys() >= layers:
             begin = max([note.begin, *(note.layers[layer].begin for layer in layers)])
-            if ranges and ranges[-1][1] == begin:
+            if ranges and ranges[-1][1] == begin and note.follows:
                 ranges[-1] = ranges[-1][0], note.end
             elif begin < note.end:
                 ranges.append((begin, note.end))
@@ -77,7 +86,7 @@ def covered(notes: Notes, layers: Set[int]) -> list[Range]:
 def joined(notes: Notes, layer: int) -> tuple[mx.array, ...]:
     """Return one layer's inputs at the tokens of all these notes, each (1, n, ...)."""
     pieces = [note.layers[layer].cut(note.begin, note.end) for note in notes]
-    return tuple(mx.concatenate(slot, axis=1) for slot in zip(*pieces, strict=True))
+    return tuple(mx.concatenate(list(slot), axis=1) for slot in zip(*pieces, strict=True))
 
 
 def noted_arrays(notes: Iterable[Note]) -> Iterator[mx.array]:
