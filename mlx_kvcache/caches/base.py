@@ -23,7 +23,7 @@ from ..attend.step import over
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
 from ..quantization import Quantization
-from .interface import History, checked_range
+from .interface import History, Recurrent, checked_range, checked_recurrent
 from .plan import Plan
 
 Self = TypeVar("Self", bound="PlanningCache")
@@ -58,8 +58,13 @@ class PlanningCache(ABC):
         """Plan a trial of the worst case, which adds no tokens."""
 
     @abstractmethod
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
-        """Plan to remove [begin, end), which may reach beyond the sequence's end; None is its end."""
+    def _plan_remove(
+        self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
+    ) -> Plan:
+        """Plan to remove [begin, end), which may reach beyond the sequence's end; None is its end.
+
+        Kinds without recurrent states ignore `recurrent`.
+        """
 
     @abstractmethod
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
@@ -261,7 +266,9 @@ class PlanningCache(ABC):
         sequence, position = whole(sequence=sequence, position=position)
         return self._can_resume(sequence, position)
 
-    def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
+    def remove(
+        self, sequence: int, begin: int, end: int | None = None, recurrent: Recurrent = "refuse"
+    ) -> None:
         """Remove the tokens at positions [begin, end), or all from `begin` on if `end` is None.
 
         With `end`, later tokens move down by `end - begin` positions, and the shift hook re-bases their keys
@@ -276,17 +283,21 @@ class PlanningCache(ABC):
             sequence: the sequence to shorten.
             begin: the first position to remove.
             end: the position after the last one to remove, or None.
+            recurrent: what happens to recurrent states after removed tokens, which contain these. "refuse"
+                raises. "keep" goes on with the states as they are. "replay" computes the newest state again
+                from the state at `begin` and the inputs of the later tokens, as if the removed ones had never
+                been read; a `RecurrentCache` with `replay` can do so for its newest tokens.
 
         Raises:
-            ValueError: a number is negative, or `begin` > `end`.
+            ValueError: a number is negative, `begin` > `end`, or `recurrent` is none of its values.
             NotSupportedError: later keys need re-basing and the cache has no shift hook; the next token
                 would see something that the cache no longer holds; or a recurrent cache is asked to remove
-                tokens from the middle, or has no state at `begin`.
+                tokens from the middle and does not hold what `recurrent` needs, or has no state at `begin`.
             CacheFullError: shared cells have to be copied and there is no room.
         """
         self._check_ready()
         sequence, begin, end = checked_range(sequence, begin, end)
-        self._plan_remove(sequence, begin, end).commit()
+        self._plan_remove(sequence, begin, end, checked_recurrent(recurrent)).commit()
 
     def end(self, sequence: int) -> int:
         """Return the length of the sequence in tokens, which is its next token's position; 0 if unknown."""

@@ -24,7 +24,7 @@ from ..errors import NotSupportedError
 from ..quantization import Quantization
 from ..storage.buffers import Form, Rebase, Staged, Store, arrays_in, cells_in
 from .base import KeyValueCache
-from .interface import History
+from .interface import History, Recurrent
 from .plan import Journal, Plan
 from .reservation import Reservation
 from .snapshot import RestorePlan, Snapshot, snapshot_of
@@ -91,7 +91,9 @@ class PositionalCache(KeyValueCache):
         new = Sequence(end, clip(source.spans, 0, end)) if end else None
         return EditPlan(self, Removal({dst: new}, None))
 
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+    def _plan_remove(
+        self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
+    ) -> Plan:
         length = self._table[sequence].end
         stop = self._clipped(sequence, end)
         if begin >= stop:

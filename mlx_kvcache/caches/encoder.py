@@ -11,7 +11,7 @@ from ..attend.part import Attending, check_queries
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError
 from .base import KeyValueCache, Pass, StreamCache, StreamPlan
-from .interface import History
+from .interface import History, Recurrent
 from .plan import Plan
 
 
@@ -72,7 +72,9 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
             changes[sequence] = Stream(batch.positions[rows[-1]] + 1, old.entry if old else None)
         return StreamPlan(self, changes, batch)
 
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+    def _plan_remove(
+        self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
+    ) -> Plan:
         old = self._streams.get(sequence)
         stop = self._clipped(sequence, end)
         if old is None or begin >= stop:

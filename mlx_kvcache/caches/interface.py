@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import mlx.core as mx
 
@@ -14,6 +14,10 @@ from ..storage.masks import Mask
 
 History = tuple[mx.array, mx.array, Mask]
 """Keys (1, n_kv_heads, S, head_dim), values (1, n_kv_heads, S, value_dim), and their mask."""
+
+
+Recurrent = Literal["refuse", "keep", "replay"]
+"""What a removal from the middle does with recurrent states; see `Cache.remove`."""
 
 
 @runtime_checkable
@@ -102,10 +106,13 @@ class Cache(Protocol):
         """
         ...
 
-    def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
+    def remove(
+        self, sequence: int, begin: int, end: int | None = None, recurrent: Recurrent = "refuse"
+    ) -> None:
         """Remove the tokens at positions [begin, end), or all from `begin` on if `end` is None.
 
-        Later tokens move down by `end - begin` positions, and their keys are re-based (RoPE).
+        Later tokens move down by `end - begin` positions, and their keys are re-based (RoPE). `recurrent`
+        says what happens to later recurrent states.
         """
 
     def end(self, sequence: int) -> int:
@@ -154,3 +161,11 @@ def checked_range(sequence: int, begin: int, end: int | None) -> tuple[int, int,
     if end < begin:
         raise ValueError(f"cannot remove [{begin}, {end}): end must be at least begin")
     return sequence, begin, end
+
+
+def checked_recurrent(recurrent: Recurrent) -> Recurrent:
+    """Return the argument of `remove`. Raises ValueError if it is not one of the known values."""
+    if recurrent not in get_args(Recurrent):
+        known = ", ".join(f'"{value}"' for value in get_args(Recurrent))
+        raise ValueError(f"recurrent must be one of {known}, got {recurrent!r}")
+    return recurrent

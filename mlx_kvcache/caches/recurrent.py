@@ -1,12 +1,12 @@
 """A cache for the states of recurrent layers: convolutions, state-space models, linear attention.
 
-A state cannot be rolled back, so the cache keeps older states as checkpoints.
+A state cannot be rolled back, so the cache keeps older states as checkpoints. If it is given the inputs of
+the newest tokens and a function that runs the recurrence, it can compute the states between them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -14,32 +14,18 @@ from ..arguments import whole
 from ..batch import Batch, CausalOptions
 from ..errors import CacheError, NotSupportedError
 from .base import Pass, StreamCache, StreamPlan, checked_layer
+from .checkpoints import Expendable, anchors, beyond, expendable
+from .interface import Recurrent
 from .plan import Plan
+from .replay import Note, checked_inputs, noted_arrays
+from .states import NOTHING, Arrays, Replay, State, Stream, arrays_in, filter_none, sizes_of
 
-Arrays = tuple[mx.array | None, ...]
-"""One layer's state. MLX arrays are immutable, so sharing and keeping old states copies nothing."""
+__all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream", "arrays_in", "filter_none"]
 
 Form = tuple[object, ...]
 """For each array of a state its number of axes and dtype, or None if it has always been None."""
 
-State = Mapping[int, Arrays]
-"""The states of all layers at one position, by layer."""
-
-NOTHING: State = {}
-
-
-class Stream(NamedTuple):
-    """A sequence.
-
-    Attributes:
-        end: its length in tokens.
-        states: the newest state and the checkpoints, by position.
-        keeps_newest: whether the state at `end` becomes a checkpoint when more tokens come.
-    """
-
-    end: int
-    states: Mapping[int, State]
-    keeps_newest: bool
+EMPTY = Stream(0, {}, False)
 
 
 class RecurrentLayer:
@@ -51,9 +37,16 @@ class RecurrentLayer:
         self.cache = cache
         self.index = index
 
-    def put(self, *arrays: mx.array | None, sequence: int | None = None, at: int | None = None) -> None:
+    def put(
+        self,
+        *arrays: mx.array | None,
+        sequence: int | None = None,
+        at: int | None = None,
+        inputs: Sequence[mx.array] | None = None,
+        row: int = 0,
+    ) -> None:
         """As `RecurrentCache.put`, for this layer."""
-        self.cache._put(self.index, arrays, sequence, at)
+        self.cache._put(self.index, arrays, sequence, at, inputs, row)
 
     def get(self, sequence: int | None = None) -> Arrays:
         """As `RecurrentCache.get`, for this layer."""
@@ -68,36 +61,80 @@ class RecurrentCache(StreamCache[Stream]):
     there are too many when the sequence's next batch begins, the cache drops those that lie closest together
     in proportion to their age. So recent checkpoints stay denser than old ones.
 
+    With `replay`, a sequence can also go back to each of its newest `rewind` tokens. The model gives its
+    layers' inputs to `put`, and the cache keeps those of the newest tokens. To go back, it calls `replay` for
+    each layer with the state at the last checkpoint before and the inputs since then. It keeps the
+    checkpoints that this needs, about one in `interval` tokens, beyond the limits too.
+
     Args:
         interval: the tokens between checkpoints while decoding, and inside long blocks.
         max_checkpoints: the most checkpoints of each sequence, the newest state not counted.
         max_bytes: the most bytes of checkpoints of each sequence, or None for no limit.
+        replay: returns a layer's arrays after some tokens. Its arguments are the layer, the arrays before
+            these tokens, or () if there are none, and the layer's inputs, each (1, n, ...). It must not
+            have side effects.
+        rewind: the number of newest tokens that can be removed, whichever they are. Needs `replay`.
+        budget: the most bytes of checkpoints of all sequences together, or None for no limit. When a forward
+            pass adds a checkpoint, others are dropped: first those of the sequences used longest ago. Newest
+            states and the checkpoints that `rewind` needs are neither counted nor dropped.
 
     Raises:
-        ValueError: `interval` is below 1, or a limit is negative.
+        ValueError: `interval` is below 1, a limit is negative, or `rewind` is given without `replay`.
     """
 
-    def __init__(self, interval: int = 64, max_checkpoints: int = 16, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        interval: int = 64,
+        max_checkpoints: int = 16,
+        max_bytes: int | None = None,
+        *,
+        replay: Replay | None = None,
+        rewind: int = 0,
+        budget: int | None = None,
+    ) -> None:
         super().__init__()
         (self._interval,) = whole(1, interval=interval)
         (self._max_checkpoints,) = whole(max_checkpoints=max_checkpoints)
         self._max_bytes = None if max_bytes is None else whole(max_bytes=max_bytes)[0]
+        (self._rewind,) = whole(rewind=rewind)
+        if self._rewind and replay is None:
+            raise ValueError(
+                f"rewind={rewind} needs a function that computes states again: give replay=, or rewind=0"
+            )
+        self._budget = None if budget is None else whole(budget=budget)[0]
+        self._replay = replay
+        self._uses = 0
         self._forms: dict[int, Form] = {}
+        self._counts: dict[int, int] = {}
+        """The number of arrays that each layer gives as inputs."""
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(state for stream in self._streams.values() for state in stream.states.values())
+        arrays = (array for stream in self._streams.values() for array in stream.arrays)
+        return sum(sizes_of(arrays).values())
 
     def check(self) -> None:
-        for end, states, _ in self._streams.values():
-            assert end > 0
-            assert all(0 < position <= end for position in states)
+        for stream in self._streams.values():
+            assert stream.end > 0 or (stream.marks and not stream.states)
+            assert all(0 < position <= stream.end for position in stream.states)
+            edges = [edge for note in stream.inputs for edge in (note.begin, note.end)]
+            assert edges == sorted(edges)
+            assert not edges or stream.end >= edges[-1]
+            assert sorted({*stream.marks}) == [*stream.marks]
+            assert len(stream.marks) <= self._max_checkpoints
 
     def layer(self, layer: int) -> RecurrentLayer:
         """Return a handle on one model layer. Raises ValueError if it is negative."""
         return RecurrentLayer(self, checked_layer(layer))
 
-    def put(self, *arrays: mx.array | None, sequence: int | None = None, at: int | None = None) -> None:
+    def put(
+        self,
+        *arrays: mx.array | None,
+        sequence: int | None = None,
+        at: int | None = None,
+        inputs: Sequence[mx.array] | None = None,
+        row: int = 0,
+    ) -> None:
         """Store a state of the current layer.
 
         Args:
@@ -105,14 +142,19 @@ class RecurrentCache(StreamCache[Stream]):
             sequence: the sequence; may be None if the batch has only one.
             at: a position inside the batch, to store the state after the token at `at` - 1 as a checkpoint.
                 None stores the state at the batch's end.
+            inputs: what the layer computed this state from, for `replay`: arrays (rows, m, ...) of the last m
+                of the sequence's tokens in the batch. Fewer than all are enough if the batch has more than
+                `rewind` tokens and a state is put at the first of them; see `wanted`. Not with `at`.
+            row: the row of the inputs that belongs to the sequence. Several sequences may share the arrays.
 
         Raises:
             ValueError: the number of arrays, their number of axes or a dtype differs from the layer's
-                earlier states, or `at` is outside the batch.
+                earlier states, `at` is outside the batch, or `inputs` do not fit the batch or the layer.
+            TypeError: `inputs` is not a list or tuple of arrays.
             CacheError: no forward pass has begun, its `forward` block is over, or the batch has several
                 sequences and `sequence` names none of them.
         """
-        self._put(self._layer, arrays, sequence, at)
+        self._put(self._layer, arrays, sequence, at, inputs, row)
 
     def get(self, sequence: int | None = None) -> Arrays:
         """Return the current layer's newest state: the one put in this batch, or else the one before it.
@@ -136,19 +178,58 @@ class RecurrentCache(StreamCache[Stream]):
         return stream.states.get(stream.end, NOTHING).get(layer, ()) if stream else ()
 
     def layer_nbytes(self, layer: int, sequence: int) -> int:
-        """Return the bytes of one layer's state and checkpoints in one sequence."""
+        """Return the bytes of one layer's state, checkpoints and inputs in one sequence."""
         self._check_ready()
         stream = self._streams.get(sequence)
-        states = stream.states.values() if stream else ()
-        return _nbytes({layer: state[layer]} for state in states if layer in state)
+        if stream is None:
+            return 0
+        states = [{layer: state[layer]} for state in stream.states.values() if layer in state]
+        inputs = [note.layers[layer].arrays for note in stream.inputs if layer in note.layers]
+        arrays = [*arrays_in(states), *(array for own in inputs for array in own)]
+        return sum(sizes_of(arrays).values())
 
     def wanted(self, sequence: int | None = None) -> tuple[int, ...]:
-        """Return the positions inside the batch at which checkpoints are useful, for `put(at=...)`."""
+        """Return the positions inside the batch at which checkpoints are useful, for `put(at=...)`.
+
+        Marked positions are among them. In a batch of more than `rewind` tokens, one is `rewind` tokens
+        before its end: with a state there, it is enough to give the `inputs` of the tokens after it.
+        """
         (batch, begins, _), sequence = self._named(sequence)
         begin = begins[sequence]
         end = begin + len(batch.rows[sequence])
         first = begin - begin % self._interval + self._interval
-        return tuple(range(first, end, self._interval))[-self._max_checkpoints or end :]
+        positions = set(range(first, end, self._interval)[-self._max_checkpoints or end :])
+        if self._rewind and end - self._rewind > begin:
+            positions.add(end - self._rewind)
+        marks = self._streams.get(sequence, EMPTY).marks
+        return tuple(sorted(positions.union(mark for mark in marks if begin < mark < end)))
+
+    def mark(self, sequence: int, position: int) -> bool:
+        """Mark a position as worth a checkpoint: these are dropped last.
+
+        If the sequence can go back to the position, the checkpoint is made now. If the position is yet to
+        come, a forward pass that ends there will make it, and `wanted` has it in a pass that crosses it. The
+        cache keeps the newest `max_checkpoints` marks of a sequence; a fork has them, too.
+
+        Returns:
+            Whether there is or will be a checkpoint.
+
+        Raises:
+            ValueError: a number is negative.
+        """
+        self._check_ready()
+        sequence, position = whole(sequence=sequence, position=position)
+        if not position:
+            return True
+        stream = self._streams.get(sequence, EMPTY)
+        marks = tuple(sorted({*stream.marks, position}))[-self._max_checkpoints or position :]
+        held = stream if position > stream.end else stream.with_state(position, self._run)
+        if held is None or position not in marks:
+            return False
+        keeps_newest = stream.keeps_newest or position == stream.end
+        marked = self._thinned(held._replace(marks=marks, keeps_newest=keeps_newest))
+        self._streams[sequence] = marked
+        return position > stream.end or position in marked.states
 
     def prepare_restore(self, sequence: int, position: int) -> int | None:
         """Return the newest position <= `position` from which the sequence can continue; None if unknown.
@@ -161,48 +242,75 @@ class RecurrentCache(StreamCache[Stream]):
         self._check_ready()
         sequence, position = whole(sequence=sequence, position=position)
         stream = self._streams.get(sequence)
-        if stream is None:
-            return None
-        candidates = (p for p in stream.states if p <= position and self._can_resume(sequence, p))
-        return max(candidates, default=0)
+        return stream.newest_before(position) if stream else None
 
     def _close(self) -> None:
         super()._close()
-        self._forms = {}
+        self._forms, self._counts = {}, {}
 
     def _plan_forward(self, batch: Batch) -> Plan:
         batch.check_continues(self._end)
-        changes: dict[int, Stream | None] = {}
+        self._uses += 1
+        changes: dict[int, Stream] = {}
+        adds_checkpoint = False
         for sequence, rows in batch.rows.items():
-            old = self._streams.get(sequence, Stream(0, {}, False))
-            begin = old.end
-            if not self._can_resume(sequence, begin):
+            old = self._streams.get(sequence, EMPTY)
+            if not self._can_resume(sequence, old.end):
                 raise NotSupportedError(
-                    f"sequence {sequence} cannot go on at position {begin}: the cache holds no state there; "
-                    f"remove the tokens from {self.prepare_restore(sequence, begin)} on and feed them again"
+                    f"sequence {sequence} cannot go on at position {old.end}: the cache holds no state "
+                    f"there; remove the tokens from {old.newest_before(old.end)} on and feed them again"
                 )
-            end = begin + len(rows)
-            # A layer that is not put keeps its state.
-            states = {**self._thinned(old), end: old.states.get(begin, NOTHING)}
-            changes[sequence] = Stream(end, states, len(rows) > 1 or end % self._interval == 0)
+            changes[sequence] = self._grown(old, old.end + len(rows))
+            adds_checkpoint |= old.keeps_newest
+        if self._budget is not None and adds_checkpoint:
+            changes |= self._within_budget(self._budget, changes)
         return StreamPlan(self, changes, batch)
 
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
+    def _plan_remove(
+        self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
+    ) -> Plan:
         stream = self._streams.get(sequence)
         stop = self._clipped(sequence, end)
         if stream is None or begin >= stop:
             return StreamPlan(self, {})
         if stop < stream.end:
-            raise NotSupportedError(
-                f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {stream.end}: later "
-                "recurrent states contain these tokens; only the newest tokens can be removed"
-            )
-        if not self._can_resume(sequence, begin):
+            return StreamPlan(self, {sequence: self._without(sequence, stream, begin, stop, recurrent)})
+        if stream.source(begin) is None:
             raise NotSupportedError(
                 f"cannot cut sequence {sequence} at {begin}: there is no state at position {begin}; "
-                f"the newest before it is at {self.prepare_restore(sequence, begin)}"
+                f"the newest before it is at {stream.newest_before(begin)}"
             )
-        return StreamPlan(self, {sequence: _cut(stream, begin)})
+        return StreamPlan(self, {sequence: stream.cut(begin, self._run)})
+
+    def _without(self, sequence: int, stream: Stream, begin: int, stop: int, recurrent: Recurrent) -> Stream:
+        """Return the sequence without tokens from its middle."""
+        asked = f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {stream.end}: "
+        if recurrent == "keep":
+            return self._thinned(stream.without(begin, stop, self._run))
+        if recurrent == "replay":
+            result = stream.recomputed_without(begin, stop, self._run)
+            if result is not None:
+                return self._thinned(result)
+            raise NotSupportedError(
+                f'{asked}recurrent="replay" needs a state at {begin} and the inputs from {stop} on, but the '
+                f"newest state before is at {stream.newest_before(begin)} and the inputs of {stream.ranges} "
+                'are held; use recurrent="keep", or cut the sequence and feed the later tokens again'
+            )
+        raise NotSupportedError(
+            f"{asked}later recurrent states contain these tokens; only the newest tokens can be removed, "
+            'unless recurrent="keep" goes on with these states, or recurrent="replay" computes them again'
+        )
+
+    def _snapshot(self, sequence: int) -> Stream | None:
+        """Return the sequence, with one more checkpoint.
+
+        A file does not hold inputs. With a checkpoint just before the end, a loaded sequence can go back to
+        read its last token again.
+        """
+        stream = self._streams.get(sequence)
+        if not stream or not stream.end:
+            return stream
+        return stream.with_state(stream.newest_before(stream.end - 1), self._run)
 
     def _plan_restore(self, sequence: int, snapshot: Stream | None) -> Plan:
         """Plan to replace a sequence by a snapshot. Raises ValueError if its arrays do not fit this cache."""
@@ -211,15 +319,15 @@ class RecurrentCache(StreamCache[Stream]):
         for state in snapshot.states.values():
             for layer, arrays in state.items():
                 self._checked_form(layer, arrays)
-        older = {p: state for p, state in snapshot.states.items() if p < snapshot.end}
-        states = self._thinned(Stream(snapshot.end, older, True))
-        if snapshot.end in snapshot.states:
-            states[snapshot.end] = snapshot.states[snapshot.end]
-        return StreamPlan(self, {sequence: snapshot._replace(states=states)})
+        self._uses += 1
+        notes = snapshot.inputs if self._rewind else ()
+        stream = snapshot._replace(notes=notes, latest=None, used=self._uses)
+        return StreamPlan(self, {sequence: self._thinned(stream)})
 
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         source = self._streams.get(src)
-        return StreamPlan(self, {dst: _cut(source, min(length, source.end)) if source else None})
+        copied = source.cut(min(length, source.end), self._run) if source else None
+        return StreamPlan(self, {dst: copied})
 
     def _set_causal(self, options: CausalOptions) -> None:
         raise NotSupportedError(
@@ -227,14 +335,8 @@ class RecurrentCache(StreamCache[Stream]):
         )
 
     def _can_resume(self, sequence: int, position: int) -> bool:
-        if position == 0:
-            return True
         stream = self._streams.get(sequence)
-        if stream is None or position not in stream.states:
-            return False
-        # A checkpoint that was put for some layers only cannot be continued from.
-        newest = stream.states.get(stream.end, NOTHING)
-        return stream.states[position].keys() >= newest.keys()
+        return stream.source(position) is not None if stream else position == 0
 
     def _named(self, sequence: int | None) -> tuple[Pass, int]:
         under_way = self._under_way()
@@ -247,24 +349,45 @@ class RecurrentCache(StreamCache[Stream]):
             )
         return under_way, sequence
 
-    def _put(self, layer: int, arrays: Arrays, sequence: int | None, at: int | None) -> None:
+    def _put(
+        self,
+        layer: int,
+        arrays: Arrays,
+        sequence: int | None,
+        at: int | None,
+        inputs: Sequence[mx.array] | None = None,
+        row: int = 0,
+    ) -> None:
         self._check_unfinished()
-        (_, begins, scratch), sequence = self._named(sequence)
+        (batch, begins, scratch), sequence = self._named(sequence)
         form = self._checked_form(layer, arrays)
+        begin, n = begins[sequence], len(batch.rows[sequence])
+        own = None
+        if inputs is not None:
+            if at is not None:
+                raise ValueError(f"inputs are those of the state at the batch's end, got them with at={at}")
+            own = checked_inputs(inputs, row, begin + n, n, layer, self._counts.get(layer))
         if scratch is not None:
             scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
             mx.eval([array for array in scratch[layer] if array is not None])
             return
-        end, states, keeps = self._streams[sequence]
-        position = end if at is None else whole(at=at)[0]
-        if not begins[sequence] < position <= end:
+        stream = self._streams[sequence]
+        position = stream.end if at is None else whole(at=at)[0]
+        if not begin < position <= stream.end:
             raise ValueError(
-                f"at={at} is outside the batch, which extends sequence {sequence} from {begins[sequence]} to "
-                f"{end} tokens: at must be {begins[sequence] + 1} to {end}"
+                f"at={at} is outside the batch, which extends sequence {sequence} from {begin} to "
+                f"{stream.end} tokens: at must be {begin + 1} to {stream.end}"
             )
-        state = {**states.get(position, NOTHING), layer: arrays}
-        self._streams[sequence] = Stream(end, {**states, position: state}, keeps)
+        states = {**stream.states, position: {**stream.states.get(position, NOTHING), layer: arrays}}
+        latest = stream.latest
+        if at is None and self._rewind and (own or latest):
+            layers = dict(latest.layers) if latest else {}
+            layers.pop(layer, None)
+            latest = Note(begin, stream.end, layers | {layer: own} if own else layers)
+        self._streams[sequence] = stream._replace(states=states, latest=latest)
         self._forms[layer] = form
+        if own:
+            self._counts[layer] = len(own.arrays)
 
     def _checked_form(self, layer: int, arrays: Arrays) -> Form:
         """Return the layer's form, extended by these arrays. Raises ValueError if they do not fit it."""
@@ -281,47 +404,72 @@ class RecurrentCache(StreamCache[Stream]):
             return known
         return self.newest(layer, sequence)
 
-    def _thinned(self, stream: Stream) -> dict[int, State]:
-        """Return the checkpoints that stay when more tokens come."""
-        kept = dict(stream.states)
-        if not stream.keeps_newest:
-            kept.pop(stream.end, None)
-        while len(kept) > self._max_checkpoints or self._exceeds_bytes(kept):
-            del kept[_most_crowded(sorted(kept), stream.end)]
-        return kept
+    def _run(self, layer: int, arrays: Arrays, inputs: tuple[mx.array, ...]) -> Arrays:
+        """Call `replay`, and check what it returns."""
+        assert self._replay is not None
+        after = tuple(self._replay(layer, arrays, inputs))
+        self._checked_form(layer, after)
+        return after
+
+    def _grown(self, old: Stream, end: int) -> Stream:
+        """Return the sequence with new tokens up to `end`, and without what is then too old."""
+        states = dict(old.states)
+        # A layer that is not put keeps its state.
+        newest = states.get(old.end, NOTHING)
+        if not old.keeps_newest:
+            states.pop(old.end, None)
+        states[end] = newest
+        if old.latest and old.latest.end - old.latest.begin > 1:
+            # What was copied from a long block is computed, so that the block can be freed.
+            mx.async_eval(list(noted_arrays([old.latest])))  # type: ignore[no-untyped-call]
+        keeps_newest = end - old.end > 1 or end % self._interval == 0 or end in old.marks
+        stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks, self._uses)
+        if stream.notes:
+            base = max(p for p in stream.checkpoints if p <= max(0, end - self._rewind))
+            stream = stream._replace(notes=tuple(note for note in stream.notes if note.end > base))
+        return self._thinned(stream) if old.keeps_newest else stream
+
+    def _thinned(self, stream: Stream) -> Stream:
+        """Drop checkpoints beyond the limits of a sequence."""
+        states = {p: state for p, state in stream.states.items() if p != stream.end}
+        order = expendable(states, stream.end, self._needed(stream), stream.marks)
+        while len(states) > self._max_checkpoints or self._exceeds_bytes(states):
+            dropped = next(order, None)
+            if dropped is None:
+                break
+            del states[dropped]
+        if stream.end in stream.states:
+            states[stream.end] = stream.states[stream.end]
+        return stream._replace(states=states)
 
     def _exceeds_bytes(self, states: Mapping[int, State]) -> bool:
-        return self._max_bytes is not None and _nbytes(states.values()) > self._max_bytes
+        if self._max_bytes is None:
+            return False
+        return sum(sizes_of(arrays_in(states.values())).values()) > self._max_bytes
 
+    def _needed(self, stream: Stream) -> set[int]:
+        """Return the checkpoints that are needed to go back by `rewind` tokens."""
+        return anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
 
-def filter_none(arrays: Iterable[mx.array | None]) -> list[mx.array]:
-    """Return the arrays that are not None."""
-    return [array for array in arrays if array is not None]
+    def _within_budget(self, budget: int, changes: Mapping[int, Stream]) -> dict[int, Stream]:
+        """Return further changes, which drop checkpoints beyond the budget of all sequences.
 
-
-def arrays_in(states: Iterable[State]) -> list[mx.array]:
-    """Return all arrays of some states."""
-    return filter_none(array for state in states for own in state.values() for array in own)
-
-
-def _nbytes(states: Iterable[State]) -> int:
-    """The bytes of all arrays, shared ones counted once."""
-    return sum({id(array): array.nbytes for array in arrays_in(states)}.values())
-
-
-def _cut(stream: Stream, length: int) -> Stream | None:
-    """Return the first `length` tokens of a stream, or None for none."""
-    if not length:
-        return None
-    return Stream(length, {p: s for p, s in stream.states.items() if p <= length}, True)
-
-
-def _most_crowded(positions: list[int], end: int) -> int:
-    """Return the position whose neighbors lie closest together in proportion to its age."""
-
-    def spread(index: int) -> float:
-        before = positions[index - 1] if index else 0
-        after = positions[index + 1] if index + 1 < len(positions) else end + 1
-        return (after - before) / (end + 1 - positions[index])
-
-    return positions[min(range(len(positions)), key=spread)]
+        The newest states of the batch's sequences in `changes` are still those before it.
+        """
+        streams = {**self._streams, **changes}
+        found, uncounted = [], set[int]()
+        for sequence, stream in sorted(streams.items(), key=lambda item: item[1].used):
+            sizes = {p: sizes_of(arrays_in([state])) for p, state in stream.states.items()}
+            newest, needed = sizes.pop(stream.end, {}), self._needed(stream)
+            if sequence not in changes:
+                uncounted.update(newest)
+            for position in needed & sizes.keys():
+                uncounted.update(sizes.pop(position))
+            order = expendable(stream.states.keys() - {stream.end}, stream.end, needed, stream.marks)
+            found.append(Expendable(sequence, order, sizes))
+        dropped: dict[int, Stream] = {}
+        for sequence, position in beyond(budget, found, uncounted):
+            stream = dropped.get(sequence, streams[sequence])
+            left = {p: state for p, state in stream.states.items() if p != position}
+            dropped[sequence] = stream._replace(states=left)
+        return dropped

@@ -13,6 +13,7 @@ from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError, NotSupportedError
 from ..quantization import Quantization
 from .base import KeyValueCache, PlanningCache
+from .interface import Recurrent
 from .plan import JointPlan, Plan
 
 
@@ -138,8 +139,10 @@ class WrapperCache(PlanningCache):
     def _plan_reserve(self, batch: Batch) -> Plan:
         return _ForwardPlan(self, [child._plan_reserve(batch) for child in self._children])
 
-    def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
-        return JointPlan([child._plan_remove(sequence, begin, end) for child in self._children])
+    def _plan_remove(
+        self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
+    ) -> Plan:
+        return JointPlan([child._plan_remove(sequence, begin, end, recurrent) for child in self._children])
 
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         return JointPlan([child._plan_copy(src, dst, length) for child in self._children])
