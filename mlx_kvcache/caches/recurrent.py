@@ -231,6 +231,10 @@ class RecurrentCache(StreamCache[Stream]):
         self._streams[sequence] = marked
         return position > stream.end or position in marked.states
 
+    def marks(self, sequence: int) -> tuple[int, ...]:
+        """Return the marked positions of a sequence."""
+        return self._streams.get(sequence, EMPTY).marks
+
     def prepare_restore(self, sequence: int, position: int) -> int | None:
         """Return the newest position <= `position` from which the sequence can continue; None if unknown.
 

@@ -20,7 +20,7 @@ from ..errors import NotSupportedError
 from ..quantization import Bits, Quantization
 from .hosts.layout import Layout, Leaf, layout_of
 from .pool.conversation import Conversation, Limits
-from .pool.pool import pool_for
+from .pool.pool import Checkpoints, pool_for
 from .pool.weights import identity
 from .ranks import ALONE, Ranks
 from .trial import try_out
@@ -199,11 +199,12 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None
     rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
-    pool = pool_for(model, layout, rewinds, None, ranks)
+    checkpoints = Checkpoints(limits.checkpoints, limits.checkpoint_bytes)
+    pool = pool_for(model, layout, rewinds, None, ranks, checkpoints=checkpoints)
     try_out(pool)
     if not ranks.is_alone:
         # Ranks of a pipeline have different layers and would try this at different times, so all do it now.
-        _ = pool.batching
+        _ = pool.batching, pool.mixers
     quantization = quantization_of(layout, pool.mirrored, *storage)
     if quantization:
         pool = pool.sibling(quantization)

@@ -198,7 +198,7 @@ def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
 
 def check_shift(conversation: Conversation, snapshots: Sequence[Any]) -> None:
     """Raises ValueError if a window does not hold all tokens that it will see after the first shift."""
-    capacity, overflow, sinks, _ = conversation.limits
+    capacity, overflow, sinks, *_ = conversation.limits
     if overflow != "shift" or capacity is None:
         return
     sinks = min(sinks, capacity)

@@ -114,6 +114,26 @@ class PromptCache(list[Any]):
             raise ValueError(f"cannot rewind to position {position}: expected 0 to {self.position}")
         self._rewind_to(position)
 
+    def mark(self, position: int) -> bool:
+        """Marks a position at which later conversations may branch off, such as the end of a system prompt.
+
+        Recurrent layers keep a checkpoint there, before others, so that `rewind_to` can go back to it. The
+        position may be one that is yet to come: a block that crosses it leaves a checkpoint there. Other
+        layers need no marks.
+
+        Args:
+            position: the number of tokens before the mark.
+
+        Returns:
+            Whether the cache holds a checkpoint there, or will hold one.
+
+        Raises:
+            ValueError: position is below 0.
+            TypeError: position is not a whole number.
+        """
+        (position,) = whole(position=position)
+        return self._rows.mark(position)
+
     def remove(self, begin: int, end: int | None = None, recurrent: Recurrent = "refuse") -> None:
         """Removes the tokens [begin, end). Later tokens move down and their keys are re-based.
 
@@ -275,6 +295,8 @@ def make_prompt_cache(
     overflow: Overflow = "error",
     rewind: int = 64,
     sinks: int = 0,
+    checkpoints: int = 16,
+    checkpoint_bytes: int | None = 1 << 30,
     kv_bits: KvBits = None,
     kv_group_size: int = 64,
     kv_float: KvFloat = (),
@@ -288,9 +310,14 @@ def make_prompt_cache(
         capacity: the maximum number of tokens; None for no limit.
         overflow: what to do when the cache is full. "error" raises CacheFullError before anything is
             computed; "shift" keeps the first `sinks` tokens and removes the older half of the others.
-        rewind: how many of the newest tokens sliding windows and chunks can always drop. Full attention can
-            drop any number; recurrent layers roll back to checkpoints (see `PromptCache.resume_point`).
+        rewind: how many of the newest tokens sliding windows, chunks and recurrent layers can always drop,
+            one by one. Full attention can drop any number. Further back, recurrent layers go to checkpoints
+            only (see `PromptCache.resume_point`).
         sinks: how many of the first tokens "shift" never removes. The model sets the sinks of its windows.
+        checkpoints: the maximum number of older states that recurrent layers keep for this conversation.
+        checkpoint_bytes: the maximum number of bytes of such states in all caches that are made with the same
+            options; None for no limit. Those of the caches that were used longest ago are dropped first,
+            but never those that `rewind` needs.
         kv_bits: quantize keys and values to 8, 6, 5, 4, 3 or 2 bits. A pair sets keys and values apart,
             where None leaves one in float. A function of the layer index returns one of these for each
             layer. None keeps the model's precision.
@@ -307,10 +334,10 @@ def make_prompt_cache(
         ValueError: an option is out of range, "shift" comes without a capacity, sinks come without "shift",
             or a head dimension is not a multiple of kv_group_size.
         NotSupportedError: the model has an unknown kind of layer or needs something of its cache that this
-            one does not have; or "shift" on a model whose keys cannot be re-based or with recurrent layers.
+            one does not have; or "shift" on a model whose keys cannot be re-based.
         RanksDisagreeError: ranks of the group passed different options, or one of them failed. Later, methods
             that change the cache and calls of the model raise it when ranks are about to do different things.
     """
-    limits = Limits(capacity, overflow, sinks, rewind)
+    limits = Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
     storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after)
     return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

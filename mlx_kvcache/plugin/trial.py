@@ -202,12 +202,10 @@ def _refusal(pool: Pool) -> str:
             return f"the states at token {end} of {len(text)} are not known"
         rows.conversation.rewind_to(end)
         for leaf, arrays in states.items():
-            for number, (own, known) in enumerate(
-                zip(newest(rows.conversation, pool.leaves[leaf]), arrays, strict=True)
-            ):
-                if (own is None) != (known is None) or (own is not None and _unlike(own, known)):
-                    name = pool.leaves[leaf].name
-                    return f"state {number} of layer {name} depends on more than the calls of its modules"
+            own = newest(rows.conversation, pool.leaves[leaf])
+            if any(_unlike(*pair) for pair in zip(own, arrays, strict=True)):
+                name = pool.leaves[leaf].name
+                return f"the states of layer {name} depend on more than the calls of its modules"
     return ""
 
 
@@ -227,14 +225,14 @@ def _states(pool: Pool, rows: Rows, tokens: list[int]) -> dict[int, Arrays]:
     return {leaf.index: newest(rows.conversation, leaf) for leaf in pool.leaves if leaf.rule is None}
 
 
-def _unlike(a: mx.array, b: mx.array) -> bool:
+def _unlike(a: mx.array | None, b: mx.array | None) -> bool:
+    if a is None or b is None:
+        return a is not b
     if a.shape != b.shape or a.dtype != b.dtype:
         return True
-    if not mx.issubdtype(a.dtype, mx.floating):
-        return not mx.array_equal(a, b)
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    scale = mx.sqrt(mx.square(b).mean()).item()
-    return mx.sqrt(mx.square(a - b).mean()).item() > SAME * scale
+    apart, size = (mx.sqrt(mx.square(array).mean()) for array in (a - b, b))
+    return bool((apart > SAME * size).item())
 
 
 _QUESTIONS: dict[str, Callable[[Pool], Any]] = {

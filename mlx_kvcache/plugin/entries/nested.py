@@ -33,7 +33,7 @@ class CacheList(Observable):
     def recurrent_places(self) -> Sequence[Place]:
         size = len(self.caches)
         return [
-            place._replace(index=index, size=size)
+            place._replace(child=index, size=size)
             for index, cache in enumerate(self.caches)
             for place in cache.recurrent_places()
         ]

@@ -387,6 +387,11 @@ class Rows(Caller):
                 return point
             position = point
 
+    def mark(self, position: int) -> bool:
+        """Mark a position of the only conversation as worth a checkpoint; see `PromptCache.mark`."""
+        with self.edit(f"mark position {position}", is_sure=True):
+            return self.pool.mark(self.conversation.sequence, position)
+
     def trim(self, n: int) -> int:
         """Drop the newest n tokens of every row, or all tokens of rows that have fewer.
 

@@ -317,7 +317,7 @@ class Forward:
                         inside[end][slot] = new
             if begin >= self.n - self.pool.rewind:
                 pieces.append(mixers.inputs(index, end - begin, own, named) or [])
-        noted[index] = [mx.concatenate(slot, axis=1) for slot in zip(*pieces, strict=True)]
+        noted[index] = [mx.concatenate(list(own), axis=1) for own in zip(*pieces, strict=True)]
         return joined_outputs(outputs)
 
     def _cuts(self, leaf: Leaf) -> Sequence[int]:
@@ -325,9 +325,10 @@ class Forward:
         if self._columns_to_cut is None:
             cache, found = self.pool.recurrent(leaf), set()
             for conversation, begin in zip(self.conversations, self.begins, strict=True):
-                found |= {position - begin for position in cache.wanted(conversation.sequence)}
-            base = self.n - self.pool.rewind
-            self._columns_to_cut = sorted(column for column in found if column == base)
+                marks = cache.marks(conversation.sequence)
+                points = [begin + self.n - self.pool.rewind, *marks]
+                found |= {point - begin for point in points if begin < point < begin + self.n}
+            self._columns_to_cut = sorted(found)
         return self._columns_to_cut
 
     def finish(self) -> None:

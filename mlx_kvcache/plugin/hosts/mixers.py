@@ -50,12 +50,12 @@ class Place(NamedTuple):
     Attributes:
         leaf: its index among the model's leaves.
         slots: its number of state arrays.
-        index: its index in a `CacheList` of `size` layers, or None if it is the entry itself.
+        child: its index in a `CacheList` of `size` layers, or None if it is the entry itself.
     """
 
     leaf: int
     slots: int
-    index: int | None = None
+    child: int | None = None
     size: int = 0
 
 
@@ -86,7 +86,7 @@ class Mixers:
     @property
     def is_nested(self) -> bool:
         """Whether the modules also read other layers, so that their calls cannot be split."""
-        return self.place.index is not None
+        return self.place.child is not None
 
     @property
     def uses_offset(self) -> bool:
@@ -164,18 +164,18 @@ class Mixers:
 
     def _argument(self, role: Any, scratch: Any, inputs: Iterator[mx.array]) -> Any:
         if role is _Role.ENTRY:
-            return scratch if self.place.index is None else self._list_with(scratch)
+            return scratch if self.place.child is None else self._list_with(scratch)
         if role is _Role.TOKENS:
             return next(inputs)
         if role is _Role.OFFSET:
-            return int(next(inputs)[0, 0].item())
+            return int(next(inputs)[0, 0].item())  # type: ignore[arg-type]
         return None if role is _Role.MASK else role
 
     def _list_with(self, scratch: Any) -> Any:
         """A `CacheList` with the layer in its place. The module may write keys and values to the others."""
         layers: list[Any] = [mlx_lm_cache.KVCache() for _ in range(self.place.size)]
-        assert self.place.index is not None
-        layers[self.place.index] = scratch
+        assert self.place.child is not None
+        layers[self.place.child] = scratch
         return mlx_lm_cache.CacheList(*layers)
 
 
@@ -258,8 +258,9 @@ def watch(model: nn.Module, modules: Sequence[nn.Module]) -> Callable[[], None]:
 def _leave(weakly: weakref.ref[nn.Module], user: object) -> None:
     model = weakly()
     users = _users.get(model) if model is not None else None
-    for module in users.pop(user, ()) if users is not None else ():
-        _set_class(module, users)
+    if users is not None:
+        for module in users.pop(user, ()):
+            _set_class(module, users)
 
 
 def _set_class(module: nn.Module, users: Mapping[object, Sequence[nn.Module]]) -> None:

@@ -15,7 +15,7 @@ from ...cells.removal import rebase_all, remove_range
 from ...errors import CacheError, CacheFullError, NotSupportedError
 from ...storage.buffers import Rebase
 from ..rope.rebase import Head, HeadRebase, rebased
-from .pool import Pool
+from .pool import Checkpoints, Pool
 
 Overflow = Literal["error", "shift"]
 Recurrent = Literal["refuse", "keep", "replay"]
@@ -32,13 +32,18 @@ class Limits(NamedTuple):
         capacity: maximum number of tokens; None for no limit.
         overflow: whether a full conversation raises CacheFullError or shifts.
         sinks: number of first tokens that a shift never removes.
-        rewind: number of newest tokens that sliding windows and chunks can always drop.
+        rewind: number of newest tokens that windows, chunks and recurrent layers can always drop.
+        checkpoints: maximum number of older states that recurrent layers keep.
+        checkpoint_bytes: maximum number of bytes of such states in all conversations of a pool; None for
+            no limit.
     """
 
     capacity: int | None = None
     overflow: Overflow = "error"
     sinks: int = 0
     rewind: int = 64
+    checkpoints: int = Checkpoints().most
+    checkpoint_bytes: int | None = Checkpoints().nbytes
 
     def checked(self) -> Limits:
         """Return the validated limits, with numbers as plain ints.
@@ -47,12 +52,14 @@ class Limits(NamedTuple):
             ValueError: a limit is out of range, or has no effect without another one.
             TypeError: a limit is not an integer.
         """
-        capacity, overflow, sinks, rewind = self
+        capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes = self
         if capacity is not None:
             (capacity,) = whole(1, capacity=capacity)
         if overflow not in ("error", "shift"):
             raise ValueError(f'overflow must be "error" or "shift", got {overflow!r}')
-        rewind, sinks = whole(rewind=rewind, sinks=sinks)
+        rewind, sinks, checkpoints = whole(rewind=rewind, sinks=sinks, checkpoints=checkpoints)
+        if checkpoint_bytes is not None:
+            (checkpoint_bytes,) = whole(checkpoint_bytes=checkpoint_bytes)
         if capacity is not None and sinks >= capacity:
             raise ValueError(f"sinks must be below the capacity of {capacity}, got {sinks}")
         if overflow == "shift" and capacity is None:
@@ -62,7 +69,7 @@ class Limits(NamedTuple):
                 f'sinks={sinks} is the number of first tokens that a shift keeps: add overflow="shift" and '
                 "a capacity. The number of tokens that a sliding window keeps is set by the model"
             )
-        return Limits(capacity, overflow, sinks, rewind)
+        return Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
 
 
 class Conversation:
@@ -186,7 +193,7 @@ class Conversation:
         A block is half of the capacity without sinks, so each block can see as many tokens before it.
         Returns None if n tokens fit, need only one shift, or may not shift.
         """
-        capacity, overflow, sinks, _ = self.limits
+        capacity, overflow, sinks, *_ = self.limits
         if capacity is None or overflow == "error" or self.has_room(n) or n <= capacity - sinks:
             return None
         return max(1, (capacity - sinks) // 2)
@@ -195,7 +202,7 @@ class Conversation:
         """Raise CacheFullError if n tokens do not fit and a shift cannot make room; see `make_room`."""
         if self.has_room(n):
             return
-        position, (capacity, overflow, sinks, _) = self.position, self.limits
+        position, (capacity, overflow, sinks, *_) = self.position, self.limits
         assert capacity is not None
         free, sinks = capacity - position, min(sinks, position)
         if overflow == "error":
@@ -217,7 +224,7 @@ class Conversation:
         if self.has_room(n):
             return
         self.check_room(n, early)
-        position, (capacity, _, sinks, _) = self.position, self.limits
+        position, (capacity, _, sinks, *_) = self.position, self.limits
         assert capacity is not None
         free, sinks = capacity - position, min(sinks, position)
         drop = max((position - sinks) // 2, n - free)

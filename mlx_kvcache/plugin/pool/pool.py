@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import count
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -64,6 +64,18 @@ class User(Protocol):
     def abandon(self) -> None: ...
 
 
+class Checkpoints(NamedTuple):
+    """How many older states of recurrent layers a pool keeps.
+
+    Attributes:
+        most: the maximum number for each conversation.
+        nbytes: the maximum number of bytes for all conversations of the pool; None for no limit.
+    """
+
+    most: int = 16
+    nbytes: int | None = 1 << 30
+
+
 class Pool:
     """Holds one cache for each kind of layer. Each prompt cache is a sequence in it; forks share cells.
 
@@ -99,6 +111,7 @@ class Pool:
         quantization: Quantization | None = None,
         ranks: Ranks = ALONE,
         version: Version | None = None,
+        checkpoints: Checkpoints = Checkpoints(),  # noqa: B008  # immutable
     ) -> None:
         self._model = weakref.ref(model)
         self.architecture = type(model).__module__
@@ -106,10 +119,17 @@ class Pool:
         self.ranks = ranks
         self.layout = layout
         self.rewinds = tuple(rewinds)
+        self.checkpoints = checkpoints
         self.quantization = quantization
         self.leaves = layout.leaves
         self.caches = tuple(
-            RecurrentCache(max(rewind, 64), replay=self._replay, rewind=rewind)
+            RecurrentCache(
+                max(rewind, 64),
+                checkpoints.most,
+                replay=self._replay,
+                rewind=rewind,
+                budget=checkpoints.nbytes,
+            )
             if rule is None
             else PositionalCache(rule, rewind, None)
             for rule, rewind in zip(layout.rules, rewinds, strict=True)
@@ -238,7 +258,9 @@ class Pool:
             if form and quantization:
                 form.packed_by(quantization.of(leaf.index), f"layer {leaf.name}")
         model = self.living_model
-        pool = pool_for(model, self.layout, self.rewinds, quantization, self.ranks, self.version)
+        pool = pool_for(
+            model, self.layout, self.rewinds, quantization, self.ranks, self.version, self.checkpoints
+        )
         pool.forms, pool.mirrored, pool.ask = self.forms, self.mirrored, self.ask
         return pool
 
@@ -336,6 +358,11 @@ class Pool:
         """Make `dst` share all tokens of `src`."""
         self.commit(JointPlan([cache._plan_copy(src, dst, self.end(src)) for cache in self.caches]))
 
+    def mark(self, sequence: int, position: int) -> bool:
+        """Mark a position as worth a checkpoint; see `RecurrentCache.mark`."""
+        caches = [cache for cache in self.caches if isinstance(cache, RecurrentCache)]
+        return all(cache.mark(sequence, position) for cache in caches)
+
     def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
         """Restore a sequence from snapshots, one for each cache, without evaluating their arrays.
 
@@ -398,6 +425,7 @@ def pool_for(
     quantization: Quantization | None,
     ranks: Ranks,
     version: Version | None = None,
+    checkpoints: Checkpoints = Checkpoints(),  # noqa: B008  # immutable
 ) -> Pool:
     """Return the model's pool for these options, and make it if there is none.
 
@@ -406,9 +434,10 @@ def pool_for(
     """
     version = version or version_of(model)
     # A pool keeps its version alive, so the id is unique.
-    key, pools = (id(version), layout, tuple(rewinds), quantization, ranks), _pools.of(model)
+    key = id(version), layout, tuple(rewinds), quantization, ranks, checkpoints
+    pools = _pools.of(model)
     with _lock:
         pool = pools.get(key)
         if pool is None:
-            pool = pools[key] = Pool(model, layout, rewinds, quantization, ranks, version)
+            pool = pools[key] = Pool(model, layout, rewinds, quantization, ranks, version, checkpoints)
         return pool

@@ -64,7 +64,7 @@ class _Sequence:
     @property
     def most(self) -> int:
         """The longest block that the cache can take at once after making room."""
-        capacity, overflow, sinks, _ = self.cache._conversation.limits
+        capacity, overflow, sinks, *_ = self.cache._conversation.limits
         return sys.maxsize if capacity is None or overflow == "error" else capacity - sinks
 
 

@@ -88,7 +88,7 @@ def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
     Raises:
         CacheFullError: there is no room for one token.
     """
-    capacity, overflow, _, _ = rows.conversation.limits
+    capacity, overflow, *_ = rows.conversation.limits
     if capacity is None or overflow != "error":
         return sys.maxsize
     room = capacity - rows.positions[0] - prompt - ahead
