@@ -8,9 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache import RecurrentCache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from mlx_kvcache.plugin.hosts.layout import layout_of
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.running import difference, logits_of
@@ -83,3 +86,146 @@ def test_again_and_again(name: str) -> None:
         assert_follows(name, cache, begin, 5)
         cache.rewind(turn % 5)
     assert_follows(name, cache, cache.position)
+
+
+def noisy(name: str, noise: float) -> nn.Module:
+    """The model with noise added to its weights: a draft that is right now and then."""
+    model = build(name)
+    mx.random.seed(1)
+    changed = [
+        (key, array + noise * mx.random.normal(array.shape) * mx.std(array))
+        for key, array in tree_flatten(model.parameters())
+        if mx.issubdtype(array.dtype, mx.floating)
+    ]
+    model.load_weights(changed, strict=False)
+    return model
+
+
+def plain(name: str, n: int, **options: Any) -> list[int]:
+    model = model_of(name)
+    cache = make_prompt_cache(model, **options)
+    return [
+        int(token) for token, _ in generate_step(mx.array(TEXT[:21]), model, max_tokens=n, prompt_cache=cache)
+    ]
+
+
+def speculative(name: str, draft: nn.Module, n: int, **options: Any) -> tuple[list[int], list[int]]:
+    """The text, and how many of four drafted tokens were accepted each time."""
+    model = model_of(name)
+    cache = [*make_prompt_cache(model, **options), *make_prompt_cache(draft, **options)]
+    tokens, accepted, run = [], [], 0
+    for token, _, is_drafted in speculative_generate_step(
+        mx.array(TEXT[:21]), model, draft, num_draft_tokens=4, max_tokens=n, prompt_cache=cache
+    ):
+        tokens.append(int(token))
+        run += is_drafted
+        if not is_drafted:
+            accepted.append(run)
+            run = 0
+    return tokens, accepted
+
+
+# mlx-lm divides the list of both models' caches by the number of layers, of which not each has a cache.
+DIVIDED = [name for name in RECURRENT if name not in ("longcat_flash_ngram", "nemotron_h")]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("name", DIVIDED)
+def test_speculative_decoding(name: str, noise: float) -> None:
+    """The text is that of plain decoding, however much of the draft is accepted."""
+    tokens, accepted = speculative(name, noisy(name, noise), 40)
+    assert tokens == plain(name, 40)
+    assert noise < 3 or 0 in accepted
+
+
+def test_every_number_of_accepted_tokens() -> None:
+    expected, seen = plain("qwen3_next", 60), set()
+    for noise in (0.05, 0.1, 0.2, 0.3):
+        tokens, accepted = speculative("qwen3_next", noisy("qwen3_next", noise), 60)
+        assert tokens == expected
+        seen |= set(accepted)
+    assert seen == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["mamba2", "prism_hadamard_qwen35"])
+def test_speculative_decoding_with_quantized_keys(name: str) -> None:
+    options = {"kv_bits": 8, "kv_group_size": 32}
+    tokens, accepted = speculative(name, noisy(name, 0.1), 40, **options)
+    assert tokens == plain(name, 40, **options)
+    assert 0 < sum(accepted) < 40
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_rows_of_a_batch(name: str) -> None:
+    """Rows of unequal length in one batch, each of which then goes back by itself."""
+    model = model_of(name)
+    caches = [make_prompt_cache(model) for _ in range(3)]
+    for length, cache in zip((30, 71, 90), caches, strict=True):
+        logits_of(model, cache, TEXT[:length])
+    batch = [entry.merge([cache[i] for cache in caches]) for i, entry in enumerate(caches[0])]
+    for step in range(6):
+        model(mx.array([[TEXT[30 + step]], [TEXT[71 + step]], [TEXT[90 + step]]]), cache=batch)
+    for row, length in enumerate((30, 71, 90)):
+        for back in (0, 1, 4, 7, 20):
+            single = PromptCache(batch[0].rows.extracted(row))
+            single.rewind(back)
+            assert_follows(name, single, length + 6 - back, 4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv7", "falcon_h1"])
+def test_padding(name: str) -> None:
+    """A padded batch of mlx-lm's tools: rows go back to where each of them was."""
+    model = model_of(name)
+    cache = make_prompt_cache(model)
+    batch = [entry.merge([entry, entry]) for entry in cache]
+    for entry in batch:
+        entry.prepare(lengths=[80, 70], right_padding=[0, 10])
+    model(mx.array([TEXT[:80], TEXT[:70] + [0] * 10]), cache=batch)
+    for entry in batch:
+        entry.finalize()
+    for row, length in enumerate((80, 70)):
+        for back in (0, 3, 64):
+            single = PromptCache(batch[0].rows.extracted(row))
+            single.rewind(back)
+            assert_follows(name, single, length - back, 4)
+
+
+def test_what_is_noted_does_not_grow() -> None:
+    model = model_of("qwen3_next")
+    cache = make_prompt_cache(model)
+    token, sizes = mx.array([[1]]), []
+    for step in range(2000):
+        token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+        mx.async_eval(token)
+        if step % 64 == 32:
+            sizes.append(sum(own.nbytes for own in cache.pool.caches if isinstance(own, RecurrentCache)))
+    assert max(sizes[20:]) == min(sizes[20:])
+
+
+def test_a_mark_ahead_leaves_a_checkpoint_inside_a_block() -> None:
+    model = model_of("qwen3_next")
+    cache = make_prompt_cache(model, rewind=8)
+    assert cache.mark(37)
+    logits_of(model, cache, TEXT[:90])
+    assert cache.resume_point(60) == 37
+    fork = cache.fork()
+    fork.rewind_to(37)
+    assert_follows("qwen3_next", fork, 37)
+    assert cache.mark(85)
+    assert not cache.mark(50)
+    logits_of(model, cache, TEXT[90:130])
+    assert cache.resume_point(90) == 90
+    assert cache.resume_point(89) == 85
+
+
+def test_checkpoints_are_bounded_in_bytes() -> None:
+    model = model_of("qwen3_next")
+    one = make_prompt_cache(model, rewind=0)
+    logits_of(model, one, TEXT[:20])
+    size = sum(own.nbytes for own in one.pool.caches if isinstance(own, RecurrentCache))
+    free, bounded = (make_prompt_cache(model, rewind=0, checkpoint_bytes=limit) for limit in (None, 3 * size))
+    for cache in (free, bounded):
+        for begin in range(0, 120, 10):
+            logits_of(model, cache, TEXT[begin : begin + 10])
+    held = [sum(cache.can_resume(p) for p in range(1, 120)) for cache in (free, bounded)]
+    assert held == [11, 3]
