@@ -7,8 +7,7 @@ restore before anything changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from os import PathLike
@@ -22,6 +21,7 @@ from ..arguments import whole
 from ..caches.base import PlanningCache
 from ..errors import CacheFileError
 from . import container
+from .container import faults_of
 from .schema import as_stored, decode, encode, integer, listing, load_arrays, mapping, shaped
 
 _TOKENS = "tokens"
@@ -198,16 +198,6 @@ def evaluate(caches: Sequence[PlanningCache], sequence: int) -> None:
     for i, cache in enumerate(caches):
         encode(cache, sequence, arrays, f"{i}.")
     mx.eval(list(arrays.values()))
-
-
-@contextmanager
-def faults_of(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Raise ValueError, and errors of the given types, as CacheFileError with the path."""
-    kinds: tuple[type[Exception], ...] = (ValueError, *more)
-    try:
-        yield
-    except kinds as error:
-        raise CacheFileError(path, str(error)) from error
 
 
 def save(

@@ -70,12 +70,7 @@ def digest(data: bytes | memoryview) -> bytes:
 
 
 def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
-    """Return the header with its length prefix.
-
-    Args:
-        header: the caller's own JSON object.
-        entries: the arrays in file order. Their offsets count from the end of the header.
-    """
+    """Return the header with its length prefix. Offsets of `entries` count from the end of the header."""
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -93,8 +88,11 @@ def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
     return len(text).to_bytes(LENGTH, "little") + text
 
 
-def read(file: BinaryIO, size: int) -> bytes:
-    """Read the header with its length prefix from the start of a file of `size` bytes.
+def read(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
+    """Read the header of any safetensors file of `size` bytes.
+
+    Returns:
+        The header with its length prefix, and its JSON object.
 
     Raises:
         ValueError: the file is truncated or not in safetensors format.
@@ -114,14 +112,20 @@ def read(file: BinaryIO, size: int) -> bytes:
     raw = start + file.read(length - 1)
     if len(raw) < LENGTH + length:
         raise ValueError(f"truncated while reading: got {len(raw)} of {LENGTH + length} header bytes")
-    return raw
+    try:
+        text = raw[LENGTH:].decode()
+    except ValueError as error:
+        raise ValueError(f"the header is not UTF-8: {error}") from error
+    return raw, _object(text, "the header")
 
 
 def check_bounds(text: bytes, what: str) -> None:
-    """Raise ValueError if JSON is too large or too deeply nested to be parsed quickly.
+    """Raise ValueError if JSON is too long, has too many parts or is too deeply nested to be parsed quickly.
 
     Counts delimiters instead of parsing, so the check itself takes time linear in the size.
     """
+    if len(text) > MOST:
+        raise ValueError(f"{what} takes {len(text):,} bytes; the limit is {MOST:,}")
     # Without escapes, every quotation mark begins or ends a string. Brackets inside strings do not nest.
     bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     parts = sum(map(bare.count, (b",", b"[", b"{", b'"')))
@@ -131,15 +135,6 @@ def check_bounds(text: bytes, what: str) -> None:
     deepest = max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
     if deepest > DEPTH:
         raise ValueError(f"{what} is nested {deepest:,} levels deep; the limit is {DEPTH}")
-
-
-def parse(raw: bytes) -> dict[str, Any]:
-    """Parse the JSON of any safetensors header. Raises ValueError if it is invalid."""
-    try:
-        text = raw[LENGTH:].decode()
-    except ValueError as error:
-        raise ValueError(f"the header is not UTF-8: {error}") from error
-    return _object(text, "the header")
 
 
 def is_ours(fields: Mapping[str, Any]) -> bool:
@@ -162,7 +157,11 @@ def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, 
         ValueError: a field is invalid, or an array lies outside the file.
     """
     metadata = fields[METADATA]
-    _check_version(metadata.get("version"))
+    version = metadata.get("version")
+    if version != VERSION:
+        if isinstance(version, str) and version.isdecimal():
+            raise ValueError(f"format version {version:.20} is newer than {VERSION}; update mlx_kvcache")
+        raise ValueError(f"unknown format version: {short(version)}, expected '{VERSION}'")
     header = _object(metadata.get("header"), "metadata field 'header'")
     checksums = _object(metadata.get("checksums"), "metadata field 'checksums'")
     if unmatched := sorted((fields.keys() - {METADATA}) ^ {*checksums, CHECKSUM}):
@@ -179,20 +178,35 @@ def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, 
 def places(
     fields: Mapping[str, Any], checksums: Mapping[str, Any], begin: int, size: int
 ) -> dict[str, Entry]:
-    """Return all arrays of a parsed header in file order. Raises ValueError like `decode`."""
-    arrays = {name: field for name, field in fields.items() if name != METADATA}
-    entries = [(name, _entry(name, field, begin, checksums.get(name, ""))) for name, field in arrays.items()]
-    entries.sort(key=lambda item: (item[1].begin, item[1].end))
-    _check_places(entries, begin, size)
-    return dict(entries)
+    """Return all arrays of a parsed header in file order, which must fill the file from `begin` to its end.
 
-
-def _check_version(version: object) -> None:
-    if version == VERSION:
-        return
-    if isinstance(version, str) and version.isdecimal():
-        raise ValueError(f"format version {version:.20} is newer than {VERSION}; update mlx_kvcache")
-    raise ValueError(f"unknown format version: {short(version)}, expected '{VERSION}'")
+    Raises ValueError like `decode`.
+    """
+    entries = {
+        name: _entry(name, field, begin, checksums.get(name, ""))
+        for name, field in fields.items()
+        if name != METADATA
+    }
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    at = begin
+    for name, entry in ordered.items():
+        if entry.begin != at:
+            fault = "overlaps the array before it" if entry.begin < at else "leaves a gap before it"
+            raise ValueError(f"array {short(name)} {fault}: it begins at byte {entry.begin}, expected {at}")
+        at = entry.end
+        needed = SIZES[entry.dtype] * math.prod(entry.shape)
+        if at - entry.begin != needed:
+            raise ValueError(
+                f"array {short(name)} has {at - entry.begin} bytes (from {entry.begin} to {at}), "
+                f"but shape {short(list(entry.shape))} of {entry.dtype} takes {short(needed)}"
+            )
+    if at > size:
+        raise ValueError(f"truncated file: {size} bytes, expected {at}")
+    if at < size:
+        raise ValueError(
+            f"corrupt file: {size - at} extra bytes after the last array, which ends at byte {at}"
+        )
+    return ordered
 
 
 def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
@@ -212,29 +226,6 @@ def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
     if not isinstance(checksum, str):
         raise ValueError(f"the checksum of {array} is {short(checksum)}, expected a string")
     return Entry(dtype, shape, data + offsets[0], data + offsets[1], checksum)
-
-
-def _check_places(entries: list[tuple[str, Entry]], begin: int, size: int) -> None:
-    """Raise ValueError unless the arrays, sorted by offset, fill the file from `begin` to its end."""
-    at = begin
-    for name, entry in entries:
-        array = f"array {short(name)}"
-        if entry.begin != at:
-            fault = "overlaps the array before it" if entry.begin < at else "leaves a gap before it"
-            raise ValueError(f"{array} {fault}: it begins at byte {entry.begin}, expected {at}")
-        needed = SIZES[entry.dtype] * math.prod(entry.shape)
-        if entry.end - entry.begin != needed:
-            raise ValueError(
-                f"{array} has {entry.end - entry.begin} bytes (from {entry.begin} to {entry.end}), "
-                f"but shape {short(list(entry.shape))} of {entry.dtype} takes {short(needed)}"
-            )
-        at = entry.end
-    if at > size:
-        raise ValueError(f"truncated file: {size} bytes, expected {at}")
-    if at < size:
-        raise ValueError(
-            f"corrupt file: {size - at} extra bytes after the last array, which ends at byte {at}"
-        )
 
 
 def _counts(value: object, what: str, most: int) -> tuple[int, ...]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheFileError
-from . import container
-from .files import faults_of
+from .container import Contents, Entry, NotOursError, faults_of, read_arrays, read_contents, read_outline
 from .header import short
 from .schema import integer, layer_index, listing, mapping
 
@@ -21,11 +20,6 @@ FLOAT, PACKED, GONE = "█", "▒", "·"
 
 _ARRAYS = 8
 """The most arrays that are listed for a layer."""
-
-NO_PROMPT_CACHE = (
-    "a safetensors file without a prompt cache, such as a model's weights or adapters; expected a file "
-    "written by PromptCache.save or by mlx-lm's save_prompt_cache"
-)
 
 
 def shown(path: Path, verify: bool = True) -> Iterator[str]:
@@ -39,12 +33,12 @@ def shown(path: Path, verify: bool = True) -> Iterator[str]:
         CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
     """
     try:
-        contents = container.read_contents(path)
-    except container.NotOursError:
+        contents = read_contents(path)
+    except NotOursError:
         yield from _shown_of_mlx_lm(path)
         return
     if verify:
-        for _ in container.read_arrays(contents):
+        for _ in read_arrays(contents):
             pass
     checked = "all checksums match" if verify else "only the header was verified"
     yield f"{path}: {contents.size:,} bytes, {len(contents.entries)} arrays, {checked}"
@@ -60,9 +54,14 @@ def shown(path: Path, verify: bool = True) -> Iterator[str]:
             yield from _cache(mapping(cache, "a cache"), end, f"{index}.", contents.entries)
 
 
-def is_prompt_cache(metadata: Mapping[str, Any]) -> bool:
-    """Return whether `save_prompt_cache` of mlx-lm 0.31 or 0.32 wrote a safetensors file's metadata."""
-    return "2.0" in metadata
+def check_prompt_cache(contents: Contents) -> None:
+    """Raise CacheFileError unless `save_prompt_cache` of mlx-lm 0.31 or 0.32 wrote a safetensors file."""
+    if "2.0" not in contents.header:
+        raise CacheFileError(
+            contents.path,
+            "a safetensors file without a prompt cache, such as a model's weights or adapters; expected a "
+            "file written by PromptCache.save or by mlx-lm's save_prompt_cache",
+        )
 
 
 def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
@@ -72,11 +71,12 @@ def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
     metadata under "1.", and class names under "2.". mlx-lm 0.32 writes the user's metadata under "0.",
     class names under "1.", and an empty "2.0".
     """
-    metadata, entries, size = container.read_outline(path)
-    if not is_prompt_cache(metadata):
-        raise CacheFileError(path, NO_PROMPT_CACHE)
+    contents = read_outline(path)
+    check_prompt_cache(contents)
+    metadata, entries = contents.header, contents.entries
     yield (
-        f"{path}: {size:,} bytes, {len(entries)} arrays, written by mlx-lm's save_prompt_cache (no checksums)"
+        f"{path}: {contents.size:,} bytes, {len(entries)} arrays, "
+        "written by mlx-lm's save_prompt_cache (no checksums)"
     )
     is_old = bool(metadata["2.0"])
     added, classes = ("1.", "2.") if is_old else ("0.", "1.")
@@ -85,7 +85,7 @@ def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
         for name, value in metadata.items()
         if name.startswith(classes) and name.removeprefix(classes).isdecimal()
     }
-    told = (_tokens(path, layer, str(kind), is_old, metadata, entries) for layer, kind in layers.items())
+    told = (_tokens(contents, layer, str(kind), is_old) for layer, kind in layers.items())
     yield f"tokens    {next((n for n in told if n is not None), 'unknown')}"
     for name, value in metadata.items():
         if name.startswith(added):
@@ -104,26 +104,20 @@ def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
             yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
 
 
-def _tokens(
-    path: Path,
-    layer: str,
-    kind: str,
-    is_old: bool,
-    metadata: Mapping[str, Any],
-    entries: Mapping[str, container.Entry],
-) -> str | None:
+def _tokens(contents: Contents, layer: str, kind: str, is_old: bool) -> str | None:
     """Return the number of tokens in a layer of mlx-lm's file, or None if the layer does not store it."""
     if is_old:
         place = {"RotatingKVCache": f"0.{layer}.2", "QuantizedKVCache": f"0.{layer}.0"}.get(kind)
-        keys = entries.get(f"{layer}.0")
+        keys = contents.entries.get(f"{layer}.0")
         if place:
-            return short(metadata.get(place)).replace("'", "")
+            return short(contents.header.get(place)).replace("'", "")
         return f"{keys.shape[2]:,}" if kind == "KVCache" and keys and len(keys.shape) == 4 else None
     name = f"{layer}.2"
-    offset = entries.get(name)
+    offset = contents.entries.get(name)
     if not kind.endswith("KVCache") or offset is None or (offset.dtype, offset.shape) != ("I32", ()):
         return None
-    return f"{int.from_bytes(container.read_bytes(path, name, offset), 'little', signed=True):,}"
+    [(_, stored)] = read_arrays(contents, [name], verify=False)
+    return f"{int.from_bytes(stored.data.tobytes(), 'little', signed=True):,}"
 
 
 def _table(title: str, told: Any) -> Iterator[str]:
@@ -133,9 +127,7 @@ def _table(title: str, told: Any) -> Iterator[str]:
             yield f"{title:9} {name}: {short(value)}"
 
 
-def _cache(
-    cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str, container.Entry]
-) -> Iterator[str]:
+def _cache(cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str, Entry]) -> Iterator[str]:
     """Describe one cache of the file: its kind, its layers and its stored tokens."""
     size = sum(entry.end - entry.begin for name, entry in entries.items() if name.startswith(prefix))
     sizes = [f"{name} {short(cache[name])}" for name in ("size", "sinks") if cache.get(name)]

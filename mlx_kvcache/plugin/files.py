@@ -23,8 +23,8 @@ from ..caches.snapshot import Run, Snapshot
 from ..cells.visibility import Chunk, Rule, Window
 from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
 from ..persist.atomic import replacing
-from ..persist.container import NotOursError
-from ..persist.files import Opened, Prepared, evaluate, faults_of, open_file, prepare
+from ..persist.container import NotOursError, faults_of
+from ..persist.files import Opened, Prepared, evaluate, open_file, prepare
 from ..persist.schema import decode_codec, decode_lane, encode_lane, integer, listing, mapping
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain

@@ -16,9 +16,8 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ...errors import CacheFileError
-from ...persist.container import read_outline
-from ...persist.files import faults_of
-from ...persist.show import NO_PROMPT_CACHE, is_prompt_cache
+from ...persist.container import faults_of, read_outline
+from ...persist.show import check_prompt_cache
 from ...quantization import checked_codec
 from ...storage.buffers import Lanes
 from ...storage.codec import Packed, Plain
@@ -92,10 +91,9 @@ def read_foreign(path: Path) -> Foreign:
     Raises:
         CacheFileError: the file is not a prompt cache, is corrupt, or holds a batch.
     """
-    metadata, _, _ = read_outline(path)
+    outline = read_outline(path)
     # Checked before the arrays are read: a file of model weights is large.
-    if not is_prompt_cache(metadata):
-        raise CacheFileError(path, NO_PROMPT_CACHE)
+    check_prompt_cache(outline)
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
         mx.eval(arrays)
@@ -103,7 +101,7 @@ def read_foreign(path: Path) -> Foreign:
         raise CacheFileError(path, f"corrupt file: {error}") from error
     with faults_of(path):
         try:
-            first, second, third = _unflattened(metadata)
+            first, second, third = _unflattened(outline.header)
             # 0.31 starts with the numbers of each cache, 0.32 with the caller's metadata.
             if isinstance(first, list):
                 states, own = _states_of_0_31(arrays, first, third), second
