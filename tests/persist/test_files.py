@@ -296,7 +296,7 @@ def in_layer(name: str, value: Any) -> Change:
         (in_layer("dims", [0, 0]), "head_dim of keys is 0"),
         (in_layer("dims", [32]), "expected a list of 2"),
         (in_layer("dtypes", ["I32", "F32"]), "expected floats"),
-        (in_layer("dtypes", ["F64", "F32"]), "MLX has no dtype 'F64'"),
+        (in_layer("dtypes", ["F64", "F32"]), r"dtypes \['F64', 'F32'\], expected floats"),
         (in_layer("codecs", [[7, 32], None]), "7 bits"),
         (in_layer("codecs", [[4, 32], [8, 32]]), r"expected \(1, 2, "),
         (lambda header, arrays: header.pop("caches"), "caches is None"),
