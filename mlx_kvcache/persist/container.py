@@ -8,7 +8,6 @@ detected. Other safetensors readers can open these files.
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import EXTENT
 from ..errors import CacheFileError
 from . import header as file_header
 from .atomic import replacing, sweep
-from .header import CHECKSUM, DIGEST, DIMENSIONS, LENGTH, METADATA, SIZES, Entry, digest, short
+from .header import CHECKSUM, DIGEST, LENGTH, METADATA, SIZES, Entry, digest, short
 
 __all__ = ["SIZES", "Contents", "Entry", "NotOursError", "Stored", "read_arrays", "read_contents", "write"]
 
@@ -86,13 +84,20 @@ def write(
         CacheFileError: the file cannot be written. An existing file is left unchanged.
         TypeError, ValueError: the header is not JSON, or an array is invalid.
     """
+    for name, (_, _, data) in arrays.items():
+        if name in {METADATA, CHECKSUM}:
+            raise ValueError(f"array name {name!r} is reserved")
+        if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+            raise ValueError(
+                f"data of array {name!r} is {data.dtype} of shape {data.shape}, expected contiguous bytes"
+            )
     entries = _lay_out(arrays)
     raw = file_header.encode(header, entries)
     with faults_of(path):
         file_header.check_bounds(raw[LENGTH:], "the header")
         file_header.check_bounds(json.dumps(header).encode(), "metadata field 'header'")
     size = len(raw) + sum(stored.data.nbytes for stored in arrays.values()) + DIGEST
-    with _as_file_error(path, f"written ({size} bytes)"), replacing(path, ready) as file:
+    with accessing(path, f"written ({size} bytes)"), replacing(path, ready) as file:
         file.write(raw)
         for name in entries:
             file.write(arrays[name].data.data)
@@ -179,36 +184,12 @@ def faults_of(path: Path, *more: type[Exception]) -> Iterator[None]:
 
 def _lay_out(arrays: Mapping[str, Stored]) -> dict[str, Entry]:
     """Assign offsets from the end of the header, the largest elements first so that all are aligned."""
-    for name, stored in arrays.items():
-        _check(name, stored)
     entries, at = dict[str, Entry](), 0
-    for name in sorted(arrays, key=lambda name: (-SIZES[arrays[name].dtype], name)):
+    for name in sorted(arrays, key=lambda name: (-SIZES.get(arrays[name].dtype, 0), name)):
         dtype, shape, data = arrays[name]
         entries[name] = Entry(dtype, shape, at, at + data.nbytes, digest(data.data).hex())
         at += data.nbytes
     return entries
-
-
-def _check(name: str, stored: Stored) -> None:
-    """Raise ValueError if an array could not be read back."""
-    dtype, shape, data = stored
-    if name in {METADATA, CHECKSUM}:
-        raise ValueError(f"array name {name!r} is reserved")
-    if dtype not in SIZES:
-        raise ValueError(f"array {name!r} has dtype {dtype!r}, expected one of {', '.join(SIZES)}")
-    if len(shape) > DIMENSIONS or not all(0 <= n <= EXTENT for n in shape):
-        raise ValueError(
-            f"array {name!r} has shape {shape}; the limits are {DIMENSIONS} dimensions of 0 to {EXTENT:,}"
-        )
-    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
-        raise ValueError(
-            f"data of array {name!r} is {data.dtype} of shape {data.shape}, expected contiguous bytes"
-        )
-    needed = SIZES[dtype] * math.prod(shape)
-    if data.nbytes != needed:
-        raise ValueError(
-            f"array {name!r} has {data.nbytes} bytes, but {dtype} of shape {shape} takes {needed}"
-        )
 
 
 def _last_bytes(file: BufferedReader, size: int) -> bytes:
@@ -219,7 +200,7 @@ def _last_bytes(file: BufferedReader, size: int) -> bytes:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """Open a file, and return it with its size in bytes. Removes leftover temporary files first."""
-    with _as_file_error(path, "read"):
+    with accessing(path, "read"):
         sweep(path.parent, path.name)
         mode = path.stat().st_mode
         # Opening a named pipe would block until another process writes to it.
@@ -230,8 +211,12 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
 
 
 @contextmanager
-def _as_file_error(path: Path, done: str) -> Iterator[None]:
-    """Raise errors of the system and of the format as CacheFileError with the path."""
+def accessing(path: Path, done: str) -> Iterator[None]:
+    """Raise errors of the system and of the format as CacheFileError with the path.
+
+    Args:
+        done: what is being done to the file, such as "read".
+    """
     with faults_of(path):
         try:
             yield

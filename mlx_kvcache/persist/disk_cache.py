@@ -17,7 +17,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..arguments import whole
@@ -189,9 +188,7 @@ class PrefixFolder:
     def __enter__(self) -> PrefixFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _check_open(self) -> None:
@@ -293,13 +290,7 @@ CANDIDATES = 8
 
 
 class Kept(NamedTuple):
-    """A cache that was loaded from a file.
-
-    Attributes:
-        tokens: the tokens in the cache.
-        cache: the cache.
-        point: the number of leading tokens that it can resume from.
-    """
+    """A cache that was loaded from a file, its tokens, and how many of them it can resume from."""
 
     tokens: tuple[int, ...]
     cache: Any

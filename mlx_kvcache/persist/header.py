@@ -70,7 +70,10 @@ def digest(data: bytes | memoryview) -> bytes:
 
 
 def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
-    """Return the header with its length prefix. Offsets of `entries` count from the end of the header."""
+    """Return the header with its length prefix. Offsets of `entries` count from the end of the header.
+
+    Raises ValueError if it could not be read back.
+    """
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -80,9 +83,10 @@ def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
     end = max((entry.end for entry in entries.values()), default=0)
     whole = {**entries, CHECKSUM: Entry("U8", (DIGEST,), end, end + DIGEST, "")}
     fields = {
-        name: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
+        name: {"dtype": entry.dtype, "shape": [*entry.shape], "data_offsets": [entry.begin, entry.end]}
         for name, entry in whole.items()
     }
+    places(fields, {}, 0, end + DIGEST)
     text = json.dumps({METADATA: metadata, **fields}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(LENGTH, "little") + text

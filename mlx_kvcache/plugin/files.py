@@ -23,7 +23,7 @@ from ..caches.snapshot import Run, Snapshot
 from ..cells.visibility import Chunk, Rule, Window
 from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
 from ..persist.atomic import replacing
-from ..persist.container import NotOursError, faults_of
+from ..persist.container import NotOursError, accessing, faults_of
 from ..persist.files import Opened, Prepared, evaluate, open_file, prepare
 from ..persist.schema import decode_codec, decode_lane, encode_lane, integer, listing, mapping
 from ..storage.buffers import Form, Lanes
@@ -420,12 +420,9 @@ def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] |
     """
     # mlx-lm writes the name of an entry's class and its state.
     entries = [type(name, (), {"state": state})() for name, state in map(_state, cache)]
-    try:
-        with replacing(path) as file:
-            # MLX gets an open file: it would choose the format of a path by its suffix, or add one.
-            mlx_lm_cache.save_prompt_cache(file, entries, metadata)
-    except OSError as error:
-        raise CacheFileError(path, f"cannot be written: {error.strerror or error}") from error
+    with accessing(path, "written"), replacing(path) as file:
+        # MLX gets an open file: it would choose the format of a path by its suffix, or add one.
+        mlx_lm_cache.save_prompt_cache(file, entries, metadata)
 
 
 def _state(entry: Any) -> tuple[str, Any]:

@@ -29,15 +29,7 @@ _MAX_DEPTH = 32
 
 _BATCH = "it holds a batch; only single sequences are supported"
 
-_PARSE_ERRORS = (
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-)
+_PARSE_ERRORS = (TypeError, LookupError, AttributeError, ValueError, OverflowError, RecursionError)
 """Errors that parsing a corrupt file can raise."""
 
 Ranges = tuple[tuple[int, int], ...]
