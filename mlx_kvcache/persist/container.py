@@ -33,13 +33,7 @@ class NotOursError(CacheFileError):
 
 
 class Stored(NamedTuple):
-    """An array as bytes.
-
-    Attributes:
-        dtype: the safetensors name, a key of `SIZES`.
-        shape: the dimensions.
-        data: the elements in C order, as uint8 of shape (bytes,).
-    """
+    """An array as bytes: its safetensors dtype, its shape, and its elements in C order as uint8 (bytes,)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,12 +45,11 @@ class Contents:
     """The header of a file, without the arrays' bytes.
 
     Attributes:
-        path: the file.
         header: the JSON object that the writer passed, or another writer's metadata.
         entries: the arrays by name, in file order.
         size: the size of the file in bytes.
-        ending: the last bytes of the file. In our files they are the checksum of the header, which covers the
-            arrays too, since the header holds their checksums.
+        ending: the last bytes of the file: in our files the checksum of the header, which covers the arrays
+            too, since the header holds their checksums.
     """
 
     path: Path
@@ -124,11 +117,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def read_outline(path: Path) -> Contents:
-    """Read the header of any safetensors file. Arrays are not read, and nothing is compared with checksums.
-
-    Raises:
-        CacheFileError: the file cannot be read, is not a safetensors file, or is corrupt.
-    """
+    """As `read_contents` for any safetensors file. Nothing is compared with checksums."""
     with _opened(path) as (file, size):
         raw, fields = file_header.read(file, size)
         entries = file_header.places(fields, {}, len(raw), size)

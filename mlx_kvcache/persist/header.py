@@ -31,31 +31,18 @@ DEPTH = 64  # deepest nesting of JSON
 DIMENSIONS = 64  # most dimensions of an array, as in NumPy
 
 # Bytes of an element by safetensors dtype name. mx.load reads all but F64.
-SIZES = {
-    name: size
-    for size, names in {
-        8: "C64 F64 I64 U64",
-        4: "F32 I32 U32",
-        2: "BF16 F16 I16 U16",
-        1: "BOOL I8 U8",
-    }.items()
-    for name in names.split()
-}
-
+SIZES = (
+    dict.fromkeys(("C64", "F64", "I64", "U64"), 8)
+    | dict.fromkeys(("F32", "I32", "U32"), 4)
+    | dict.fromkeys(("BF16", "F16", "I16", "U16"), 2)
+    | dict.fromkeys(("BOOL", "I8", "U8"), 1)
+)
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Entry(NamedTuple):
-    """The location and type of an array in a file.
-
-    Attributes:
-        dtype: the safetensors name, a key of `SIZES`.
-        shape: the dimensions.
-        begin: the offset of the first byte in the file.
-        end: the offset after the last byte.
-        checksum: the hexadecimal digest of the bytes.
-    """
+    """An array of a file: its safetensors dtype, its bytes [begin, end), and their hexadecimal digest."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -95,11 +82,7 @@ def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
 def read(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
     """Read the header of any safetensors file of `size` bytes.
 
-    Returns:
-        The header with its length prefix, and its JSON object.
-
-    Raises:
-        ValueError: the file is truncated or not in safetensors format.
+    Returns the header with its length prefix, and its JSON object.
     """
     start = file.read(LENGTH + 1)
     if not start:
@@ -142,23 +125,21 @@ def check_bounds(text: bytes, what: str) -> None:
 
 
 def is_ours(fields: Mapping[str, Any]) -> bool:
-    """Return whether this package wrote a parsed header, in any version of the format."""
+    """Return whether this package wrote a header, in any version of the format."""
     metadata = fields.get(METADATA)
     return isinstance(metadata, dict) and metadata.get("format") == FORMAT
 
 
 def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Validate a parsed header. Return the caller's JSON object, and the arrays in file order.
-
-    The arrays do not include the header's own checksum.
+    """Validate a header that this package wrote.
 
     Args:
-        fields: the parsed header; `is_ours` must be true.
+        fields: the JSON object of the header.
         begin: the size of the header in bytes, with its length prefix.
         size: the size of the file in bytes.
 
-    Raises:
-        ValueError: a field is invalid, or an array lies outside the file.
+    Returns:
+        The caller's JSON object, and the arrays in file order, without the header's own checksum.
     """
     metadata = fields[METADATA]
     version = metadata.get("version")
@@ -182,10 +163,7 @@ def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, 
 def places(
     fields: Mapping[str, Any], checksums: Mapping[str, Any], begin: int, size: int
 ) -> dict[str, Entry]:
-    """Return all arrays of a parsed header in file order, which must fill the file from `begin` to its end.
-
-    Raises ValueError like `decode`.
-    """
+    """Return all arrays of a header in file order. They must fill the file from `begin` to its end."""
     entries = {
         name: _entry(name, field, begin, checksums.get(name, ""))
         for name, field in fields.items()
@@ -233,7 +211,7 @@ def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
 
 
 def _counts(value: object, what: str, most: int) -> tuple[int, ...]:
-    """Return a list of whole numbers from 0 to `most` as a tuple. Bools are refused."""
+    """Return a list of whole numbers, which bools are not, as a tuple."""
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= most for n in value):
         raise ValueError(f"{what} is {short(value)}, expected a list of whole numbers from 0 to {most}")
     return tuple(value)

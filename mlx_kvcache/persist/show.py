@@ -25,12 +25,8 @@ _ARRAYS = 8
 def shown(path: Path, verify: bool = True) -> Iterator[str]:
     """Yield lines of text that describe a file, with a picture of the stored tokens.
 
-    Args:
-        path: the file.
-        verify: read the arrays, and compare their checksums.
-
-    Raises:
-        CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
+    Raises CacheFileError if the file cannot be read, is corrupt, or is not a saved cache. Arrays are only
+    read to `verify` them.
     """
     try:
         contents = read_contents(path)
@@ -80,28 +76,23 @@ def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
     )
     is_old = bool(metadata["2.0"])
     added, classes = ("1.", "2.") if is_old else ("0.", "1.")
-    layers = {
-        name.removeprefix(classes): value
-        for name, value in metadata.items()
-        if name.startswith(classes) and name.removeprefix(classes).isdecimal()
-    }
+    layers = {n[2:]: value for n, value in metadata.items() if n.startswith(classes) and n[2:].isdecimal()}
     told = (_tokens(contents, layer, str(kind), is_old) for layer, kind in layers.items())
     yield f"tokens    {next((n for n in told if n is not None), 'unknown')}"
     for name, value in metadata.items():
         if name.startswith(added):
-            yield f"{'metadata':9} {short(name[len(added) :])}: {short(value)}"
+            yield f"metadata  {short(name[2:])}: {short(value)}"
     yield ""
-    groups: dict[str, list[str]] = {}
     of_layer: dict[str, list[str]] = {}
     for place, entry in sorted(entries.items()):
         if entry.shape:
             of_layer.setdefault(place.partition(".")[0], []).append(f"{entry.dtype} {list(entry.shape)}")
+    texts = {}
     for layer, kind in layers.items():
-        arrays = ", ".join(of_layer.get(layer, ["no arrays"])[:_ARRAYS])
-        groups.setdefault(f"{short(kind)}, {arrays}".replace("'", ""), []).append(layer)
+        arrays = of_layer.get(layer, ["no arrays"])[:_ARRAYS]
+        texts[layer] = ", ".join([short(kind).replace("'", ""), *arrays])
     with faults_of(path):
-        for text, names in groups.items():
-            yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
+        yield from _grouped(texts)
 
 
 def _tokens(contents: Contents, layer: str, kind: str, is_old: bool) -> str | None:
@@ -147,8 +138,7 @@ def _cache(cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str
 
 
 def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
-    """Describe the layers, one line for all layers of the same form."""
-    groups: dict[str, list[str]] = {}
+    texts = {}
     for name, layer in layers.items():
         form = mapping(layer, "a layer")
         dims, dtypes, codecs = (listing(form.get(key), key, 2) for key in ("dims", "dtypes", "codecs"))
@@ -156,20 +146,24 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
             f"{what} {short(dim)} wide in {_storage(dtype, codec)}"
             for what, dim, dtype, codec in zip(("keys", "values"), dims, dtypes, codecs, strict=True)
         ]
-        groups.setdefault(f"{short(form.get('heads'))} heads, {', '.join(slots)}", []).append(name)
-    for text, names in groups.items():
-        yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
+        texts[name] = f"{short(form.get('heads'))} heads, {', '.join(slots)}"
+    yield from _grouped(texts)
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Format ascending numbers, with consecutive ones as a range."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and groups[-1][-1] + 1 == number:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return ", ".join(str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}" for own in groups)
+def _grouped(texts: Mapping[str, str]) -> Iterator[str]:
+    """Describe layers by name, one line for all layers with the same text."""
+    layers: dict[str, list[int]] = {}
+    for name, text in texts.items():
+        layers.setdefault(text, []).append(layer_index(name))
+    for text, numbers in layers.items():
+        runs: list[list[int]] = []
+        for number in sorted(numbers):
+            if runs and runs[-1][-1] + 1 == number:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        spelled = (f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+        yield f"  layers {', '.join(spelled)}: {text}"
 
 
 def _storage(dtype: Any, codec: Any) -> str:

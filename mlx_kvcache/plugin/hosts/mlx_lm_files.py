@@ -57,17 +57,10 @@ class Entry(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """The contents of a file of mlx-lm.
-
-    Attributes:
-        path: the file.
-        entries: its layers; those of a `CacheList` follow each other.
-        metadata: the metadata that the caller of `save_prompt_cache` added.
-    """
+    """The layers of a file of mlx-lm; those of a `CacheList` follow each other."""
 
     path: Path
     entries: list[Entry]
-    metadata: dict[str, Any]
 
     @property
     def end(self) -> int:
@@ -96,9 +89,9 @@ def read_foreign(path: Path) -> Foreign:
             first, second, third = _unflattened(outline.header)
             # 0.31 starts with the numbers of each cache, 0.32 with the caller's metadata.
             if isinstance(first, list):
-                states, own = _states_of_0_31(arrays, first, third), second
+                states = _states_of_0_31(arrays, first, third)
             else:
-                states, own = _states_of_0_32(arrays, second, third), first
+                states = _states_of_0_32(arrays, second, third)
             entries = [entry for name, state in states for entry in _entries(name, state)]
         except _PARSE_ERRORS as error:
             # Messages of other errors name internals of this module.
@@ -113,7 +106,7 @@ def read_foreign(path: Path) -> Foreign:
             )
         if len(offsets) > 1:
             raise ValueError(f"corrupt file: layers end at different positions: {sorted(offsets)}")
-        return Foreign(path, entries, own if isinstance(own, dict) else {})
+        return Foreign(path, entries)
 
 
 def _unflattened(named: Mapping[str, Any]) -> Any:
