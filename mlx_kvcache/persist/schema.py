@@ -1,8 +1,7 @@
 """Converts sequences of every kind of cache to JSON and named arrays, and back.
 
 `encode` describes a sequence as a JSON object and collects its arrays; `decode` returns the snapshot that a
-cache of the same kind restores. Below them are one pair of functions for each kind of cache, the conversion
-of MLX arrays to bytes and back, and checks of JSON values.
+cache of the same kind restores. Each uses one function for each kind of cache.
 
 A file may be corrupt or malicious, so decoding validates every field. Faults raise ValueError.
 """
@@ -152,9 +151,10 @@ def encode_positional(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: s
     return {"end": snapshot.end, "runs": runs, "layers": layers}
 
 
-def decode_positional(told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str) -> Snapshot:
+def decode_positional(
+    told: Mapping[str, Any], end: int, arrays: Mapping[str, mx.array], prefix: str
+) -> Snapshot:
     """Return the snapshot that `encode_positional` described."""
-    end = integer(told.get("end"), "end")
     layers = mapping(told.get("layers"), "layers")
     forms = {layer_index(name): _decode_form(layer) for name, layer in layers.items()}
     runs, at = [], 0
@@ -249,16 +249,14 @@ def encode_encoder(stream: encoder.Stream, arrays: dict[str, mx.array], prefix: 
 
 
 def decode_encoder(
-    told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str
+    told: Mapping[str, Any], end: int, arrays: Mapping[str, mx.array], prefix: str
 ) -> encoder.Stream | None:
     """Return the stream that `encode_encoder` described."""
-    end = integer(told.get("end"), "end")
     if not end or told.get("position") is None:
         return encoder.Stream(end, None) if end else None
-    names = listing(told.get("layers"), "layers")
     layers = {
         layer_index(name): (array(arrays, f"{prefix}{name}.keys"), array(arrays, f"{prefix}{name}.values"))
-        for name in names
+        for name in listing(told.get("layers"), "layers")
     }
     position = integer(told["position"], "position of the encoder input", 0, end - 1)
     return encoder.Stream(end, encoder.Entry(position, layers))
@@ -307,9 +305,7 @@ def decode_recurrent(
     return recurrent.Stream(end, states, told.get("keeps_newest") is True)
 
 
-def encode(
-    cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str = ""
-) -> dict[str, Any]:
+def encode(cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
     """Describe a sequence, and add its arrays to `arrays` under names that begin with `prefix`."""
     snapshot, kind = cache._snapshot(sequence), kind_of(cache)
     if isinstance(cache, WrapperCache):
@@ -324,8 +320,8 @@ def encode(
     return kind | encode_recurrent(snapshot, arrays, prefix)
 
 
-def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], prefix: str = "") -> Any:
-    """Return the snapshot that `encode` described, for `_plan_restore` of a cache of the same kind."""
+def decode(cache: PlanningCache, told: Any, end: int, arrays: Mapping[str, mx.array], prefix: str) -> Any:
+    """Return the snapshot of `end` tokens that `encode` described, for a cache of the same kind."""
     encoded, expected = mapping(told, "a cache"), kind_of(cache)
     if any(encoded.get(name) != value for name, value in expected.items()):
         found = {name: encoded[name] for name in ("kind", "size", "sinks") if name in encoded}
@@ -336,13 +332,16 @@ def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], pref
     if isinstance(cache, WrapperCache):
         children = listing(encoded.get("children"), "children", len(cache._children))
         pairs = enumerate(zip(cache._children, children, strict=True))
-        return [decode(child, part, arrays, f"{prefix}{i}.") for i, (child, part) in pairs]
+        return [decode(child, part, end, arrays, f"{prefix}{i}.") for i, (child, part) in pairs]
+    held = integer(encoded.get("end"), "end")
+    if held != end:
+        raise ValueError(f"a cache in the file holds {held} tokens, but the file is for {end}")
     if isinstance(cache, PositionalCache):
-        snapshot = decode_positional(encoded, arrays, prefix)
+        snapshot = decode_positional(encoded, end, arrays, prefix)
         _check_layers(cache._store.layers.keys(), snapshot.forms.keys())
         return snapshot
     if isinstance(cache, EncoderCache):
-        return decode_encoder(encoded, arrays, prefix)
+        return decode_encoder(encoded, end, arrays, prefix)
     stream = decode_recurrent(encoded, arrays, prefix)
     if isinstance(cache, RecurrentCache) and stream:
         _check_layers(cache._forms.keys(), {layer for state in stream.states.values() for layer in state})

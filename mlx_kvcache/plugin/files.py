@@ -119,7 +119,8 @@ def prepared(
         CacheError: the model's weights have changed since the cache was made.
     """
     conversation.check_open()
-    if conversation.pool.version is not version_of(conversation.pool.living_model):
+    pool = conversation.pool
+    if pool.version is not version_of(pool.living_model):
         raise CacheError(
             "cannot save: the model's weights have changed since this cache was made; make a new cache and "
             "compute its tokens again"
@@ -127,14 +128,8 @@ def prepared(
     extra: dict[str, mx.array] = {}
     options = {_WRITTEN.get(name, name): value for name, value in options_of(conversation).items()}
     options[_HEAD] = _encode_head(conversation.head, extra)
-    return prepare(
-        conversation.pool.caches,
-        conversation.sequence,
-        tokens,
-        fingerprint(conversation.pool.living_model, tokenizer),
-        options,
-        extra,
-    )
+    model = fingerprint(pool.living_model, tokenizer)
+    return prepare(pool.caches, conversation.sequence, tokens, model, options, extra)
 
 
 def _restore(conversation: Conversation, opened: Opened, tokenizer: Any) -> None:

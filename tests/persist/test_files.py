@@ -280,7 +280,8 @@ def in_layer(name: str, value: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_cache("end", 15), "length of a run is 16, expected a whole number from 1 to 15"),
+        (in_cache("end", 15), "a cache in the file holds 15 tokens, but the file is for 16"),
+        (in_run("length", 17), "length of a run is 17, expected a whole number from 1 to 16"),
         (in_cache("end", True), "end is True"),
         (in_cache("end", -1), "end is -1"),
         (in_cache("end", 2**60), "end is"),
