@@ -335,18 +335,17 @@ class DiskTier:
         At least one token is always left to compute. Returns None if no file can resume after more than
         `more_than` tokens.
         """
-        best: tuple[int, Found | None] = (more_than, None)
+        point, chosen = more_than, None
         for common, found in islice(self.folder.matches(tokens, salt), CANDIDATES):
             most = min(common, len(tokens) - 1)
-            if most <= best[0]:
+            if most <= point:
                 break
             # A resume point needs no arrays, so none are read.
             cache = self._loaded(found, verify=False)
             if cache is not None:
-                point = cache.resume_point(most)
+                if cache.resume_point(most) > point:
+                    point, chosen = cache.resume_point(most), found
                 cache.close()
-                best = max(best, (point, found), key=lambda pair: pair[0])
-        point, chosen = best
         if chosen is None:
             return None
         cache = self._loaded(chosen, verify=True)

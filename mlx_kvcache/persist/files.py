@@ -62,7 +62,7 @@ def prepare(
         TypeError: a token is not a whole number.
         ValueError: the number of tokens is not the length of the sequence, or a token is outside [0, 2**63).
     """
-    end, arrays = caches[0]._end(sequence), dict(extra or {})
+    end, arrays = caches[0].end(sequence), dict(extra or {})
     if tokens is not None:
         tokens = token_ids(tokens)
         if len(tokens) != end:
@@ -191,7 +191,6 @@ def save(
         TypeError: a token is not a whole number.
         ValueError: the number of tokens is not the length of the sequence.
     """
-    cache._check_ready()
     (sequence,) = whole(sequence=sequence)
     return prepare([cache], sequence, tokens, model).write(path)
 

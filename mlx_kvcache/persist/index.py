@@ -45,11 +45,6 @@ def packed(tokens: Iterable[int]) -> bytes:
     return pack(f"<{len(numbers)}q", *numbers)
 
 
-def unpacked(tokens: bytes) -> tuple[int, ...]:
-    """Return the tokens that `packed` encoded."""
-    return unpack(f"<{len(tokens) // 8}q", tokens)
-
-
 def salt_text(salt: Hashable) -> str | None:
     """Return a salt as unambiguous text, or None if its type is not supported.
 
@@ -284,7 +279,7 @@ class Index:
     def tokens(self, name: str) -> tuple[int, ...] | None:
         """Return the tokens of an entry, or None if it was removed."""
         rows = self._rows("SELECT tokens FROM entries WHERE name = ?", name)
-        return unpacked(rows[0][0]) if rows else None
+        return unpack(f"<{len(rows[0][0]) // 8}q", rows[0][0]) if rows else None
 
     def find(self, key: Key) -> str | None:
         """Return the file name of the ready entry for this key, or None."""

@@ -77,23 +77,22 @@ def shaped(arrays: Mapping[str, mx.array], name: str, shape: tuple[int, ...], *d
     return found
 
 
-_DTYPES: dict[str, tuple[mx.Dtype, type[np.generic]]] = {
-    "BOOL": (mx.bool_, np.uint8),
-    "U8": (mx.uint8, np.uint8),
-    "U16": (mx.uint16, np.uint16),
-    "U32": (mx.uint32, np.uint32),
-    "U64": (mx.uint64, np.uint64),
-    "I8": (mx.int8, np.int8),
-    "I16": (mx.int16, np.int16),
-    "I32": (mx.int32, np.int32),
-    "I64": (mx.int64, np.int64),
-    "F16": (mx.float16, np.float16),
-    "BF16": (mx.bfloat16, np.uint16),
-    "F32": (mx.float32, np.float32),
-    "C64": (mx.complex64, np.complex64),
+_DTYPES = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "U16": mx.uint16,
+    "U32": mx.uint32,
+    "U64": mx.uint64,
+    "I8": mx.int8,
+    "I16": mx.int16,
+    "I32": mx.int32,
+    "I64": mx.int64,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F32": mx.float32,
+    "C64": mx.complex64,
 }
-"""MLX dtypes by safetensors name, each with a NumPy dtype that holds its bytes."""
-_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def as_stored(arrays: Mapping[str, mx.array]) -> dict[str, Stored]:
@@ -119,8 +118,7 @@ def load_arrays(contents: Contents, verify: bool, lazy: bool = False) -> dict[st
     for name, (dtype, shape, data) in read_arrays(contents, verify=verify):
         if dtype not in _DTYPES:
             raise CacheFileError(contents.path, f"array {name!r} has dtype {dtype}, which MLX does not have")
-        ours, theirs = _DTYPES[dtype]
-        arrays[name] = mx.array(data.view(theirs)).view(ours).reshape(shape)
+        arrays[name] = mx.array(data).view(_DTYPES[dtype]).reshape(shape)
         mx.eval(arrays[name])
     return arrays
 
@@ -180,7 +178,7 @@ def _decode_form(told: Any) -> Form:
     names = listing(layer.get("dtypes"), "dtypes", 2)
     if any(name not in _FLOATS for name in names):
         raise ValueError(f"keys and values have dtypes {short(names)}, expected floats: {', '.join(_FLOATS)}")
-    key_dtype, value_dtype = (_DTYPES[name][0] for name in names)
+    key_dtype, value_dtype = (_DTYPES[name] for name in names)
     return Form(
         integer(layer.get("heads"), "the number of heads", 1),
         # With empty keys and values, the size of the file would not bound the number of cells.

@@ -25,7 +25,6 @@ from ...storage.codec import Packed, Plain
 _MAX_ENTRIES = 100_000
 """Maximum number of entries of all lists together: the array names in a file set their lengths."""
 _MAX_DEPTH = 32
-"""Maximum nesting depth of lists."""
 
 _BATCH = "it holds a batch; only single sequences are supported"
 
