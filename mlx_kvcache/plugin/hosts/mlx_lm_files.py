@@ -88,10 +88,10 @@ def read_foreign(path: Path) -> Foreign:
             first, second, third = _unflattened(outline.header)
             # 0.31 starts with the numbers of each cache, 0.32 with the caller's metadata.
             if isinstance(first, list):
-                states = _states_of_0_31(arrays, first, third)
+                states = _as_0_32("CacheList", _unflattened(arrays), (third, first))
             else:
                 states = _states_of_0_32(arrays, second, third)
-            entries = [entry for name, state in states for entry in _entries(name, state)]
+            entries = list(_entries("CacheList", states))
         except _PARSE_ERRORS as error:
             # Messages of other errors name internals of this module.
             reason = f": {error}" if type(error) in (ValueError, OverflowError) else ""
@@ -128,37 +128,26 @@ def _unflattened(named: Mapping[str, Any]) -> Any:
     return tree_unflatten(list(named.items()))
 
 
-def _states_of_0_32(arrays: Mapping[str, Any], classes: Any, scalars: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the class and the state of each cache."""
+def _states_of_0_32(arrays: Mapping[str, Any], classes: Any, scalars: Any) -> Iterator[tuple[Any, str]]:
+    """Yield the state and the class of each cache."""
     values = dict(arrays)
     for place, kind in scalars[1:]:
-        values[place] = _value(kind, arrays[place])
-    return zip(classes, _unflattened(values), strict=True)
-
-
-def _value(kind: str, array: mx.array) -> Any:
-    """Decode a scalar, a string or None, which 0.32 writes as an array."""
-    if kind == "none":
-        return None
-    if kind == "scalar":
-        return array.item()
-    letters: Any = array.tolist()
-    return "".join(map(chr, letters))
-
-
-def _states_of_0_31(arrays: Mapping[str, Any], infos: Any, classes: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the class and the state of each cache, in the form of 0.32."""
-    for name, state, info in zip(classes, _unflattened(arrays), infos, strict=True):
-        yield name, _as_0_32(name, state, info)
+        # 0.32 writes numbers, strings and None as arrays.
+        if kind == "none":
+            values[place] = None
+        elif kind == "scalar":
+            values[place] = arrays[place].item()
+        else:
+            values[place] = "".join(map(chr, arrays[place].tolist()))
+    return zip(_unflattened(values), classes, strict=True)
 
 
 def _as_0_32(name: str, state: Any, info: Any) -> Any:
     """Convert a state of 0.31 and its separate numbers to a state of 0.32."""
     if name == "CacheList":
         names, infos = info
-        return [
-            (_as_0_32(child, own, more), child) for child, own, more in zip(names, state, infos, strict=True)
-        ]
+        children = zip(names, state, infos, strict=True)
+        return [(_as_0_32(child, own, more), child) for child, own, more in children]
     if name == "ArraysCache":
         return state, None, None
     keys, values = state
@@ -175,7 +164,7 @@ def _as_0_32(name: str, state: Any, info: Any) -> Any:
 
 
 def _entries(name: str, state: Any) -> Iterator[Entry]:
-    """Yield the layers of one cache."""
+    """Yield the layers of a cache."""
     if name == "CacheList":
         for own, child in state:
             yield from _entries(child, own)
@@ -183,16 +172,16 @@ def _entries(name: str, state: Any) -> Iterator[Entry]:
     if name not in _READERS:
         raise ValueError(f"class {str(name)[:60]} is not one of {', '.join(_READERS)}")
     entry = _READERS[name](*state)
-    arrays = (*entry.arrays, *(array for lane in entry.lanes or () for array in lane.arrays))
+    lanes = entry.lanes or ()
+    arrays = (*entry.arrays, *(array for lane in lanes for array in lane.arrays))
     if any(array is not None and array.shape[0] != 1 for array in arrays):
         raise ValueError(_BATCH)
     for offset in (entry.offset or 0, *entry.sizes):
         if type(offset) is not int or offset < 0:
             raise ValueError(f"number of tokens is {offset!r}, expected an integer of 0 or more")
     held = sum(length for _, length in entry.ranges)
-    if any(length < 1 for _, length in entry.ranges) or any(
-        lane.arrays[0].ndim != 4 or lane.arrays[0].shape[2] != held for lane in entry.lanes or ()
-    ):
+    shapes = [lane.arrays[0].shape for lane in lanes]
+    if any(length < 1 for _, length in entry.ranges) or any(len(s) != 4 or s[2] != held for s in shapes):
         raise ValueError(f"arrays of {name} do not have the {held} tokens that it records")
     yield entry
 
