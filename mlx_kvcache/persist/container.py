@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import CacheFileError
 from . import header as file_header
 from .atomic import replacing, sweep
-from .header import CHECKSUM, DIGEST, LENGTH, METADATA, SIZES, Entry, digest, short
+from .header import CHECKSUM, DIGEST, FORMAT, LENGTH, METADATA, SIZES, Entry, digest, short
 
 __all__ = ["SIZES", "Contents", "Entry", "NotOursError", "Stored", "read_arrays", "read_contents", "write"]
 
@@ -68,7 +68,7 @@ def write(
     """Write a file atomically, and return its size in bytes.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file.
         header: the caller's JSON object.
         arrays: the arrays by name. The names "checksum" and "__metadata__" are reserved.
         ready: called after the new file is synced to the disk, before it replaces an existing one.
@@ -107,7 +107,8 @@ def read_contents(path: Path) -> Contents:
     """
     with _opened(path) as (file, size):
         raw, fields = file_header.read(file, size)
-        if not file_header.is_ours(fields):
+        metadata = fields.get(METADATA)
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise NotOursError(path, "a safetensors file, but not written by mlx_kvcache")
         header, entries = file_header.decode(fields, len(raw), size)
         ending = _last_bytes(file, size)
@@ -201,11 +202,7 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
 
 @contextmanager
 def accessing(path: Path, done: str) -> Iterator[None]:
-    """Raise errors of the system and of the format as CacheFileError with the path.
-
-    Args:
-        done: what is being done to the file, such as "read".
-    """
+    """Raise errors while a file is "read" or "written" as CacheFileError with the path."""
     with faults_of(path):
         try:
             yield

@@ -100,19 +100,16 @@ class PrefixFolder:
         return self._index.nbytes
 
     def put(self, tokens: Sequence[int], salt: Hashable, write: Callable[[Path], int], nbytes: int) -> bool:
-        """Queue a file to be written on the background thread.
+        """Queue a file to be written on the thread. An existing file for the same tokens is marked as used.
 
         Args:
             tokens: the tokens of the sequence in the file.
-            salt: separates sequences that must not be shared: None, a bool, int, float, str, bytes, or a
-                tuple of these. Unlike in a dict, 1, 1.0 and True are different.
-            write: writes the file to a path atomically, and returns its size in bytes. An exception is
-                counted in `counts`.
+            salt: separates sequences that must not be shared; see `salt_text`.
+            write: writes the file to a path atomically, and returns its size in bytes.
             nbytes: the approximate size of the file in bytes.
 
         Returns:
-            Whether the file will be written. If not, `counts` has the reason. An existing file for the same
-            tokens is marked as used.
+            Whether the file will be written. If not, `counts` has the reason.
 
         Raises:
             ValueError: there are no tokens, or one is outside [0, 2**63).
@@ -143,10 +140,9 @@ class PrefixFolder:
             return text is not None and self._is_there(Key(self._namespace, text, packed(tokens)))
 
     def matches(self, tokens: Sequence[int], salt: Hashable) -> Iterator[tuple[int, Found]]:
-        """Yield files with the number of leading tokens that they share, as in `PrefixTree.matches`.
+        """Yield files with the number of leading tokens that they share, the longest match first.
 
-        The longest match comes first. Another process may remove a file before it is opened: in that case,
-        call `discard` and treat it as a miss.
+        Another process may remove a file before it is opened: in that case, call `discard`.
         """
         text = salt_text(salt)
         with self._lock:
@@ -177,10 +173,7 @@ class PrefixFolder:
         done.wait()
 
     def close(self) -> None:
-        """Write all queued files, and stop the thread. Closing again does nothing.
-
-        An open folder is closed when the process exits.
-        """
+        """Write all queued files, and stop the thread. Closing again does nothing."""
         with self._lock:
             self._is_closed = True
         self._end()
@@ -199,7 +192,6 @@ class PrefixFolder:
             raise CacheError(f"{self._folder} was opened before a fork; open it again in this process")
 
     def _is_there(self, key: Key) -> bool:
-        """Return whether a file for a key exists or is queued, and mark it as used."""
         name = None if key in self._pending else self._index.find(key)
         if name:
             self._add(partial(self._index.use, name))
@@ -356,7 +348,7 @@ class DiskTier:
         return Kept(chosen.tokens, cache, point)
 
     def close(self) -> None:
-        """Write all queued files, and close the folder."""
+        """As `PrefixFolder.close`."""
         self.folder.close()
 
     def _loaded(self, found: Found, verify: bool) -> Any:

@@ -124,12 +124,6 @@ def check_bounds(text: bytes, what: str) -> None:
         raise ValueError(f"{what} is nested {deepest:,} levels deep; the limit is {DEPTH}")
 
 
-def is_ours(fields: Mapping[str, Any]) -> bool:
-    """Return whether this package wrote a header, in any version of the format."""
-    metadata = fields.get(METADATA)
-    return isinstance(metadata, dict) and metadata.get("format") == FORMAT
-
-
 def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, Any], dict[str, Entry]]:
     """Validate a header that this package wrote.
 

@@ -44,11 +44,7 @@ _NAMED = re.compile(r"\.rank\d+of\d+(\.[^.]*)?")
 
 
 def path_of(path: Path, ranks: Ranks) -> Path:
-    """Returns the path of this rank's file, such as `chat.rank0of2.safetensors` for `chat.safetensors`.
-
-    Raises:
-        CacheFileError: the path already names a rank.
-    """
+    """Returns the path of this rank's file, such as `chat.rank0of2.safetensors` for `chat.safetensors`."""
     if ranks.is_alone:
         return path
     if _NAMED.search(path.name):
@@ -114,9 +110,7 @@ def prepared(
 ) -> Prepared:
     """Copies a conversation so that it can be written to a file.
 
-    Raises:
-        ValueError: the number of tokens differs from the conversation's.
-        CacheError: the model's weights have changed since the cache was made.
+    Raises CacheError if the model's weights have changed, and the errors of `prepare`.
     """
     conversation.check_open()
     pool = conversation.pool
@@ -408,11 +402,7 @@ def alone(conversation: Conversation) -> Rows:
 
 
 def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
-    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format.
-
-    Raises:
-        CacheFileError: the file cannot be written.
-    """
+    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format. Raises CacheFileError."""
     # mlx-lm writes the name of an entry's class and its state.
     entries = [type(name, (), {"state": state})() for name, state in map(_state, cache)]
     with accessing(path, "written"), replacing(path) as file:
