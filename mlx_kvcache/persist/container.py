@@ -173,7 +173,10 @@ def faults_of(path: Path, *more: type[Exception]) -> Iterator[None]:
 
 
 def _lay_out(arrays: Mapping[str, Stored]) -> dict[str, Entry]:
-    """Assign offsets from the end of the header, the largest elements first so that all are aligned."""
+    """Assign offsets from the end of the header, the largest elements first so that all are aligned.
+
+    Unknown dtypes come last; `header.encode` refuses them.
+    """
     entries, at = dict[str, Entry](), 0
     for name in sorted(arrays, key=lambda name: (-SIZES.get(arrays[name].dtype, 0), name)):
         dtype, shape, data = arrays[name]
