@@ -26,13 +26,10 @@ def replacing(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[
     Args:
         path: the file to create or replace.
         ready: called after the new file is synced to the disk, before it is renamed.
-
-    Raises:
-        OSError: the file cannot be opened, written or renamed.
     """
     sweep(path.parent, path.name)
     # Opening the folder may fail, so open it before anything is replaced.
-    with _folder(path.parent) as folder:
+    with opened_folder(path.parent) as folder:
         temporary, file = _locked(path)
         try:
             with file:
@@ -51,8 +48,7 @@ def replacing(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[
 def sweep(folder: Path, name: str = "") -> None:
     """Remove temporary files that killed processes left behind.
 
-    A running process holds a lock on its temporary file, and the system releases the lock when the
-    process ends. Files that cannot be listed or removed are skipped.
+    Files that cannot be listed or removed are skipped.
 
     Args:
         folder: where to look.
@@ -60,7 +56,11 @@ def sweep(folder: Path, name: str = "") -> None:
     """
     with suppress(OSError):
         for left in _temporary(folder, name):
-            _remove(left)
+            # NFS grants an exclusive lock only on a file that is open for writing. A running process
+            # holds the lock, and the system releases it when the process ends.
+            with suppress(OSError), left.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
@@ -71,21 +71,9 @@ def _temporary(folder: Path, name: str) -> Iterator[Path]:
             yield path
 
 
-def _remove(left: Path) -> None:
-    """Remove a temporary file unless it is locked."""
-    # NFS grants an exclusive lock only on a file that is open for writing.
-    with suppress(OSError), left.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        left.unlink()
-
-
 @contextmanager
 def claiming(path: Path) -> Iterator[None]:
-    """Mark `path` as being written, for `is_claimed`, until the block ends.
-
-    Raises:
-        OSError: the marker file cannot be opened.
-    """
+    """Mark `path` as being written, for `is_claimed`, until the block ends."""
     temporary, file = _locked(path)
     with file:
         try:
@@ -118,7 +106,8 @@ def _locked(path: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextmanager
-def _folder(folder: Path) -> Iterator[int]:
+def opened_folder(folder: Path) -> Iterator[int]:
+    """Open a folder, to sync or to lock it, and return its file descriptor."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield handle

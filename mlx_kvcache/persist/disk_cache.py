@@ -2,8 +2,7 @@
 
 `DiskTier` converts caches to files and back. `PrefixFolder` stores the files with an SQLite index, evicts
 the least recently used, and finds those that share a prefix with given tokens; several processes may use
-a folder, and it outlives them. `Background` is the thread that writes the files; it finishes its work
-before the process exits.
+a folder, and it outlives them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ..arguments import whole
 from ..errors import CacheError, CacheFileError, CacheFullError
@@ -28,50 +26,7 @@ from . import atomic
 from .files import Prepared
 from .index import REPLACED, TOO_LARGE, Index, Key, new_name, packed, salt_text
 
-Work = Callable[[], None]
-
-
-class Background:
-    """A thread that runs functions in the order in which they were added.
-
-    Args:
-        finish: called last, when the thread has ended.
-    """
-
-    def __init__(self, finish: Work) -> None:
-        self._queue: SimpleQueue[Work | None] = SimpleQueue()
-        thread = threading.Thread(target=_work, args=(self._queue,), name="mlx_kvcache", daemon=True)
-        thread.start()
-        # Runs on `close`, when this object is collected, or at exit. Queued work refers to this object's
-        # owner, so collection happens only when the queue is empty and does not block.
-        self._end = weakref.finalize(self, _end, self._queue, thread, finish)
-
-    @property
-    def is_open(self) -> bool:
-        return self._end.alive
-
-    def add(self, work: Work) -> None:
-        """Queue a function, which must not raise. Functions that are added after `close` do not run."""
-        self._queue.put(work)
-
-    def close(self) -> None:
-        """Wait for queued functions to run, and end the thread. Closing again does nothing."""
-        self._end()
-
-
-def _work(queue: SimpleQueue[Work | None]) -> None:
-    while (work := queue.get()) is not None:
-        work()
-        # The function may hold arrays. Free them before waiting for the next one.
-        del work
-
-
-def _end(queue: SimpleQueue[Work | None], thread: threading.Thread, finish: Work) -> None:
-    queue.put(None)
-    # The thread itself may drop the last reference, and a thread cannot join itself.
-    if thread is not threading.current_thread():
-        thread.join()
-    finish()
+Work = Callable[[], object]
 
 
 class Found(NamedTuple):
@@ -84,16 +39,18 @@ class Found(NamedTuple):
 class PrefixFolder:
     """A folder of files that are found by a prefix of their tokens; the least recently used are evicted.
 
-    The caller decides the contents of the files. A background thread writes them one at a time. All
-    methods are thread-safe. Several processes may use a folder at once, and each finds the files of the
-    others. The folder must be on a local file system.
+    The caller decides the contents of the files. A thread writes them one at a time, and finishes before the
+    process exits. All methods are thread-safe. Several processes may use a folder at once, and each finds
+    the files of the others. The folder must be on a local file system.
+
+    All methods raise CacheError if the folder is closed, and CacheFileError if it or its index cannot be
+    used.
 
     Args:
         folder: created if it is missing.
         max_bytes: the limit for all files, those of other namespaces included. If processes give different
             limits, each applies its own after writing a file.
         namespace: separates files that must not be mixed, such as a digest of the model and the options.
-            Namespaces share the folder and its limit.
         max_pending: the most bytes that may wait to be written. A single file may be larger.
 
     Attributes:
@@ -104,7 +61,6 @@ class PrefixFolder:
 
     Raises:
         ValueError: a limit is negative.
-        CacheFileError: the folder or its index cannot be used.
     """
 
     def __init__(
@@ -118,10 +74,15 @@ class PrefixFolder:
         self._namespace = namespace
         self._max_pending = max_pending
         self._index = Index(self._folder, max_bytes)
-        self._background = Background(self._index.close)
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._is_closed = False
+        self._queue: SimpleQueue[Work | None] = SimpleQueue()
+        thread = threading.Thread(target=_work, args=(self._queue,), name="mlx_kvcache", daemon=True)
+        thread.start()
+        # Runs on `close`, when this object is collected, or at exit. Queued work refers to this object, so
+        # collection happens only when the queue is empty and does not block.
+        self._end = weakref.finalize(self, _end, self._queue, thread, self._index)
 
         self._pending: dict[Key, int] = {}
         self._trees: dict[str, PrefixTree[Found]] = {}
@@ -134,34 +95,24 @@ class PrefixFolder:
 
     @property
     def nbytes(self) -> int:
-        """The size of all files in bytes, those of other namespaces and processes included.
-
-        Raises:
-            CacheError: the folder is closed.
-            CacheFileError: the index cannot be read.
-        """
+        """The size of all files in bytes, those of other namespaces and processes included."""
         self._check_open()
         return self._index.nbytes
 
     def put(self, tokens: Sequence[int], salt: Hashable, write: Callable[[Path], int], nbytes: int) -> bool:
-        """Queue a file to be written on the background thread.
+        """Queue a file to be written on the thread. An existing file for the same tokens is marked as used.
 
         Args:
             tokens: the tokens of the sequence in the file.
-            salt: separates sequences that must not be shared: None, a bool, int, float, str, bytes, or a
-                tuple of these. Unlike in a dict, 1, 1.0 and True are different.
-            write: writes the file to a path atomically, and returns its size in bytes. An exception is
-                counted in `counts`.
+            salt: separates sequences that must not be shared; see `salt_text`.
+            write: writes the file to a path atomically, and returns its size in bytes.
             nbytes: the approximate size of the file in bytes.
 
         Returns:
-            Whether the file will be written. If not, `counts` has the reason. An existing file for the same
-            tokens is marked as used.
+            Whether the file will be written. If not, `counts` has the reason.
 
         Raises:
             ValueError: there are no tokens, or one is outside [0, 2**63).
-            CacheError: the folder is closed.
-            CacheFileError: the index cannot be read.
         """
         if not len(tokens):
             raise ValueError("cannot store a file for 0 tokens: at least 1 token is needed")
@@ -178,32 +129,20 @@ class PrefixFolder:
             if self._pending and sum(self._pending.values()) + nbytes > self._max_pending:
                 return self._refuse("behind")
             self._pending[key] = nbytes
-            self._queue(partial(self._write, key, write))
+            self._add(partial(self._write, key, write))
             return True
 
     def has(self, tokens: Sequence[int], salt: Hashable) -> bool:
-        """Return whether a file for exactly these tokens exists or is queued, and mark it as used.
-
-        Raises:
-            CacheError: the folder is closed.
-            CacheFileError: the index cannot be read.
-        """
+        """Return whether a file for exactly these tokens exists or is queued, and mark it as used."""
         text = salt_text(salt)
         with self._lock:
             self._check_open()
-            if text is None:
-                return False
-            return self._is_there(Key(self._namespace, text, packed(tokens)))
+            return text is not None and self._is_there(Key(self._namespace, text, packed(tokens)))
 
     def matches(self, tokens: Sequence[int], salt: Hashable) -> Iterator[tuple[int, Found]]:
-        """Yield files with the number of leading tokens that they share, as in `PrefixTree.matches`.
+        """Yield files with the number of leading tokens that they share, the longest match first.
 
-        The longest match comes first. Another process may remove a file before it is opened: in that case,
-        call `discard` and treat it as a miss.
-
-        Raises:
-            CacheError: the folder is closed.
-            CacheFileError: the index cannot be read.
+        Another process may remove a file before it is opened: in that case, call `discard`.
         """
         text = salt_text(salt)
         with self._lock:
@@ -213,73 +152,62 @@ class PrefixFolder:
             return iter(list(tree.matches(tokens)) if tree else [])
 
     def touch(self, found: Found) -> None:
-        """Mark a file as used. Raises CacheError if the folder is closed."""
+        """Mark a file as used."""
         with self._lock:
             self._check_open()
-            self._queue(partial(self._use, found.path.name))
+            self._add(partial(self._index.use, found.path.name))
 
     def discard(self, found: Found) -> None:
-        """Remove a corrupt or missing file, and its index entry.
-
-        Raises:
-            CacheError: the folder is closed.
-            CacheFileError: the file cannot be removed, or the index cannot be written.
-        """
+        """Remove a corrupt or missing file, and its index entry."""
         self._check_open()
         self._index.remove(found.path.name)
         with self._lock:
             self.counts["discarded"] += 1
 
     def flush(self) -> None:
-        """Wait until all queued files are written or have failed. Raises CacheError if it is closed."""
+        """Wait until all queued files are written or have failed."""
         done = threading.Event()
         with self._lock:
             self._check_open()
-            self._background.add(done.set)
+            self._queue.put(done.set)
         done.wait()
 
     def close(self) -> None:
-        """Write all queued files, and stop the thread. Closing again does nothing.
-
-        An open folder is closed when the process exits.
-        """
+        """Write all queued files, and stop the thread. Closing again does nothing."""
         with self._lock:
             self._is_closed = True
-        self._background.close()
+        self._end()
 
     def __enter__(self) -> PrefixFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _check_open(self) -> None:
-        if self._is_closed or not self._background.is_open:
+        if self._is_closed or not self._end.alive:
             raise CacheError(f"{self._folder} is closed")
         if self._process != os.getpid():
             # A fork copies no threads, and SQLite connections must not be used across a fork.
             raise CacheError(f"{self._folder} was opened before a fork; open it again in this process")
 
     def _is_there(self, key: Key) -> bool:
-        """Return whether a file for a key exists or is queued, and mark it as used."""
         name = None if key in self._pending else self._index.find(key)
         if name:
-            self._queue(partial(self._use, name))
+            self._add(partial(self._index.use, name))
         return key in self._pending or name is not None
 
     def _refuse(self, reason: str) -> bool:
         self.counts[reason] += 1
         return False
 
-    def _queue(self, work: Callable[[], Counter[str]]) -> None:
-        self._background.add(partial(self._run, work))
+    def _add(self, work: Callable[[], Counter[str] | None]) -> None:
+        """Queue work for the thread, which adds the returned events to `counts`."""
+        self._queue.put(partial(self._run, work))
 
-    def _run(self, work: Callable[[], Counter[str]]) -> None:
-        """Run queued work on the thread, and add its events to `counts`."""
+    def _run(self, work: Callable[[], Counter[str] | None]) -> None:
         try:
-            happened = work()
+            happened = work() or Counter[str]()
         except BaseException as error:  # noqa: BLE001  # the thread must go on with the rest of the queue
             happened = Counter([f"failed: {_kind(error)}"])
             self.last_failure = f"{type(error).__name__}: {error}"
@@ -302,10 +230,6 @@ class PrefixFolder:
         finally:
             with self._lock:
                 del self._pending[key]
-
-    def _use(self, name: str) -> Counter[str]:
-        self._index.use(name)
-        return Counter()
 
     def _refresh(self) -> None:
         """Update the trees with the files that this and other processes have written and removed."""
@@ -338,24 +262,27 @@ def _kind(error: BaseException) -> str:
     return type(cause or error).__name__
 
 
+def _work(queue: SimpleQueue[Work | None]) -> None:
+    while (work := queue.get()) is not None:
+        work()
+        # The function may hold arrays. Free them before waiting for the next one.
+        del work
+
+
+def _end(queue: SimpleQueue[Work | None], thread: threading.Thread, index: Index) -> None:
+    queue.put(None)
+    # The thread itself may drop the last reference, and a thread cannot join itself.
+    if thread is not threading.current_thread():
+        thread.join()
+    index.close()
+
+
 CANDIDATES = 8
 """The most files that `nearest` opens to ask for their resume points."""
 
 
-class Load(Protocol):
-    """Loads a cache from a file. Without `verify`, the arrays are not read."""
-
-    def __call__(self, path: Path, verify: bool) -> Any: ...
-
-
 class Kept(NamedTuple):
-    """A cache that was loaded from a file.
-
-    Attributes:
-        tokens: the tokens in the cache.
-        cache: the cache.
-        point: the number of leading tokens that it can resume from.
-    """
+    """A cache that was loaded from a file, its tokens, and how many of them it can resume from."""
 
     tokens: tuple[int, ...]
     cache: Any
@@ -365,30 +292,29 @@ class Kept(NamedTuple):
 class DiskTier:
     """Stores caches of one model in a `PrefixFolder`.
 
-    MLX is called on the caller's thread only. The folder's thread writes bytes.
+    MLX is called on the caller's thread only. The folder's thread writes bytes. All methods raise the errors
+    of `PrefixFolder`.
 
     Args:
         folder: where to store files. Its namespace must identify the model.
         prepare: copies the contents of a cache that holds the given tokens.
-        load: loads a cache from a file.
+        load: loads a cache from a file, and verifies the arrays if the second argument is true.
     """
 
     def __init__(
-        self, folder: PrefixFolder, prepare: Callable[[Any, Sequence[int]], Prepared], load: Load
+        self,
+        folder: PrefixFolder,
+        prepare: Callable[[Any, Sequence[int]], Prepared],
+        load: Callable[[Path, bool], Any],
     ) -> None:
         self.folder = folder
         self._prepare = prepare
         self._load = load
 
     def put(self, tokens: Sequence[int], salt: Hashable, cache: Any) -> bool:
-        """Copy a cache, and queue the copy to be written. The caller may close the cache afterwards.
+        """Copy a cache, queue the copy, and return whether it will be written.
 
-        Returns:
-            Whether the cache will be written.
-
-        Raises:
-            CacheError: the folder is closed.
-            CacheFileError: the folder cannot be used.
+        The caller may close the cache afterwards.
         """
         if self.folder.has(tokens, salt):
             return False
@@ -398,32 +324,20 @@ class DiskTier:
     def nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
         """Load the cache that can resume from the longest prefix of these tokens.
 
-        At least one token is always left to compute.
-
-        Args:
-            tokens: the tokens of a conversation.
-            salt: the salt that was given to `put`.
-            more_than: the prefix must be longer than this number of tokens.
-
-        Returns:
-            The cache, or None if no file has a long enough prefix.
-
-        Raises:
-            CacheError: the folder is closed.
-            CacheFileError: the folder cannot be used.
+        At least one token is always left to compute. Returns None if no file can resume after more than
+        `more_than` tokens.
         """
-        best: tuple[int, Found | None] = (more_than, None)
+        point, chosen = more_than, None
         for common, found in islice(self.folder.matches(tokens, salt), CANDIDATES):
             most = min(common, len(tokens) - 1)
-            if most <= best[0]:
+            if most <= point:
                 break
             # A resume point needs no arrays, so none are read.
             cache = self._loaded(found, verify=False)
             if cache is not None:
-                point = cache.resume_point(most)
+                if cache.resume_point(most) > point:
+                    point, chosen = cache.resume_point(most), found
                 cache.close()
-                best = max(best, (point, found), key=lambda pair: pair[0])
-        point, chosen = best
         if chosen is None:
             return None
         cache = self._loaded(chosen, verify=True)
@@ -434,11 +348,11 @@ class DiskTier:
         return Kept(chosen.tokens, cache, point)
 
     def close(self) -> None:
-        """Write all queued files, and close the folder."""
+        """As `PrefixFolder.close`."""
         self.folder.close()
 
     def _loaded(self, found: Found, verify: bool) -> Any:
-        """Load a file. Returns None if it is too long; discards it and returns None if corrupt or missing."""
+        """Load a file, or return None if that is too long, or corrupt or missing and then discarded."""
         try:
             return self._load(found.path, verify)
         except CacheFullError:

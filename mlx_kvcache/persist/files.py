@@ -7,10 +7,8 @@ restore before anything changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +16,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import whole
+from ..arguments import token_ids, whole
 from ..caches.base import PlanningCache
 from ..errors import CacheFileError
 from . import container
+from .container import faults_of
 from .schema import as_stored, decode, encode, integer, listing, load_arrays, mapping, shaped
 
 _TOKENS = "tokens"
@@ -39,18 +38,7 @@ class Prepared(NamedTuple):
         return sum(stored.data.nbytes for stored in self.arrays.values())
 
     def write(self, path: str | PathLike[str], ready: Callable[[], None] = lambda: None) -> int:
-        """Write the file atomically.
-
-        Args:
-            path: the file; an existing one is replaced.
-            ready: called after the new file is synced to the disk, before it replaces an existing one.
-
-        Returns:
-            The size of the file in bytes.
-
-        Raises:
-            CacheFileError: the file cannot be written. An existing file is left unchanged.
-        """
+        """As `container.write`."""
         return container.write(Path(path), self.header, self.arrays, ready)
 
 
@@ -65,10 +53,8 @@ def prepare(
     """Copy a sequence out of caches, without unused cells. Evaluates the arrays.
 
     Args:
-        caches: caches that hold the same sequence.
-        sequence: the sequence to copy.
-        tokens: the sequence's token IDs, or None to leave them out.
-        model: names and values that identify the model, for `Opened.check_model`.
+        caches, sequence: caches that hold the same sequence, and the sequence.
+        tokens, model: as in `save`.
         options: a JSON object to save with the sequence.
         extra: more arrays, with names that begin with a letter.
 
@@ -76,25 +62,20 @@ def prepare(
         TypeError: a token is not a whole number.
         ValueError: the number of tokens is not the length of the sequence, or a token is outside [0, 2**63).
     """
-    end = caches[0]._end(sequence)
-    if tokens is not None and len(tokens) != end:
-        raise ValueError(f"got {len(tokens)} tokens for a sequence of {end}")
-    try:
-        numbers = None if tokens is None else [index(token) for token in tokens]
-    except TypeError as error:
-        raise TypeError(f"tokens must be whole numbers: {error}") from error
-    if outside := [token for token in numbers or () if not 0 <= token < 2**63]:
-        raise ValueError(f"token {outside[0]} is out of range, expected 0 to 2**63 - 1")
-    arrays = dict(extra or {})
-    encoded = [encode(cache, sequence, arrays, f"{i}.") for i, cache in enumerate(caches)]
-    if numbers is not None:
-        arrays[_TOKENS] = mx.array(np.array(numbers, np.int64))
+    end, arrays = caches[0].end(sequence), dict(extra or {})
+    if tokens is not None:
+        tokens = token_ids(tokens)
+        if len(tokens) != end:
+            raise ValueError(f"got {len(tokens)} tokens for a sequence of {end}")
+        if outside := [token for token in tokens if not 0 <= token < 2**63]:
+            raise ValueError(f"token {outside[0]} is out of range, expected 0 to 2**63 - 1")
+        arrays[_TOKENS] = mx.array(np.array(tokens, np.int64))
     header = {
         "end": end,
-        "caches": encoded,
+        "caches": [encode(cache, sequence, arrays, f"{i}.") for i, cache in enumerate(caches)],
         "model": dict(model or {}),
         "options": dict(options or {}),
-        "has_tokens": numbers is not None,
+        "has_tokens": tokens is not None,
     }
     return Prepared(header, as_stored(arrays))
 
@@ -141,20 +122,7 @@ class Opened:
         with faults_of(self.path):
             told = listing(self._caches, "caches", len(caches))
             pairs = enumerate(zip(caches, told, strict=True))
-            found = [decode(cache, part, self.arrays, f"{i}.") for i, (cache, part) in pairs]
-            for snapshot in found:
-                check_end(snapshot, self.end)
-        return found
-
-
-def check_end(snapshot: Any, end: int) -> None:
-    """Raise ValueError unless a snapshot, or each one of a list, ends after `end` tokens."""
-    if isinstance(snapshot, list):
-        for child in snapshot:
-            check_end(child, end)
-    elif (snapshot.end if snapshot else 0) != end:
-        held = snapshot.end if snapshot else 0
-        raise ValueError(f"a cache in the file holds {held} tokens, but the file is for {end}")
+            return [decode(cache, part, self.end, self.arrays, f"{i}.") for i, (cache, part) in pairs]
 
 
 def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False) -> Opened:
@@ -164,8 +132,7 @@ def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False
         path: the file.
         verify: compare the checksums of all arrays. Without it, corrupt arrays are not detected; the header
             is always verified.
-        lazy: read each array when it is first evaluated, which only this thread may do. Requires
-            `verify=False`.
+        lazy: read each array, unverified, when it is first evaluated, which only this thread may do.
 
     Raises:
         NotOursError: another program wrote this safetensors file.
@@ -200,16 +167,6 @@ def evaluate(caches: Sequence[PlanningCache], sequence: int) -> None:
     mx.eval(list(arrays.values()))
 
 
-@contextmanager
-def faults_of(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Raise ValueError, and errors of the given types, as CacheFileError with the path."""
-    kinds: tuple[type[Exception], ...] = (ValueError, *more)
-    try:
-        yield
-    except kinds as error:
-        raise CacheFileError(path, str(error)) from error
-
-
 def save(
     path: str | PathLike[str],
     cache: PlanningCache,
@@ -217,9 +174,7 @@ def save(
     tokens: Sequence[int] | None = None,
     model: Mapping[str, str] | None = None,
 ) -> int:
-    """Save a sequence of a cache to a file.
-
-    The file is written atomically: after a crash, either the old file or the complete new one exists.
+    """Save a sequence of a cache to a file, atomically: a crash leaves the old file or the complete new one.
 
     Args:
         path: the file; an existing one is replaced.
@@ -236,7 +191,6 @@ def save(
         TypeError: a token is not a whole number.
         ValueError: the number of tokens is not the length of the sequence.
     """
-    cache._check_ready()
     (sequence,) = whole(sequence=sequence)
     return prepare([cache], sequence, tokens, model).write(path)
 
@@ -273,9 +227,9 @@ def load(
     (sequence,) = whole(sequence=sequence)
     opened = open_file(path, verify)
     opened.check_model(model or {})
-    snapshots = opened.snapshots([cache])
+    [snapshot] = opened.snapshots([cache])
     with faults_of(opened.path):
-        plan = cache._plan_restore(sequence, snapshots[0])
+        plan = cache._plan_restore(sequence, snapshot)
     plan.commit()
     evaluate([cache], sequence)
     return opened

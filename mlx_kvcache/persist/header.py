@@ -31,31 +31,18 @@ DEPTH = 64  # deepest nesting of JSON
 DIMENSIONS = 64  # most dimensions of an array, as in NumPy
 
 # Bytes of an element by safetensors dtype name. mx.load reads all but F64.
-SIZES = {
-    name: size
-    for size, names in {
-        8: "C64 F64 I64 U64",
-        4: "F32 I32 U32",
-        2: "BF16 F16 I16 U16",
-        1: "BOOL I8 U8",
-    }.items()
-    for name in names.split()
-}
-
+SIZES = (
+    dict.fromkeys(("C64", "F64", "I64", "U64"), 8)
+    | dict.fromkeys(("F32", "I32", "U32"), 4)
+    | dict.fromkeys(("BF16", "F16", "I16", "U16"), 2)
+    | dict.fromkeys(("BOOL", "I8", "U8"), 1)
+)
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Entry(NamedTuple):
-    """The location and type of an array in a file.
-
-    Attributes:
-        dtype: the safetensors name, a key of `SIZES`.
-        shape: the dimensions.
-        begin: the offset of the first byte in the file.
-        end: the offset after the last byte.
-        checksum: the hexadecimal digest of the bytes.
-    """
+    """An array of a file: its safetensors dtype, its bytes [begin, end), and their hexadecimal digest."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,11 +57,9 @@ def digest(data: bytes | memoryview) -> bytes:
 
 
 def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
-    """Return the header with its length prefix.
+    """Return the header with its length prefix. Offsets of `entries` count from the end of the header.
 
-    Args:
-        header: the caller's own JSON object.
-        entries: the arrays in file order. Their offsets count from the end of the header.
+    Raises ValueError if it could not be read back.
     """
     metadata = {
         "format": FORMAT,
@@ -85,19 +70,19 @@ def encode(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> bytes:
     end = max((entry.end for entry in entries.values()), default=0)
     whole = {**entries, CHECKSUM: Entry("U8", (DIGEST,), end, end + DIGEST, "")}
     fields = {
-        name: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
+        name: {"dtype": entry.dtype, "shape": [*entry.shape], "data_offsets": [entry.begin, entry.end]}
         for name, entry in whole.items()
     }
+    places(fields, {}, 0, end + DIGEST)
     text = json.dumps({METADATA: metadata, **fields}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(LENGTH, "little") + text
 
 
-def read(file: BinaryIO, size: int) -> bytes:
-    """Read the header with its length prefix from the start of a file of `size` bytes.
+def read(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
+    """Read the header of any safetensors file of `size` bytes.
 
-    Raises:
-        ValueError: the file is truncated or not in safetensors format.
+    Returns the header with its length prefix, and its JSON object.
     """
     start = file.read(LENGTH + 1)
     if not start:
@@ -114,14 +99,20 @@ def read(file: BinaryIO, size: int) -> bytes:
     raw = start + file.read(length - 1)
     if len(raw) < LENGTH + length:
         raise ValueError(f"truncated while reading: got {len(raw)} of {LENGTH + length} header bytes")
-    return raw
+    try:
+        text = raw[LENGTH:].decode()
+    except ValueError as error:
+        raise ValueError(f"the header is not UTF-8: {error}") from error
+    return raw, _object(text, "the header")
 
 
 def check_bounds(text: bytes, what: str) -> None:
-    """Raise ValueError if JSON is too large or too deeply nested to be parsed quickly.
+    """Raise ValueError if JSON is too long, has too many parts or is too deeply nested to be parsed quickly.
 
     Counts delimiters instead of parsing, so the check itself takes time linear in the size.
     """
+    if len(text) > MOST:
+        raise ValueError(f"{what} takes {len(text):,} bytes; the limit is {MOST:,}")
     # Without escapes, every quotation mark begins or ends a string. Brackets inside strings do not nest.
     bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     parts = sum(map(bare.count, (b",", b"[", b"{", b'"')))
@@ -133,36 +124,23 @@ def check_bounds(text: bytes, what: str) -> None:
         raise ValueError(f"{what} is nested {deepest:,} levels deep; the limit is {DEPTH}")
 
 
-def parse(raw: bytes) -> dict[str, Any]:
-    """Parse the JSON of any safetensors header. Raises ValueError if it is invalid."""
-    try:
-        text = raw[LENGTH:].decode()
-    except ValueError as error:
-        raise ValueError(f"the header is not UTF-8: {error}") from error
-    return _object(text, "the header")
-
-
-def is_ours(fields: Mapping[str, Any]) -> bool:
-    """Return whether this package wrote a parsed header, in any version of the format."""
-    metadata = fields.get(METADATA)
-    return isinstance(metadata, dict) and metadata.get("format") == FORMAT
-
-
 def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Validate a parsed header. Return the caller's JSON object, and the arrays in file order.
-
-    The arrays do not include the header's own checksum.
+    """Validate a header that this package wrote.
 
     Args:
-        fields: the parsed header; `is_ours` must be true.
+        fields: the JSON object of the header.
         begin: the size of the header in bytes, with its length prefix.
         size: the size of the file in bytes.
 
-    Raises:
-        ValueError: a field is invalid, or an array lies outside the file.
+    Returns:
+        The caller's JSON object, and the arrays in file order, without the header's own checksum.
     """
     metadata = fields[METADATA]
-    _check_version(metadata.get("version"))
+    version = metadata.get("version")
+    if version != VERSION:
+        if isinstance(version, str) and version.isdecimal():
+            raise ValueError(f"format version {version:.20} is newer than {VERSION}; update mlx_kvcache")
+        raise ValueError(f"unknown format version: {short(version)}, expected '{VERSION}'")
     header = _object(metadata.get("header"), "metadata field 'header'")
     checksums = _object(metadata.get("checksums"), "metadata field 'checksums'")
     if unmatched := sorted((fields.keys() - {METADATA}) ^ {*checksums, CHECKSUM}):
@@ -179,20 +157,32 @@ def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, 
 def places(
     fields: Mapping[str, Any], checksums: Mapping[str, Any], begin: int, size: int
 ) -> dict[str, Entry]:
-    """Return all arrays of a parsed header in file order. Raises ValueError like `decode`."""
-    arrays = {name: field for name, field in fields.items() if name != METADATA}
-    entries = [(name, _entry(name, field, begin, checksums.get(name, ""))) for name, field in arrays.items()]
-    entries.sort(key=lambda item: (item[1].begin, item[1].end))
-    _check_places(entries, begin, size)
-    return dict(entries)
-
-
-def _check_version(version: object) -> None:
-    if version == VERSION:
-        return
-    if isinstance(version, str) and version.isdecimal():
-        raise ValueError(f"format version {version:.20} is newer than {VERSION}; update mlx_kvcache")
-    raise ValueError(f"unknown format version: {short(version)}, expected '{VERSION}'")
+    """Return all arrays of a header in file order. They must fill the file from `begin` to its end."""
+    entries = {
+        name: _entry(name, field, begin, checksums.get(name, ""))
+        for name, field in fields.items()
+        if name != METADATA
+    }
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    at = begin
+    for name, entry in ordered.items():
+        if entry.begin != at:
+            fault = "overlaps the array before it" if entry.begin < at else "leaves a gap before it"
+            raise ValueError(f"array {short(name)} {fault}: it begins at byte {entry.begin}, expected {at}")
+        at = entry.end
+        needed = SIZES[entry.dtype] * math.prod(entry.shape)
+        if at - entry.begin != needed:
+            raise ValueError(
+                f"array {short(name)} has {at - entry.begin} bytes (from {entry.begin} to {at}), "
+                f"but shape {short(list(entry.shape))} of {entry.dtype} takes {short(needed)}"
+            )
+    if at > size:
+        raise ValueError(f"truncated file: {size} bytes, expected {at}")
+    if at < size:
+        raise ValueError(
+            f"corrupt file: {size - at} extra bytes after the last array, which ends at byte {at}"
+        )
+    return ordered
 
 
 def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
@@ -214,31 +204,8 @@ def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
     return Entry(dtype, shape, data + offsets[0], data + offsets[1], checksum)
 
 
-def _check_places(entries: list[tuple[str, Entry]], begin: int, size: int) -> None:
-    """Raise ValueError unless the arrays, sorted by offset, fill the file from `begin` to its end."""
-    at = begin
-    for name, entry in entries:
-        array = f"array {short(name)}"
-        if entry.begin != at:
-            fault = "overlaps the array before it" if entry.begin < at else "leaves a gap before it"
-            raise ValueError(f"{array} {fault}: it begins at byte {entry.begin}, expected {at}")
-        needed = SIZES[entry.dtype] * math.prod(entry.shape)
-        if entry.end - entry.begin != needed:
-            raise ValueError(
-                f"{array} has {entry.end - entry.begin} bytes (from {entry.begin} to {entry.end}), "
-                f"but shape {short(list(entry.shape))} of {entry.dtype} takes {short(needed)}"
-            )
-        at = entry.end
-    if at > size:
-        raise ValueError(f"truncated file: {size} bytes, expected {at}")
-    if at < size:
-        raise ValueError(
-            f"corrupt file: {size - at} extra bytes after the last array, which ends at byte {at}"
-        )
-
-
 def _counts(value: object, what: str, most: int) -> tuple[int, ...]:
-    """Return a list of whole numbers from 0 to `most` as a tuple. Bools are refused."""
+    """Return a list of whole numbers, which bools are not, as a tuple."""
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= most for n in value):
         raise ValueError(f"{what} is {short(value)}, expected a list of whole numbers from 0 to {most}")
     return tuple(value)

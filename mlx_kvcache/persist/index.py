@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from operator import index
 from pathlib import Path
 from struct import pack, unpack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import CacheFileError
 from . import atomic
@@ -46,11 +45,6 @@ def packed(tokens: Iterable[int]) -> bytes:
     return pack(f"<{len(numbers)}q", *numbers)
 
 
-def unpacked(tokens: bytes) -> tuple[int, ...]:
-    """Return the tokens that `packed` encoded."""
-    return unpack(f"<{len(tokens) // 8}q", tokens)
-
-
 def salt_text(salt: Hashable) -> str | None:
     """Return a salt as unambiguous text, or None if its type is not supported.
 
@@ -66,165 +60,6 @@ def _is_plain(salt: Hashable) -> bool:
     return salt is None or type(salt) in {bool, int, float, str, bytes}
 
 
-_TIMEOUT = 30.0
-"""Seconds to wait for another process's transaction, which takes milliseconds."""
-
-
-class _Connection(NamedTuple):
-    raw: sqlite3.Connection
-    inode: int
-
-
-class Database:
-    """A pool of connections to one SQLite file, each used by one thread at a time.
-
-    A corrupt file is renamed to end in `.damaged`, and a new one is created.
-
-    Args:
-        path: the file. Its folder is created if it is missing. Errors name the folder.
-        tables: SQL statements that create the tables of a new file.
-        version: the version of the tables. A file of a newer version is refused and left unchanged.
-        tidy: cleans up, in a transaction of its own, when the file is first opened or was created anew.
-
-    Raises:
-        CacheFileError: the file or its folder cannot be used. All methods raise it.
-    """
-
-    def __init__(
-        self, path: Path, tables: Sequence[str], version: int, tidy: Callable[[sqlite3.Connection], None]
-    ) -> None:
-        self._path = path
-        self._tables = tables
-        self._version = version
-        self._tidy = tidy
-        self._idle: list[_Connection] = []
-        self._is_checked = False
-        self._is_closed = False
-        with self.reading():
-            pass
-
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection for exclusive use. After an exception, the connection is closed."""
-        try:
-            connection = self._take()
-            try:
-                yield connection.raw
-            except BaseException:
-                connection.raw.close()
-                raise
-            self._give_back(connection)
-        except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
-            if _is_damage(error):
-                self._is_checked = False
-            reason = error.strerror if isinstance(error, OSError) else None
-            raise CacheFileError(self._path.parent, reason or str(error)) from error
-
-    @contextmanager
-    def changing(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection inside a write transaction. An exception rolls it back."""
-        with self.reading() as connection, _transaction(connection):
-            yield connection
-
-    def close(self) -> None:
-        """Close all connections. Closing again does nothing."""
-        self._is_closed = True
-        with suppress(IndexError):
-            while True:
-                self._idle.pop().raw.close()
-
-    def _take(self) -> _Connection:
-        """Return an idle connection to the current file, or a new one."""
-        with suppress(FileNotFoundError, IndexError):
-            inode = self._path.stat().st_ino
-            while True:
-                connection = self._idle.pop()
-                if self._is_checked and connection.inode == inode:
-                    return connection
-                connection.raw.close()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # The lock keeps a process from setting aside the new file of another that saw the same corruption.
-        with _alone(self._path.parent):
-            try:
-                return self._open()
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-                if not _is_damage(error):
-                    raise
-                self._set_aside()
-                return self._open()
-
-    def _give_back(self, connection: _Connection) -> None:
-        if self._is_closed:
-            connection.raw.close()
-        else:
-            self._idle.append(connection)
-
-    def _open(self) -> _Connection:
-        raw = sqlite3.connect(self._path, _TIMEOUT, isolation_level=None, check_same_thread=False)
-        # Invalid text must not raise here: `_mend` removes its row.
-        raw.text_factory = partial(str, encoding="utf-8", errors="replace")
-        try:
-            self._prepare(raw)
-        except BaseException:
-            raw.close()
-            raise
-        return _Connection(raw, self._path.stat().st_ino)
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        [(version,)] = connection.execute("PRAGMA user_version")
-        if version > self._version:
-            reason = f"index version {version} is newer than {self._version}; update mlx_kvcache"
-            raise CacheFileError(self._path, reason)
-        connection.execute("PRAGMA journal_mode = WAL")
-        # No sync for each transaction: a power failure may lose the last ones but does not corrupt the file.
-        connection.execute("PRAGMA synchronous = NORMAL")
-        if version == 0:
-            with _transaction(connection):
-                for statement in (*self._tables, f"PRAGMA user_version = {self._version}"):
-                    connection.execute(statement)
-        elif self._is_checked:
-            return
-        [(verdict,), *_] = connection.execute("PRAGMA quick_check")
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-        with _transaction(connection):
-            self._tidy(connection)
-        self._is_checked = True
-
-    def _set_aside(self) -> None:
-        # Remove the journal first: SQLite would apply it to the new file.
-        for ending in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
-        self._path.replace(self._path.with_name(f"{self._path.name}.damaged"))
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, against other processes and threads."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _is_damage(error: BaseException) -> bool:
-    """Return whether an error means that the file is corrupt.
-
-    SQLite reports corruption as DatabaseError itself, and other errors as subclasses. Its message about a
-    corrupt file may not be valid UTF-8.
-    """
-    return type(error) in {sqlite3.DatabaseError, UnicodeDecodeError}
-
-
 VERSION = 1
 """The version of the tables."""
 
@@ -237,6 +72,8 @@ REPLACED = "the index was replaced meanwhile"
 
 _MOST = 2**53
 """The limit for sizes and use counters, so that their sums do not overflow."""
+
+_TOTAL = "SELECT coalesce(sum(nbytes), 0) FROM entries WHERE is_ready"
 
 _TABLES = (
     """CREATE TABLE entries (
@@ -260,6 +97,146 @@ _TABLES = (
         BEGIN UPDATE state SET stamp = random(); END""",
 )
 
+_TIMEOUT = 30.0
+"""Seconds to wait for another process's transaction, which takes milliseconds."""
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that knows which file it has opened."""
+
+    inode = 0
+
+
+class Database:
+    """A pool of connections to one SQLite file, each used by one thread at a time.
+
+    A corrupt file is renamed to end in `.damaged`, and a new one is created. All methods raise
+    CacheFileError, which names the folder, if the file or its folder cannot be used.
+
+    Args:
+        path: the file. Its folder is created if it is missing. A file of a newer version is refused and
+            left unchanged.
+        tidy: cleans up, in a transaction of its own, when the file is first opened or was created anew.
+    """
+
+    def __init__(self, path: Path, tidy: Callable[[sqlite3.Connection], None]) -> None:
+        self._path = path
+        self._tidy = tidy
+        self._idle: list[_Connection] = []
+        self._is_checked = False
+        self._is_closed = False
+        with self.reading():
+            pass
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for exclusive use. After an exception, the connection is closed."""
+        try:
+            connection = self._take()
+            try:
+                yield connection
+            except BaseException:
+                connection.close()
+                raise
+            if self._is_closed:
+                connection.close()
+            else:
+                self._idle.append(connection)
+        except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
+            if _is_damage(error):
+                self._is_checked = False
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise CacheFileError(self._path.parent, reason or str(error)) from error
+
+    @contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection inside a write transaction. An exception rolls it back."""
+        with self.reading() as connection, _transaction(connection):
+            yield connection
+
+    def close(self) -> None:
+        """Close all connections. Closing again does nothing."""
+        self._is_closed = True
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def _take(self) -> _Connection:
+        """Return an idle connection to the current file, or a new one."""
+        with suppress(FileNotFoundError, IndexError):
+            inode = self._path.stat().st_ino
+            while True:
+                connection = self._idle.pop()
+                if self._is_checked and connection.inode == inode:
+                    return connection
+                connection.close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.opened_folder(self._path.parent) as folder:
+            # The lock keeps a process from setting aside the new file of another that saw the same
+            # corruption.
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            try:
+                return self._open()
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                if not _is_damage(error):
+                    raise
+                # Remove the journal first: SQLite would apply it to the new file.
+                for ending in ("-wal", "-shm"):
+                    self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+                self._path.replace(self._path.with_name(f"{self._path.name}.damaged"))
+                return self._open()
+
+    def _open(self) -> _Connection:
+        connection = sqlite3.connect(
+            self._path, _TIMEOUT, isolation_level=None, check_same_thread=False, factory=_Connection
+        )
+        # Invalid text must not raise here: `_mend` removes its row.
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+        try:
+            self._prepare(connection)
+            connection.inode = self._path.stat().st_ino
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        [(version,)] = connection.execute("PRAGMA user_version")
+        if version > VERSION:
+            reason = f"index version {version} is newer than {VERSION}; update mlx_kvcache"
+            raise CacheFileError(self._path, reason)
+        connection.execute("PRAGMA journal_mode = WAL")
+        # No sync for each transaction: a power failure may lose the last ones but does not corrupt the file.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if version == 0:
+            with _transaction(connection):
+                for statement in (*_TABLES, f"PRAGMA user_version = {VERSION}"):
+                    connection.execute(statement)
+        elif self._is_checked:
+            return
+        [(verdict,), *_] = connection.execute("PRAGMA quick_check")
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        with _transaction(connection):
+            self._tidy(connection)
+        self._is_checked = True
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Return whether an error means that the file is corrupt.
+
+    SQLite reports corruption as DatabaseError itself, and other errors as subclasses. Its message about a
+    corrupt file may not be valid UTF-8.
+    """
+    return type(error) in {sqlite3.DatabaseError, UnicodeDecodeError}
+
 
 def new_name() -> str:
     """Return a random name for a file. Names are never reused."""
@@ -270,58 +247,49 @@ class Index:
     """The index of a folder. It also removes files.
 
     An entry is added before its file is written, becomes ready afterwards, and is removed after its file.
-    So every file has an entry, even if the process is killed. Thread-safe.
+    So every file has an entry, even if the process is killed. Thread-safe. All methods raise CacheFileError
+    if the folder or the index cannot be used.
 
     Args:
         folder: created if it is missing.
         max_bytes: the limit for the files of all ready entries.
-
-    Raises:
-        CacheFileError: the folder or the index cannot be used. All methods raise it.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
-        self._database = Database(folder / "index.sqlite", _TABLES, VERSION, self._tidy)
+        self._database = Database(folder / "index.sqlite", self._tidy)
 
     @property
     def nbytes(self) -> int:
         """The size of the files of all ready entries in bytes, in all namespaces."""
-        with self._database.reading() as connection:
-            return _total(connection)
+        [(total,)] = self._rows(_TOTAL)
+        return int(total)
 
     @property
     def stamp(self) -> int:
         """A random number that changes whenever the set of ready entries changes."""
-        with self._database.reading() as connection:
-            [(stamp,)] = connection.execute("SELECT stamp FROM state")
-            return int(stamp)
+        [(stamp,)] = self._rows("SELECT stamp FROM state")
+        return int(stamp)
 
     def salts(self, namespace: str) -> dict[str, str]:
         """Return the salts of a namespace's ready entries by file name."""
-        question = "SELECT name, salt FROM entries WHERE namespace = ? AND is_ready"
-        with self._database.reading() as connection:
-            return dict(connection.execute(question, (namespace,)))
+        return dict(self._rows("SELECT name, salt FROM entries WHERE namespace = ? AND is_ready", namespace))
 
     def tokens(self, name: str) -> tuple[int, ...] | None:
         """Return the tokens of an entry, or None if it was removed."""
-        with self._database.reading() as connection:
-            row = connection.execute("SELECT tokens FROM entries WHERE name = ?", (name,)).fetchone()
-            return unpacked(row[0]) if row else None
+        rows = self._rows("SELECT tokens FROM entries WHERE name = ?", name)
+        return unpack(f"<{len(rows[0][0]) // 8}q", rows[0][0]) if rows else None
 
     def find(self, key: Key) -> str | None:
         """Return the file name of the ready entry for this key, or None."""
-        question = "SELECT name FROM entries WHERE digest = ? AND is_ready"
-        with self._database.reading() as connection:
-            row = connection.execute(question, (key.digest,)).fetchone()
-            return row[0] if row else None
+        rows = self._rows("SELECT name FROM entries WHERE digest = ? AND is_ready", key.digest)
+        return rows[0][0] if rows else None
 
     def begin(self, name: str, key: Key) -> bool:
         """Add an entry for a file that will be written. The caller must hold `atomic.claiming` on it.
 
-        Returns:
-            False if a file for the same key exists, or a running process is writing one.
+        Returns False if a file for the same key exists, or a running process is writing one.
         """
         question = "SELECT name, is_ready FROM entries WHERE digest = ?"
         with self._database.changing() as connection:
@@ -338,21 +306,16 @@ class Index:
             return True
 
     def finish(self, name: str, nbytes: int) -> int:
-        """Mark the entry of a written file as ready, and evict others until the limit holds.
-
-        Returns:
-            The number of evicted files.
+        """Mark a written file as ready, evict others until the limit holds, and return how many.
 
         Raises:
             CacheFileError: the file alone exceeds the limit, or its entry was removed.
         """
         if nbytes > self._max_bytes:
             raise CacheFileError(self._folder / name, TOO_LARGE)
+        finished = "UPDATE entries SET is_ready = 1, nbytes = ? WHERE name = ?"
         with self._database.changing() as connection:
-            cursor = connection.execute(
-                "UPDATE entries SET is_ready = 1, nbytes = ? WHERE name = ?", (nbytes, name)
-            )
-            if not cursor.rowcount:
+            if not connection.execute(finished, (nbytes, name)).rowcount:
                 raise CacheFileError(self._folder / name, REPLACED)
             _use(connection, name)
             return self._shrink(connection)
@@ -368,8 +331,12 @@ class Index:
             self._remove(connection, name)
 
     def close(self) -> None:
-        """Close all connections. Closing again does nothing."""
+        """Close the index. Closing again does nothing."""
         self._database.close()
+
+    def _rows(self, question: str, *values: str) -> list[Any]:
+        with self._database.reading() as connection:
+            return connection.execute(question, values).fetchall()
 
     def _tidy(self, connection: sqlite3.Connection) -> None:
         """Remove leftovers of killed processes, entries without files, and files without entries.
@@ -391,7 +358,8 @@ class Index:
 
     def _shrink(self, connection: sqlite3.Connection) -> int:
         """Evict the least recently used files until the limit holds, and return their number."""
-        total, removed = _total(connection), 0
+        [(total,)] = connection.execute(_TOTAL)
+        removed = 0
         oldest = "SELECT name, nbytes FROM entries WHERE is_ready ORDER BY used LIMIT 1"
         while total > self._max_bytes:
             [(name, nbytes)] = connection.execute(oldest)
@@ -420,12 +388,15 @@ def _mend(connection: sqlite3.Connection) -> None:
 def _is_sound(
     name: object, digest: object, namespace: object, salt: object, tokens: object, *numbers: object
 ) -> bool:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        return False
-    if not (isinstance(namespace, str) and isinstance(salt, str) and isinstance(tokens, bytes)):
-        return False
-    are_counts = all(isinstance(number, int) and 0 <= number < _MOST for number in numbers)
-    return are_counts and Key(namespace, salt, tokens).digest == digest
+    return (
+        isinstance(name, str)
+        and _NAME.fullmatch(name) is not None
+        and all(isinstance(number, int) and 0 <= number < _MOST for number in numbers)
+        and isinstance(namespace, str)
+        and isinstance(salt, str)
+        and isinstance(tokens, bytes)
+        and Key(namespace, salt, tokens).digest == digest
+    )
 
 
 def _use(connection: sqlite3.Connection, name: str) -> None:
@@ -433,8 +404,3 @@ def _use(connection: sqlite3.Connection, name: str) -> None:
     connection.execute(
         "UPDATE entries SET used = (SELECT max(used) + 1 FROM entries) WHERE name = ?", (name,)
     )
-
-
-def _total(connection: sqlite3.Connection) -> int:
-    [(total,)] = connection.execute("SELECT coalesce(sum(nbytes), 0) FROM entries WHERE is_ready")
-    return int(total)

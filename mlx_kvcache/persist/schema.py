@@ -1,15 +1,14 @@
 """Converts sequences of every kind of cache to JSON and named arrays, and back.
 
 `encode` describes a sequence as a JSON object and collects its arrays; `decode` returns the snapshot that a
-cache of the same kind restores. Below them are one pair of functions for each kind of cache, the conversion
-of MLX arrays to bytes and back, and checks of JSON values.
+cache of the same kind restores. Each uses one function for each kind of cache.
 
 A file may be corrupt or malicious, so decoding validates every field. Faults raise ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +26,7 @@ from ..errors import CacheFileError, NotSupportedError
 from ..quantization import Codec, checked_codec
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain
-from .container import Contents, Stored, read_arrays
+from .container import Contents, Stored, faults_of, read_arrays
 from .header import short
 
 LARGEST = 2**40
@@ -35,7 +34,7 @@ LARGEST = 2**40
 
 
 def integer(value: object, what: str, low: int = 0, high: int = LARGEST) -> int:
-    """Return a whole number from `low` to `high`. Bools are refused."""
+    """Return a whole number, which a bool is not."""
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{what} is {short(value)}, expected a whole number from {low} to {high}")
     return value
@@ -78,85 +77,55 @@ def shaped(arrays: Mapping[str, mx.array], name: str, shape: tuple[int, ...], *d
     return found
 
 
-_DTYPES: dict[str, tuple[mx.Dtype, type[np.generic]]] = {
-    "BOOL": (mx.bool_, np.uint8),
-    "U8": (mx.uint8, np.uint8),
-    "U16": (mx.uint16, np.uint16),
-    "U32": (mx.uint32, np.uint32),
-    "U64": (mx.uint64, np.uint64),
-    "I8": (mx.int8, np.int8),
-    "I16": (mx.int16, np.int16),
-    "I32": (mx.int32, np.int32),
-    "I64": (mx.int64, np.int64),
-    "F16": (mx.float16, np.float16),
-    "BF16": (mx.bfloat16, np.uint16),
-    "F32": (mx.float32, np.float32),
-    "C64": (mx.complex64, np.complex64),
+_DTYPES = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "U16": mx.uint16,
+    "U32": mx.uint32,
+    "U64": mx.uint64,
+    "I8": mx.int8,
+    "I16": mx.int16,
+    "I32": mx.int32,
+    "I64": mx.int64,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F32": mx.float32,
+    "C64": mx.complex64,
 }
-"""MLX dtypes by safetensors name, each with a NumPy dtype that holds its bytes."""
-_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
-
-
-def name_of(dtype: mx.Dtype) -> str:
-    """Return the safetensors name of a dtype."""
-    return _NAMES[dtype]
-
-
-def dtype_of(name: str) -> mx.Dtype:
-    """Return the dtype of a safetensors name. Raises ValueError if MLX does not have it."""
-    if name not in _DTYPES:
-        raise ValueError(f"MLX has no dtype {name!r}")
-    return _DTYPES[name][0]
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def as_stored(arrays: Mapping[str, mx.array]) -> dict[str, Stored]:
     """Evaluate arrays, and copy them to bytes outside MLX's memory."""
     mx.eval(list(arrays.values()))
-    return {name: _as_stored(array) for name, array in arrays.items()}
-
-
-def _as_stored(array: mx.array) -> Stored:
-    # NumPy has no bfloat16, so its bytes are copied as uint16.
-    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    data = np.array(plain, order="C", copy=True).reshape(-1).view(np.uint8)
-    return Stored(name_of(array.dtype), tuple(array.shape), data)
+    stored = {}
+    for name, array in arrays.items():
+        # NumPy has no bfloat16, so its bytes are copied as uint16.
+        plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        data = np.array(plain, order="C", copy=True).reshape(-1).view(np.uint8)
+        stored[name] = Stored(_NAMES[array.dtype], tuple(array.shape), data)
+    return stored
 
 
 def load_arrays(contents: Contents, verify: bool, lazy: bool = False) -> dict[str, mx.array]:
-    """Load the arrays of a file.
-
-    Args:
-        contents: the header of the file.
-        verify: compare the checksums. Without it, corrupt arrays are not detected.
-        lazy: read each array when it is evaluated, and do not verify it. MLX can evaluate a lazy array only
-            in the thread that made it.
-
-    Raises:
-        CacheFileError: the file cannot be read, or an array is corrupt.
-    """
-    if not lazy:
-        return dict(_read(contents, verify))
-    try:
-        loaded = mx.load(str(contents.path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise CacheFileError(contents.path, str(error)) from error
-    assert isinstance(loaded, dict)
-    return {name: loaded[name] for name in contents.entries}
-
-
-def _read(contents: Contents, verify: bool) -> Iterator[tuple[str, mx.array]]:
+    """Load the arrays of a file. Options and errors are those of `open_file`."""
+    if lazy:
+        with faults_of(contents.path, RuntimeError):
+            loaded = mx.load(str(contents.path), format="safetensors")
+        assert isinstance(loaded, dict)
+        return {name: loaded[name] for name in contents.entries}
+    arrays = {}
     for name, (dtype, shape, data) in read_arrays(contents, verify=verify):
         if dtype not in _DTYPES:
             raise CacheFileError(contents.path, f"array {name!r} has dtype {dtype}, which MLX does not have")
-        ours, theirs = _DTYPES[dtype]
-        array = mx.array(data.view(theirs)).view(ours).reshape(shape)
-        mx.eval(array)
-        yield name, array
+        arrays[name] = mx.array(data).view(_DTYPES[dtype]).reshape(shape)
+        mx.eval(arrays[name])
+    return arrays
 
 
 _SLOTS = ("keys", "values")
 _PARTS = ("words", "scales", "biases")
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+_FLOATS = ("F16", "BF16", "F32")
 
 
 def encode_positional(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
@@ -168,13 +137,22 @@ def encode_positional(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: s
                 encode_lane(lane, arrays, f"{prefix}{index}.{layer}.{slot}")
         is_packed = any(isinstance(lane, Packed) for lanes in run.layers.values() for lane in lanes)
         runs.append({"begin": run.begin, "length": run.length, "packed": is_packed})
-    layers = {str(layer): _encode_form(form) for layer, form in snapshot.forms.items()}
+    layers = {
+        str(layer): {
+            "heads": form.heads,
+            "dims": [form.key_dim, form.value_dim],
+            "dtypes": [_NAMES[form.key_dtype], _NAMES[form.value_dtype]],
+            "codecs": [form.key_codec, form.value_codec],
+        }
+        for layer, form in snapshot.forms.items()
+    }
     return {"end": snapshot.end, "runs": runs, "layers": layers}
 
 
-def decode_positional(told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str) -> Snapshot:
-    """Return the snapshot that `encode_positional` described. Raises ValueError if it is invalid."""
-    end = integer(told.get("end"), "end")
+def decode_positional(
+    told: Mapping[str, Any], end: int, arrays: Mapping[str, mx.array], prefix: str
+) -> Snapshot:
+    """Return the snapshot that `encode_positional` described."""
     layers = mapping(told.get("layers"), "layers")
     forms = {layer_index(name): _decode_form(layer) for name, layer in layers.items()}
     runs, at = [], 0
@@ -194,39 +172,27 @@ def decode_positional(told: Mapping[str, Any], arrays: Mapping[str, mx.array], p
     return Snapshot(end, tuple(runs), forms if runs else {})
 
 
-def _encode_form(form: Form) -> dict[str, Any]:
-    return {
-        "heads": form.heads,
-        "dims": [form.key_dim, form.value_dim],
-        "dtypes": [name_of(form.key_dtype), name_of(form.value_dtype)],
-        "codecs": [form.key_codec, form.value_codec],
-    }
-
-
 def _decode_form(told: Any) -> Form:
     layer = mapping(told, "a layer")
     key_dim, value_dim = listing(layer.get("dims"), "dims", 2)
-    dtypes = [dtype_of(str(name)) for name in listing(layer.get("dtypes"), "dtypes", 2)]
-    if any(dtype not in _FLOATS for dtype in dtypes):
-        raise ValueError(f"keys and values have dtypes {dtypes[0]} and {dtypes[1]}, expected floats")
-    codecs = [decode_codec(codec) for codec in listing(layer.get("codecs"), "codecs", 2)]
+    names = listing(layer.get("dtypes"), "dtypes", 2)
+    if any(name not in _FLOATS for name in names):
+        raise ValueError(f"keys and values have dtypes {short(names)}, expected floats: {', '.join(_FLOATS)}")
+    key_dtype, value_dtype = (_DTYPES[name] for name in names)
     return Form(
         integer(layer.get("heads"), "the number of heads", 1),
         # With empty keys and values, the size of the file would not bound the number of cells.
         integer(key_dim, "head_dim of keys", 1),
         integer(value_dim, "head_dim of values"),
-        dtypes[0],
-        dtypes[1],
-        codecs[0],
-        codecs[1],
+        key_dtype,
+        value_dtype,
+        *(decode_codec(codec) for codec in listing(layer.get("codecs"), "codecs", 2)),
     )
 
 
 def decode_codec(told: Any) -> Codec | None:
-    """Return a codec, or None for float. Raises ValueError if it is not supported."""
-    if told is None:
-        return None
-    return checked_codec(*listing(told, "a codec", 2))
+    """Return a codec, or None for float."""
+    return None if told is None else checked_codec(*listing(told, "a codec", 2))
 
 
 def _decode_lanes(
@@ -254,17 +220,9 @@ def decode_lane(
     dtype: mx.Dtype,
     codec: Codec | None,
 ) -> Lane:
-    """Return a lane that `encode_lane` added.
+    """Return a lane that `encode_lane` added, of size (heads, cells, head_dim).
 
-    Args:
-        arrays: the arrays of the file.
-        name: the name that was given to `encode_lane`.
-        size: (heads, cells, head_dim).
-        dtype: the dtype of a float lane.
-        codec: the codec of a quantized lane, or None for a float one.
-
-    Raises:
-        ValueError: an array is missing, or has another shape or dtype.
+    It is quantized if there is a codec, and otherwise has the dtype.
     """
     heads, length, dim = size
     if codec is None:
@@ -289,16 +247,14 @@ def encode_encoder(stream: encoder.Stream, arrays: dict[str, mx.array], prefix: 
 
 
 def decode_encoder(
-    told: Mapping[str, Any], arrays: Mapping[str, mx.array], prefix: str
+    told: Mapping[str, Any], end: int, arrays: Mapping[str, mx.array], prefix: str
 ) -> encoder.Stream | None:
-    """Return the stream that `encode_encoder` described. Raises ValueError if it is invalid."""
-    end = integer(told.get("end"), "end")
+    """Return the stream that `encode_encoder` described."""
     if not end or told.get("position") is None:
         return encoder.Stream(end, None) if end else None
-    names = listing(told.get("layers"), "layers")
     layers = {
         layer_index(name): (array(arrays, f"{prefix}{name}.keys"), array(arrays, f"{prefix}{name}.values"))
-        for name in names
+        for name in listing(told.get("layers"), "layers")
     }
     position = integer(told["position"], "position of the encoder input", 0, end - 1)
     return encoder.Stream(end, encoder.Entry(position, layers))
@@ -347,9 +303,7 @@ def decode_recurrent(
     return recurrent.Stream(end, states, told.get("keeps_newest") is True)
 
 
-def encode(
-    cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str = ""
-) -> dict[str, Any]:
+def encode(cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
     """Describe a sequence, and add its arrays to `arrays` under names that begin with `prefix`."""
     snapshot, kind = cache._snapshot(sequence), kind_of(cache)
     if isinstance(cache, WrapperCache):
@@ -364,28 +318,28 @@ def encode(
     return kind | encode_recurrent(snapshot, arrays, prefix)
 
 
-def decode(cache: PlanningCache, told: Any, arrays: Mapping[str, mx.array], prefix: str = "") -> Any:
-    """Return the snapshot that `encode` described, for `_plan_restore` of a cache of the same kind.
-
-    Raises:
-        ValueError: the sequence is of another kind of cache, or is invalid.
-    """
+def decode(cache: PlanningCache, told: Any, end: int, arrays: Mapping[str, mx.array], prefix: str) -> Any:
+    """Return the snapshot of `end` tokens that `encode` described, for a cache of the same kind."""
     encoded, expected = mapping(told, "a cache"), kind_of(cache)
     if any(encoded.get(name) != value for name, value in expected.items()):
         found = {name: encoded[name] for name in ("kind", "size", "sinks") if name in encoded}
-        raise ValueError(
-            f"cannot load a cache of {_text(found) or 'unknown kind'} into one of {_text(expected)}"
+        saved, own = (
+            ", ".join(f"{name} {value}" for name, value in kind.items()) for kind in (found, expected)
         )
+        raise ValueError(f"cannot load a cache of {saved or 'unknown kind'} into one of {own}")
     if isinstance(cache, WrapperCache):
         children = listing(encoded.get("children"), "children", len(cache._children))
         pairs = enumerate(zip(cache._children, children, strict=True))
-        return [decode(child, part, arrays, f"{prefix}{i}.") for i, (child, part) in pairs]
+        return [decode(child, part, end, arrays, f"{prefix}{i}.") for i, (child, part) in pairs]
+    held = integer(encoded.get("end"), "end")
+    if held != end:
+        raise ValueError(f"a cache in the file holds {held} tokens, but the file is for {end}")
     if isinstance(cache, PositionalCache):
-        snapshot = decode_positional(encoded, arrays, prefix)
+        snapshot = decode_positional(encoded, end, arrays, prefix)
         _check_layers(cache._store.layers.keys(), snapshot.forms.keys())
         return snapshot
     if isinstance(cache, EncoderCache):
-        return decode_encoder(encoded, arrays, prefix)
+        return decode_encoder(encoded, end, arrays, prefix)
     stream = decode_recurrent(encoded, arrays, prefix)
     if isinstance(cache, RecurrentCache) and stream:
         _check_layers(cache._forms.keys(), {layer for state in stream.states.values() for layer in state})
@@ -418,7 +372,3 @@ def kind_of(cache: PlanningCache) -> dict[str, Any]:
         f"cannot save a {type(cache).__name__}; supported: caches with a visibility rule, wrapper, encoder "
         "and recurrent caches"
     )
-
-
-def _text(kind: Mapping[Any, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in kind.items())

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheFileError
-from . import container
-from .files import faults_of
+from .container import Contents, Entry, NotOursError, faults_of, read_arrays, read_contents, read_outline
 from .header import short
 from .schema import integer, layer_index, listing, mapping
 
@@ -22,29 +21,20 @@ FLOAT, PACKED, GONE = "█", "▒", "·"
 _ARRAYS = 8
 """The most arrays that are listed for a layer."""
 
-NO_PROMPT_CACHE = (
-    "a safetensors file without a prompt cache, such as a model's weights or adapters; expected a file "
-    "written by PromptCache.save or by mlx-lm's save_prompt_cache"
-)
-
 
 def shown(path: Path, verify: bool = True) -> Iterator[str]:
     """Yield lines of text that describe a file, with a picture of the stored tokens.
 
-    Args:
-        path: the file.
-        verify: read the arrays, and compare their checksums.
-
-    Raises:
-        CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
+    Raises CacheFileError if the file cannot be read, is corrupt, or is not a saved cache. Arrays are only
+    read to `verify` them.
     """
     try:
-        contents = container.read_contents(path)
-    except container.NotOursError:
+        contents = read_contents(path)
+    except NotOursError:
         yield from _shown_of_mlx_lm(path)
         return
     if verify:
-        for _ in container.read_arrays(contents):
+        for _ in read_arrays(contents):
             pass
     checked = "all checksums match" if verify else "only the header was verified"
     yield f"{path}: {contents.size:,} bytes, {len(contents.entries)} arrays, {checked}"
@@ -60,9 +50,14 @@ def shown(path: Path, verify: bool = True) -> Iterator[str]:
             yield from _cache(mapping(cache, "a cache"), end, f"{index}.", contents.entries)
 
 
-def is_prompt_cache(metadata: Mapping[str, Any]) -> bool:
-    """Return whether `save_prompt_cache` of mlx-lm 0.31 or 0.32 wrote a safetensors file's metadata."""
-    return "2.0" in metadata
+def check_prompt_cache(contents: Contents) -> None:
+    """Raise CacheFileError unless `save_prompt_cache` of mlx-lm 0.31 or 0.32 wrote a safetensors file."""
+    if "2.0" not in contents.header:
+        raise CacheFileError(
+            contents.path,
+            "a safetensors file without a prompt cache, such as a model's weights or adapters; expected a "
+            "file written by PromptCache.save or by mlx-lm's save_prompt_cache",
+        )
 
 
 def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
@@ -72,58 +67,48 @@ def _shown_of_mlx_lm(path: Path) -> Iterator[str]:
     metadata under "1.", and class names under "2.". mlx-lm 0.32 writes the user's metadata under "0.",
     class names under "1.", and an empty "2.0".
     """
-    metadata, entries, size = container.read_outline(path)
-    if not is_prompt_cache(metadata):
-        raise CacheFileError(path, NO_PROMPT_CACHE)
+    contents = read_outline(path)
+    check_prompt_cache(contents)
+    metadata, entries = contents.header, contents.entries
     yield (
-        f"{path}: {size:,} bytes, {len(entries)} arrays, written by mlx-lm's save_prompt_cache (no checksums)"
+        f"{path}: {contents.size:,} bytes, {len(entries)} arrays, "
+        "written by mlx-lm's save_prompt_cache (no checksums)"
     )
     is_old = bool(metadata["2.0"])
     added, classes = ("1.", "2.") if is_old else ("0.", "1.")
-    layers = {
-        name.removeprefix(classes): value
-        for name, value in metadata.items()
-        if name.startswith(classes) and name.removeprefix(classes).isdecimal()
-    }
-    told = (_tokens(path, layer, str(kind), is_old, metadata, entries) for layer, kind in layers.items())
+    layers = {n[2:]: value for n, value in metadata.items() if n.startswith(classes) and n[2:].isdecimal()}
+    told = (_tokens(contents, layer, str(kind), is_old) for layer, kind in layers.items())
     yield f"tokens    {next((n for n in told if n is not None), 'unknown')}"
     for name, value in metadata.items():
         if name.startswith(added):
-            yield f"{'metadata':9} {short(name[len(added) :])}: {short(value)}"
+            yield f"metadata  {short(name[2:])}: {short(value)}"
     yield ""
-    groups: dict[str, list[str]] = {}
     of_layer: dict[str, list[str]] = {}
     for place, entry in sorted(entries.items()):
         if entry.shape:
             of_layer.setdefault(place.partition(".")[0], []).append(f"{entry.dtype} {list(entry.shape)}")
+    texts = {}
     for layer, kind in layers.items():
-        arrays = ", ".join(of_layer.get(layer, ["no arrays"])[:_ARRAYS])
-        groups.setdefault(f"{short(kind)}, {arrays}".replace("'", ""), []).append(layer)
+        arrays = of_layer.get(layer, ["no arrays"])[:_ARRAYS]
+        texts[layer] = ", ".join([short(kind).replace("'", ""), *arrays])
     with faults_of(path):
-        for text, names in groups.items():
-            yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
+        yield from _grouped(texts)
 
 
-def _tokens(
-    path: Path,
-    layer: str,
-    kind: str,
-    is_old: bool,
-    metadata: Mapping[str, Any],
-    entries: Mapping[str, container.Entry],
-) -> str | None:
+def _tokens(contents: Contents, layer: str, kind: str, is_old: bool) -> str | None:
     """Return the number of tokens in a layer of mlx-lm's file, or None if the layer does not store it."""
     if is_old:
         place = {"RotatingKVCache": f"0.{layer}.2", "QuantizedKVCache": f"0.{layer}.0"}.get(kind)
-        keys = entries.get(f"{layer}.0")
+        keys = contents.entries.get(f"{layer}.0")
         if place:
-            return short(metadata.get(place)).replace("'", "")
+            return short(contents.header.get(place)).replace("'", "")
         return f"{keys.shape[2]:,}" if kind == "KVCache" and keys and len(keys.shape) == 4 else None
     name = f"{layer}.2"
-    offset = entries.get(name)
+    offset = contents.entries.get(name)
     if not kind.endswith("KVCache") or offset is None or (offset.dtype, offset.shape) != ("I32", ()):
         return None
-    return f"{int.from_bytes(container.read_bytes(path, name, offset), 'little', signed=True):,}"
+    [(_, stored)] = read_arrays(contents, [name], verify=False)
+    return f"{int.from_bytes(stored.data.tobytes(), 'little', signed=True):,}"
 
 
 def _table(title: str, told: Any) -> Iterator[str]:
@@ -133,9 +118,7 @@ def _table(title: str, told: Any) -> Iterator[str]:
             yield f"{title:9} {name}: {short(value)}"
 
 
-def _cache(
-    cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str, container.Entry]
-) -> Iterator[str]:
+def _cache(cache: Mapping[str, Any], end: int, prefix: str, entries: Mapping[str, Entry]) -> Iterator[str]:
     """Describe one cache of the file: its kind, its layers and its stored tokens."""
     size = sum(entry.end - entry.begin for name, entry in entries.items() if name.startswith(prefix))
     sizes = [f"{name} {short(cache[name])}" for name in ("size", "sinks") if cache.get(name)]
@@ -155,8 +138,7 @@ def _cache(
 
 
 def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
-    """Describe the layers, one line for all layers of the same form."""
-    groups: dict[str, list[str]] = {}
+    texts = {}
     for name, layer in layers.items():
         form = mapping(layer, "a layer")
         dims, dtypes, codecs = (listing(form.get(key), key, 2) for key in ("dims", "dtypes", "codecs"))
@@ -164,20 +146,24 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[str]:
             f"{what} {short(dim)} wide in {_storage(dtype, codec)}"
             for what, dim, dtype, codec in zip(("keys", "values"), dims, dtypes, codecs, strict=True)
         ]
-        groups.setdefault(f"{short(form.get('heads'))} heads, {', '.join(slots)}", []).append(name)
-    for text, names in groups.items():
-        yield f"  layers {_ranges(sorted(map(layer_index, names)))}: {text}"
+        texts[name] = f"{short(form.get('heads'))} heads, {', '.join(slots)}"
+    yield from _grouped(texts)
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Format ascending numbers, with consecutive ones as a range."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and groups[-1][-1] + 1 == number:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return ", ".join(str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}" for own in groups)
+def _grouped(texts: Mapping[str, str]) -> Iterator[str]:
+    """Describe layers by name, one line for all layers with the same text."""
+    layers: dict[str, list[int]] = {}
+    for name, text in texts.items():
+        layers.setdefault(text, []).append(layer_index(name))
+    for text, numbers in layers.items():
+        runs: list[list[int]] = []
+        for number in sorted(numbers):
+            if runs and runs[-1][-1] + 1 == number:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        spelled = (f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+        yield f"  layers {', '.join(spelled)}: {text}"
 
 
 def _storage(dtype: Any, codec: Any) -> str:

@@ -2,7 +2,7 @@
 
 `prepared` copies a conversation for writing, `loaded` makes one from a file of either format, and
 `save_for_mlx_lm` writes a cache list that mlx-lm can load. Ranks of a group write one file each; the file's
-name and header say which rank it belongs to (`write`, `check_rank`).
+name and header say which rank it belongs to.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +23,11 @@ from ..caches.snapshot import Run, Snapshot
 from ..cells.visibility import Chunk, Rule, Window
 from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
 from ..persist.atomic import replacing
-from ..persist.container import NotOursError
-from ..persist.files import Opened, Prepared, evaluate, faults_of, open_file, prepare
+from ..persist.container import NotOursError, accessing, faults_of
+from ..persist.files import Opened, Prepared, evaluate, open_file, prepare
 from ..persist.schema import decode_codec, decode_lane, encode_lane, integer, listing, mapping
 from ..storage.buffers import Form, Lanes
-from ..storage.codec import Lane, Packed, Plain
+from ..storage.codec import Lane, Packed, Plain, index_of
 from .cache_options import Storage, by_layer, new_conversation, options_of
 from .entries.keyvalue import QuantizedKVCache
 from .forward.batch_rows import Rows
@@ -44,11 +44,7 @@ _NAMED = re.compile(r"\.rank\d+of\d+(\.[^.]*)?")
 
 
 def path_of(path: Path, ranks: Ranks) -> Path:
-    """Returns the path of this rank's file, such as `chat.rank0of2.safetensors` for `chat.safetensors`.
-
-    Raises:
-        CacheFileError: the path already names a rank.
-    """
+    """Returns the path of this rank's file, such as `chat.rank0of2.safetensors` for `chat.safetensors`."""
     if ranks.is_alone:
         return path
     if _NAMED.search(path.name):
@@ -64,10 +60,7 @@ def write(ranks: Ranks, path: Path, prepare: Callable[[], Prepared]) -> None:
     others the old one. `load` detects this by the name of the save, which is random and the same in all
     its files.
 
-    Raises:
-        CacheFileError: this rank cannot write its file.
-        RanksDisagreeError: another rank cannot write its file.
-        ValueError: as `prepare`.
+    Raises CacheFileError if this rank cannot write its file, and RanksDisagreeError if another cannot.
     """
     ranks.agree(f"save {path.name}")
     with ranks.together(f"copy the cache for {path.name}"):
@@ -95,7 +88,7 @@ def write(ranks: Ranks, path: Path, prepare: Callable[[], Prepared]) -> None:
             raise failure
 
 
-def check_rank(opened: Opened, ranks: Ranks) -> str:
+def _check_rank(opened: Opened, ranks: Ranks) -> str:
     """Returns the name of the save that a file belongs to. Raises CacheFileError if it is of another rank."""
     with faults_of(opened.path):
         told: Mapping[str, Any] = mapping(opened.options.get(_RANKS, {}), "option ranks")
@@ -112,69 +105,58 @@ _WRITTEN = {"quantize_after": "quantise_after"}
 """Options that have another name in files."""
 
 
-def _as_written(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options by their names in files."""
-    return {_WRITTEN.get(name, name): value for name, value in options.items()}
-
-
 def prepared(
     conversation: Conversation, tokens: Sequence[int] | None = None, tokenizer: Any = None
 ) -> Prepared:
     """Copies a conversation so that it can be written to a file.
 
-    Raises:
-        ValueError: the number of tokens differs from the conversation's.
-        CacheError: the model's weights have changed since the cache was made.
+    Raises CacheError if the model's weights have changed, and the errors of `prepare`.
     """
     conversation.check_open()
-    if conversation.pool.version is not version_of(conversation.pool.living_model):
+    pool = conversation.pool
+    if pool.version is not version_of(pool.living_model):
         raise CacheError(
             "cannot save: the model's weights have changed since this cache was made; make a new cache and "
             "compute its tokens again"
         )
     extra: dict[str, mx.array] = {}
-    head = _encode_head(conversation.head, extra)
-    return prepare(
-        conversation.pool.caches,
-        conversation.sequence,
-        tokens,
-        fingerprint(conversation.pool.living_model, tokenizer),
-        _as_written(options_of(conversation)) | {_HEAD: head},
-        extra,
-    )
+    options = {_WRITTEN.get(name, name): value for name, value in options_of(conversation).items()}
+    options[_HEAD] = _encode_head(conversation.head, extra)
+    model = fingerprint(pool.living_model, tokenizer)
+    return prepare(pool.caches, conversation.sequence, tokens, model, options, extra)
 
 
-def restore(conversation: Conversation, opened: Opened, tokenizer: Any = None) -> None:
-    """Fills an empty conversation from a file.
-
-    Raises:
-        CacheFileError: the file belongs to another model or is corrupt.
-        CacheFullError: the file holds more tokens than the capacity.
-    """
+def _restore(conversation: Conversation, opened: Opened, tokenizer: Any) -> None:
+    """Fills an empty conversation from a file of ours."""
     pool = conversation.pool
     model = pool.living_model
     expected = fingerprint(model, tokenizer)
     if is_first_form(opened.model.get("weights")):
         expected["weights"] = first_form(model)
     opened.check_model(expected)
-    check_room(conversation, opened.end, opened.path)
+    _check_room(conversation, opened.end, opened.path)
     snapshots = opened.snapshots(pool.caches)
     with faults_of(opened.path):
-        check_forms(pool, snapshots)
-        check_shift(conversation, snapshots)
         head = _decode_head(opened.options.get(_HEAD), opened.arrays, pool)
-        pool.restore(conversation.sequence, snapshots)
+        _fill(conversation, snapshots)
     conversation.head = head
 
 
-def check_room(conversation: Conversation, end: int, path: Path) -> None:
+def _check_room(conversation: Conversation, end: int, path: Path) -> None:
     """Raises CacheFullError if a file holds more tokens than the capacity."""
     capacity = conversation.limits.capacity
     if capacity is not None and end > capacity:
         raise CacheFullError(end, capacity, capacity, f"{path} holds {end} tokens")
 
 
-def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
+def _fill(conversation: Conversation, snapshots: Sequence[Any]) -> None:
+    """Restores snapshots, one for each cache of the pool. Raises ValueError if they do not fit."""
+    _check_forms(conversation.pool, snapshots)
+    _check_shift(conversation, snapshots)
+    conversation.pool.restore(conversation.sequence, snapshots)
+
+
+def _check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
     """Raises ValueError unless snapshots have the layers, dimensions and arrays that the model writes."""
     for kind, _ in pool.positional():
         snapshot = snapshots[kind]
@@ -196,7 +178,7 @@ def check_forms(pool: Pool, snapshots: Sequence[Any]) -> None:
                 raise ValueError(f"layer {leaf.name} has {len(arrays)} arrays, the model's has {leaf.slots}")
 
 
-def check_shift(conversation: Conversation, snapshots: Sequence[Any]) -> None:
+def _check_shift(conversation: Conversation, snapshots: Sequence[Any]) -> None:
     """Raises ValueError if a window does not hold all tokens that it will see after the first shift."""
     capacity, overflow, sinks, *_ = conversation.limits
     if overflow != "shift" or capacity is None:
@@ -244,37 +226,21 @@ def _decode_head(told: Any, arrays: Mapping[str, mx.array], pool: Pool) -> Head:
         lanes: dict[tuple[int, Slot], Lane] = {}
         for lane in listing(piece.get("lanes"), "lanes of a piece"):
             leaf, slot, codec = listing(lane, "a lane of a piece", 3)
-            which = integer(leaf, "leaf of a lane"), _slot(slot)
-            name = f"{_HEAD}.{index}.{leaf}.{slot}"
-            lanes[which] = _decode_lane(pool.forms.get(which[0]), which[1], end - begin, arrays, name, codec)
+            form = pool.forms.get(integer(leaf, "leaf of a lane"))
+            if form is None:
+                raise ValueError(f"a piece of the head belongs to layer {leaf}, which has no keys and values")
+            own: Slot = 1 if integer(slot, "slot of a lane", 0, 1) else 0
+            heads, dims, dtypes = form.heads, form[1:3], form[3:5]
+            name, size = f"{_HEAD}.{index}.{leaf}.{slot}", (heads, end - begin, dims[own])
+            lanes[leaf, own] = decode_lane(arrays, name, size, dtypes[own], decode_codec(codec))
         pieces[kind] = (*pieces.get(kind, ()), Piece(begin, end, lead, lanes))
     return Head(integer(head.get("lead"), "head.lead"), pieces)
 
 
-def _decode_lane(
-    form: Form | None, slot: Slot, length: int, arrays: Mapping[str, mx.array], name: str, codec: Any
-) -> Lane:
-    if form is None:
-        raise ValueError(f"{name} belongs to a layer without keys and values")
-    dims, dtypes = (form.key_dim, form.value_dim), (form.key_dtype, form.value_dtype)
-    return decode_lane(arrays, name, (form.heads, length, dims[slot]), dtypes[slot], decode_codec(codec))
-
-
-def _slot(value: Any) -> Slot:
-    if value not in (0, 1):
-        raise ValueError(f"slot of a lane is {value!r:.60}, not 0 (keys) or 1 (values)")
-    return 1 if value else 0
-
-
-def adopt(conversation: Conversation, foreign: Foreign) -> None:
-    """Fills an empty conversation from a file of mlx-lm.
-
-    Raises:
-        CacheFileError: the file does not fit the model.
-        CacheFullError: the file holds more tokens than the capacity.
-    """
+def _adopt(conversation: Conversation, foreign: Foreign) -> None:
+    """Fills an empty conversation from a file of mlx-lm."""
     pool = conversation.pool
-    check_room(conversation, foreign.end, foreign.path)
+    _check_room(conversation, foreign.end, foreign.path)
     with faults_of(foreign.path):
         if len(foreign.entries) != len(pool.leaves):
             raise ValueError(
@@ -283,45 +249,30 @@ def adopt(conversation: Conversation, foreign: Foreign) -> None:
             )
         pairs = list(zip(pool.leaves, foreign.entries, strict=True))
         for leaf, entry in pairs:
-            _check_kind(leaf, entry)
+            found, expected = _kind(entry.name, *entry.sizes), _kind_of(leaf.rule)
+            if found != expected:
+                raise ValueError(
+                    f"belongs to another model: layer {leaf.name} is {found} in the file "
+                    f"and {expected} in the model"
+                )
         snapshots = [
             _snapshot([pair for pair in pairs if pool.kinds[pair[0].index] == kind], foreign.end, pool)
             for kind in range(len(pool.caches))
         ]
-        check_forms(pool, snapshots)
-        check_shift(conversation, snapshots)
-        pool.restore(conversation.sequence, snapshots)
+        _fill(conversation, snapshots)
 
 
-def storage_of(foreign: Foreign) -> dict[str, Any]:
-    """Returns the options of `make_prompt_cache` that quantize as the file does."""
-    for entry in foreign.entries:
-        if entry.lanes and isinstance(entry.lanes[0], Packed):
-            codec = entry.lanes[0].codec
-            return {"kv_bits": codec.bits, "kv_group_size": codec.group_size}
-    return {}
-
-
-def _check_kind(leaf: Leaf, entry: Entry) -> None:
-    expected, found = _kind(leaf.rule), (entry.name, entry.sizes)
-    if expected != found:
-        raise ValueError(
-            f"belongs to another model: layer {leaf.name} is {_spelled(*found)} in the file and "
-            f"{_spelled(*expected)} in the model"
-        )
-
-
-def _spelled(name: str, sizes: tuple[int, ...]) -> str:
+def _kind(name: str, *sizes: int) -> str:
     return f"{name}({', '.join(map(str, sizes))})"
 
 
-def _kind(rule: Rule | None) -> tuple[str, tuple[int, ...]]:
-    """Returns the name of mlx-lm's class for a rule, and its sizes."""
+def _kind_of(rule: Rule | None) -> str:
+    """Returns mlx-lm's class for a rule, with its sizes."""
     if rule is None:
-        return "ArraysCache", ()
+        return _kind("ArraysCache")
     if isinstance(rule, Window):
-        return "RotatingKVCache", (rule.size + rule.sinks, rule.sinks)
-    return ("ChunkedKVCache", (rule.size,)) if isinstance(rule, Chunk) else ("KVCache", ())
+        return _kind("RotatingKVCache", rule.size + rule.sinks, rule.sinks)
+    return _kind("ChunkedKVCache", rule.size) if isinstance(rule, Chunk) else _kind("KVCache")
 
 
 def _snapshot(pairs: Sequence[tuple[Leaf, Entry]], end: int, pool: Pool) -> Any:
@@ -339,15 +290,15 @@ def _snapshot(pairs: Sequence[tuple[Leaf, Entry]], end: int, pool: Pool) -> Any:
     forms = {leaf.index: _form(pool.forms[leaf.index], entry.lanes) for leaf, entry in written if entry.lanes}
     runs, at = [], 0
     for begin, length in ranges.pop():
-        index = slice(None), slice(None), slice(at, at + length)
-        layers = {leaf.index: _at(entry.lanes, index) for leaf, entry in written if entry.lanes}
+        index = index_of(at, at + length)
+        layers = {
+            leaf.index: (entry.lanes[0].at(index), entry.lanes[1].at(index))
+            for leaf, entry in written
+            if entry.lanes
+        }
         runs.append(Run(begin, length, layers))
         at += length
     return Snapshot(end, tuple(runs), forms)
-
-
-def _at(lanes: Lanes, index: tuple[slice, slice, slice]) -> Lanes:
-    return lanes[0].at(index), lanes[1].at(index)
 
 
 def _form(expected: Form | None, lanes: Lanes) -> Form:
@@ -380,45 +331,38 @@ def loaded(
     """
     own = {name: value for name, value in options.items() if name != "group"}
     ranks = ranks_of(options.get("group"))
-    if not ranks.is_alone:
-        return _loaded_together(path, model, tokenizer, verify, own, ranks)
     try:
-        opened = open_file(path, verify, lazy)
+        with ranks.together(f"load {path.name}"):
+            opened = open_file(path_of(path, ranks), verify, lazy)
+            save, chosen = _check_rank(opened, ranks), _chosen(_saved_options(opened), own)
     except NotOursError:
-        foreign = read_foreign(path)
-        rows = _made(model, storage_of(foreign) | own)
-        with rows.edit(f"load {path.name}"):
-            adopt(rows.conversation, foreign)
-            _evaluate(rows)
-        return rows, None
-    check_rank(opened, ranks)
-    with _blamed(path, own):
-        rows = _made(model, _chosen(_saved_options(opened), own))
-    with rows.edit(f"restore {path.name}"):
-        restore(rows.conversation, opened, tokenizer)
-        if not lazy:
-            _evaluate(rows)
-    return rows, opened
-
-
-def _evaluate(rows: Rows) -> None:
-    evaluate(rows.pool.caches, rows.conversation.sequence)
-
-
-def _loaded_together(
-    path: Path, model: nn.Module, tokenizer: Any, verify: bool, options: Mapping[str, Any], ranks: Ranks
-) -> tuple[Rows, Opened]:
-    """Loads each rank's file. Fails on all ranks unless all files come from one save."""
-    with ranks.together(f"load {path.name}"):
-        opened = open_file(path_of(path, ranks), verify)
-        save, chosen = check_rank(opened, ranks), _chosen(_saved_options(opened), options)
+        if not ranks.is_alone:
+            raise
+        return _loaded_from_mlx_lm(path, model, own), None
+    # All files must come from one save.
     ranks.agree(f"load {opened.end} tokens of save {save}")
-    with ranks.together(f"make a cache for {path.name}"), _blamed(opened.path, options):
+    # Options that the caller gave are not the file's fault.
+    blamed = nullcontext() if own else faults_of(opened.path, NotSupportedError)
+    with ranks.together(f"make a cache for {path.name}"), blamed:
         rows = _made(model, chosen, ranks)
     with rows.edit(f"restore {path.name}"):
-        restore(rows.conversation, opened, tokenizer)
-        _evaluate(rows)
+        _restore(rows.conversation, opened, tokenizer)
+        if not lazy:
+            evaluate(rows.pool.caches, rows.conversation.sequence)
     return rows, opened
+
+
+def _loaded_from_mlx_lm(path: Path, model: nn.Module, options: Mapping[str, Any]) -> Rows:
+    """Makes a conversation from a file of mlx-lm, quantized as the file is if no option says otherwise."""
+    foreign = read_foreign(path)
+    lanes = (lane for entry in foreign.entries for lane in entry.lanes or ())
+    codec = next((lane.codec for lane in lanes if isinstance(lane, Packed)), None)
+    saved = {"kv_bits": codec.bits, "kv_group_size": codec.group_size} if codec else {}
+    rows = _made(model, {**saved, **options})
+    with rows.edit(f"load {path.name}"):
+        _adopt(rows.conversation, foreign)
+        evaluate(rows.pool.caches, rows.conversation.sequence)
+    return rows
 
 
 def _saved_options(opened: Opened) -> dict[str, Any]:
@@ -446,11 +390,6 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return options
 
 
-def _blamed(path: Path, given: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Turns errors of options into CacheFileError, unless the caller gave options."""
-    return nullcontext() if given else faults_of(path, NotSupportedError)
-
-
 def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) -> Rows:
     limits = {name: value for name, value in options.items() if name in Limits._fields}
     storage = {name: value for name, value in options.items() if name not in Limits._fields}
@@ -462,31 +401,13 @@ def alone(conversation: Conversation) -> Rows:
     return Rows(conversation.pool, [conversation], is_batch=False)
 
 
-class _Entry(NamedTuple):
-    """The attribute of an entry that `save_prompt_cache` of mlx-lm reads."""
-
-    state: Any
-
-
 def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
-    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format.
-
-    Raises:
-        CacheFileError: the file cannot be written.
-    """
-    entries = [_loadable(entry) for entry in cache]
-    try:
-        with replacing(path) as file:
-            # MLX gets an open file: it would choose the format of a path by its suffix, or add one.
-            mlx_lm_cache.save_prompt_cache(file, entries, metadata)
-    except OSError as error:
-        raise CacheFileError(path, f"cannot be written: {error.strerror or error}") from error
-
-
-def _loadable(entry: Any) -> Any:
-    """Returns an object that mlx-lm saves as the class that the entry stands in for."""
-    name, state = _state(entry)
-    return type(name, (_Entry,), {})(state)
+    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format. Raises CacheFileError."""
+    # mlx-lm writes the name of an entry's class and its state.
+    entries = [type(name, (), {"state": state})() for name, state in map(_state, cache)]
+    with accessing(path, "written"), replacing(path) as file:
+        # MLX gets an open file: it would choose the format of a path by its suffix, or add one.
+        mlx_lm_cache.save_prompt_cache(file, entries, metadata)
 
 
 def _state(entry: Any) -> tuple[str, Any]:

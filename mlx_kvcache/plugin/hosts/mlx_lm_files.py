@@ -16,9 +16,8 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ...errors import CacheFileError
-from ...persist.container import read_outline
-from ...persist.files import faults_of
-from ...persist.show import NO_PROMPT_CACHE, is_prompt_cache
+from ...persist.container import faults_of, read_outline
+from ...persist.show import check_prompt_cache
 from ...quantization import checked_codec
 from ...storage.buffers import Lanes
 from ...storage.codec import Packed, Plain
@@ -26,19 +25,10 @@ from ...storage.codec import Packed, Plain
 _MAX_ENTRIES = 100_000
 """Maximum number of entries of all lists together: the array names in a file set their lengths."""
 _MAX_DEPTH = 32
-"""Maximum nesting depth of lists."""
 
 _BATCH = "it holds a batch; only single sequences are supported"
 
-_PARSE_ERRORS = (
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-)
+_PARSE_ERRORS = (TypeError, LookupError, AttributeError, ValueError, OverflowError, RecursionError)
 """Errors that parsing a corrupt file can raise."""
 
 Ranges = tuple[tuple[int, int], ...]
@@ -66,17 +56,10 @@ class Entry(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """The contents of a file of mlx-lm.
-
-    Attributes:
-        path: the file.
-        entries: its layers; those of a `CacheList` follow each other.
-        metadata: the metadata that the caller of `save_prompt_cache` added.
-    """
+    """The layers of a file of mlx-lm; those of a `CacheList` follow each other."""
 
     path: Path
     entries: list[Entry]
-    metadata: dict[str, Any]
 
     @property
     def end(self) -> int:
@@ -92,10 +75,9 @@ def read_foreign(path: Path) -> Foreign:
     Raises:
         CacheFileError: the file is not a prompt cache, is corrupt, or holds a batch.
     """
-    metadata, _, _ = read_outline(path)
+    outline = read_outline(path)
     # Checked before the arrays are read: a file of model weights is large.
-    if not is_prompt_cache(metadata):
-        raise CacheFileError(path, NO_PROMPT_CACHE)
+    check_prompt_cache(outline)
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
         mx.eval(arrays)
@@ -103,13 +85,13 @@ def read_foreign(path: Path) -> Foreign:
         raise CacheFileError(path, f"corrupt file: {error}") from error
     with faults_of(path):
         try:
-            first, second, third = _unflattened(metadata)
+            first, second, third = _unflattened(outline.header)
             # 0.31 starts with the numbers of each cache, 0.32 with the caller's metadata.
             if isinstance(first, list):
-                states, own = _states_of_0_31(arrays, first, third), second
+                states = _as_0_32("CacheList", _unflattened(arrays), (third, first))
             else:
-                states, own = _states_of_0_32(arrays, second, third), first
-            entries = [entry for name, state in states for entry in _entries(name, state)]
+                states = _states_of_0_32(arrays, second, third)
+            entries = list(_entries("CacheList", states))
         except _PARSE_ERRORS as error:
             # Messages of other errors name internals of this module.
             reason = f": {error}" if type(error) in (ValueError, OverflowError) else ""
@@ -123,7 +105,7 @@ def read_foreign(path: Path) -> Foreign:
             )
         if len(offsets) > 1:
             raise ValueError(f"corrupt file: layers end at different positions: {sorted(offsets)}")
-        return Foreign(path, entries, own if isinstance(own, dict) else {})
+        return Foreign(path, entries)
 
 
 def _unflattened(named: Mapping[str, Any]) -> Any:
@@ -146,37 +128,26 @@ def _unflattened(named: Mapping[str, Any]) -> Any:
     return tree_unflatten(list(named.items()))
 
 
-def _states_of_0_32(arrays: Mapping[str, Any], classes: Any, scalars: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the class and the state of each cache."""
+def _states_of_0_32(arrays: Mapping[str, Any], classes: Any, scalars: Any) -> Iterator[tuple[Any, str]]:
+    """Yield the state and the class of each cache."""
     values = dict(arrays)
     for place, kind in scalars[1:]:
-        values[place] = _value(kind, arrays[place])
-    return zip(classes, _unflattened(values), strict=True)
-
-
-def _value(kind: str, array: mx.array) -> Any:
-    """Decode a scalar, a string or None, which 0.32 writes as an array."""
-    if kind == "none":
-        return None
-    if kind == "scalar":
-        return array.item()
-    letters: Any = array.tolist()
-    return "".join(map(chr, letters))
-
-
-def _states_of_0_31(arrays: Mapping[str, Any], infos: Any, classes: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the class and the state of each cache, in the form of 0.32."""
-    for name, state, info in zip(classes, _unflattened(arrays), infos, strict=True):
-        yield name, _as_0_32(name, state, info)
+        # 0.32 writes numbers, strings and None as arrays.
+        if kind == "none":
+            values[place] = None
+        elif kind == "scalar":
+            values[place] = arrays[place].item()
+        else:
+            values[place] = "".join(map(chr, arrays[place].tolist()))
+    return zip(_unflattened(values), classes, strict=True)
 
 
 def _as_0_32(name: str, state: Any, info: Any) -> Any:
     """Convert a state of 0.31 and its separate numbers to a state of 0.32."""
     if name == "CacheList":
         names, infos = info
-        return [
-            (_as_0_32(child, own, more), child) for child, own, more in zip(names, state, infos, strict=True)
-        ]
+        children = zip(names, state, infos, strict=True)
+        return [(_as_0_32(child, own, more), child) for child, own, more in children]
     if name == "ArraysCache":
         return state, None, None
     keys, values = state
@@ -193,7 +164,7 @@ def _as_0_32(name: str, state: Any, info: Any) -> Any:
 
 
 def _entries(name: str, state: Any) -> Iterator[Entry]:
-    """Yield the layers of one cache."""
+    """Yield the layers of a cache."""
     if name == "CacheList":
         for own, child in state:
             yield from _entries(child, own)
@@ -201,16 +172,16 @@ def _entries(name: str, state: Any) -> Iterator[Entry]:
     if name not in _READERS:
         raise ValueError(f"class {str(name)[:60]} is not one of {', '.join(_READERS)}")
     entry = _READERS[name](*state)
-    arrays = (*entry.arrays, *(array for lane in entry.lanes or () for array in lane.arrays))
+    lanes = entry.lanes or ()
+    arrays = (*entry.arrays, *(array for lane in lanes for array in lane.arrays))
     if any(array is not None and array.shape[0] != 1 for array in arrays):
         raise ValueError(_BATCH)
     for offset in (entry.offset or 0, *entry.sizes):
         if type(offset) is not int or offset < 0:
             raise ValueError(f"number of tokens is {offset!r}, expected an integer of 0 or more")
     held = sum(length for _, length in entry.ranges)
-    if any(length < 1 for _, length in entry.ranges) or any(
-        lane.arrays[0].ndim != 4 or lane.arrays[0].shape[2] != held for lane in entry.lanes or ()
-    ):
+    shapes = [lane.arrays[0].shape for lane in lanes]
+    if any(length < 1 for _, length in entry.ranges) or any(len(s) != 4 or s[2] != held for s in shapes):
         raise ValueError(f"arrays of {name} do not have the {held} tokens that it records")
     yield entry
 
