@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -10,10 +11,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache import RecurrentCache
+from mlx_kvcache import NotSupportedError, RecurrentCache
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
+from mlx_kvcache.plugin.forward.forward import newest
 from mlx_kvcache.plugin.hosts.layout import layout_of
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.running import difference, logits_of
@@ -229,3 +232,105 @@ def test_checkpoints_are_bounded_in_bytes() -> None:
             logits_of(model, cache, TEXT[begin : begin + 10])
     held = [sum(cache.can_resume(p) for p in range(1, 120)) for cache in (free, bounded)]
     assert held == [11, 3]
+
+
+class Forgetful:
+    """Keys and values of the newest tokens, of which a shift drops the oldest by hand. Offsets go on."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.pair: list[mx.array] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.offset += keys.shape[2]
+        new = [keys, values]
+        before = self.pair or [array[:, :, :0] for array in new]
+        self.pair = [mx.concatenate([*own], axis=2) for own in zip(before, new, strict=True)]
+        return self.pair[0], self.pair[1]
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        held = self.pair[0].shape[2] if self.pair else 0
+        return mx.arange(held + n)[None] <= held + mx.arange(n)[:, None]
+
+    def forget(self, n: int) -> None:
+        self.pair = [array[:, :, n:] for array in self.pair]
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "bailing_hybrid"])
+def test_text_without_end(name: str) -> None:
+    """Blocks and single tokens, with a capacity: attention forgets the oldest tokens, states do not."""
+    model, tokens = model_of(name), int(os.environ.get("SHIFT_TOKENS", "1024"))
+    room = 256
+    cache = make_prompt_cache(model, capacity=room, overflow="shift")
+    reference = [Forgetful() if isinstance(own, KVCache) else own for own in make_theirs(model)]
+    held, sizes = 0, set()
+    for begin in range(0, tokens, 32):
+        sizes.add(cache.nbytes) if begin > 2 * room else None
+        block = [(7 * i + 3 * i * i) % 90 for i in range(begin, begin + 32)]
+        if held + 32 > room:
+            for own in reference:
+                if isinstance(own, Forgetful):
+                    own.forget(held // 2)
+            held -= held // 2
+        held += 32
+        size = 8 if begin % 64 else 32
+        ours, expected = logits_of(model, cache, block, size), logits_of(model, reference, block, size)
+        assert cache.position == held
+        assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_removal_that_states_keep(name: str) -> None:
+    cache = make_prompt_cache(model_of(name))
+    logits_of(model_of(name), cache, TEXT[:40])
+    before = states_of(cache)
+    cache.remove(5, 12, recurrent="keep")
+    assert cache.position == 33
+    assert all(mx.array_equal(a, b) for a, b in zip(states_of(cache), before, strict=True))
+    logits_of(model_of(name), cache, TEXT[40:50], 1)
+    cache.rewind(10)
+    assert all(apart(a, b) < EXACT for a, b in zip(states_of(cache), before, strict=True))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_removal_that_states_forget(name: str) -> None:
+    """The first layer's inputs come from the tokens alone, so its state is that of a fresh computation."""
+    model = model_of(name)
+    cache, other = make_prompt_cache(model), make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:40])
+    cache.remove(25, 32, recurrent="replay")
+    logits_of(model, other, TEXT[:25] + TEXT[32:40])
+    assert cache.position == other.position
+    first = next(leaf for leaf in cache.pool.leaves if leaf.rule is None)
+    # A second module of the layer reads what the first one computed from the removed tokens.
+    if first.index == 0 and len(cache.pool.mixers[0].modules) == 1:
+        for a, b in zip(states_of(cache)[: first.slots], states_of(other)[: first.slots], strict=True):
+            assert apart(a, b) < EXACT
+    cache.rewind(15)
+    assert cache.position == 18
+
+
+def states_of(cache: PromptCache) -> list[mx.array]:
+    leaves = [leaf for leaf in cache.pool.leaves if leaf.rule is None]
+    arrays = [array for leaf in leaves for array in newest(cache._conversation, leaf)]
+    return [array for array in arrays if array is not None]
+
+
+def apart(a: mx.array, b: mx.array) -> float:
+    return difference(a, b) / (1e-6 + float(mx.abs(b).max().item()))
+
+
+def test_removals_that_are_refused_change_nothing() -> None:
+    model = model_of("qwen3_next")
+    cache = make_prompt_cache(model, rewind=8)
+    logits_of(model, cache, TEXT[:40])
+    before = states_of(cache)
+    with pytest.raises(NotSupportedError, match=r'recurrent="keep".*recurrent="replay"'):
+        cache.remove(5, 12)
+    with pytest.raises(NotSupportedError, match="replay"):
+        cache.remove(5, 12, recurrent="replay")
+    with pytest.raises(ValueError, match='"refuse", "keep" or "replay", got '):
+        cache.remove(5, 12, recurrent="forget")  # type: ignore[arg-type]
+    assert cache.position == 40
+    assert all(mx.array_equal(a, b) for a, b in zip(states_of(cache), before, strict=True))
