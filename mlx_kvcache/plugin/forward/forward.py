@@ -299,14 +299,14 @@ class Forward:
         if mixers is None or index is None or inputs is None:
             return call(*args, **kwargs)
         noted = self._noted.setdefault(leaf.index, {})
-        cuts = () if mixers.is_nested else self._cuts(leaf)
+        cuts = () if self.n == 1 or mixers.is_nested else self._cuts(leaf)
         if not cuts:
             noted[index] = inputs
             return call(*args, **kwargs)
         outputs, pieces, state = [], [], self.state(leaf)
         inside = self._inside.setdefault(leaf.index, {column: list(state) for column in cuts})
-        edges = [0, *cuts, self.n]
-        calls = mixers.pieces(index, self.n, cuts, args, kwargs)
+        edges, first_noted = [0, *cuts, self.n], self.n - self.pool.rewind
+        calls = mixers.pieces(index, edges, first_noted, args, kwargs)
         for (begin, end), (own, named) in zip(itertools.pairwise(edges), calls, strict=True):
             before = list(state)
             outputs.append(call(*own, **named))
@@ -315,7 +315,7 @@ class Forward:
                 for slot, (old, new) in enumerate(zip(before, state, strict=True)):
                     if new is not old:
                         inside[end][slot] = new
-            if begin >= self.n - self.pool.rewind:
+            if begin >= first_noted:
                 pieces.append(mixers.inputs(index, end - begin, own, named) or [])
         noted[index] = [mx.concatenate(list(own), axis=1) for own in zip(*pieces, strict=True)]
         return joined_outputs(outputs)

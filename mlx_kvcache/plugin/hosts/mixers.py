@@ -40,8 +40,21 @@ class _Role(Enum):
     MASK = "a mask for attention, which recurrences ignore"
 
 
-Frame = tuple[tuple[int | str, Any], ...]
-"""The arguments of a call: their indices or names, and a `_Role` or the value itself."""
+class Frame(NamedTuple):
+    """The arguments of a call.
+
+    Attributes:
+        names: the names of those that are passed by name, which come last.
+        roles: for each argument its `_Role`, or the value itself.
+    """
+
+    names: tuple[str, ...]
+    roles: tuple[Any, ...]
+
+    def arguments(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return other values for the arguments as positional ones and those by name."""
+        first = len(values) - len(self.names)
+        return tuple(values[:first]), dict(zip(self.names, values[first:], strict=True))
 
 
 class Place(NamedTuple):
@@ -91,7 +104,7 @@ class Mixers:
     @property
     def uses_offset(self) -> bool:
         """Whether the states contain the positions of tokens."""
-        return any(role is _Role.OFFSET for mixer in self.modules for _, role in mixer.frames[True])
+        return any(_Role.OFFSET in mixer.frames[True].roles for mixer in self.modules)
 
     def index(self, module: nn.Module) -> int | None:
         """The index of a module, or None if it is not one of these."""
@@ -104,14 +117,10 @@ class Mixers:
 
         Returns None if the call differs from those of the trial, so that it cannot be repeated.
         """
-        frame = self.modules[index].frames[n > 1]
-        given = _named(args, kwargs)
-        if len(given) != len(frame):
+        frame, inputs = self.modules[index].frames[n > 1], []
+        if len(args) + len(kwargs) != len(frame.roles) or tuple(kwargs) != frame.names:
             return None
-        inputs = []
-        for (name, value), (known, role) in zip(given, frame, strict=True):
-            if name != known:
-                return None
+        for value, role in zip((*args, *kwargs.values()), frame.roles, strict=True):
             if role is _Role.TOKENS:
                 if not _by_token(value, n):
                     return None
@@ -123,20 +132,32 @@ class Mixers:
         return inputs
 
     def pieces(
-        self, index: int, n: int, cuts: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        index: int,
+        edges: Sequence[int],
+        first_noted: int,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Yield the arguments of a call in pieces, divided at some of its n columns."""
-        for begin, end in itertools.pairwise([0, *cuts, n]):
-            # Taken, not sliced: a slice would keep the whole block's buffer alive with what is noted of it.
-            columns, values = mx.arange(begin, end), []
-            for (_, value), (_, role) in zip(
-                _named(args, kwargs), self.modules[index].frames[n > 1], strict=True
-            ):
+        """Yield the arguments of a call in pieces.
+
+        Args:
+            edges: the columns at which the pieces begin, and the number of columns.
+            first_noted: the first column whose inputs are noted. From there on, columns are copied: a slice
+                would keep the buffer of the whole block alive.
+        """
+        frame = self.modules[index].frames[edges[-1] > 1]
+        for begin, end in itertools.pairwise(edges):
+            values = []
+            for value, role in zip((*args, *kwargs.values()), frame.roles, strict=True):
                 if role is _Role.TOKENS:
-                    values.append(mx.take(value, columns, axis=1))
+                    copied = begin >= first_noted
+                    values.append(
+                        mx.take(value, mx.arange(begin, end), axis=1) if copied else value[:, begin:end]
+                    )
                 else:
                     values.append(value + begin if role is _Role.OFFSET else value)
-            yield tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+            yield frame.arguments(values)
 
     def replay(self, arrays: Arrays, inputs: Sequence[mx.array]) -> Arrays:
         """Return the layer's arrays after some tokens.
@@ -150,15 +171,9 @@ class Mixers:
             scratch.cache = list(arrays)
         n, rest = inputs[0].shape[1], iter(inputs)
         for weakly, frames in self.modules:
-            module = weakly()
+            module, frame = weakly(), frames[n > 1]
             assert module is not None
-            args, kwargs = [], {}
-            for name, role in frames[n > 1]:
-                value = self._argument(role, scratch, rest)
-                if isinstance(name, int):
-                    args.append(value)
-                else:
-                    kwargs[name] = value
+            args, kwargs = frame.arguments([self._argument(role, scratch, rest) for role in frame.roles])
             module(*args, **kwargs)
         return tuple(scratch.cache)
 
@@ -232,11 +247,13 @@ def find(model: nn.Module, run: Callable[[int], None]) -> dict[int, Mixers]:
         leave()
     found: dict[int, Mixers] = {}
     for first, second in zip(*calls, strict=False):
-        names = [[name for name, _ in call.frame] for call in (first, second)]
-        if first.place != second.place or first.module is not second.module or names[0] != names[1]:
+        shapes = [
+            (call.place, id(call.module), call.frame.names, len(call.frame.roles)) for call in (first, second)
+        ]
+        if shapes[0] != shapes[1]:
             return {}
         own_mixers = found.setdefault(first.place.leaf, Mixers(first.place))
-        frames = dict(zip((True, False), _roles(first.frame, second.frame), strict=True))
+        frames = dict(zip((True, False), _compared(first.frame, second.frame), strict=True))
         own_mixers.modules.append(_Mixer(weakref.ref(first.module), frames))
     return found if len(calls[0]) == len(calls[1]) else {}
 
@@ -332,25 +349,21 @@ def _frame(args: Sequence[Any], kwargs: Mapping[str, Any], n: int) -> Frame:
             return _Role.ENTRY
         return _Role.TOKENS if _by_token(value, n) else value
 
-    return tuple((name, role(value)) for name, value in _named(args, kwargs))
+    return Frame(tuple(kwargs), tuple(map(role, (*args, *kwargs.values()))))
 
 
-def _roles(first: Frame, second: Frame) -> tuple[Frame, Frame]:
+def _compared(first: Frame, second: Frame) -> tuple[Frame, Frame]:
     """Recognize masks, and numbers that are the position of the first token, which is 0 and then 2."""
-    frames: tuple[list[tuple[int | str, Any]], ...] = ([], [])
-    for (name, a), (_, b) in zip(first, second, strict=True):
+    roles: tuple[list[Any], list[Any]] = [], []
+    for a, b in zip(first.roles, second.roles, strict=True):
         role = None
         if isinstance(a, str):
             role = _Role.MASK
         elif (type(a), a, type(b), b) == (int, 0, int, 2):
             role = _Role.OFFSET
-        frames[0].append((name, role or a))
-        frames[1].append((name, role or b))
-    return tuple(frames[0]), tuple(frames[1])
-
-
-def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[int | str, Any]]:
-    return [*enumerate(args), *kwargs.items()]
+        roles[0].append(role or a)
+        roles[1].append(role or b)
+    return first._replace(roles=tuple(roles[0])), second._replace(roles=tuple(roles[1]))
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
