@@ -6,7 +6,7 @@ the newest tokens and a function that runs the recurrence, it can compute the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -322,7 +322,9 @@ class RecurrentCache(StreamCache[Stream]):
         self._uses += 1
         notes = snapshot.inputs if self._rewind else ()
         stream = snapshot._replace(notes=notes, latest=None, used=self._uses)
-        return StreamPlan(self, {sequence: self._thinned(stream)})
+        # Without inputs, it can go back only to checkpoints, so the newest stays; see `_snapshot`.
+        older = [p for p in stream.checkpoints if p < stream.end]
+        return StreamPlan(self, {sequence: self._thinned(stream, older[-1:] if self._rewind else ())})
 
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         source = self._streams.get(src)
@@ -429,10 +431,10 @@ class RecurrentCache(StreamCache[Stream]):
             stream = stream._replace(notes=tuple(note for note in stream.notes if note.end > base))
         return self._thinned(stream) if old.keeps_newest else stream
 
-    def _thinned(self, stream: Stream) -> Stream:
-        """Drop checkpoints beyond the limits of a sequence."""
+    def _thinned(self, stream: Stream, also: Collection[int] = ()) -> Stream:
+        """Drop checkpoints beyond the limits of a sequence, but none that are needed or in `also`."""
         states = {p: state for p, state in stream.states.items() if p != stream.end}
-        order = expendable(states, stream.end, self._needed(stream), stream.marks)
+        order = expendable(states, stream.end, self._needed(stream).union(also), stream.marks)
         while len(states) > self._max_checkpoints or self._exceeds_bytes(states):
             dropped = next(order, None)
             if dropped is None:
