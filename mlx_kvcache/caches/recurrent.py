@@ -6,7 +6,7 @@ the newest tokens and a function that runs the recurrence, it can compute the st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -103,7 +103,6 @@ class RecurrentCache(StreamCache[Stream]):
             )
         self._budget = None if budget is None else whole(budget=budget)[0]
         self._replay = replay
-        self._uses = 0
         self._forms: dict[int, Form] = {}
         self._counts: dict[int, int] = {}
         """The number of arrays that each layer gives as inputs."""
@@ -212,7 +211,8 @@ class RecurrentCache(StreamCache[Stream]):
         cache keeps the newest `max_checkpoints` marks of a sequence; a fork has them, too.
 
         Returns:
-            Whether there is or will be a checkpoint.
+            Whether there is or will be a checkpoint. If not, nothing has changed: the sequence cannot go back
+            to the position, or there is no room beside other marks.
 
         Raises:
             ValueError: a number is negative.
@@ -228,8 +228,10 @@ class RecurrentCache(StreamCache[Stream]):
             return False
         keeps_newest = stream.keeps_newest or position == stream.end
         marked = self._thinned(held._replace(marks=marks, keeps_newest=keeps_newest))
+        if position < stream.end and position not in marked.states:
+            return False
         self._streams[sequence] = marked
-        return position > stream.end or position in marked.states
+        return True
 
     def prepare_restore(self, sequence: int, position: int) -> int | None:
         """Return the newest position <= `position` from which the sequence can continue; None if unknown.
@@ -250,8 +252,8 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _plan_forward(self, batch: Batch) -> Plan:
         batch.check_continues(self._end)
-        self._uses += 1
         changes: dict[int, Stream] = {}
+        used = self._next_use()
         adds_checkpoint = False
         for sequence, rows in batch.rows.items():
             old = self._streams.get(sequence, EMPTY)
@@ -260,7 +262,7 @@ class RecurrentCache(StreamCache[Stream]):
                     f"sequence {sequence} cannot go on at position {old.end}: the cache holds no state "
                     f"there; remove the tokens from {old.newest_before(old.end)} on and feed them again"
                 )
-            changes[sequence] = self._grown(old, old.end + len(rows))
+            changes[sequence] = self._grown(old, old.end + len(rows))._replace(used=used)
             adds_checkpoint |= old.keeps_newest
         if self._budget is not None and adds_checkpoint:
             changes |= self._within_budget(self._budget, changes)
@@ -319,12 +321,11 @@ class RecurrentCache(StreamCache[Stream]):
         for state in snapshot.states.values():
             for layer, arrays in state.items():
                 self._checked_form(layer, arrays)
-        self._uses += 1
         notes = snapshot.inputs if self._rewind else ()
-        stream = snapshot._replace(notes=notes, latest=None, used=self._uses)
-        # Without inputs, it can go back only to checkpoints, so the newest stays; see `_snapshot`.
-        older = [p for p in stream.checkpoints if p < stream.end]
-        return StreamPlan(self, {sequence: self._thinned(stream, older[-1:] if self._rewind else ())})
+        stream = snapshot._replace(notes=notes, latest=None, used=self._next_use())
+        # Without inputs it can go back only to checkpoints, so the newest one stays; see `_snapshot`.
+        newest = max(p for p in stream.checkpoints if p < stream.end or not p)
+        return StreamPlan(self, {sequence: self._thinned(stream, newest)})
 
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         source = self._streams.get(src)
@@ -425,16 +426,20 @@ class RecurrentCache(StreamCache[Stream]):
             # What was copied from a long block is computed, so that the block can be freed.
             mx.async_eval(list(noted_arrays([old.latest])))  # type: ignore[no-untyped-call]
         keeps_newest = end - old.end > 1 or end % self._interval == 0 or end in old.marks
-        stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks, self._uses)
+        stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks)
         if stream.notes:
             base = max(p for p in stream.checkpoints if p <= max(0, end - self._rewind))
             stream = stream._replace(notes=tuple(note for note in stream.notes if note.end > base))
-        return self._thinned(stream) if old.keeps_newest else stream
+        return self._thinned(stream, old.end) if old.keeps_newest else stream
 
-    def _thinned(self, stream: Stream, also: Collection[int] = ()) -> Stream:
-        """Drop checkpoints beyond the limits of a sequence, but none that are needed or in `also`."""
+    def _next_use(self) -> int:
+        """Return a number above that of every sequence; 0 without a budget, which alone needs it."""
+        return 0 if self._budget is None else 1 + max((s.used for s in self._streams.values()), default=0)
+
+    def _thinned(self, stream: Stream, also: int | None = None) -> Stream:
+        """Drop checkpoints beyond the limits of a sequence, but none that `rewind` needs; see `_needed`."""
         states = {p: state for p, state in stream.states.items() if p != stream.end}
-        order = expendable(states, stream.end, self._needed(stream).union(also), stream.marks)
+        order = expendable(states, stream.end, self._needed(stream, also), stream.marks)
         while len(states) > self._max_checkpoints or self._exceeds_bytes(states):
             dropped = next(order, None)
             if dropped is None:
@@ -449,9 +454,13 @@ class RecurrentCache(StreamCache[Stream]):
             return False
         return sum(sizes_of(arrays_in(states.values())).values()) > self._max_bytes
 
-    def _needed(self, stream: Stream) -> set[int]:
-        """Return the checkpoints that are needed to go back by `rewind` tokens."""
-        return anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
+    def _needed(self, stream: Stream, also: int | None = None) -> set[int]:
+        """Return the checkpoints that are needed to go back by `rewind` tokens.
+
+        `also` is another one, for instance the beginning of a forward pass whose inputs are yet to come.
+        """
+        needed = anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
+        return needed | {also} if self._rewind and also is not None else needed
 
     def _within_budget(self, budget: int, changes: Mapping[int, Stream]) -> dict[int, Stream]:
         """Return further changes, which drop checkpoints beyond the budget of all sequences.
@@ -462,7 +471,8 @@ class RecurrentCache(StreamCache[Stream]):
         found, uncounted = [], set[int]()
         for sequence, stream in sorted(streams.items(), key=lambda item: item[1].used):
             sizes = {p: sizes_of(arrays_in([state])) for p, state in stream.states.items()}
-            newest, needed = sizes.pop(stream.end, {}), self._needed(stream)
+            newest = sizes.pop(stream.end, {})
+            needed = self._needed(stream, self._end(sequence) if sequence in changes else None)
             if sequence not in changes:
                 uncounted.update(newest)
             for position in needed & sizes.keys():

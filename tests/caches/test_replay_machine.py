@@ -275,14 +275,20 @@ class World:
         position = max(0, stream.end + self.random.randint(-9, 6))
         most = self.recurrent._max_checkpoints
         kept = sorted({*stream.marks, position})[-most:] if most else []
-        is_possible = position > stream.end or self.resumes(sequence, position)
-        marks = frozenset(kept if is_possible and position and position in kept else stream.marks)
-        result = []
+        is_possible = position in kept and (position > stream.end or self.resumes(sequence, position))
+        result: list[bool] = []
         call = lambda: result.append(self.recurrent.mark(sequence, position))  # noqa: E731
-        if self.attempt(call, {sequence: replace(stream, marks=marks)}, False) and not position:
+        after = {sequence: replace(stream, marks=frozenset(kept))} if position and is_possible else {}
+        done = self.attempt(call, after, False)
+        if result and not position:
             assert result == [True]
-        elif result and self.recurrent._max_bytes is None:
-            assert result == [is_possible and position in kept]
+        elif result and result[0]:
+            assert is_possible
+            assert position >= stream.end or position in self.recurrent._streams[sequence].states
+        elif done and after:
+            # There was no room.
+            assert position < stream.end
+            self.streams[sequence] = stream
 
     def attempt(self, call: Callable[[], object], after: dict[int, Stream], refused: bool | None) -> bool:
         """Make a call that is refused, or interrupted, or changes these streams; return whether it did.
