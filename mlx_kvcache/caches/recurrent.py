@@ -64,19 +64,19 @@ class RecurrentCache(StreamCache[Stream]):
     With `replay`, a sequence can also go back to each of its newest `rewind` tokens. The model gives its
     layers' inputs to `put`, and the cache keeps those of the newest tokens. To go back, it calls `replay` for
     each layer with the state at the last checkpoint before and the inputs since then. It keeps the
-    checkpoints that this needs, about one in `interval` tokens, beyond the limits too.
+    checkpoints that this needs, about one in `interval` tokens.
 
     Args:
         interval: the tokens between checkpoints while decoding, and inside long blocks.
-        max_checkpoints: the most checkpoints of each sequence, the newest state not counted.
+        max_checkpoints: the most checkpoints of each sequence. The newest state and the checkpoints that
+            `rewind` needs are not counted in any limit.
         max_bytes: the most bytes of checkpoints of each sequence, or None for no limit.
         replay: returns a layer's arrays after some tokens. Its arguments are the layer, the arrays before
             these tokens, or () if there are none, and the layer's inputs, each (1, n, ...). It must not
             have side effects.
         rewind: the number of newest tokens that can be removed, whichever they are. Needs `replay`.
         budget: the most bytes of checkpoints of all sequences together, or None for no limit. When a forward
-            pass adds a checkpoint, others are dropped: first those of the sequences used longest ago. Newest
-            states and the checkpoints that `rewind` needs are neither counted nor dropped.
+            pass adds a checkpoint, others are dropped: first those of the sequences used longest ago.
 
     Raises:
         ValueError: `interval` is below 1, a limit is negative, or `rewind` is given without `replay`.
@@ -273,6 +273,9 @@ class RecurrentCache(StreamCache[Stream]):
     ) -> Plan:
         stream = self._streams.get(sequence)
         stop = self._clipped(sequence, end)
+        if stream is not None and not stream.end and not begin:
+            # It has marks only.
+            return StreamPlan(self, {sequence: None})
         if stream is None or begin >= stop:
             return StreamPlan(self, {})
         if stop < stream.end:
@@ -438,16 +441,14 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _thinned(self, stream: Stream, also: int | None = None) -> Stream:
         """Drop checkpoints beyond the limits of a sequence, but none that `rewind` needs; see `_needed`."""
-        states = {p: state for p, state in stream.states.items() if p != stream.end}
-        order = expendable(states, stream.end, self._needed(stream, also), stream.marks)
-        while len(states) > self._max_checkpoints or self._exceeds_bytes(states):
-            dropped = next(order, None)
-            if dropped is None:
-                break
-            del states[dropped]
-        if stream.end in stream.states:
-            states[stream.end] = stream.states[stream.end]
-        return stream._replace(states=states)
+        needed = self._needed(stream, also) | {stream.end}
+        rest = {p: state for p, state in stream.states.items() if p not in needed}
+        order = expendable(stream.states.keys() - {stream.end}, stream.end, needed, stream.marks)
+        dropped = set()
+        while len(rest) > self._max_checkpoints or self._exceeds_bytes(rest):
+            dropped.add(position := next(order))
+            del rest[position]
+        return stream._replace(states={p: s for p, s in stream.states.items() if p not in dropped})
 
     def _exceeds_bytes(self, states: Mapping[int, State]) -> bool:
         if self._max_bytes is None:
