@@ -273,8 +273,8 @@ class RecurrentCache(StreamCache[Stream]):
     ) -> Plan:
         stream = self._streams.get(sequence)
         stop = self._clipped(sequence, end)
-        if stream is not None and not stream.end and not begin:
-            # It has marks only.
+        if stream is not None and not stream.end and begin == 0 != end:
+            # It has no tokens, only marks.
             return StreamPlan(self, {sequence: None})
         if stream is None or begin >= stop:
             return StreamPlan(self, {})

@@ -39,6 +39,11 @@ def state_of(layer: int, number: int) -> Arrays:
     return mx.array([[number + layer]]), None
 
 
+def number_in(state: Arrays) -> int:
+    assert state[0] is not None
+    return int(state[0].item())  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Stream:
     """The truth of a sequence.
@@ -97,8 +102,8 @@ class World:
         assert tokens.shape[0] == 1
         assert mx.array_equal(tokens * 2, double)
         self.replays.append(layer)
-        number = int(arrays[0].item()) - layer if arrays and arrays[0] is not None else 0
-        return state_of(layer, fold(layer, number, tokens[0, :, 0].tolist()))
+        number = number_in(arrays) - layer if arrays else 0
+        return state_of(layer, fold(layer, number, (number_in((token,)) for token in tokens[0])))
 
     def of(self, sequence: int) -> Stream:
         return self.streams.get(sequence, Stream())
@@ -207,7 +212,9 @@ class World:
         marks = frozenset(
             mark if mark <= begin else mark - gap for mark in stream.marks if not begin < mark < stop
         )
-        if begin < stop == stream.end:
+        if not stream.end and end != 0:
+            after = Stream()
+        elif begin < stop == stream.end:
             after, refused = stream.cut(begin), not self.resumes(sequence, begin)
         elif begin < stop and mode == "refuse":
             refused = True
@@ -250,9 +257,8 @@ class World:
         """Where two answers were right, the state that was chosen is the one from now on."""
         stream = self.of(sequence)
         if len(stream.read[-1]) > 1:
-            [number, _] = self.recurrent.newest(0, sequence)
-            assert number is not None
-            (read,) = (read for read in stream.read[-1] if fold(0, 0, read) == number.item())
+            number = number_in(self.recurrent.newest(0, sequence))
+            (read,) = (read for read in stream.read[-1] if fold(0, 0, read) == number)
             self.streams[sequence] = replace(stream, read=(*stream.read[:-1], frozenset({read})))
 
     def copy_prefix(self) -> None:
@@ -337,10 +343,9 @@ class World:
         held = cache._streams.get(sequence)
         assert frozenset(held.marks if held else ()) == stream.marks
         for position, state in (held.states if held else {}).items():
-            for layer, (number, _) in state.items():
-                assert number is not None
+            for layer, own in state.items():
                 right = {fold(layer, 0, read) + layer for read in stream.read[position]}
-                assert number.item() in right, (sequence, position)
+                assert number_in(own) in right, (sequence, position)
         first = max(0, stream.end - 25)
         resumable = [p for p in range(first, -1, -1) if cache.can_resume(sequence, p)][:1]
         for position in range(first, stream.end + 2):
