@@ -17,7 +17,7 @@ from .base import Pass, StreamCache, StreamPlan, checked_layer
 from .checkpoints import Expendable, anchors, beyond, expendable
 from .interface import Recurrent
 from .plan import Plan
-from .replay import Note, checked_inputs, noted_arrays
+from .replay import Note, checked_inputs, copied_arrays
 from .states import NOTHING, Arrays, Replay, State, Stream, arrays_in, filter_none, sizes_of
 
 __all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream", "arrays_in", "filter_none"]
@@ -373,6 +373,8 @@ class RecurrentCache(StreamCache[Stream]):
             if at is not None:
                 raise ValueError(f"inputs are those of the state at the batch's end, got them with at={at}")
             own = checked_inputs(inputs, row, begin + n, n, layer, self._counts.get(layer))
+            # While decoding, all rows share their arrays. In longer batches, sequences have slices.
+            own = own.copied() if len(batch) > len(batch.rows) else own
         if scratch is not None:
             scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
             mx.eval([array for array in scratch[layer] if array is not None])
@@ -425,9 +427,9 @@ class RecurrentCache(StreamCache[Stream]):
         if not old.keeps_newest:
             states.pop(old.end, None)
         states[end] = newest
-        if old.latest and old.latest.end - old.latest.begin > 1:
-            # What was copied from a long block is computed, so that the block can be freed.
-            mx.async_eval(list(noted_arrays([old.latest])))  # type: ignore[no-untyped-call]
+        if old.latest and (copies := copied_arrays(old.latest)):
+            # Once they are computed, the arrays that they were copied from can be freed.
+            mx.async_eval(copies)  # type: ignore[no-untyped-call]
         keeps_newest = end - old.end > 1 or end % self._interval == 0 or end in old.marks
         stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks)
         if stream.notes:
@@ -460,8 +462,10 @@ class RecurrentCache(StreamCache[Stream]):
 
         `also` is another one, for instance the beginning of a forward pass whose inputs are yet to come.
         """
+        if not self._rewind:
+            return set()
         needed = anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
-        return needed | {also} if self._rewind and also is not None else needed
+        return needed if also is None else needed | {also}
 
     def _within_budget(self, budget: int, changes: Mapping[int, Stream]) -> dict[int, Stream]:
         """Return further changes, which drop checkpoints beyond the budget of all sequences.

@@ -23,11 +23,18 @@ class Inputs(NamedTuple):
         arrays: each (rows, m, ...).
         row: the row of the sequence.
         begin: the position of the first token on axis 1.
+        is_copy: whether the arrays are copies, which no forward pass evaluates.
     """
 
     arrays: tuple[mx.array, ...]
     row: int
     begin: int
+    is_copy: bool = False
+
+    def copied(self) -> Inputs:
+        """Return a copy of the sequence's row: a slice of a longer array would keep all of it in memory."""
+        arrays = tuple(mx.contiguous(array[self.row : self.row + 1]) for array in self.arrays)
+        return Inputs(arrays, 0, self.begin, is_copy=True)
 
     def cut(self, begin: int, end: int) -> list[mx.array]:
         """Return the inputs (1, end - begin, ...) of the tokens [begin, end)."""
@@ -96,6 +103,11 @@ def noted_arrays(notes: Iterable[Note]) -> Iterator[mx.array]:
             yield from inputs.arrays
 
 
+def copied_arrays(note: Note) -> list[mx.array]:
+    """Return the arrays of a note that are copies."""
+    return [array for inputs in note.layers.values() if inputs.is_copy for array in inputs.arrays]
+
+
 def checked_inputs(
     inputs: Sequence[mx.array], row: int, end: int, n: int, layer: int, count: int | None
 ) -> Inputs:
@@ -133,8 +145,4 @@ def checked_inputs(
         raise ValueError(
             f"row={row} of the inputs of layer {layer} does not exist: their shapes are {shapes}"
         )
-    (m,) = lengths
-    if m < n:
-        # These are probably slices of longer arrays, which would stay in memory with them.
-        arrays, row = tuple(mx.contiguous(array[row : row + 1]) for array in arrays), 0
-    return Inputs(arrays, row, end - m)
+    return Inputs(arrays, row, end - lengths.pop())
