@@ -7,6 +7,7 @@ the newest tokens and a function that runs the recurrence, it can compute the st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import mlx.core as mx
 
@@ -434,7 +435,8 @@ class RecurrentCache(StreamCache[Stream]):
         stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks)
         if stream.notes:
             base = max(p for p in stream.checkpoints if p <= max(0, end - self._rewind))
-            stream = stream._replace(notes=tuple(note for note in stream.notes if note.end > base))
+            old_notes = takewhile(lambda note: note.end <= base, stream.notes)
+            stream = stream._replace(notes=stream.notes[len([*old_notes]) :])
         return self._thinned(stream, old.end) if old.keeps_newest else stream
 
     def _next_use(self) -> int:

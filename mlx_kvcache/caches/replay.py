@@ -125,10 +125,10 @@ def checked_inputs(
         TypeError: `inputs` is not a sequence of arrays.
         ValueError: the number of arrays, a shape or the row is wrong.
     """
-    is_list = isinstance(inputs, Sequence)
-    wrong = next((part for part in inputs if not isinstance(part, mx.array)), None) if is_list else inputs
-    if wrong is not None:
-        raise TypeError(f"inputs of layer {layer} must be a list or tuple of arrays, got {class_of(wrong)}")
+    parts = inputs if isinstance(inputs, (list, tuple)) else [None]
+    if not all(isinstance(part, mx.array) for part in parts):
+        got = [class_of(part) for part in inputs] if parts is inputs else class_of(inputs)
+        raise TypeError(f"inputs of layer {layer} must be a list or tuple of arrays, got {got}")
     arrays = tuple(inputs)
     if not arrays or len(arrays) != (count or len(arrays)):
         expected = f"{count}, as before" if count else "1 or more"
