@@ -508,3 +508,35 @@ def test_check_finds_what_cannot_be(wrong: dict[str, Any]) -> None:
     cache._streams[0] = stream._replace(states={}, **wrong)
     with pytest.raises(AssertionError):
         cache.check()
+
+
+def test_reserving_stores_no_inputs() -> None:
+    cache = made()
+    cache.start_forward(Batch.run(0, 0, 9), reserve=True)
+    assert cache.wanted() == (3, 5)
+    cache.put(mx.ones(3), inputs=[mx.ones((1, 9))])
+    with pytest.raises(ValueError, match="from 1 to 9"):
+        cache.put(mx.ones(3), inputs=[mx.ones((1, 10))])
+    assert (cache.nbytes, cache.end(0)) == (0, 0)
+
+
+def test_an_edit_in_the_middle_of_a_pass() -> None:
+    """It ends the pass. The layers that were not put have no inputs there."""
+    cache = made(interval=100)
+    feed(cache, range(4))
+    cache.start_forward(Batch.run(0, 4, 3))
+    cache.layer(0).put(mx.array(7), mx.array(7), inputs=[mx.array([[4, 5, 6]])])
+    cache.copy_prefix(0, 1, 7)
+    assert resumable(cache) == resumable(cache, 1) == [0, 1, 2, 3, 4, 7]
+    cache.remove(0, 4)
+    feed(cache, range(4, 7))
+    assert resumable(cache) == [*range(8)]
+    assert newest(cache) == after((), range(7))
+
+
+def test_closing_forgets_the_inputs() -> None:
+    cache = made()
+    feed(cache, range(4))
+    cache.close()
+    assert cache.nbytes == 0
+    assert not cache._counts
