@@ -7,6 +7,7 @@ the newest tokens and a function that runs the recurrence, it can compute the st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 
 import mlx.core as mx
@@ -429,8 +430,10 @@ class RecurrentCache(StreamCache[Stream]):
             states.pop(old.end, None)
         states[end] = newest
         if old.latest and (copies := copied_arrays(old.latest)):
-            # Once they are computed, the arrays that they were copied from can be freed.
-            mx.async_eval(copies)  # type: ignore[no-untyped-call]
+            # Once they are computed, the arrays that they were copied from can be freed. Only the thread that
+            # made them can compute them.
+            with suppress(RuntimeError):
+                mx.async_eval(copies)  # type: ignore[no-untyped-call]
         keeps_newest = end - old.end > 1 or end % self._interval == 0 or end in old.marks
         stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks)
         if stream.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -540,3 +541,26 @@ def test_closing_forgets_the_inputs() -> None:
     cache.close()
     assert cache.nbytes == 0
     assert not cache._counts
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_another_thread_goes_on(evaluates: bool) -> None:
+    """It cannot compute copies of inputs that the first one has left lazy, but needs them to go back only."""
+    cache = made()
+
+    def first() -> None:
+        feed(cache, range(20), m=6)
+        stream = cache._streams[0]
+        mx.eval([state for position in stream.states for state in stream.states[position][0]])
+        mx.eval([state for position in stream.states for state in stream.states[position][1]])
+        if evaluates:
+            mx.eval(stream.written)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+    feed(cache, [20])
+    assert newest(cache) == after((), range(21))
+    if evaluates:
+        cache.remove(0, 17)
+        assert newest(cache) == after((), range(17))
