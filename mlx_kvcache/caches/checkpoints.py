@@ -13,9 +13,9 @@ Range = tuple[int, int]
 def anchors(positions: Iterable[int], ranges: Iterable[Range], back: int, interval: int) -> set[int]:
     """Return the checkpoints that are needed to compute the states from `back` on again.
 
-    Each range needs one at or before `back`, or else its first one. After that, more are kept so that their
-    distance stays about `interval`: when the sequence has grown, one of these is the new first one, and the
-    inputs before it can be dropped.
+    The newest one at or before `back` is kept, and so is the first one of each range after it. In each range,
+    more are kept so that their distance stays about `interval`: when the sequence has grown, one of these is
+    the newest before `back`, and the inputs before it can be dropped.
 
     Args:
         positions: the positions of all checkpoints, by rising position; 0 counts as one.
@@ -23,7 +23,7 @@ def anchors(positions: Iterable[int], ranges: Iterable[Range], back: int, interv
         back: the first position to which it must be possible to go back.
         interval: the most tokens between two checkpoints, if there are enough.
     """
-    kept: set[int] = set()
+    kept = {max((p for p in positions if p <= back), default=0)}
     for begin, end in ranges:
         inside = [p for p in positions if begin <= p <= end]
         older = len([p for p in inside if p <= back])

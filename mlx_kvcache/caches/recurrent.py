@@ -7,6 +7,8 @@ the newest tokens and a function that runs the recurrence, it can compute the st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import takewhile
 
 import mlx.core as mx
 
@@ -17,7 +19,7 @@ from .base import Pass, StreamCache, StreamPlan, checked_layer
 from .checkpoints import Expendable, anchors, beyond, expendable
 from .interface import Recurrent
 from .plan import Plan
-from .replay import Note, checked_inputs, noted_arrays
+from .replay import Note, checked_inputs, copied_arrays
 from .states import NOTHING, Arrays, Replay, State, Stream, arrays_in, filter_none, sizes_of
 
 __all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream", "arrays_in", "filter_none"]
@@ -64,19 +66,19 @@ class RecurrentCache(StreamCache[Stream]):
     With `replay`, a sequence can also go back to each of its newest `rewind` tokens. The model gives its
     layers' inputs to `put`, and the cache keeps those of the newest tokens. To go back, it calls `replay` for
     each layer with the state at the last checkpoint before and the inputs since then. It keeps the
-    checkpoints that this needs, about one in `interval` tokens, beyond the limits too.
+    checkpoints that this needs, about one in `interval` tokens.
 
     Args:
         interval: the tokens between checkpoints while decoding, and inside long blocks.
-        max_checkpoints: the most checkpoints of each sequence, the newest state not counted.
+        max_checkpoints: the most checkpoints of each sequence. The newest state and the checkpoints that
+            `rewind` needs are not counted in any limit.
         max_bytes: the most bytes of checkpoints of each sequence, or None for no limit.
         replay: returns a layer's arrays after some tokens. Its arguments are the layer, the arrays before
             these tokens, or () if there are none, and the layer's inputs, each (1, n, ...). It must not
             have side effects.
         rewind: the number of newest tokens that can be removed, whichever they are. Needs `replay`.
         budget: the most bytes of checkpoints of all sequences together, or None for no limit. When a forward
-            pass adds a checkpoint, others are dropped: first those of the sequences used longest ago. Newest
-            states and the checkpoints that `rewind` needs are neither counted nor dropped.
+            pass adds a checkpoint, others are dropped: first those of the sequences used longest ago.
 
     Raises:
         ValueError: `interval` is below 1, a limit is negative, or `rewind` is given without `replay`.
@@ -103,7 +105,6 @@ class RecurrentCache(StreamCache[Stream]):
             )
         self._budget = None if budget is None else whole(budget=budget)[0]
         self._replay = replay
-        self._uses = 0
         self._forms: dict[int, Form] = {}
         self._counts: dict[int, int] = {}
         """The number of arrays that each layer gives as inputs."""
@@ -212,7 +213,8 @@ class RecurrentCache(StreamCache[Stream]):
         cache keeps the newest `max_checkpoints` marks of a sequence; a fork has them, too.
 
         Returns:
-            Whether there is or will be a checkpoint.
+            Whether there is or will be a checkpoint. If not, nothing has changed: the sequence cannot go back
+            to the position, or there is no room beside other marks.
 
         Raises:
             ValueError: a number is negative.
@@ -228,8 +230,10 @@ class RecurrentCache(StreamCache[Stream]):
             return False
         keeps_newest = stream.keeps_newest or position == stream.end
         marked = self._thinned(held._replace(marks=marks, keeps_newest=keeps_newest))
+        if position < stream.end and position not in marked.states:
+            return False
         self._streams[sequence] = marked
-        return position > stream.end or position in marked.states
+        return True
 
     def marks(self, sequence: int) -> tuple[int, ...]:
         """Return the marked positions of a sequence."""
@@ -254,8 +258,8 @@ class RecurrentCache(StreamCache[Stream]):
 
     def _plan_forward(self, batch: Batch) -> Plan:
         batch.check_continues(self._end)
-        self._uses += 1
         changes: dict[int, Stream] = {}
+        used = self._next_use()
         adds_checkpoint = False
         for sequence, rows in batch.rows.items():
             old = self._streams.get(sequence, EMPTY)
@@ -264,7 +268,7 @@ class RecurrentCache(StreamCache[Stream]):
                     f"sequence {sequence} cannot go on at position {old.end}: the cache holds no state "
                     f"there; remove the tokens from {old.newest_before(old.end)} on and feed them again"
                 )
-            changes[sequence] = self._grown(old, old.end + len(rows))
+            changes[sequence] = self._grown(old, old.end + len(rows))._replace(used=used)
             adds_checkpoint |= old.keeps_newest
         if self._budget is not None and adds_checkpoint:
             changes |= self._within_budget(self._budget, changes)
@@ -275,6 +279,9 @@ class RecurrentCache(StreamCache[Stream]):
     ) -> Plan:
         stream = self._streams.get(sequence)
         stop = self._clipped(sequence, end)
+        if stream is not None and not stream.end and begin == 0 != end:
+            # It has no tokens, only marks.
+            return StreamPlan(self, {sequence: None})
         if stream is None or begin >= stop:
             return StreamPlan(self, {})
         if stop < stream.end:
@@ -323,10 +330,11 @@ class RecurrentCache(StreamCache[Stream]):
         for state in snapshot.states.values():
             for layer, arrays in state.items():
                 self._checked_form(layer, arrays)
-        self._uses += 1
         notes = snapshot.inputs if self._rewind else ()
-        stream = snapshot._replace(notes=notes, latest=None, used=self._uses)
-        return StreamPlan(self, {sequence: self._thinned(stream)})
+        stream = snapshot._replace(notes=notes, latest=None, used=self._next_use())
+        # Without inputs it can go back only to checkpoints, so the newest one stays; see `_snapshot`.
+        newest = max(p for p in stream.checkpoints if p < stream.end or not p)
+        return StreamPlan(self, {sequence: self._thinned(stream, newest)})
 
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         source = self._streams.get(src)
@@ -371,6 +379,8 @@ class RecurrentCache(StreamCache[Stream]):
             if at is not None:
                 raise ValueError(f"inputs are those of the state at the batch's end, got them with at={at}")
             own = checked_inputs(inputs, row, begin + n, n, layer, self._counts.get(layer))
+            # While decoding, all rows share their arrays. In longer batches, sequences have slices.
+            own = own.copied() if len(batch) > len(batch.rows) else own
         if scratch is not None:
             scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
             mx.eval([array for array in scratch[layer] if array is not None])
@@ -423,37 +433,48 @@ class RecurrentCache(StreamCache[Stream]):
         if not old.keeps_newest:
             states.pop(old.end, None)
         states[end] = newest
-        if old.latest and old.latest.end - old.latest.begin > 1:
-            # What was copied from a long block is computed, so that the block can be freed.
-            mx.async_eval(list(noted_arrays([old.latest])))  # type: ignore[no-untyped-call]
+        if old.latest and (copies := copied_arrays(old.latest)):
+            # Once they are computed, the arrays that they were copied from can be freed. Only the thread that
+            # made them can compute them.
+            with suppress(RuntimeError):
+                mx.async_eval(copies)  # type: ignore[no-untyped-call]
         keeps_newest = end - old.end > 1 or end % self._interval == 0 or end in old.marks
-        stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks, self._uses)
+        stream = Stream(end, states, keeps_newest, old.inputs, None, old.marks)
         if stream.notes:
             base = max(p for p in stream.checkpoints if p <= max(0, end - self._rewind))
-            stream = stream._replace(notes=tuple(note for note in stream.notes if note.end > base))
-        return self._thinned(stream) if old.keeps_newest else stream
+            old_notes = takewhile(lambda note: note.end <= base, stream.notes)
+            stream = stream._replace(notes=stream.notes[len([*old_notes]) :])
+        return self._thinned(stream, old.end) if old.keeps_newest else stream
 
-    def _thinned(self, stream: Stream) -> Stream:
-        """Drop checkpoints beyond the limits of a sequence."""
-        states = {p: state for p, state in stream.states.items() if p != stream.end}
-        order = expendable(states, stream.end, self._needed(stream), stream.marks)
-        while len(states) > self._max_checkpoints or self._exceeds_bytes(states):
-            dropped = next(order, None)
-            if dropped is None:
-                break
-            del states[dropped]
-        if stream.end in stream.states:
-            states[stream.end] = stream.states[stream.end]
-        return stream._replace(states=states)
+    def _next_use(self) -> int:
+        """Return a number above that of every sequence; 0 without a budget, which alone needs it."""
+        return 0 if self._budget is None else 1 + max((s.used for s in self._streams.values()), default=0)
+
+    def _thinned(self, stream: Stream, also: int | None = None) -> Stream:
+        """Drop checkpoints beyond the limits of a sequence, but none that `rewind` needs; see `_needed`."""
+        needed = self._needed(stream, also) | {stream.end}
+        rest = {p: state for p, state in stream.states.items() if p not in needed}
+        order = expendable(stream.states.keys() - {stream.end}, stream.end, needed, stream.marks)
+        dropped = set()
+        while len(rest) > self._max_checkpoints or self._exceeds_bytes(rest):
+            dropped.add(position := next(order))
+            del rest[position]
+        return stream._replace(states={p: s for p, s in stream.states.items() if p not in dropped})
 
     def _exceeds_bytes(self, states: Mapping[int, State]) -> bool:
         if self._max_bytes is None:
             return False
         return sum(sizes_of(arrays_in(states.values())).values()) > self._max_bytes
 
-    def _needed(self, stream: Stream) -> set[int]:
-        """Return the checkpoints that are needed to go back by `rewind` tokens."""
-        return anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
+    def _needed(self, stream: Stream, also: int | None = None) -> set[int]:
+        """Return the checkpoints that are needed to go back by `rewind` tokens.
+
+        `also` is another one, for instance the beginning of a forward pass whose inputs are yet to come.
+        """
+        if not self._rewind:
+            return set()
+        needed = anchors(stream.checkpoints, stream.ranges, stream.end - self._rewind, self._interval)
+        return needed if also is None else needed | {also}
 
     def _within_budget(self, budget: int, changes: Mapping[int, Stream]) -> dict[int, Stream]:
         """Return further changes, which drop checkpoints beyond the budget of all sequences.
@@ -464,7 +485,8 @@ class RecurrentCache(StreamCache[Stream]):
         found, uncounted = [], set[int]()
         for sequence, stream in sorted(streams.items(), key=lambda item: item[1].used):
             sizes = {p: sizes_of(arrays_in([state])) for p, state in stream.states.items()}
-            newest, needed = sizes.pop(stream.end, {}), self._needed(stream)
+            newest = sizes.pop(stream.end, {})
+            needed = self._needed(stream, self._end(sequence) if sequence in changes else None)
             if sequence not in changes:
                 uncounted.update(newest)
             for position in needed & sizes.keys():

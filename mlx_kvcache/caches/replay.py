@@ -23,11 +23,18 @@ class Inputs(NamedTuple):
         arrays: each (rows, m, ...).
         row: the row of the sequence.
         begin: the position of the first token on axis 1.
+        is_copy: whether the arrays are copies, which no forward pass evaluates.
     """
 
     arrays: tuple[mx.array, ...]
     row: int
     begin: int
+    is_copy: bool = False
+
+    def copied(self) -> Inputs:
+        """Return a copy of the sequence's row: a slice of a longer array would keep all of it in memory."""
+        arrays = tuple(mx.contiguous(array[self.row : self.row + 1]) for array in self.arrays)
+        return Inputs(arrays, 0, self.begin, is_copy=True)
 
     def cut(self, begin: int, end: int) -> list[mx.array]:
         """Return the inputs (1, end - begin, ...) of the tokens [begin, end)."""
@@ -96,6 +103,11 @@ def noted_arrays(notes: Iterable[Note]) -> Iterator[mx.array]:
             yield from inputs.arrays
 
 
+def copied_arrays(note: Note) -> list[mx.array]:
+    """Return the arrays of a note that are copies."""
+    return [array for inputs in note.layers.values() if inputs.is_copy for array in inputs.arrays]
+
+
 def checked_inputs(
     inputs: Sequence[mx.array], row: int, end: int, n: int, layer: int, count: int | None
 ) -> Inputs:
@@ -113,10 +125,10 @@ def checked_inputs(
         TypeError: `inputs` is not a sequence of arrays.
         ValueError: the number of arrays, a shape or the row is wrong.
     """
-    is_list = isinstance(inputs, Sequence)
-    wrong = next((part for part in inputs if not isinstance(part, mx.array)), None) if is_list else inputs
-    if wrong is not None:
-        raise TypeError(f"inputs of layer {layer} must be a list or tuple of arrays, got {class_of(wrong)}")
+    parts = inputs if isinstance(inputs, (list, tuple)) else [None]
+    if not all(isinstance(part, mx.array) for part in parts):
+        got = [class_of(part) for part in inputs] if parts is inputs else class_of(inputs)
+        raise TypeError(f"inputs of layer {layer} must be a list or tuple of arrays, got {got}")
     arrays = tuple(inputs)
     if not arrays or len(arrays) != (count or len(arrays)):
         expected = f"{count}, as before" if count else "1 or more"
@@ -133,8 +145,4 @@ def checked_inputs(
         raise ValueError(
             f"row={row} of the inputs of layer {layer} does not exist: their shapes are {shapes}"
         )
-    (m,) = lengths
-    if m < n:
-        # These are probably slices of longer arrays, which would stay in memory with them.
-        arrays, row = tuple(mx.contiguous(array[row : row + 1]) for array in arrays), 0
-    return Inputs(arrays, row, end - m)
+    return Inputs(arrays, row, end - lengths.pop())

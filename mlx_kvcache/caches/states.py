@@ -56,6 +56,14 @@ class Stream(NamedTuple):
         return [*arrays_in(self.states.values()), *noted_arrays(self.inputs)]
 
     @property
+    def written(self) -> list[mx.array]:
+        """The arrays that the newest forward pass put: the state at its end and its inputs."""
+        return [
+            *arrays_in([self.states.get(self.end, NOTHING)]),
+            *noted_arrays([self.latest] if self.latest else []),
+        ]
+
+    @property
     def layers(self) -> Set[int]:
         """The layers that a state needs to be continued from."""
         if self.end in self.states:

@@ -25,6 +25,8 @@ from mlx_kvcache import (
     attention,
     slide,
 )
+from mlx_kvcache.caches.interface import Recurrent
+from mlx_kvcache.caches.recurrent import Arrays
 from mlx_kvcache.cells.spans import clip
 from mlx_kvcache.storage.buffers import cells_in
 from tests.interrupts import Tracer, places
@@ -74,9 +76,10 @@ class Subject:
             step = leaf._pass.batch if hasattr(leaf, "_pass") else None
             if isinstance(leaf, RecurrentCache):
                 assert step is not None
-                for sequence in step.rows:
+                for sequence, rows in step.rows.items():
                     state = mx.full((1, 2), float(cache.end(sequence)) + plus)
-                    cache.layer(layer).put(state, None, sequence=sequence)
+                    inputs = [mx.full((1, len(rows), 1), plus)]
+                    cache.layer(layer).put(state, None, sequence=sequence, inputs=inputs)
             elif isinstance(leaf, EncoderCache):
                 assert step is not None
                 if len(step.rows) == 1:
@@ -190,7 +193,7 @@ def put(layer: int, plus: float, subject: Subject, cache: Any) -> None:
     leaf = subject.leaves(cache)[-1]
     shape = (1, 1, 2)
     if isinstance(leaf, RecurrentCache):
-        leaf._put(layer, (mx.full((1, 2), plus), None), 1, None)
+        leaf._put(layer, (mx.full((1, 2), plus), None), 1, None, [mx.full((1, 2, 1), plus)])
     else:
         leaf._put(layer, *(mx.full((*shape, d), plus) for d in subject.dims))
 
@@ -209,9 +212,17 @@ def attend(subject: Subject, cache: Any) -> None:
         attention(mx.ones((1, 2, 2, subject.dims[0])), keys, values, cache, scale=1.0)
 
 
-def removed(begin: int, end: int | None, subject: Subject, cache: Any) -> None:
+def removed(
+    begin: int, end: int | None, subject: Subject, cache: Any, recurrent: Recurrent = "refuse"
+) -> None:
     with suppress(CacheError):
-        cache.remove(2, begin, end)
+        cache.remove(2, begin, end, recurrent)
+
+
+def marked(subject: Subject, cache: Any) -> None:
+    for leaf in subject.leaves(cache):
+        if isinstance(leaf, RecurrentCache):
+            leaf.mark(2, 7)
 
 
 def slid(subject: Subject, cache: Any) -> None:
@@ -244,10 +255,18 @@ CALLS = [
     Call("remove all", partial(removed, 0, None)),
     Call("remove from the middle", partial(removed, 5, 6)),
     Call("remove the head", partial(removed, 0, 3)),
+    Call("remove and keep states", partial(removed, 7, 8, recurrent="keep")),
+    Call("remove and replay", partial(removed, 7, 8, recurrent="replay")),
+    Call("mark", marked),
     Call("slide", slid, with_layers),
     Call("restore", lambda s, c: c._plan_restore(3, c._snapshot(2)).commit()),
     Call("close", lambda s, c: c.close()),
 ]
+
+
+def replayed(layer: int, arrays: Arrays, inputs: tuple[mx.array, ...]) -> Arrays:
+    return mx.full((1, 2), float(layer + inputs[0].shape[1])), None
+
 
 SUBJECTS = [
     Subject(f"{kind}, {store}", partial(kind.make, add_offsets), STORES[store])
@@ -256,6 +275,7 @@ SUBJECTS = [
 ] + [
     Subject("encoder", EncoderCache, None),
     Subject("recurrent", lambda: RecurrentCache(1, 9), None),
+    Subject("replay", lambda: RecurrentCache(3, 2, replay=replayed, rewind=4, budget=60), None),
     Subject("all", lambda: WrapperCache(EncoderCache(), RecurrentCache(1), CausalCache(add_offsets)), None),
 ]
 

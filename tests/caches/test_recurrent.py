@@ -241,7 +241,7 @@ def test_what_a_recurrence_cannot_do() -> None:
     assert cache.end(0) == 0
     for options in ({"interval": 0}, {"max_checkpoints": -1}, {"max_bytes": -1}):
         with pytest.raises(ValueError, match="must be"):
-            RecurrentCache(**options)
+            made(**options)
 
 
 def test_a_checkpoint_of_some_layers_is_none() -> None:
