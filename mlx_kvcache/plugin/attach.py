@@ -205,23 +205,18 @@ def _bind_all() -> None:
     """Installs our functions in mlx-lm while any model is attached, and its own otherwise. Takes no lock."""
     while True:
         is_attached = bool(_attached or _all_models)
-        ours = _dispatch, _save, mlx_lm_store.fetch_nearest_cache, mlx_lm_store.insert_cache
-        theirs = _original, _original_save, mlx_lm_store.original_fetch, mlx_lm_store.original_insert
-        old, new = (theirs, ours) if is_attached else (ours, theirs)
-        _bind("make_prompt_cache", old[0], new[0])
-        _bind("save_prompt_cache", old[1], new[1])
-        mlx_lm_store.LRUPromptCache.fetch_nearest_cache, mlx_lm_store.LRUPromptCache.insert_cache = new[2:]
-        (server.patch if is_attached else server.restore)()
+        for name, ours, theirs in (
+            ("make_prompt_cache", _dispatch, _original),
+            ("save_prompt_cache", _save, _original_save),
+        ):
+            old, new = (theirs, ours) if is_attached else (ours, theirs)
+            for module_name, module in list(sys.modules.items()):
+                if module_name.split(".")[0] == "mlx_lm" and getattr(module, name, None) is old:
+                    setattr(module, name, new)
+        server.patch(is_attached)
         # Another thread, or the finalizer of a model, may have attached or detached in between.
         if is_attached == bool(_attached or _all_models):
             return
-
-
-def _bind(function: str, old: Any, new: Any) -> None:
-    """Replaces `old` in every module of mlx-lm that has imported it under this name."""
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "mlx_lm" and getattr(module, function, None) is old:
-            setattr(module, function, new)
 
 
 _attached = PerModel(_Attached, gone=_bind_all)
