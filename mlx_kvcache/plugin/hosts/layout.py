@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +106,7 @@ class Layout:
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for entry in self.entries for leaf in _leaves(entry))
+        return tuple(_leaves(self.entries))
 
     @property
     def rules(self) -> tuple[Rule | None, ...]:
@@ -123,21 +124,23 @@ def layout_of(model: nn.Module) -> Layout:
     Raises:
         NotSupportedError: an entry's class is not supported, or the model caches nothing.
     """
-    entries = own_cache(model)
-    found: list[Entry] = []
-    count = 0
-    for index, entry in enumerate(entries):
-        found.append(_read(entry, str(index), count, type(model).__module__))
-        count += sum(1 for _ in _leaves(found[-1]))
-    if not count:
-        raise NotSupportedError(f"{type(model).__module__} has no layers that use a cache")
-    return Layout(tuple(found))
+    module, indices = type(model).__module__, count()
+    layout = Layout(tuple(_read(own, str(i), indices, module) for i, own in enumerate(own_cache(model))))
+    if not layout.leaves:
+        raise NotSupportedError(f"{module} has no layers that use a cache")
+    return layout
 
 
 def own_cache(model: nn.Module) -> list[Any]:
     """Return mlx-lm's own cache list for a model, even while the model is attached."""
     with own_make_cache(model) as make_cache:
         return make_cache() if make_cache else [mlx_lm_cache.KVCache() for _ in model.layers]
+
+
+def configuration_of(model: nn.Module) -> dict[str, Any]:
+    """Return a model's arguments by name; an empty dict if they are not a dataclass."""
+    arguments = getattr(model, "args", None)
+    return asdict(arguments) if is_dataclass(arguments) and not isinstance(arguments, type) else {}
 
 
 def _leaves(entry: Entry) -> Iterator[Leaf]:
@@ -148,23 +151,19 @@ def _leaves(entry: Entry) -> Iterator[Leaf]:
             yield from _leaves(child)
 
 
-def _read(entry: Any, name: str, first: int, module: str) -> Entry:
+def _read(entry: Any, name: str, indices: Iterator[int], module: str) -> Entry:
     # Subclasses may behave differently, so only exact classes are accepted.
     kind = type(entry)
     if kind is mlx_lm_cache.KVCache:
-        return Leaf(first, name, Causal())
+        return Leaf(next(indices), name, Causal())
     if kind is mlx_lm_cache.RotatingKVCache and 0 <= entry.keep < entry.max_size:
-        return Leaf(first, name, Window(entry.max_size - entry.keep, entry.keep))
+        return Leaf(next(indices), name, Window(entry.max_size - entry.keep, entry.keep))
     if kind is mlx_lm_cache.ChunkedKVCache:
-        return Leaf(first, name, Chunk(entry.chunk_size))
+        return Leaf(next(indices), name, Chunk(entry.chunk_size))
     if kind is mlx_lm_cache.ArraysCache:
-        return Leaf(first, name, None, len(entry.cache))
+        return Leaf(next(indices), name, None, len(entry.cache))
     if kind is mlx_lm_cache.CacheList:
-        children: list[Entry] = []
-        for index, child in enumerate(entry.caches):
-            children.append(_read(child, f"{name}[{index}]", first, module))
-            first += sum(1 for _ in _leaves(children[-1]))
-        return tuple(children)
+        return tuple(_read(own, f"{name}[{i}]", indices, module) for i, own in enumerate(entry.caches))
     raise NotSupportedError(
         f"layer {name} of {module} uses {class_of(entry)}, which is not supported; supported are KVCache, "
         f"RotatingKVCache, ChunkedKVCache, ArraysCache and CacheList of {mlx_lm_cache.__name__}"

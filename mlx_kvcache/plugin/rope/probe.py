@@ -14,7 +14,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...cells.visibility import Chunk
 from ...rope import RopeShift
-from ..hosts.layout import Entry, Layout, Leaf, layout_of, logits_of
+from ..hosts.layout import Entry, Layout, Leaf, configuration_of, layout_of, logits_of
 from ..hosts.lifetimes import PerModel
 from ..ranks import ALONE, Ranks
 from .rebase import Rotation, Scheme, Slot
@@ -266,9 +265,7 @@ def _near(layout: Layout) -> int:
 
 def _beyond(model: nn.Module) -> list[int]:
     """Return positions just above each possible threshold in the configuration, and one far above all."""
-    arguments = getattr(model, "args", None)
-    config = asdict(arguments) if is_dataclass(arguments) and not isinstance(arguments, type) else {}
-    found = sorted({n for n in _thresholds(config) if NEAR < n <= 1 << 20})
+    found = sorted({n for n in _thresholds(configuration_of(model)) if NEAR < n <= 1 << 20})
     return [n + NEAR for n in found] + [2 * n + 1 for n in found[-1:]]
 
 
