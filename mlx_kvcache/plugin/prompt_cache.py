@@ -105,21 +105,22 @@ class PromptCache(list[Any]):
         (n,) = whole(None, n=n)
         if not 0 <= n <= self.position:
             raise ValueError(f"cannot rewind {n} tokens: the cache holds {self.position}")
-        self._rewind_to(self.position - n)
+        self.rewind_to(self.position - n)
 
     def rewind_to(self, position: int) -> None:
         """Drops the tokens from `position` on. Raises as `rewind`."""
         (position,) = whole(None, position=position)
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind to position {position}: expected 0 to {self.position}")
-        self._rewind_to(position)
+        with self._rows.edit(f"rewind to {position}"):
+            self._conversation.rewind_to(position)
 
     def remove(self, begin: int, end: int | None = None) -> None:
         """Removes the tokens [begin, end). Later tokens move down and their keys are re-based.
 
         Args:
             begin: the first position to remove.
-            end: the position after the last one to remove; None removes all tokens from `begin` on.
+            end: the position after the last one; None removes all tokens from `begin` on.
 
         Raises:
             ValueError: begin and end are not in 0 <= begin <= end <= position.
@@ -136,7 +137,7 @@ class PromptCache(list[Any]):
         if begin == stop:
             return
         if stop == position:
-            self._rewind_to(begin)
+            self.rewind_to(begin)
         else:
             with self._rows.edit(f"remove [{begin}, {stop})"):
                 self._conversation.remove(begin, stop)
@@ -174,20 +175,20 @@ class PromptCache(list[Any]):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
         tokens = None if tokens is None else token_ids(tokens)
         ranks = self.pool.ranks
-        if format == "mlx_kvcache":
-            if ranks.is_alone:
-                self._prepared(tokens, tokenizer).write(path)
-            else:
-                write(ranks, Path(path), lambda: self._prepared(tokens, tokenizer))
-            return
-        if not ranks.is_alone:
-            raise NotSupportedError(
-                'format="mlx-lm" has no place for a rank: a cache of several ranks needs format="mlx_kvcache"'
-            )
-        if tokens is not None and len(tokens) != self.position:
-            raise ValueError(f"got {len(tokens)} tokens for a cache that holds {self.position}")
-        with self._rows.edit("save"):
-            save_for_mlx_lm(Path(path), self)
+        if format == "mlx-lm":
+            if not ranks.is_alone:
+                raise NotSupportedError(
+                    'format="mlx-lm" has no place for a rank: a cache of several ranks needs '
+                    'format="mlx_kvcache"'
+                )
+            if tokens is not None and len(tokens) != self.position:
+                raise ValueError(f"got {len(tokens)} tokens for a cache that holds {self.position}")
+            with self._rows.edit("save"):
+                save_for_mlx_lm(Path(path), self)
+        elif ranks.is_alone:
+            self._prepared(tokens, tokenizer).write(path)
+        else:
+            write(ranks, Path(path), lambda: self._prepared(tokens, tokenizer))
 
     @classmethod
     def load(
@@ -256,10 +257,6 @@ class PromptCache(list[Any]):
     @property
     def _conversation(self) -> Conversation:
         return self._rows.conversation
-
-    def _rewind_to(self, position: int) -> None:
-        with self._rows.edit(f"rewind to {position}"):
-            self._conversation.rewind_to(position)
 
 
 @with_checked_options
