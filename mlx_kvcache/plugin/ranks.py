@@ -1,10 +1,10 @@
 """Keeps the caches of several processes (ranks) that run one model together consistent.
 
-Each rank has its own layers or heads and must make the same calls as the others. Before a call
-changes anything, the ranks exchange a record of 1,024 bytes with one `all_gather`: what each is about
-to do, and whether it can. If a rank is about to do something else, or cannot, all ranks raise while
-their caches are still alike. MLX pairs collectives only by their order, so without this check ranks
-that differ would wait forever or add up arrays that do not belong together.
+Each rank has its own layers or heads and must make the same calls as the others. Before a call changes
+anything, the ranks exchange a record of 1,024 bytes with one `all_gather`: what each is about to do, and
+whether it can. If a rank is about to do something else, or cannot, all ranks raise while their caches are
+still alike. MLX pairs collectives only by their order, so without this check ranks that differ would wait
+forever or add up arrays that do not belong together.
 """
 
 from __future__ import annotations
@@ -33,19 +33,14 @@ _ABOUT, _FED, _FAULT = 400, 120, 480
 
 
 class Record(NamedTuple):
-    """The record of one rank.
-
-    Attributes:
-        keys: digests of `about` and `fed`, computed before they were cut to fit.
-        about: what the rank is about to do.
-        fed: the tokens that its model was called with since the last vote, or "".
-        fault: why the rank cannot do it, or "".
-    """
+    """What one rank is about to do, and the tokens that its model was called with since the last vote."""
 
     keys: tuple[bytes, bytes]
+    """Digests of `about` and `fed`, computed before they were cut to fit."""
     about: str
     fed: str
     fault: str
+    """Why the rank cannot do it, or ""."""
 
 
 def told_tokens(tokens: mx.array) -> str:
@@ -74,10 +69,8 @@ def by_rank(texts: Sequence[str], verb: str) -> str:
     parts = []
     plural = verb.replace("is ", "are ").replace("was ", "were ")
     for text, (*others, last) in ranks.items():
-        subject = (
-            f"ranks {', '.join(map(str, others))} and {last} {plural}" if others else f"rank {last} {verb}"
-        )
-        parts.append(f"{subject} {text or 'nothing'}")
+        who = f"ranks {', '.join(map(str, others))} and {last} {plural}" if others else f"rank {last} {verb}"
+        parts.append(f"{who} {text or 'nothing'}")
     return "; ".join(parts)
 
 
@@ -87,17 +80,15 @@ def _digest(data: bytes) -> bytes:
 
 def encoded(about: str, fed: str, fault: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Encode a record. Texts that are too long are cut."""
-    texts = about.encode(), fed.encode(), fault.encode()
-    data = _digest(texts[0]) + _digest(texts[1])
-    for text, most in zip(texts, (_ABOUT, _FED, _FAULT), strict=True):
-        data += text[:most].replace(b"\0", b" ") + b"\0"
+    data = _digest(about.encode()) + _digest(fed.encode())
+    for text, most in ((about, _ABOUT), (fed, _FED), (fault, _FAULT)):
+        data += text.encode()[:most].replace(b"\0", b" ") + b"\0"
     return np.frombuffer(data.ljust(RECORD, b"\0"), np.uint8)
 
 
 def decoded(record: bytes) -> Record:
     """Decode a record."""
-    texts = record[2 * _DIGEST :].split(b"\0")
-    about, fed, fault = (text.decode(errors="replace") for text in texts[:3])
+    about, fed, fault, *_ = (text.decode(errors="replace") for text in record[2 * _DIGEST :].split(b"\0"))
     return Record((record[:_DIGEST], record[_DIGEST : 2 * _DIGEST]), about, fed, fault)
 
 
@@ -121,11 +112,6 @@ class Ranks:
 
     All sections and votes of a process, including those of different models and caches, must be made
     from one thread at a time and in the same order on every rank.
-
-    Attributes:
-        group: MLX's group, or None for a single process.
-        rank: the rank of this process.
-        size: the number of ranks.
     """
 
     def __init__(self, group: mx.distributed.Group | None) -> None:
@@ -153,12 +139,10 @@ class Ranks:
 
         Args:
             about: what this rank is about to do: a verb with its numbers.
-            error: the reason why this rank cannot do it.
+            error: why this rank cannot do it. It raises this, unless ranks are about to do different things.
 
         Raises:
-            RanksDisagreeError: another rank is about to do something else, cannot do it, or was fed
-                other tokens before. A rank that passes `error` raises that error instead, unless the
-                ranks are about to do different things.
+            RanksDisagreeError: another rank is about to do something else, cannot, or was fed other tokens.
             CacheError: the other ranks cannot be reached.
         """
         if self.is_alone:
@@ -169,21 +153,18 @@ class Ranks:
         fed, self._fed = self._fed, None
         told = self._exchange(about, f"{told_tokens(fed[0])} at {spelled(fed[1])}" if fed else "", fault)
         failure = self._failure(told, error)
-        if failure is not None and failure is error:
-            raise _known(error)
-        if failure is not None:
-            raise _known(failure) from error
+        if failure is None:
+            return
+        if failure is error:
+            raise _known(failure)
+        raise _known(failure) from error
 
     @contextmanager
     def together(self, about: str) -> Iterator[None]:
-        """Enclose a change that either all ranks make or none.
+        """Enclose a change that either all ranks make or none. Raises like `agree`.
 
-        The section prepares the change, calls `ready`, and only then changes anything. The other
-        ranks are informed of an exception before `ready`. A section that does not call `ready` votes
-        at its end.
-
-        Raises:
-            RanksDisagreeError, CacheError: like `agree`.
+        The section prepares the change, calls `ready`, and only then changes anything. The other ranks are
+        informed of an exception before `ready`. A section that does not call `ready` votes at its end.
         """
         if self.is_alone:
             yield
@@ -224,8 +205,8 @@ class Ranks:
     def enqueue(self, arrays: Sequence[mx.array]) -> None:
         """Start the evaluation of arrays, and of the model's last output if it is still referenced.
 
-        Otherwise a rank that evaluates an array for a reason of its own, such as a growing buffer,
-        would start the model's collectives earlier than other ranks.
+        Otherwise a rank that evaluates an array for a reason of its own, such as a growing buffer, would
+        start the model's collectives earlier than other ranks.
         """
         output = self._output()
         mx.async_eval(*arrays, *([] if output is None else [output]))  # type: ignore[no-untyped-call]

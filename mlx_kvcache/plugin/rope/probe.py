@@ -37,33 +37,24 @@ _NAMES = ("keys", "values")
 _ABOUT_POSITIONS = re.compile("position|original|window|chunk|floor|context|seq")
 
 
-class _Schemes:
-    """The position schemes of a model, by number of ranks."""
-
-    def __init__(self) -> None:
-        # Held while the model runs, so that it is probed once. Other models have other locks.
-        self.lock = threading.RLock()
-        self.found: dict[int, Scheme] = {}
-
-
-_schemes = PerModel(_Schemes)
+_schemes: PerModel[tuple[threading.RLock, dict[int, Scheme]]] = PerModel(lambda: (threading.RLock(), {}))
+"""For each model, a lock that is held while it is probed, and its schemes by number of ranks."""
 
 
 def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
     """Return the model's position scheme. It is found once for each model and number of ranks."""
-    schemes = _schemes.of(model)
-    with schemes.lock:
-        if ranks.size not in schemes.found:
-            schemes.found[ranks.size] = _agreed(_probe(model, ranks), ranks)
-        return schemes.found[ranks.size]
+    lock, found = _schemes.of(model)
+    with lock:
+        if ranks.size not in found:
+            found[ranks.size] = _agreed(_probe(model, ranks), ranks)
+        return found[ranks.size]
 
 
 class _Probe:
     """An empty cache of keys and values at a given position. It keeps the newest call's arrays."""
 
     def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.start_position = offset
+        self.offset = self.start_position = offset
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.stored: Stored = None
@@ -86,10 +77,10 @@ class _Probe:
 
 
 Stored = tuple[mx.array, mx.array] | None
-Run = tuple[mx.array, list[Stored]]
 
 
-def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> Run:
+def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> tuple[mx.array, list[Stored]]:
+    """Return the logits of a few tokens, and what each leaf has stored."""
     leaves: list[Any] = []
 
     def stand_in(entry: Entry) -> Any:
@@ -118,51 +109,50 @@ def _agreed(scheme: Scheme, ranks: Ranks) -> Scheme:
 
 def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     layout = layout_of(model)
-    layers = len(layout.leaves)
     distance = _near(layout)
     with _recorded() as shifts:
-        here = _run(model, layout, 0, ranks)
-        near = _run(model, layout, distance, ranks)
+        logits, stored = _run(model, layout, 0, ranks)
+        near_logits, near_stored = _run(model, layout, distance, ranks)
     with _recorded() as far_shifts:
-        far = {distance: _run(model, layout, distance, ranks)[0] for distance in _beyond(model)}
-    rotations: list[Rotation | None] = []
-    for index, (first, second) in enumerate(zip(here[1], near[1], strict=True)):
-        found, refusal = _layer_rotation(index, shifts, distance, first, second)
-        if refusal:
-            return Scheme((None,) * layers, False, refusal)
-        rotations.append(found)
-    if any(not _among(shift, shifts) for shift in far_shifts):
-        return Scheme((None,) * layers, False, "its rotation depends on the sequence length")
-    noise = _difference(here[0], near[0])
-    rounded = _EXACT.get(here[0].dtype, _ROUNDED)
+        far = {beyond: _run(model, layout, beyond, ranks)[0] for beyond in _beyond(model)}
+    try:
+        rotations = tuple(
+            _layer_rotation(index, shifts, distance, first, second)
+            for index, (first, second) in enumerate(zip(stored, near_stored, strict=True))
+        )
+        if any(not _among(shift, shifts) for shift in far_shifts):
+            raise _RefusedError("its rotation depends on the sequence length")
+    except _RefusedError as refusal:
+        return Scheme((None,) * len(stored), False, str(refusal))
+    noise = _difference(logits, near_logits)
+    rounded = _EXACT.get(logits.dtype, _ROUNDED)
     ahead = noise <= 10 * rounded and all(
         # Float32 angles have an error of about distance * 2**-24.
-        _difference(here[0], logits) <= max(10 * _EXACT[mx.float32], 3 * noise) + distance * 2**-22
-        for distance, logits in far.items()
+        _difference(logits, others) <= max(10 * _EXACT[mx.float32], 3 * noise) + beyond * 2**-22
+        for beyond, others in far.items()
     )
-    return Scheme(tuple(rotations), ahead)
+    return Scheme(rotations, ahead)
+
+
+class _RefusedError(Exception):
+    """Says why the tokens of a model cannot be moved."""
 
 
 def _layer_rotation(
     index: int, shifts: list[RopeShift], distance: int, first: Stored, second: Stored
-) -> tuple[Rotation | None, str | None]:
-    """Return the rotation between the keys and values of two runs, and the reason if there is none."""
+) -> Rotation | None:
+    """Return the rotation between what two runs stored, if any. Raises _RefusedError if none explains it."""
     found: Rotation | None = None
-    if first is None or second is None:
-        return None, None
-    for array_0, array_1, slot in zip(first, second, _SLOTS, strict=True):
-        if _close(array_0, array_1):
+    for slot, before, after in zip(_SLOTS, first or (), second or (), strict=False):
+        if _close(before, after):
             continue
-        rotation = _explanation(shifts, distance, array_0, array_1, slot)
+        rotation = _explanation(shifts, distance, before, after, slot)
         if rotation is None:
-            return None, f"no rotation moves the {_NAMES[slot]} of layer {index} to another position"
-        if found is None:
-            found = rotation
-        elif rotation.shift is found.shift and rotation.start == found.start:
-            found = found._replace(slots=_SLOTS)
-        else:
-            return None, f"layer {index} rotates keys and values by different angles"
-    return found, None
+            raise _RefusedError(f"no rotation moves the {_NAMES[slot]} of layer {index} to another position")
+        if found and (rotation.shift is not found.shift or rotation.start != found.start):
+            raise _RefusedError(f"layer {index} rotates keys and values by different angles")
+        found = found._replace(slots=_SLOTS) if found else rotation
+    return found
 
 
 def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
@@ -227,7 +217,6 @@ def _shift(
     freqs: mx.array | None = None,
     **more: Any,
 ) -> RopeShift:
-    """Return the rotation that a call of `mx.fast.rope` applies."""
     return RopeShift(dims, base, traditional, scale, freqs)
 
 
