@@ -145,9 +145,8 @@ def detach(model: nn.Module) -> None:
 def attach_all(**options: Any) -> None:
     """Attaches every model that a tool of mlx-lm makes a cache for, until the process ends.
 
-    Raises:
-        NotSupportedError: the installed version of mlx-lm is not supported. Other errors of `attach` are
-            raised when a tool makes a cache.
+    Raises NotSupportedError if the installed version of mlx-lm is not supported. Other errors of `attach` are
+    raised when a tool makes a cache.
     """
     check_contract()
     check_options(options, "attach_all")

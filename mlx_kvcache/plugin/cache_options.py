@@ -74,20 +74,14 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
-    """Returns the bit widths of a leaf: one number if keys and values have the same.
-
-    Args:
-        mirrored: the leaves whose values must be stored in the same width as their keys.
-    """
+    """Returns the bit widths of a leaf: one number if keys and values have the same, as in `mirrored`."""
     bits = kv_bits(leaf.layer) if callable(kv_bits) else kv_bits
     if not isinstance(bits, (tuple, list)):
         return bits
     if len(bits) != 2:
         raise ValueError(f"kv_bits must be one width, or a pair of widths for keys and values; got {bits}")
     keys, values = bits
-    if leaf.index in mirrored:
-        values = keys
-    return keys if keys == values else (keys, values)
+    return keys if keys == values or leaf.index in mirrored else (keys, values)
 
 
 def _float_layers(layout: Layout, kv_float: KvFloat) -> set[int]:
@@ -120,10 +114,7 @@ _THEIRS = {"quantized_kv_start": "quantize_after"}
 
 
 def check_options(given: Mapping[str, Any], function: str, own: Iterable[str] = ()) -> None:
-    """Checks the names of options that a function passes to `make_prompt_cache`.
-
-    Args:
-        own: names of the function's own parameters.
+    """Checks the names of options that a function passes on; `own` are names of its other parameters.
 
     Raises:
         TypeError: an option does not exist; the message suggests the most similar one.

@@ -30,8 +30,7 @@ class PromptCache(list[Any]):
     """The cache of one conversation: a prompt cache of mlx-lm that can be rewound, edited, forked and saved.
 
     It is a list with one entry for each entry of the model's own cache. Positions count tokens from 0. A call
-    that raises changes nothing, with one exception: tokens that `overflow="shift"` removed to make room stay
-    removed if the model then raises.
+    that raises changes nothing, but tokens that `overflow="shift"` removed to make room stay removed.
 
     Attributes:
         tokens: the tokens that were saved with a loaded cache, or None.
@@ -66,10 +65,10 @@ class PromptCache(list[Any]):
 
     @property
     def gaps(self) -> int:
-        """How often `remove` or a shift took out tokens that were followed by others.
+        """How often `remove` or a shift took out tokens that were followed by others; 0 after `load`.
 
-        The keys and values after a gap were computed while the removed tokens were still visible, so they
-        differ from those of a fresh prefill of the remaining tokens. `load` starts at 0.
+        The keys and values after a gap were computed while the removed tokens were visible, so they differ
+        from those of a fresh prefill of the remaining tokens.
         """
         return self._conversation.gaps
 
@@ -87,8 +86,7 @@ class PromptCache(list[Any]):
         """Returns the newest position, at most `position`, that the cache can rewind to.
 
         Raises:
-            ValueError: position is below 0.
-            TypeError: position is not a whole number.
+            ValueError, TypeError: position is below 0, or not a whole number.
         """
         (position,) = whole(position=position)
         return self._rows.resume_point(min(position, self.position))
@@ -97,8 +95,7 @@ class PromptCache(list[Any]):
         """Drops the newest n tokens.
 
         Raises:
-            ValueError: n is not in 0 <= n <= position.
-            TypeError: n is not a whole number.
+            ValueError, TypeError: n is not in 0 <= n <= position, or not a whole number.
             NotSupportedError: a window no longer holds the tokens before, or a recurrent layer has no
                 checkpoint there. `resume_point` returns a position that is possible.
         """
@@ -123,8 +120,7 @@ class PromptCache(list[Any]):
             end: the position after the last one; None removes all tokens from `begin` on.
 
         Raises:
-            ValueError: begin and end are not in 0 <= begin <= end <= position.
-            TypeError: begin or end is not a whole number.
+            ValueError, TypeError: not 0 <= begin <= end <= position, or they are not whole numbers.
             NotSupportedError: the model's keys cannot be re-based, the model has recurrent layers, or a
                 window would no longer hold tokens that the next token sees.
         """

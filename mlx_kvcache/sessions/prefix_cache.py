@@ -28,24 +28,25 @@ CANDIDATES = 32
 
 @dataclass
 class Counts:
-    """Statistics of a pool."""
+    """Statistics of a pool.
+
+    Attributes:
+        hits, misses: sessions that reused tokens, and that reused none.
+        reused: tokens that sessions did not have to compute again.
+        evicted: caches that were evicted from memory.
+        from_disk, to_disk: caches that were loaded from files, and queued to be written to files.
+        rejected: caches that could not be stored or used, by reason, and failures of the disk as "disk".
+        disk_error: the message of the newest failure that is counted as `rejected["disk"]`.
+    """
 
     hits: int = 0
-    """Sessions that reused tokens."""
     misses: int = 0
-    """Sessions that reused none."""
     reused: int = 0
-    """Tokens that sessions did not have to compute again."""
     evicted: int = 0
-    """Caches that were evicted from memory."""
     from_disk: int = 0
-    """Caches that were loaded from files."""
     to_disk: int = 0
-    """Caches that were queued to be written to files."""
     rejected: Counter[str] = field(default_factory=Counter)
-    """Caches that could not be stored or used, by reason, and failures of the disk as "disk"."""
     disk_error: str = ""
-    """The message of the newest failure that is counted as `rejected["disk"]`."""
 
 
 @dataclass(eq=False)

@@ -65,11 +65,7 @@ class Session:
         return f"Session({len(self.tokens)} tokens, {self.reused} reused, {left} to compute)"
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the conversation, such as those of a reply. Computes nothing.
-
-        Raises:
-            TypeError: `tokens` is not a sequence of whole numbers.
-        """
+        """Append tokens, such as those of a reply. Raises TypeError unless they are whole numbers."""
         self.tokens += token_ids(tokens)
 
     def remove(self, begin: int, end: int, salt: Hashable) -> None:
@@ -115,10 +111,8 @@ class Session:
                 f"keep={keep} and room={room} must be at least 0 and fit the capacity, {capacity}"
             )
         if position < len(self.tokens):
-            raise CacheError(
-                f"cannot shift: only {position} of {len(self.tokens)} tokens have been computed; compute the "
-                "others first"
-            )
+            computed = f"only {position} of {len(self.tokens)} tokens have been computed"
+            raise CacheError(f"cannot shift: {computed}; compute the others first")
         if capacity is None or position + room <= capacity:
             return []
         begin = min(keep, position)

@@ -1,7 +1,7 @@
 """Reads a model's cache layout from its own cache list, and the logits from its output.
 
-The layout says for each layer which tokens are visible (full attention, window, chunk) or that it
-keeps recurrent states. Logits are the returned array, or the `.logits` of the returned object.
+The layout says for each layer which tokens are visible (full attention, window, chunk) or that it keeps
+recurrent states. Logits are the returned array, or the `.logits` of the returned object.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ def found_logits(output: Any) -> mx.array | None:
 
 
 def logits_of(model: Any, inputs: mx.array, cache: Any) -> mx.array:
-    """Call a model and return its logits.
-
-    Raises:
-        NotSupportedError: the model returned neither an array nor an object with `.logits`.
-    """
+    """Call a model and return its logits. Raises NotSupportedError if it returns none."""
     output = model(inputs, cache=cache)
     logits = found_logits(output)
     if logits is None:
@@ -45,10 +41,9 @@ def logits_of(model: Any, inputs: mx.array, cache: Any) -> mx.array:
 
 
 def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -> Any:
-    """Combine the outputs of calls for single rows into the output of one call for all rows.
+    """Combine the outputs of calls for single rows, which have the same structure, into one for all rows.
 
     Args:
-        outputs: one output for each row, all of the same structure.
         join: combines the rows' arrays into one.
 
     Raises:
@@ -75,19 +70,16 @@ def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -
 
 @dataclass(frozen=True)
 class Leaf:
-    """One cache of a model: keys and values under a visibility rule, or a recurrent layer's states.
-
-    Attributes:
-        index: its index among all leaves of the model.
-        name: its place in the model's cache list, such as "3", or "3[1]" inside a `CacheList`.
-        rule: the visibility rule; None for recurrent states.
-        slots: the number of state arrays; 0 for keys and values.
-    """
+    """One cache of a model: keys and values under a visibility rule, or a recurrent layer's states."""
 
     index: int
+    """Its index among all leaves of the model."""
     name: str
+    """Its place in the model's cache list, such as "3", or "3[1]" inside a `CacheList`."""
     rule: Rule | None
+    """The visibility rule; None for recurrent states."""
     slots: int = 0
+    """The number of state arrays; 0 for keys and values."""
 
     @property
     def layer(self) -> int:
@@ -119,11 +111,7 @@ class Layout:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Return the layout of the model's own cache: its `make_cache`, or full attention for each layer.
-
-    Raises:
-        NotSupportedError: an entry's class is not supported, or the model caches nothing.
-    """
+    """Return the layout of the model's own cache. Raises NotSupportedError if it is not supported."""
     module, indices = type(model).__module__, count()
     layout = Layout(tuple(_read(own, str(i), indices, module) for i, own in enumerate(own_cache(model))))
     if not layout.leaves:

@@ -24,9 +24,8 @@ class Holding:
         layers: the number of layers of this kind.
         segments: the number of cells of each segment, by the segment's name.
         packed: the segments that are stored quantized.
-        runs: for each sequence the spans of its tokens, in order of position. Sequences that share
-            tokens have the same cells in their spans. A `Span` has `segment`, `start`, `position`
-            and `length`.
+        runs: for each sequence the spans of its tokens, in order of position. Sequences that share tokens
+            have the same cells in their spans. A `Span` has `segment`, `start`, `position` and `length`.
         checkpoints: for each sequence of a recurrent layer, the positions of its checkpoints.
     """
 

@@ -1,8 +1,8 @@
 """Finds how a model encodes positions by running it and verifying the result.
 
-The model runs on a few tokens with empty caches, once from position 0 and once from a later
-position, while calls of `mx.fast.rope` are recorded. A recorded call is accepted as a layer's
-rotation if it turns the keys cached by the first run into those cached by the second.
+The model runs on a few tokens with empty caches, once from position 0 and once from a later position, while
+calls of `mx.fast.rope` are recorded. A recorded call is accepted as a layer's rotation if it turns the keys
+cached by the first run into those cached by the second.
 """
 
 from __future__ import annotations
@@ -195,29 +195,16 @@ def _stand_in(original: Any) -> Any:
     """Return a function like `mx.fast.rope` that records the calls of recording threads."""
 
     @functools.wraps(original)
-    def rope(*args: Any, **kwargs: Any) -> Any:
+    def rope(x: mx.array, dims: int, **options: Any) -> Any:
         calls = getattr(_recorders, "calls", None)
         if calls is not None:
-            shift = _shift(*args, **kwargs)
+            base, traditional, scale = (options[name] for name in ("base", "traditional", "scale"))
+            shift = RopeShift(dims, base, traditional, scale, options.get("freqs"))
             if not _among(shift, calls):
                 calls.append(shift)
-        return original(*args, **kwargs)
+        return original(x, dims, **options)
 
     return rope
-
-
-def _shift(
-    x: mx.array,
-    dims: int,
-    *,
-    traditional: bool,
-    base: float | None,
-    scale: float,
-    offset: Any,
-    freqs: mx.array | None = None,
-    **more: Any,
-) -> RopeShift:
-    return RopeShift(dims, base, traditional, scale, freqs)
 
 
 def _explanation(

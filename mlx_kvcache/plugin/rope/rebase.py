@@ -61,7 +61,7 @@ class Scheme:
     rotations: tuple[Rotation | None, ...]
     """For each leaf, the rotation of its cached arrays, or None."""
     ahead: bool
-    """Whether the output depends on differences of positions only, so that an offset may exceed the tokens."""
+    """Whether the output depends on differences of positions only, so that offsets may run ahead."""
     refusal: str | None = None
     """Why tokens cannot be moved, or None if they can."""
 

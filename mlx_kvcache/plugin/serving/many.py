@@ -1,8 +1,8 @@
 """Continuous batching: generates for many sequences, which can join and leave at every step.
 
-Each step calls the model once, with one token of every generating sequence and with as many
-prompt tokens as fit into the rest of the step. A long prompt is thus read in chunks and delays
-the other sequences by one step at a time (chunked prefill, "Sarathi-Serve", arXiv 2403.02310).
+Each step calls the model once, with one token of every generating sequence and with as many prompt tokens
+as fit into the rest of the step. A long prompt is thus read in chunks and delays the other sequences by one
+step at a time (chunked prefill, "Sarathi-Serve", arXiv 2403.02310).
 """
 
 from __future__ import annotations
@@ -160,17 +160,12 @@ class Many:
                 f"sampler must be a function (log probabilities -> token), got {class_of(sampler)}"
             )
         ticket = next(self._tickets)
-        self._sequences[ticket] = _Sequence(
-            cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop
-        )
+        sampler = sampler or partial(mx.argmax, axis=-1)
+        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler, stop)
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
-        """End a sequence early and return its cache.
-
-        Raises:
-            ValueError: no running sequence has this ticket.
-        """
+        """End a sequence early and return its cache. Raises ValueError if the ticket's is not running."""
         sequence = self._sequences.get(ticket)
         if sequence is None:
             raise ValueError(f"no sequence {ticket} is running; running: {sorted(self._sequences)}")
@@ -180,8 +175,8 @@ class Many:
     def step(self) -> list[Generated]:
         """Call the model once.
 
-        If the model or a sampler raises, the caches roll back and the next step repeats the
-        tokens of this one. A sequence whose cache cannot roll back ends ("interrupted").
+        If the model or a sampler raises, the caches roll back and the next step repeats the tokens of this
+        one. A sequence whose cache cannot roll back ends ("interrupted").
 
         Returns:
             The tokens of this step, and the sequences that have ended since the last one.
@@ -252,7 +247,6 @@ class Many:
         return after, results
 
     def _take_back(self, begins: dict[int, int], error: BaseException) -> None:
-        """Roll caches back to their positions before a step."""
         for ticket, begin in begins.items():
             try:
                 self._sequences[ticket].cache.rewind_to(begin)
@@ -300,8 +294,8 @@ def generate_many(
     """Generate for many prompts with continuous batching.
 
     Args:
-        prompts: lists of tokens, taken from the iterable as running sequences end. A sequence's
-            ticket is the index of its prompt.
+        prompts: lists of tokens, taken from the iterable as running sequences end. A sequence's ticket is
+            the index of its prompt.
         max_tokens, stop_tokens: as in `Many.add`, for all prompts.
         tokens_per_step: the maximum number of tokens in one call of the model.
         most_at_once: the maximum number of sequences that run at the same time.
@@ -318,7 +312,7 @@ def generate_many(
     own = ("max_tokens", "stop_tokens", "tokens_per_step", "most_at_once", "progress")
     check_options(options, "generate_many", own)
     if isinstance(prompts, str):
-        token_ids(prompts, "prompts")
+        token_ids(prompts, "prompts")  # raises
     if not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be lists of tokens, got {class_of(prompts)}")
     whole(1, most_at_once=most_at_once, max_tokens=max_tokens)

@@ -1,7 +1,7 @@
 """Patches mlx-lm's `LRUPromptCache` so that it reuses as much of a stored cache as can be resumed.
 
-`LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can
-be trimmed only so far, and a recurrent layer only to its checkpoints. With these functions,
+`LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can be trimmed
+only so far, and a recurrent layer only to its checkpoints. With these functions,
 
 - a lookup resumes a fork of a stored cache at the newest position that all its layers support;
 - storing a cache keeps those shorter prefixes that the new cache cannot roll back to.
@@ -102,13 +102,10 @@ def insert_cache(
 
 
 class Index:
-    """Replaces mlx-lm's `PromptTrie`, whose search takes time quadratic in the prompt's length.
-
-    Attributes:
-        keeps_prefixes: whether `pop_prefixes` removes nothing.
-    """
+    """Replaces mlx-lm's `PromptTrie`, whose search takes time quadratic in the prompt's length."""
 
     def __init__(self) -> None:
+        # Whether `pop_prefixes` removes nothing.
         self.keeps_prefixes = False
         self._trees: dict[Any, PrefixTree[tuple[list[int], Any]]] = {}
 
@@ -159,10 +156,7 @@ def is_ours(cache: Sequence[Any]) -> bool:
 
 
 def resume_point(cache: Sequence[Any], position: int) -> int:
-    """The newest position <= `position` that every layer of a list can resume from.
-
-    At least one layer must be of this package.
-    """
+    """The newest position <= `position` that every layer of a list can resume from. One must be ours."""
     all_rows = rows_of(cache)
     point = min(position, *(rows.positions[0] for rows in all_rows))
     while (lower := min(rows.resume_point(point) for rows in all_rows)) < point:

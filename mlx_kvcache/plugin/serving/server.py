@@ -1,9 +1,9 @@
 """Patches mlx-lm's server and `BatchGenerator` so that a request that cannot be served fails alone.
 
-mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The
-patches check a request while mlx-lm can still answer it with an error: the model must be
-supported, and the prompt and a reply must fit the capacity. An exception during generation ends
-the requests in progress with an error, and the thread continues with new requests.
+mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The patches
+check a request while mlx-lm can still answer it with an error: the model must be supported, and the prompt
+and a reply must fit the capacity. An exception during generation ends the requests in progress with an
+error, and the thread continues with new requests.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def insert_segments(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Replaces `BatchGenerator.insert_segments`: checks that prompts fit and caches can form a batch.
+    """Replaces `BatchGenerator.insert_segments`: inserts no prompt unless all fit and can form a batch.
 
     With overflow="error", `max_tokens` is lowered to the room that the prompt leaves.
 
     Raises:
-        CacheFullError: a prompt and one token of its reply exceed the capacity; nothing is inserted.
-        ValueError: a cache belongs to another pool than the others; nothing is inserted.
+        CacheFullError: a prompt and one token of its reply exceed the capacity.
+        ValueError: a cache belongs to another pool than the others.
     """
     caches = list(caches or [None] * len(segments))
     most = list(max_tokens or [self.max_tokens] * len(segments))
@@ -75,14 +75,11 @@ def insert_segments(
 
 
 def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
-    """The maximum number of tokens in a reply to a prompt.
+    """The maximum number of tokens in a reply to a prompt. Raises CacheFullError if there is no room for one.
 
     Args:
         prompt: the number of new tokens in the prompt.
         ahead: tokens computed beyond the reply, such as a draft model's.
-
-    Raises:
-        CacheFullError: there is no room for one token.
     """
     capacity, overflow, _, _ = rows.conversation.limits
     if capacity is None or overflow != "error":
@@ -99,13 +96,7 @@ def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
 
 
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-    """Replaces `ResponseGenerator._tokenize`: also checks the request. mlx-lm sends its errors to the client.
-
-    Raises:
-        EmptyPromptError: the prompt has no tokens.
-        CacheFullError: the prompt does not fit the capacity.
-        NotSupportedError: the model is not supported.
-    """
+    """Replaces `ResponseGenerator._tokenize`: also checks the request; the client gets the error."""
     result = _originals["_tokenize"](self, tokenizer, request, args)
     prompt = len(result[0])
     if not prompt:

@@ -1,7 +1,7 @@
 """Makes a `SessionPool` for an mlx-lm model: a prefix cache in memory and, optionally, in a folder.
 
-Caches depend on the model's weights. When the weights change, the pool drops its caches and
-continues with those files that were written with the new weights.
+When the model's weights change, the pool drops its caches and continues with those files that were written
+with the new weights.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def make_session_pool(
 ) -> SessionPool:
     """Make a prefix cache of a model's conversations, in memory and optionally in a folder.
 
-    Caches evicted from memory are written to the folder. They are loaded again when a conversation
-    begins with the same tokens, also after a restart and in other processes that use the folder.
+    Caches evicted from memory are written to the folder. They are loaded again when a conversation begins
+    with the same tokens, also after a restart and in other processes that use the folder.
 
     Args:
         max_bytes, max_stored: as in `SessionPool`.
