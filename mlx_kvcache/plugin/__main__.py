@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 import traceback
+from functools import partial
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     text = "maximum number of tokens in a cache (default: unlimited)"
-    add("--capacity", type=_positive, metavar="N", help=text)
+    add("--capacity", type=partial(_whole, least=1), metavar="N", help=text)
     text = "when a cache is full: stop with an error (default), or remove the older half of its tokens"
     add("--overflow", choices=("error", "shift"), default="error", help=text)
     text = "number of newest tokens that sliding windows and chunks can always drop (default: 64)"
@@ -117,10 +118,6 @@ def _whole(text: str, least: int = 0) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text}")
     return number
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
 
 
 def _bits(text: str) -> int | tuple[int, ...]:

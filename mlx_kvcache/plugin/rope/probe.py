@@ -120,7 +120,7 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
             _layer_rotation(index, shifts, distance, first, second)
             for index, (first, second) in enumerate(zip(stored, near_stored, strict=True))
         )
-        if any(not _among(shift, shifts) for shift in far_shifts):
+        if set(map(_key, far_shifts)) - set(map(_key, shifts)):
             raise _RefusedError("its rotation depends on the sequence length")
     except _RefusedError as refusal:
         return Scheme((None,) * len(stored), False, str(refusal))
@@ -155,13 +155,9 @@ def _layer_rotation(
     return found
 
 
-def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
-    """Whether a list has the same rotation; frequencies are compared by identity."""
-    return any(
-        (s.dims, s.traditional, s.base, s.scale) == (shift.dims, shift.traditional, shift.base, shift.scale)
-        and s.freqs is shift.freqs
-        for s in shifts
-    )
+def _key(shift: RopeShift) -> tuple[object, ...]:
+    """Return what tells rotations apart; frequencies are compared by identity."""
+    return shift.dims, shift.traditional, shift.base, shift.scale, id(shift.freqs)
 
 
 _recorders = threading.local()
@@ -200,7 +196,7 @@ def _stand_in(original: Any) -> Any:
         if calls is not None:
             base, traditional, scale = (options[name] for name in ("base", "traditional", "scale"))
             shift = RopeShift(dims, base, traditional, scale, options.get("freqs"))
-            if not _among(shift, calls):
+            if _key(shift) not in map(_key, calls):
                 calls.append(shift)
         return original(x, dims, **options)
 
