@@ -108,8 +108,8 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
     """Makes every tool of mlx-lm use the caches of this package for this model.
 
     Other programs use them too if they call `make_prompt_cache` of mlx-lm or `make_cache` of the model.
-    The result is a context manager that detaches on exit. `attach` may be called again with other options;
-    each call needs its own `detach`, which restores the options of the call before.
+    The result detaches on exit. `attach` may be called again with other options; each call needs its own
+    `detach`, which restores the options of the call before.
 
     When a tool of mlx-lm asks for `max_kv_size=N`, the cache gets `capacity=N, overflow="shift", sinks=4`.
     A program that imported `make_prompt_cache` by name before the first `attach` gets no such limit: pass

@@ -151,8 +151,8 @@ class PromptCache(list[Any]):
     ) -> None:
         """Saves the cache to a file. An existing file is replaced only once the new one is complete.
 
-        Each rank of a group writes its own file: for the path `chat.safetensors` these are
-        `chat.rank0of2.safetensors` and so on. Either all of them are replaced or none.
+        Each rank of a group writes its own file, such as `chat.rank0of2.safetensors` for the path
+        `chat.safetensors`. Either all of them are replaced or none.
 
         Args:
             path: the file to write.
@@ -203,7 +203,7 @@ class PromptCache(list[Any]):
             path: the file; with a `group`, the path that was given to `save`.
             model: the model that the cache was computed with.
             tokenizer: if given, a file that was saved with another tokenizer is refused.
-            verify: compare all checksums. If False, corrupt arrays go unnoticed and `is_verified` is False.
+            verify: compare all checksums. If False, corrupt arrays go unnoticed.
             options: options of `make_prompt_cache` that replace the saved ones. With a `group` each rank
                 loads its own file, and all files must come from the same `save`.
 

@@ -144,9 +144,8 @@ class Session:
         """Return the cache to the pool, for later conversations. Closing again does nothing.
 
         Tokens in the cache beyond `tokens`, such as an end token that was not passed to `extend`, are
-        dropped first. The cache is closed instead of stored if tokens were removed other than by this
-        session's methods, such as by `overflow="shift"`, or if it left the pool, such as by mlx-lm's
-        `kv_bits`.
+        dropped first. The cache is closed instead of stored if `overflow="shift"` or others removed tokens,
+        or if it left the pool, such as by mlx-lm's `kv_bits`.
 
         Args:
             is_pinned: never evict the cache.
