@@ -191,14 +191,14 @@ def _stand_in(original: Any) -> Any:
     """Return a function like `mx.fast.rope` that records the calls of recording threads."""
 
     @functools.wraps(original)
-    def rope(x: mx.array, dims: int, **options: Any) -> Any:
+    def rope(a: mx.array, dims: int, **options: Any) -> Any:
         calls = getattr(_recorders, "calls", None)
         if calls is not None:
             base, traditional, scale = (options[name] for name in ("base", "traditional", "scale"))
             shift = RopeShift(dims, base, traditional, scale, options.get("freqs"))
             if _key(shift) not in map(_key, calls):
                 calls.append(shift)
-        return original(x, dims, **options)
+        return original(a, dims, **options)
 
     return rope
 

@@ -187,7 +187,12 @@ class Many:
             after, results = self._computed(chosen)
             self._sequences, self._ended = after, [*self._ended, *results]
         except BaseException as error:
-            self._take_back(begins, error)
+            for ticket, begin in begins.items():
+                try:
+                    self._sequences[ticket].cache.rewind_to(begin)
+                except CacheError as refusal:
+                    refusal.__cause__ = error
+                    self._end(Generated(ticket, None, "interrupted", refusal))
             raise
         # In one line: if an exception comes before it, the next step returns these results.
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
@@ -245,14 +250,6 @@ class Many:
                 left = sequence.left - 1
                 after[ticket] = replace(sequence, tokens=[token], left=left, is_generating=True)
         return after, results
-
-    def _take_back(self, begins: dict[int, int], error: BaseException) -> None:
-        for ticket, begin in begins.items():
-            try:
-                self._sequences[ticket].cache.rewind_to(begin)
-            except CacheError as refusal:
-                refusal.__cause__ = error
-                self._end(Generated(ticket, None, "interrupted", refusal))
 
     def _end(self, last: Generated) -> None:
         others = {ticket: own for ticket, own in self._sequences.items() if ticket != last.ticket}
