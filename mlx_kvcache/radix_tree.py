@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 @dataclass
 class _Node(Generic[V]):
-    """A node, with the tokens on the edge from its parent. Children are keyed by their first token."""
+    """A node, with the tokens on the edge from its parent, and its children by their first token."""
 
     edge: tuple[int, ...] = ()
     value: V | None = None
@@ -41,7 +41,10 @@ class PrefixTree(Generic[V]):
                 child = node.children[rest[0]] = _Node(rest)
             common = _common(child.edge, rest)
             if common < len(child.edge):
-                child = self._split(node, child, common)
+                # Split the edge after the shared tokens.
+                upper = _Node(rest[:common], None, {child.edge[common]: child})
+                child.edge, node.children[rest[0]] = child.edge[common:], upper
+                child = upper
             node, rest = child, rest[common:]
         before, node.value = node.value, value
         return before
@@ -57,7 +60,14 @@ class PrefixTree(Generic[V]):
         path = self._path(tokens)
         value, path[-1].value = path[-1].value, None
         assert value is not None
-        self._prune(path)
+        # Remove empty leaves, and merge a node left with one child into it.
+        while len(path) > 1 and path[-1].value is None and not path[-1].children:
+            del path[-2].children[path.pop().edge[0]]
+        node = path[-1]
+        if len(path) > 1 and node.value is None and len(node.children) == 1:
+            [only] = node.children.values()
+            only.edge = node.edge + only.edge
+            path[-2].children[only.edge[0]] = only
         return value
 
     def matches(self, tokens: Sequence[int]) -> Iterator[tuple[int, V]]:
@@ -75,16 +85,19 @@ class PrefixTree(Generic[V]):
             child = node.children.get(rest[0]) if rest else None
             if child is None:
                 # The node itself is in `above`; its children differ from the tokens here.
-                below = [value for other in node.children.values() for value in _values(other)]
+                below = list(node.children.values())
                 break
             common = _common(child.edge, rest)
             depth += common
             if common < len(child.edge):
-                below = list(_values(child))
+                below = [child]
                 break
             node, rest = child, rest[common:]
-        if depth:
-            yield from ((depth, value) for value in below)
+        while depth and below:
+            found = below.pop()
+            if found.value is not None:
+                yield depth, found.value
+            below += found.children.values()
         yield from reversed(above)
 
     def _path(self, tokens: Sequence[int]) -> list[_Node[V]]:
@@ -100,24 +113,6 @@ class PrefixTree(Generic[V]):
             raise KeyError(f"no value is stored for these {len(tokens)} tokens")
         return path
 
-    def _split(self, parent: _Node[V], child: _Node[V], at: int) -> _Node[V]:
-        """Splits the edge to a child after `at` tokens. Returns the new node between them."""
-        middle: _Node[V] = _Node(child.edge[:at])
-        child.edge = child.edge[at:]
-        middle.children[child.edge[0]] = child
-        parent.children[middle.edge[0]] = middle
-        return middle
-
-    def _prune(self, path: list[_Node[V]]) -> None:
-        """Removes empty leaves from the end of a path, and merges a node left with one child into it."""
-        while len(path) > 1 and path[-1].value is None and not path[-1].children:
-            del path[-2].children[path.pop().edge[0]]
-        node = path[-1]
-        if len(path) > 1 and node.value is None and len(node.children) == 1:
-            [only] = node.children.values()
-            only.edge = node.edge + only.edge
-            path[-2].children[only.edge[0]] = only
-
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """The length of the shared prefix."""
@@ -125,13 +120,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     if one[:shorter] == other[:shorter]:
         return shorter
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _values(node: _Node[V]) -> Iterator[V]:
-    """The values at a node and below it."""
-    stack = [node]
-    while stack:
-        found = stack.pop()
-        if found.value is not None:
-            yield found.value
-        stack += found.children.values()

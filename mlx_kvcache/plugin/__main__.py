@@ -10,6 +10,8 @@ import argparse
 import importlib
 import inspect
 import sys
+import traceback
+from functools import partial
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -63,56 +65,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: python -m mlx_kvcache.plugin --capacity 4096 --overflow shift --sinks 4 "
         "generate --model PATH --prompt 'Hello'",
     )
-    parser.add_argument(
-        "--capacity",
-        type=_positive,
-        metavar="N",
-        help="maximum number of tokens in a cache (default: unlimited)",
-    )
-    parser.add_argument(
-        "--overflow",
-        choices=("error", "shift"),
-        default="error",
-        help="when a cache is full: stop with an error (default), or remove the older half of its tokens",
-    )
-    parser.add_argument(
-        "--rewind",
-        type=_whole,
-        default=64,
-        metavar="N",
-        help="number of newest tokens that sliding windows and chunks can always drop (default: 64)",
-    )
-    parser.add_argument(
-        "--sinks",
-        type=_whole,
-        default=0,
-        metavar="N",
-        help="number of first tokens that --overflow shift never removes (default: 0)",
-    )
-    parser.add_argument(
-        "--kv-bits",
-        type=_bits,
-        metavar="N[,M]",
-        help="quantize keys and values to N bits, or keys to N and values to M (default: not quantized)",
-    )
-    parser.add_argument(
-        "--kv-group-size",
-        type=int,
-        choices=GROUP_SIZES,
-        default=64,
-        help="number of features that share a quantization scale (default: 64)",
-    )
-    parser.add_argument(
-        "--quantize-after",
-        type=_whole,
-        default=0,
-        metavar="N",
-        help="start to quantize when a cache holds more than N tokens (default: 0)",
-    )
-    parser.add_argument("command", choices=COMMANDS, help="command of mlx-lm")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help="arguments of that command; --help lists them"
-    )
+    add = parser.add_argument
+    text = "maximum number of tokens in a cache (default: unlimited)"
+    add("--capacity", type=partial(_whole, least=1), metavar="N", help=text)
+    text = "when a cache is full: stop with an error (default), or remove the older half of its tokens"
+    add("--overflow", choices=("error", "shift"), default="error", help=text)
+    text = "number of newest tokens that sliding windows and chunks can always drop (default: 64)"
+    add("--rewind", type=_whole, default=64, metavar="N", help=text)
+    text = "number of first tokens that --overflow shift never removes (default: 0)"
+    add("--sinks", type=_whole, default=0, metavar="N", help=text)
+    text = "quantize keys and values to N bits, or keys to N and values to M (default: not quantized)"
+    add("--kv-bits", type=_bits, metavar="N[,M]", help=text)
+    text = "number of features that share a quantization scale (default: 64)"
+    add("--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help=text)
+    text = "start to quantize when a cache holds more than N tokens (default: 0)"
+    add("--quantize-after", type=_whole, default=0, metavar="N", help=text)
+    add("command", choices=COMMANDS, help="command of mlx-lm")
+    add("arguments", nargs=argparse.REMAINDER, help="arguments of that command; --help lists them")
     return parser
 
 
@@ -136,11 +105,9 @@ def _full_message(error: CacheFullError, options: dict[str, Any]) -> str:
 
 def _is_refusal(error: BaseException) -> bool:
     """Returns whether the error was raised in this package, so that it needs no traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    name = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return bool(name.partition(".")[0] == __package__.partition(".")[0])
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] == __package__.partition(".")[0]
 
 
 def _whole(text: str, least: int = 0) -> int:
@@ -153,19 +120,14 @@ def _whole(text: str, least: int = 0) -> int:
     return number
 
 
-def _positive(text: str) -> int:
-    return _whole(text, 1)
-
-
 def _bits(text: str) -> int | tuple[int, ...]:
     """Parses one width for keys and values, or one for each."""
-    listed = text.split(",")
-    numbers = tuple(int(part) for part in listed if part.isdecimal())
-    if len(numbers) != len(listed) or not 1 <= len(numbers) <= 2 or not set(numbers) <= set(WIDTHS):
+    numbers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
+    if len(numbers) > 2 or not set(numbers) <= set(WIDTHS):
         *others, last = map(str, WIDTHS)
+        widths = f"{', '.join(others)} or {last}"
         raise argparse.ArgumentTypeError(
-            f"must be {', '.join(others)} or {last}, or one for keys and one for values, such as "
-            f"8,4; got {text}"
+            f"must be {widths}, or one for keys and one for values, such as 8,4; got {text}"
         )
     return numbers if len(numbers) == 2 else numbers[0]
 

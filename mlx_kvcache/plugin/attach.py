@@ -11,8 +11,8 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.nn as nn
@@ -29,24 +29,22 @@ from .files import save_for_mlx_lm
 from .hosts.layout import own_cache
 from .hosts.lifetimes import PerModel
 from .hosts.observe import observe
-from .prompt_cache import PromptCache, make_prompt_cache
+from .prompt_cache import make_prompt_cache
 from .serving import mlx_lm_store, server
 
 _FUNCTIONS = {
-    "models.cache.make_prompt_cache": ["model", "max_kv_size"],
-    "models.cache.save_prompt_cache": ["file_name", "cache", "metadata"],
-    "models.cache.LRUPromptCache.fetch_nearest_cache": ["self", "model", "tokens"],
-    "models.cache.LRUPromptCache.insert_cache": ["self", "model", "tokens", "prompt_cache", "cache_type"],
-    "models.cache.PromptTrie.search": ["self", "model", "tokens"],
-    "models.cache.PromptTrie.get": ["self", "model", "tokens"],
-    "models.cache.PromptTrie.add": ["self", "model", "tokens", "value"],
-    "models.cache.PromptTrie.pop_prefixes": ["self", "model", "tokens"],
-    "models.base.create_attention_mask": ["h", "cache", "window_size", "return_array"],
-    "models.base.scaled_dot_product_attention": [
-        "queries", "keys", "values", "cache", "scale", "mask", "sinks",
-    ],
-}  # fmt: skip
-"""Functions of mlx-lm that the plug-in calls or replaces, with the parameters it expects."""
+    "models.cache.make_prompt_cache": "model max_kv_size",
+    "models.cache.save_prompt_cache": "file_name cache metadata",
+    "models.cache.LRUPromptCache.fetch_nearest_cache": "self model tokens",
+    "models.cache.LRUPromptCache.insert_cache": "self model tokens prompt_cache cache_type",
+    "models.cache.PromptTrie.search": "self model tokens",
+    "models.cache.PromptTrie.get": "self model tokens",
+    "models.cache.PromptTrie.add": "self model tokens value",
+    "models.cache.PromptTrie.pop_prefixes": "self model tokens",
+    "models.base.create_attention_mask": "h cache window_size return_array",
+    "models.base.scaled_dot_product_attention": "queries keys values cache scale mask sinks",
+}
+"""Functions of mlx-lm that the plug-in calls or replaces, with the parameters that it expects."""
 
 _CLASSES = (
     (mlx_lm_cache.KVCache(), KVCache),
@@ -63,8 +61,8 @@ _NOT_ANSWERED = {"from_state", "step"}
 
 def check_contract() -> None:
     """Raises NotSupportedError if the installed mlx-lm differs from what this plug-in supports."""
-    for path, known in _FUNCTIONS.items():
-        found = _parameters(path)
+    for path, parameters in _FUNCTIONS.items():
+        found, known = _parameters(path), parameters.split()
         if found[: len(known)] != known:
             raise _unknown(f"{path} takes {found}, expected {known}")
     for theirs, ours in _CLASSES:
@@ -76,10 +74,9 @@ def check_contract() -> None:
 
 def _parameters(path: str) -> list[str]:
     """Returns the parameters of a function or method in `mlx_lm`; an empty list if there is none."""
-    module, _, rest = path.partition(".")
-    package, _, rest = rest.partition(".")
-    found: Any = importlib.import_module(f"mlx_lm.{module}.{package}")
-    for name in rest.split("."):
+    package, module, *names = path.split(".")
+    found: Any = importlib.import_module(f"mlx_lm.{package}.{module}")
+    for name in names:
         found = getattr(found, name, None)
     return list(inspect.signature(found).parameters) if callable(found) else []
 
@@ -97,26 +94,13 @@ _all_models: list[dict[str, Any]] = []
 """The options of each call of `attach_all`."""
 
 
-class _Attached(list[dict[str, Any]]):
-    """The options of each `attach` of a model that has not been detached, oldest first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[Callable[[], None]] = []
-
-
-class Attachment:
+class Attachment(AbstractContextManager["Attachment"]):
     """Returned by `attach`: a context manager that detaches the model on exit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         detach(self.model)
 
 
@@ -124,8 +108,8 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
     """Makes every tool of mlx-lm use the caches of this package for this model.
 
     Other programs use them too if they call `make_prompt_cache` of mlx-lm or `make_cache` of the model.
-    The result is a context manager that detaches on exit. `attach` may be called again with other options;
-    each call needs its own `detach`, which restores the options of the call before.
+    The result detaches on exit. `attach` may be called again with other options; each call needs its own
+    `detach`, which restores the options of the call before.
 
     When a tool of mlx-lm asks for `max_kv_size=N`, the cache gets `capacity=N, overflow="shift", sinks=4`.
     A program that imported `make_prompt_cache` by name before the first `attach` gets no such limit: pass
@@ -143,9 +127,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
     check_options(options, "attach")
     options = reusable(options)
     make_prompt_cache(model, **options).close()
-    attached = _attached.of(model)
-    attached.ends.append(observe(model, _make_cache))
-    attached.append(options)
+    _attached.of(model).append((options, observe(model, _make_cache)))
     _bind_all()
     return Attachment(model)
 
@@ -155,17 +137,16 @@ def detach(model: nn.Module) -> None:
     attached = _attached.get(model)
     if not attached:
         raise ValueError(f"cannot detach: this {class_of(model)} is not attached")
-    attached.pop()
-    attached.ends.pop()()
+    _, end_observation = attached.pop()
+    end_observation()
     _bind_all()
 
 
 def attach_all(**options: Any) -> None:
     """Attaches every model that a tool of mlx-lm makes a cache for, until the process ends.
 
-    Raises:
-        NotSupportedError: the installed version of mlx-lm is not supported. Other errors of `attach` are
-            raised when a tool makes a cache.
+    Raises NotSupportedError if the installed version of mlx-lm is not supported. Other errors of `attach` are
+    raised when a tool makes a cache.
     """
     check_contract()
     check_options(options, "attach_all")
@@ -175,14 +156,13 @@ def attach_all(**options: Any) -> None:
 
 def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
     """Replaces `make_prompt_cache` of mlx-lm while a model is attached."""
-    options = _attached.get(model) or _all_models
-    if not options:
+    all_options = [options for options, _ in _attached.get(model) or ()] or _all_models
+    if not all_options:
         return _original(model, max_kv_size)
-    chosen = options[-1]
+    chosen = all_options[-1]
     if max_kv_size is not None:
         chosen = chosen | {"capacity": max_kv_size, "overflow": "shift", "sinks": min(4, max_kv_size - 1)}
-    cache: PromptCache = make_prompt_cache(model, **chosen)
-    return cache
+    return make_prompt_cache(model, **chosen)
 
 
 def _make_cache(model: nn.Module) -> list[Any]:
@@ -205,23 +185,21 @@ def _bind_all() -> None:
     """Installs our functions in mlx-lm while any model is attached, and its own otherwise. Takes no lock."""
     while True:
         is_attached = bool(_attached or _all_models)
-        ours = _dispatch, _save, mlx_lm_store.fetch_nearest_cache, mlx_lm_store.insert_cache
-        theirs = _original, _original_save, mlx_lm_store.original_fetch, mlx_lm_store.original_insert
-        old, new = (theirs, ours) if is_attached else (ours, theirs)
-        _bind("make_prompt_cache", old[0], new[0])
-        _bind("save_prompt_cache", old[1], new[1])
-        mlx_lm_store.LRUPromptCache.fetch_nearest_cache, mlx_lm_store.LRUPromptCache.insert_cache = new[2:]
-        (server.patch if is_attached else server.restore)()
+        _bind("make_prompt_cache", _original, _dispatch, is_attached)
+        _bind("save_prompt_cache", _original_save, _save, is_attached)
+        server.patch(is_attached)
         # Another thread, or the finalizer of a model, may have attached or detached in between.
         if is_attached == bool(_attached or _all_models):
             return
 
 
-def _bind(function: str, old: Any, new: Any) -> None:
-    """Replaces `old` in every module of mlx-lm that has imported it under this name."""
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "mlx_lm" and getattr(module, function, None) is old:
-            setattr(module, function, new)
+def _bind(name: str, theirs: Any, ours: Any, is_attached: bool) -> None:
+    """Installs our function, or theirs, in every module of mlx-lm that has imported it under this name."""
+    old, new = (theirs, ours) if is_attached else (ours, theirs)
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] == "mlx_lm" and getattr(module, name, None) is old:
+            setattr(module, name, new)
 
 
-_attached = PerModel(_Attached, gone=_bind_all)
+_attached: PerModel[list[tuple[dict[str, Any], Callable[[], None]]]] = PerModel(list, gone=_bind_all)
+"""For each `attach` that has not been undone, oldest first: its options, and the end of its observation."""

@@ -20,7 +20,7 @@ from ..errors import NotSupportedError
 from ..quantization import Bits, Quantization
 from .hosts.layout import Layout, Leaf, layout_of
 from .pool.conversation import Conversation, Limits
-from .pool.pool import Checkpoints, pool_for
+from .pool.pool import Checkpoints, Pool, pool_for
 from .pool.weights import identity
 from .ranks import ALONE, Ranks
 from .trial import try_out
@@ -49,49 +49,39 @@ class _ByLeaf:
         return self.bits[leaf]
 
 
-def quantization_of(
-    layout: Layout,
-    mirrored: Container[int],
-    kv_bits: KvBits,
-    group_size: int,
-    kv_float: KvFloat,
-    after: int,
-) -> Quantization | None:
+def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     """Returns the quantization of a model's pool, or None if no layer is quantized.
-
-    Args:
-        mirrored: indices of leaves whose values must be stored in the same width as their keys.
 
     Raises:
         ValueError: as `Quantization`, or `kv_float` names a layer that the model does not have.
     """
-    (after,) = whole(quantize_after=after)
-    in_float = _float_layers(layout, kv_float)
+    group_size, (after,) = storage.kv_group_size, whole(quantize_after=storage.quantize_after)
+    in_float = _float_layers(pool.layout, storage.kv_float)
     bits = tuple(
-        None if leaf.rule is None or leaf.layer in in_float else _bits_of(leaf, kv_bits, mirrored)
-        for leaf in layout.leaves
+        None
+        if leaf.rule is None or leaf.layer in in_float
+        else _bits_of(leaf, storage.kv_bits, pool.mirrored)
+        for leaf in pool.leaves
     )
     # Checks every width, including those of layers in float.
     by_leaf = Quantization(_ByLeaf(bits), group_size, after)
-    for leaf in layout.leaves:
+    for leaf in pool.leaves:
         by_leaf.of(leaf.index)
-    keyed = {own for own, leaf in zip(bits, layout.leaves, strict=True) if leaf.rule is not None}
+    keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
     return Quantization(keyed.pop(), group_size, after) if len(keyed) == 1 else by_leaf
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
-    """Returns the bit widths of a leaf: one number if keys and values have the same."""
+    """Returns the bit widths of a leaf: one number if keys and values have the same, as in `mirrored`."""
     bits = kv_bits(leaf.layer) if callable(kv_bits) else kv_bits
     if not isinstance(bits, (tuple, list)):
         return bits
     if len(bits) != 2:
         raise ValueError(f"kv_bits must be one width, or a pair of widths for keys and values; got {bits}")
     keys, values = bits
-    if leaf.index in mirrored:
-        values = keys
-    return keys if keys == values else (keys, values)
+    return keys if keys == values or leaf.index in mirrored else (keys, values)
 
 
 def _float_layers(layout: Layout, kv_float: KvFloat) -> set[int]:
@@ -101,13 +91,11 @@ def _float_layers(layout: Layout, kv_float: KvFloat) -> set[int]:
         return {keyed[-1]} if keyed else set()
     if isinstance(kv_float, str) or not isinstance(kv_float, Iterable):
         raise ValueError(f'kv_float must be layer indices or "last", got {kv_float!r}')
-    count = len(layout.entries)
-    chosen = set()
-    for layer in kv_float:
+    count, layers = len(layout.entries), list(kv_float)
+    for layer in layers:
         if not isinstance(layer, int) or not -count <= layer < count:
             raise ValueError(f"kv_float contains {layer!r}; layer indices are {-count} to {count - 1}")
-        chosen.add(layer % count)
-    return chosen
+    return {layer % count for layer in layers}
 
 
 class Storage(NamedTuple):
@@ -126,12 +114,7 @@ _THEIRS = {"quantized_kv_start": "quantize_after"}
 
 
 def check_options(given: Mapping[str, Any], function: str, own: Iterable[str] = ()) -> None:
-    """Checks the names of options that a function passes to `make_prompt_cache`.
-
-    Args:
-        given: the options, by name.
-        function: the function's name, for the message.
-        own: names of the function's own parameters.
+    """Checks the names of options that a function passes on; `own` are names of its other parameters.
 
     Raises:
         TypeError: an option does not exist; the message suggests the most similar one.
@@ -169,10 +152,9 @@ def new_conversation(
     model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks = ALONE
 ) -> Conversation:
     """Makes an empty conversation of a model, on all ranks or on none. Raises as `make_prompt_cache`."""
-    if ranks.is_alone:
-        return _make(model, limits, storage, ranks)
-    # The options decide how the model is tried, so ranks compare them before they run it.
-    ranks.agree(_described(model, limits, storage))
+    if not ranks.is_alone:
+        # The options decide how the model is tried, so ranks compare them before they run it.
+        ranks.agree(_described(model, limits, storage))
     with ranks.together("make a cache"):
         return _make(model, limits, storage, ranks)
 
@@ -205,7 +187,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     if not ranks.is_alone:
         # Ranks of a pipeline have different layers and would try this at different times, so all do it now.
         _ = pool.batching, pool.mixers
-    quantization = quantization_of(layout, pool.mirrored, *storage)
+    quantization = quantization_of(pool, storage)
     if quantization:
         pool = pool.sibling(quantization)
     if shifts and pool.scheme.refusal:
@@ -245,7 +227,6 @@ def _rewind(rule: Rule | None, rewind: int, capacity: int | None) -> int:
     """Returns how many newest tokens a kind of layer must be able to drop.
 
     Args:
-        rule: what its tokens see; None for a recurrent layer.
         rewind: the option of `make_prompt_cache`.
         capacity: the capacity of a cache that shifts; None for any other.
     """

@@ -30,8 +30,7 @@ class PromptCache(list[Any]):
     """The cache of one conversation: a prompt cache of mlx-lm that can be rewound, edited, forked and saved.
 
     It is a list with one entry for each entry of the model's own cache. Positions count tokens from 0. A call
-    that raises changes nothing, with one exception: tokens that `overflow="shift"` removed to make room stay
-    removed if the model then raises.
+    that raises changes nothing, but tokens that `overflow="shift"` removed to make room stay removed.
 
     Attributes:
         tokens: the tokens that were saved with a loaded cache, or None.
@@ -66,10 +65,10 @@ class PromptCache(list[Any]):
 
     @property
     def gaps(self) -> int:
-        """How often `remove` or a shift took out tokens that were followed by others.
+        """How often `remove` or a shift took out tokens that were followed by others; 0 after `load`.
 
-        The keys and values after a gap were computed while the removed tokens were still visible, so they
-        differ from those of a fresh prefill of the remaining tokens. `load` starts at 0.
+        The keys and values after a gap were computed while the removed tokens were visible, so they differ
+        from those of a fresh prefill of the remaining tokens.
         """
         return self._conversation.gaps
 
@@ -87,8 +86,7 @@ class PromptCache(list[Any]):
         """Returns the newest position, at most `position`, that the cache can rewind to.
 
         Raises:
-            ValueError: position is below 0.
-            TypeError: position is not a whole number.
+            ValueError, TypeError: position is below 0, or not a whole number.
         """
         (position,) = whole(position=position)
         return self._rows.resume_point(min(position, self.position))
@@ -97,22 +95,22 @@ class PromptCache(list[Any]):
         """Drops the newest n tokens.
 
         Raises:
-            ValueError: n is not in 0 <= n <= position.
-            TypeError: n is not a whole number.
+            ValueError, TypeError: n is not in 0 <= n <= position, or not a whole number.
             NotSupportedError: a window no longer holds the tokens before, or a recurrent layer has no
                 checkpoint there. `resume_point` returns a position that is possible.
         """
         (n,) = whole(None, n=n)
         if not 0 <= n <= self.position:
             raise ValueError(f"cannot rewind {n} tokens: the cache holds {self.position}")
-        self._rewind_to(self.position - n)
+        self.rewind_to(self.position - n)
 
     def rewind_to(self, position: int) -> None:
         """Drops the tokens from `position` on. Raises as `rewind`."""
         (position,) = whole(None, position=position)
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind to position {position}: expected 0 to {self.position}")
-        self._rewind_to(position)
+        with self._rows.edit(f"rewind to {position}"):
+            self._conversation.rewind_to(position)
 
     def mark(self, position: int) -> bool:
         """Marks a position at which later conversations may branch off, such as the end of a system prompt.
@@ -162,7 +160,7 @@ class PromptCache(list[Any]):
         if begin == stop:
             return
         if stop == position:
-            self._rewind_to(begin)
+            self.rewind_to(begin)
         else:
             with self._rows.edit(f"remove [{begin}, {stop})"):
                 self._conversation.remove(begin, stop, recurrent)
@@ -180,8 +178,8 @@ class PromptCache(list[Any]):
     ) -> None:
         """Saves the cache to a file. An existing file is replaced only once the new one is complete.
 
-        Each rank of a group writes its own file: for the path `chat.safetensors` these are
-        `chat.rank0of2.safetensors` and so on. Either all of them are replaced or none.
+        Each rank of a group writes its own file, such as `chat.rank0of2.safetensors` for the path
+        `chat.safetensors`. Either all of them are replaced or none.
 
         Args:
             path: the file to write.
@@ -200,20 +198,20 @@ class PromptCache(list[Any]):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')
         tokens = None if tokens is None else token_ids(tokens)
         ranks = self.pool.ranks
-        if format == "mlx_kvcache":
-            if ranks.is_alone:
-                self._prepared(tokens, tokenizer).write(path)
-            else:
-                write(ranks, Path(path), lambda: self._prepared(tokens, tokenizer))
-            return
-        if not ranks.is_alone:
-            raise NotSupportedError(
-                'format="mlx-lm" has no place for a rank: a cache of several ranks needs format="mlx_kvcache"'
-            )
-        if tokens is not None and len(tokens) != self.position:
-            raise ValueError(f"got {len(tokens)} tokens for a cache that holds {self.position}")
-        with self._rows.edit("save"):
-            save_for_mlx_lm(Path(path), self)
+        if format == "mlx-lm":
+            if not ranks.is_alone:
+                raise NotSupportedError(
+                    'format="mlx-lm" has no place for a rank: a cache of several ranks needs '
+                    'format="mlx_kvcache"'
+                )
+            if tokens is not None and len(tokens) != self.position:
+                raise ValueError(f"got {len(tokens)} tokens for a cache that holds {self.position}")
+            with self._rows.edit("save"):
+                save_for_mlx_lm(Path(path), self)
+        elif ranks.is_alone:
+            self._prepared(tokens, tokenizer).write(path)
+        else:
+            write(ranks, Path(path), lambda: self._prepared(tokens, tokenizer))
 
     @classmethod
     def load(
@@ -232,7 +230,7 @@ class PromptCache(list[Any]):
             path: the file; with a `group`, the path that was given to `save`.
             model: the model that the cache was computed with.
             tokenizer: if given, a file that was saved with another tokenizer is refused.
-            verify: compare all checksums. If False, corrupt arrays go unnoticed and `is_verified` is False.
+            verify: compare all checksums. If False, corrupt arrays go unnoticed.
             options: options of `make_prompt_cache` that replace the saved ones. With a `group` each rank
                 loads its own file, and all files must come from the same `save`.
 
@@ -282,10 +280,6 @@ class PromptCache(list[Any]):
     @property
     def _conversation(self) -> Conversation:
         return self._rows.conversation
-
-    def _rewind_to(self, position: int) -> None:
-        with self._rows.edit(f"rewind to {position}"):
-            self._conversation.rewind_to(position)
 
 
 @with_checked_options

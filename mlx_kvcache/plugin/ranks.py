@@ -1,10 +1,10 @@
 """Keeps the caches of several processes (ranks) that run one model together consistent.
 
-Each rank has its own layers or heads and must make the same calls as the others. Before a call
-changes anything, the ranks exchange a record of 1,024 bytes with one `all_gather`: what each is about
-to do, and whether it can. If a rank is about to do something else, or cannot, all ranks raise while
-their caches are still alike. MLX pairs collectives only by their order, so without this check ranks
-that differ would wait forever or add up arrays that do not belong together.
+Each rank has its own layers or heads and must make the same calls as the others. Before a call changes
+anything, the ranks exchange a record of 1,024 bytes with one `all_gather`: what each is about to do, and
+whether it can. If a rank is about to do something else, or cannot, all ranks raise while their caches are
+still alike. MLX pairs collectives only by their order, so without this check ranks that differ would wait
+forever or add up arrays that do not belong together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -29,23 +30,17 @@ SHOWN = 8
 _DIGEST = 8
 _ABOUT, _FED, _FAULT = 400, 120, 480
 """Maximum bytes of each text in a record, without the zero that ends it."""
-_PLURAL = {"is": "are", "was": "were"}
 
 
 class Record(NamedTuple):
-    """The record of one rank.
-
-    Attributes:
-        keys: digests of `about` and `fed`, computed before they were cut to fit.
-        about: what the rank is about to do.
-        fed: the tokens that its model was called with since the last vote, or "".
-        fault: why the rank cannot do it, or "".
-    """
+    """What one rank is about to do, and the tokens that its model was called with since the last vote."""
 
     keys: tuple[bytes, bytes]
+    """Digests of `about` and `fed`, computed before they were cut to fit."""
     about: str
     fed: str
     fault: str
+    """Why the rank cannot do it, or ""."""
 
 
 def told_tokens(tokens: mx.array) -> str:
@@ -71,15 +66,12 @@ def by_rank(texts: Sequence[str], verb: str) -> str:
     if len(ranks) == 1:
         # Their digests differ, so the difference is in the part that was cut off.
         return f"each rank {verb} {texts[0]}, which differs in the part not shown"
-    return "; ".join(f"{_subject(own, verb)} {text or 'nothing'}" for text, own in ranks.items())
-
-
-def _subject(ranks: Sequence[int], verb: str) -> str:
-    *others, last = ranks
-    if not others:
-        return f"rank {last} {verb}"
-    first, _, rest = verb.partition(" ")
-    return f"ranks {', '.join(map(str, others))} and {last} {_PLURAL[first]} {rest}"
+    parts = []
+    plural = verb.replace("is ", "are ").replace("was ", "were ")
+    for text, (*others, last) in ranks.items():
+        who = f"ranks {', '.join(map(str, others))} and {last} {plural}" if others else f"rank {last} {verb}"
+        parts.append(f"{who} {text or 'nothing'}")
+    return "; ".join(parts)
 
 
 def _digest(data: bytes) -> bytes:
@@ -87,23 +79,32 @@ def _digest(data: bytes) -> bytes:
 
 
 def encoded(about: str, fed: str, fault: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Encode a record as bytes. Texts that are too long are cut."""
-    texts = about.encode(), fed.encode(), fault.encode()
-    data = _digest(texts[0]) + _digest(texts[1])
-    for text, most in zip(texts, (_ABOUT, _FED, _FAULT), strict=True):
-        data += text[:most].replace(b"\0", b" ") + b"\0"
+    """Encode a record. Texts that are too long are cut."""
+    data = _digest(about.encode()) + _digest(fed.encode())
+    for text, most in ((about, _ABOUT), (fed, _FED), (fault, _FAULT)):
+        data += text.encode()[:most].replace(b"\0", b" ") + b"\0"
     return np.frombuffer(data.ljust(RECORD, b"\0"), np.uint8)
 
 
 def decoded(record: bytes) -> Record:
     """Decode a record."""
-    texts = record[2 * _DIGEST :].split(b"\0")
-    about, fed, fault = (text.decode(errors="replace") for text in texts[:3])
+    about, fed, fault, *_ = (text.decode(errors="replace") for text in record[2 * _DIGEST :].split(b"\0"))
     return Record((record[:_DIGEST], record[_DIGEST : 2 * _DIGEST]), about, fed, fault)
 
 
 _KNOWN = "_is_known_to_all_ranks"
 """Attribute of exceptions that all ranks have already been informed of."""
+
+Error = TypeVar("Error", bound=Exception)
+
+
+def _known(error: Error) -> Error:
+    vars(error)[_KNOWN] = True
+    return error
+
+
+def _disagreement(texts: Sequence[str], verb: str, more: str = "") -> RanksDisagreeError:
+    return _known(RanksDisagreeError(f"ranks disagree: {by_rank(texts, verb)}{more}", tuple(texts)))
 
 
 class Ranks:
@@ -111,11 +112,6 @@ class Ranks:
 
     All sections and votes of a process, including those of different models and caches, must be made
     from one thread at a time and in the same order on every rank.
-
-    Attributes:
-        group: MLX's group, or None for a single process.
-        rank: the rank of this process.
-        size: the number of ranks.
     """
 
     def __init__(self, group: mx.distributed.Group | None) -> None:
@@ -143,12 +139,10 @@ class Ranks:
 
         Args:
             about: what this rank is about to do: a verb with its numbers.
-            error: the reason why this rank cannot do it.
+            error: why this rank cannot do it. It raises this, unless ranks are about to do different things.
 
         Raises:
-            RanksDisagreeError: another rank is about to do something else, cannot do it, or was fed
-                other tokens before. A rank that passes `error` raises that error instead, unless the
-                ranks are about to do different things.
+            RanksDisagreeError: another rank is about to do something else, cannot, or was fed other tokens.
             CacheError: the other ranks cannot be reached.
         """
         if self.is_alone:
@@ -156,24 +150,21 @@ class Ranks:
                 raise error
             return
         fault = f"{type(error).__name__}: {error}" if error else ""
-        told = [decoded(record) for record in self._exchange(encoded(about, self._fed_text(), fault))]
+        fed, self._fed = self._fed, None
+        told = self._exchange(about, f"{told_tokens(fed[0])} at {spelled(fed[1])}" if fed else "", fault)
         failure = self._failure(told, error)
-        if failure is not None:
-            vars(failure)[_KNOWN] = True
-            if failure is error:
-                raise error
-            raise failure from error
+        if failure is None:
+            return
+        if failure is error:
+            raise _known(failure)
+        raise _known(failure) from error
 
     @contextmanager
     def together(self, about: str) -> Iterator[None]:
-        """Enclose a change that either all ranks make or none.
+        """Enclose a change that either all ranks make or none. Raises like `agree`.
 
-        The section prepares the change, calls `ready`, and only then changes anything. The other
-        ranks are informed of an exception before `ready`. A section that does not call `ready` votes
-        at its end.
-
-        Raises:
-            RanksDisagreeError, CacheError: like `agree`.
+        The section prepares the change, calls `ready`, and only then changes anything. The other ranks are
+        informed of an exception before `ready`. A section that does not call `ready` votes at its end.
         """
         if self.is_alone:
             yield
@@ -202,8 +193,7 @@ class Ranks:
         """Record a call of the model. Its collectives run on the present default CPU stream.
 
         Args:
-            tokens: the input, if the next vote is to compare it (it will have been evaluated by
-                then), else None.
+            tokens: the input, if the next vote is to compare it (it is evaluated by then), else None.
             positions: the position of the first token of each row.
             output: the model's output. Only a weak reference is kept: a prompt's logits are large.
         """
@@ -215,65 +205,45 @@ class Ranks:
     def enqueue(self, arrays: Sequence[mx.array]) -> None:
         """Start the evaluation of arrays, and of the model's last output if it is still referenced.
 
-        Otherwise a rank that evaluates an array for a reason of its own, such as a growing buffer,
-        would start the model's collectives earlier than other ranks.
+        Otherwise a rank that evaluates an array for a reason of its own, such as a growing buffer, would
+        start the model's collectives earlier than other ranks.
         """
         output = self._output()
         mx.async_eval(*arrays, *([] if output is None else [output]))  # type: ignore[no-untyped-call]
 
     def least(self, number: int) -> int:
         """Return the smallest of all ranks' numbers. Raises CacheError if the others cannot be reached."""
-        if self.is_alone:
-            return number
         return min(int(text) for text in self.share("compare numbers", str(int(number))))
 
     def share(self, about: str, text: str) -> list[str]:
         """Return the texts of all ranks, each cut to 480 bytes. Raises like `agree`."""
         if self.is_alone:
             return [text]
-        told = [decoded(record) for record in self._exchange(encoded(about, "", text))]
+        told = self._exchange(about, "", text)
         if len({one.keys for one in told}) > 1:
-            failure = self._disagreement([one.about for one in told], "is about to")
-            vars(failure)[_KNOWN] = True
-            raise failure
+            raise _disagreement([one.about for one in told], "is about to")
         return [one.fault for one in told]
 
     def _failure(self, told: Sequence[Record], error: Exception | None) -> Exception | None:
         """Return the error that the ranks' records call for, or None."""
-        abouts, feds = ([one.keys[i] for one in told] for i in range(2))
         before = ""
-        if len(set(feds)) > 1:
+        if len({one.keys[1] for one in told}) > 1:
             before = by_rank([one.fed for one in told], "was fed")
-        if len(set(abouts)) > 1:
-            return self._disagreement(
-                [one.about for one in told], "is about to", before and f" Before that {before}."
-            )
+        if len({one.keys[0] for one in told}) > 1:
+            more = before and f" Before that {before}."
+            return _disagreement([one.about for one in told], "is about to", more)
         if error is not None:
             return error
-        faults = {rank: one for rank, one in enumerate(told) if one.fault}
-        if faults:
-            rank, first = next(iter(faults.items()))
-            return RanksDisagreeError(
-                f"rank {rank} of {self.size} cannot {first.about}: {first.fault}; no rank has done it",
-                tuple(one.fault for one in told),
-            )
+        for rank, one in enumerate(told):
+            if one.fault:
+                message = f"rank {rank} of {self.size} cannot {one.about}: {one.fault}; no rank has done it"
+                return RanksDisagreeError(message, tuple(one.fault for one in told))
         if before:
-            return self._disagreement(
-                [one.fed for one in told],
-                "was fed",
-                "; these are in the caches and can be rewound; give all ranks the same seeds and prompts",
-            )
+            more = "; these are in the caches and can be rewound; give all ranks the same seeds and prompts"
+            return _disagreement([one.fed for one in told], "was fed", more)
         return None
 
-    def _disagreement(self, texts: Sequence[str], verb: str, more: str = "") -> RanksDisagreeError:
-        return RanksDisagreeError(f"ranks disagree: {by_rank(texts, verb)}{more}", tuple(texts))
-
-    def _fed_text(self) -> str:
-        """Return and clear the description of tokens that no vote has compared yet."""
-        fed, self._fed = self._fed, None
-        return f"{told_tokens(fed[0])} at {spelled(fed[1])}" if fed else ""
-
-    def _exchange(self, record: np.ndarray[Any, np.dtype[np.uint8]]) -> list[bytes]:
+    def _exchange(self, about: str, fed: str, fault: str) -> list[Record]:
         """Return the records of all ranks."""
         stream, now = self._stream, mx.default_stream(mx.cpu)
         if stream is not None and stream != now:
@@ -283,23 +253,21 @@ class Ranks:
         self._votes += 1
         self._named = 0
         try:
-            gathered = mx.distributed.all_gather(mx.array(record), group=self.group)
+            record = mx.array(encoded(about, fed, fault))
+            gathered = mx.distributed.all_gather(record, group=self.group)
             mx.eval(gathered)
         except RuntimeError as error:
-            lost = CacheError(
-                f"rank {self.rank} of {self.size} cannot reach the other ranks; one may have exited: {error}"
-            )
-            vars(lost)[_KNOWN] = True
-            raise lost from error
-        return [bytes(row) for row in np.array(gathered).reshape(self.size, RECORD)]
+            lost = f"cannot reach the other ranks; one may have exited: {error}"
+            raise _known(CacheError(f"rank {self.rank} of {self.size} {lost}")) from error
+        return [decoded(bytes(row)) for row in np.array(gathered).reshape(self.size, RECORD)]
 
 
+@dataclass
 class _Section:
     """A change that ranks are about to make, and whether they have voted on it."""
 
-    def __init__(self, about: str) -> None:
-        self.about = about
-        self.has_voted = False
+    about: str
+    has_voted: bool = False
 
 
 ALONE = Ranks(None)

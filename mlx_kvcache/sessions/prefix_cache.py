@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from types import TracebackType
 from typing import Any
 
 from ..arguments import class_of, size_of, token_ids, whole
 from ..errors import CacheError
-from ..persist.disk_cache import DiskTier
+from ..persist.disk_cache import DiskTier, Kept
 from ..radix_tree import PrefixTree
 from .session import Branch, Session
 
@@ -29,24 +28,25 @@ CANDIDATES = 32
 
 @dataclass
 class Counts:
-    """Statistics of a pool."""
+    """Statistics of a pool.
+
+    Attributes:
+        hits, misses: sessions that reused tokens, and that reused none.
+        reused: tokens that sessions did not have to compute again.
+        evicted: caches that were evicted from memory.
+        from_disk, to_disk: caches that were loaded from files, and queued to be written to files.
+        rejected: caches that could not be stored or used, by reason, and failures of the disk as "disk".
+        disk_error: the message of the newest failure that is counted as `rejected["disk"]`.
+    """
 
     hits: int = 0
-    """Sessions that reused tokens."""
     misses: int = 0
-    """Sessions that reused none."""
     reused: int = 0
-    """Tokens that sessions did not have to compute again."""
     evicted: int = 0
-    """Caches that were evicted from memory."""
     from_disk: int = 0
-    """Caches that were loaded from files."""
     to_disk: int = 0
-    """Caches that were queued to be written to files."""
     rejected: Counter[str] = field(default_factory=Counter)
-    """Caches that could not be stored or used, by reason, and failures of the disk as "disk"."""
     disk_error: str = ""
-    """The message of the newest failure that is counted as `rejected["disk"]`."""
 
 
 @dataclass(eq=False)
@@ -54,8 +54,7 @@ class _Stored:
     tokens: tuple[int, ...]
     cache: Any
     salt: Hashable
-    is_pinned: bool
-    used: int
+    is_pinned: bool = False
 
 
 class SessionPool:
@@ -101,8 +100,8 @@ class SessionPool:
         self._max_stored = max_stored
         self._disk = disk
         self._trees: dict[Hashable, PrefixTree[_Stored]] = {}
+        # The least recently used first. Replaced whole, because others iterate without the lock.
         self._stored: list[_Stored] = []
-        self._clock = 0
         self._lock = threading.RLock()
         self._cells: Any = None
 
@@ -143,37 +142,32 @@ class SessionPool:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
         reused, cache = self._forked(tokens, salt)
         with self._lock:
-            if cache is None:
-                self.counts.misses += 1
-            else:
-                self.counts.hits += 1
-                self.counts.reused += reused
-        if cache is None:
-            cache = self._make()
+            self.counts.hits += reused > 0
+            self.counts.misses += reused == 0
+            self.counts.reused += reused
         self._cells = cache.pool
         self._evict()
         return Session(self, cache, tokens, reused, salt)
 
     def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, Any]:
-        """Fork the cache that saves the most tokens, and rewind the fork to the shared prefix.
-
-        Returns:
-            The number of reused tokens and the fork, or 0 and None.
-        """
+        """Return a fork of the cache that saves the most tokens and their number, or an empty cache and 0."""
         while True:
             reused, found = self._nearest(tokens, salt)
-            reused, found = self._from_disk(tokens, salt, reused, found)
+            kept = self._from_disk(tokens, salt, reused)
+            if kept:
+                reused, found = kept.point, self._put(_Stored(kept.tokens, kept.cache, salt))
             if found is None:
-                return 0, None
+                return 0, self._make()
             try:
                 cache = found.cache.fork()
                 cache.rewind_to(reused)
             except CacheError:
                 # Another thread has evicted the cache.
-                self._forget(found, "closed")
+                self._forget(found)
                 continue
             with self._lock:
-                self._touch(found)
+                if found in self._stored:
+                    self._stored = [*self._without(found), found]
             return reused, cache
 
     def store(
@@ -208,10 +202,11 @@ class SessionPool:
             )
         if not tokens:
             return self._reject("empty", cache)
-        entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned, 0))
-        for shorter in self._shorter(entry):
-            if cache.resume_point(len(shorter.tokens)) == len(shorter.tokens):
-                self._remove(shorter)
+        entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned))
+        for common, other in self._matches(tokens[:-1], salt):
+            is_prefix = common == len(other.tokens)
+            if is_prefix and not other.is_pinned and cache.resume_point(common) == common:
+                self._remove(other)
         self._evict()
         with self._lock:
             if entry in self._stored:
@@ -219,16 +214,11 @@ class SessionPool:
             self.counts.rejected["larger than the budget"] += 1
             return False
 
-    def _shorter(self, entry: _Stored) -> list[_Stored]:
-        """Return the unpinned stored caches whose tokens are a proper prefix of the entry's."""
+    def _matches(self, tokens: Sequence[int], salt: Hashable) -> list[tuple[int, _Stored]]:
+        """Return stored caches with the number of leading tokens that they share, the longest first."""
         with self._lock:
-            tree = self._trees.get(entry.salt)
-            matches = list(islice(tree.matches(entry.tokens[:-1]), CANDIDATES)) if tree else []
-            return [
-                other
-                for common, other in matches
-                if common == len(other.tokens) < len(entry.tokens) and not other.is_pinned
-            ]
+            tree = self._trees.get(salt)
+            return list(islice(tree.matches(tokens), CANDIDATES)) if tree else []
 
     def _takes(self, cache: Branch) -> bool:
         """Return whether a cache has the same model and options as this pool's caches."""
@@ -247,7 +237,7 @@ class SessionPool:
 
     def flush(self) -> None:
         """Write all stored caches to disk, and wait for it. Does nothing without a disk."""
-        for entry in list(self._stored):
+        for entry in self._stored:
             self._to_disk(entry)
         if self._disk:
             self._disk.folder.flush()
@@ -263,29 +253,21 @@ class SessionPool:
     def __enter__(self) -> SessionPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def clear(self) -> None:
         """Close all stored caches, including pinned ones. Files on disk stay."""
-        for entry in list(self._stored):
+        for entry in self._stored:
             self._remove(entry)
 
     def _nearest(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, _Stored | None]:
-        """Find the stored cache that can resume from the longest prefix of these tokens.
+        """Return the longest prefix to resume from and the stored cache that can, or 0 and None.
 
         At least one token is always left to compute.
-
-        Returns:
-            The length of the prefix and the cache, or 0 and None.
         """
-        with self._lock:
-            tree = self._trees.get(salt)
-            matches = list(islice(tree.matches(tokens), CANDIDATES)) if tree else []
         best: tuple[int, _Stored | None] = (0, None)
-        for common, entry in matches:
+        for common, entry in self._matches(tokens, salt):
             most = min(common, len(tokens) - 1)
             if most <= best[0]:
                 break
@@ -293,54 +275,43 @@ class SessionPool:
                 point = entry.cache.resume_point(most)
             except CacheError:
                 # The caller closed the cache after storing it, or its model no longer exists.
-                self._forget(entry, "closed")
+                self._forget(entry)
                 continue
             if point > best[0]:
                 best = point, entry
         return best
 
-    def _from_disk(
-        self, tokens: Sequence[int], salt: Hashable, reused: int, found: _Stored | None
-    ) -> tuple[int, _Stored | None]:
-        """Load a cache from disk if it saves more tokens than `reused`; otherwise return the arguments."""
-        if self._disk is None:
-            return reused, found
+    def _from_disk(self, tokens: Sequence[int], salt: Hashable, reused: int) -> Kept | None:
+        """Load the cache on disk that saves the most tokens, if they are more than `reused`."""
         try:
-            kept = self._disk.nearest(tokens, salt, reused)
+            kept = self._disk.nearest(tokens, salt, reused) if self._disk else None
         except CacheError as error:
             # The conversation can go on without the disk.
             self._count_failure(error)
-            return reused, found
-        if kept is None:
-            return reused, found
-        self.counts.from_disk += 1
-        return kept.point, self._put(_Stored(kept.tokens, kept.cache, salt, False, 0))
+            return None
+        self.counts.from_disk += kept is not None
+        return kept
 
     def _to_disk(self, entry: _Stored) -> None:
         """Queue a cache to be written to disk, unless a file for its tokens exists."""
-        if self._disk is None:
-            return
         try:
-            self.counts.to_disk += self._disk.put(entry.tokens, entry.salt, entry.cache)
+            if self._disk:
+                self.counts.to_disk += self._disk.put(entry.tokens, entry.salt, entry.cache)
         except CacheError as error:
             self._count_failure(error)
 
     def _count_failure(self, error: CacheError) -> None:
-        """Count a failure of the disk, and keep its message.
-
-        All failures have one key, since messages contain paths.
-        """
+        # All failures have one key, since messages contain paths.
         self.counts.rejected["disk"] += 1
         self.counts.disk_error = str(error)
 
     def _put(self, entry: _Stored) -> _Stored:
         """Store a cache. It replaces the one that was stored for the same tokens."""
         with self._lock:
-            self._touch(entry)
             try:
                 before = self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)
                 entry.is_pinned |= before is not None and before.is_pinned
-                self._stored = [*(other for other in self._stored if other is not before), entry]
+                self._stored = [*self._without(before), entry]
             except BaseException:
                 self._rebuild_trees()
                 raise
@@ -352,8 +323,7 @@ class SessionPool:
         """Evict the least recently used caches until the limits hold or only pinned ones are left."""
         while self._exceeds():
             with self._lock:
-                unpinned = [entry for entry in self._stored if not entry.is_pinned]
-                entry = min(unpinned, key=lambda e: e.used, default=None)
+                entry = next((entry for entry in self._stored if not entry.is_pinned), None)
             if entry is None:
                 return
             self._to_disk(entry)
@@ -375,7 +345,7 @@ class SessionPool:
                 tree.pop(entry.tokens)
                 if not tree:
                     del self._trees[entry.salt]
-                self._stored.remove(entry)
+                self._stored = self._without(entry)
             except BaseException:
                 self._rebuild_trees()
                 raise
@@ -384,17 +354,16 @@ class SessionPool:
             entry.cache.close()
         return True
 
-    def _forget(self, entry: _Stored, reason: str) -> None:
-        """Remove a stored cache that cannot be used, and count the reason."""
+    def _without(self, entry: _Stored | None) -> list[_Stored]:
+        return [other for other in self._stored if other is not entry]
+
+    def _forget(self, entry: _Stored) -> None:
+        """Remove a stored cache that has been closed."""
         if self._remove(entry):
-            self.counts.rejected[reason] += 1
+            self.counts.rejected["closed"] += 1
 
     def _rebuild_trees(self) -> None:
         """Rebuild the trees from the list of stored caches, after an interrupted change."""
         self._trees = {}
         for entry in self._stored:
             self._trees.setdefault(entry.salt, PrefixTree()).put(entry.tokens, entry)
-
-    def _touch(self, entry: _Stored) -> None:
-        self._clock += 1
-        entry.used = self._clock

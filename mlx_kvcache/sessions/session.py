@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from types import TracebackType
 from typing import Any, Protocol
 
 from ..arguments import token_ids, whole
@@ -32,9 +31,7 @@ class Keeper(Protocol):
     """The interface of a pool that takes a session's cache when the session is closed."""
 
     def _takes(self, cache: Any) -> bool: ...
-
     def _reject(self, reason: str, cache: Any) -> bool: ...
-
     def store(
         self, tokens: Sequence[int], cache: Any, salt: Hashable = None, is_pinned: bool = False
     ) -> bool: ...
@@ -68,19 +65,14 @@ class Session:
         return f"Session({len(self.tokens)} tokens, {self.reused} reused, {left} to compute)"
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the conversation, such as those of a reply. Computes nothing.
-
-        Raises:
-            TypeError: `tokens` is not a sequence of whole numbers.
-        """
+        """Append tokens, such as those of a reply. Raises TypeError unless they are whole numbers."""
         self.tokens += token_ids(tokens)
 
     def remove(self, begin: int, end: int, salt: Hashable) -> None:
         """Remove tokens [begin, end) from the conversation and the cache. Later tokens move down.
 
         Args:
-            begin: the first position to remove.
-            end: the position after the last one to remove.
+            begin, end: the first position to remove, and the one after the last.
             salt: the session's new salt. The keys and values after the gap still depend on the removed
                 tokens, so conversations without them must not reuse the cache.
 
@@ -92,13 +84,12 @@ class Session:
         hash(salt)
         if not 0 <= begin <= end <= self.cache.position:
             raise ValueError(f"cannot remove [{begin}, {end}): the cache holds {self.cache.position} tokens")
-        self._remove(begin, end, salt)
+        self._edit(lambda: self.cache.remove(begin, end), begin, end, salt)
 
     def shift(self, keep: int = 0, room: int = 1, salt: Hashable = None) -> list[int]:
-        """Make room for more tokens, if the cache is full: drop the older half after the first `keep`.
+        """Make room for `room` tokens, if the cache is full: drop the older half after the first `keep`.
 
-        Does nothing if the cache has no capacity, or already has the room. Drops more than half if that is
-        needed for `room`.
+        Does nothing if the cache has no capacity, or has the room. Drops more than half if needed.
 
         Args:
             keep: the number of leading tokens to keep.
@@ -120,34 +111,27 @@ class Session:
                 f"keep={keep} and room={room} must be at least 0 and fit the capacity, {capacity}"
             )
         if position < len(self.tokens):
-            raise CacheError(
-                f"cannot shift: only {position} of {len(self.tokens)} tokens have been computed; compute the "
-                "others first"
-            )
+            computed = f"only {position} of {len(self.tokens)} tokens have been computed"
+            raise CacheError(f"cannot shift: {computed}; compute the others first")
         if capacity is None or position + room <= capacity:
             return []
         begin = min(keep, position)
         end = begin + max((position - begin) // 2, position + room - capacity)
-        left = self.tokens[:begin] + self.tokens[end:]
+        salt = object() if salt is None else salt
         try:
-            self._remove(begin, end, object() if salt is None else salt)
+            self._edit(lambda: self.cache.remove(begin, end), begin, end, salt)
         except NotSupportedError:
-            point = self.cache.resume_point(begin)
-            reused = min(self.reused, point)
-            self._edit(lambda: self.cache.rewind_to(point), left[:point], reused, self.salt)
-            return left[point:]
+            point, tokens = self.cache.resume_point(begin), self.tokens
+            self._edit(lambda: self.cache.rewind_to(point), point, len(tokens), self.salt)
+            return tokens[point:begin] + tokens[end:]
         return []
 
-    def _remove(self, begin: int, end: int, salt: Hashable) -> None:
-        reused = self.reused - max(0, min(end, self.reused) - begin)
-        left = self.tokens[:begin] + self.tokens[end:]
-        self._edit(lambda: self.cache.remove(begin, end), left, reused, salt)
-
-    def _edit(self, edit: Callable[[], None], tokens: list[int], reused: int, salt: Hashable) -> None:
-        """Edit the cache and the session together. If the edit fails, neither changes."""
+    def _edit(self, edit: Callable[[], None], begin: int, end: int, salt: Hashable) -> None:
+        """Edit the cache, and remove tokens [begin, end) here. If the edit fails, neither changes."""
         position, before = self.cache.position, (self.tokens, self.reused, self.salt)
         try:
-            self.tokens, self.reused, self.salt = tokens, reused, salt
+            self.tokens, self.salt = self.tokens[:begin] + self.tokens[end:], salt
+            self.reused -= max(0, min(end, self.reused) - begin)
             gaps = self.cache.gaps
             edit()
             self._gaps += self.cache.gaps - gaps
@@ -160,9 +144,8 @@ class Session:
         """Return the cache to the pool, for later conversations. Closing again does nothing.
 
         Tokens in the cache beyond `tokens`, such as an end token that was not passed to `extend`, are
-        dropped first. The cache is closed instead of stored if `tokens` no longer describes it, because
-        tokens were removed other than by this session's methods, such as by `overflow="shift"`; or if it
-        left the pool, such as by mlx-lm's `kv_bits`.
+        dropped first. The cache is closed instead of stored if `overflow="shift"` or others removed tokens,
+        or if it left the pool, such as by mlx-lm's `kv_bits`.
 
         Args:
             is_pinned: never evict the cache.
@@ -182,7 +165,5 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

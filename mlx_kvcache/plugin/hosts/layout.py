@@ -1,14 +1,15 @@
 """Reads a model's cache layout from its own cache list, and the logits from its output.
 
-The layout says for each layer which tokens are visible (full attention, window, chunk) or that it
-keeps recurrent states. Logits are the returned array, or the `.logits` of the returned object.
+The layout says for each layer which tokens are visible (full attention, window, chunk) or that it keeps
+recurrent states. Logits are the returned array, or the `.logits` of the returned object.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -28,11 +29,7 @@ def found_logits(output: Any) -> mx.array | None:
 
 
 def logits_of(model: Any, inputs: mx.array, cache: Any) -> mx.array:
-    """Call a model and return its logits.
-
-    Raises:
-        NotSupportedError: the model returned neither an array nor an object with `.logits`.
-    """
+    """Call a model and return its logits. Raises NotSupportedError if it returns none."""
     output = model(inputs, cache=cache)
     logits = found_logits(output)
     if logits is None:
@@ -44,10 +41,9 @@ def logits_of(model: Any, inputs: mx.array, cache: Any) -> mx.array:
 
 
 def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -> Any:
-    """Combine the outputs of calls for single rows into the output of one call for all rows.
+    """Combine the outputs of calls for single rows, which have the same structure, into one for all rows.
 
     Args:
-        outputs: one output for each row, all of the same structure.
         join: combines the rows' arrays into one.
 
     Raises:
@@ -74,19 +70,16 @@ def joined(outputs: Sequence[Any], join: Callable[[list[mx.array]], mx.array]) -
 
 @dataclass(frozen=True)
 class Leaf:
-    """One cache of a model: keys and values under a visibility rule, or a recurrent layer's states.
-
-    Attributes:
-        index: its index among all leaves of the model.
-        name: its place in the model's cache list, such as "3", or "3[1]" inside a `CacheList`.
-        rule: the visibility rule; None for recurrent states.
-        slots: the number of state arrays; 0 for keys and values.
-    """
+    """One cache of a model: keys and values under a visibility rule, or a recurrent layer's states."""
 
     index: int
+    """Its index among all leaves of the model."""
     name: str
+    """Its place in the model's cache list, such as "3", or "3[1]" inside a `CacheList`."""
     rule: Rule | None
+    """The visibility rule; None for recurrent states."""
     slots: int = 0
+    """The number of state arrays; 0 for keys and values."""
 
     @property
     def layer(self) -> int:
@@ -105,7 +98,7 @@ class Layout:
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for entry in self.entries for leaf in _leaves(entry))
+        return tuple(_leaves(self.entries))
 
     @property
     def rules(self) -> tuple[Rule | None, ...]:
@@ -118,26 +111,24 @@ class Layout:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Return the layout of the model's own cache: its `make_cache`, or full attention for each layer.
-
-    Raises:
-        NotSupportedError: an entry's class is not supported, or the model caches nothing.
-    """
-    entries = own_cache(model)
-    found: list[Entry] = []
-    count = 0
-    for index, entry in enumerate(entries):
-        found.append(_read(entry, str(index), count, type(model).__module__))
-        count += sum(1 for _ in _leaves(found[-1]))
-    if not count:
-        raise NotSupportedError(f"{type(model).__module__} has no layers that use a cache")
-    return Layout(tuple(found))
+    """Return the layout of the model's own cache. Raises NotSupportedError if it is not supported."""
+    module, indices = type(model).__module__, count()
+    layout = Layout(tuple(_read(own, str(i), indices, module) for i, own in enumerate(own_cache(model))))
+    if not layout.leaves:
+        raise NotSupportedError(f"{module} has no layers that use a cache")
+    return layout
 
 
 def own_cache(model: nn.Module) -> list[Any]:
     """Return mlx-lm's own cache list for a model, even while the model is attached."""
     with own_make_cache(model) as make_cache:
         return make_cache() if make_cache else [mlx_lm_cache.KVCache() for _ in model.layers]
+
+
+def configuration_of(model: nn.Module) -> dict[str, Any]:
+    """Return a model's arguments by name; an empty dict if they are not a dataclass."""
+    arguments = getattr(model, "args", None)
+    return asdict(arguments) if is_dataclass(arguments) and not isinstance(arguments, type) else {}
 
 
 def _leaves(entry: Entry) -> Iterator[Leaf]:
@@ -148,23 +139,19 @@ def _leaves(entry: Entry) -> Iterator[Leaf]:
             yield from _leaves(child)
 
 
-def _read(entry: Any, name: str, first: int, module: str) -> Entry:
+def _read(entry: Any, name: str, indices: Iterator[int], module: str) -> Entry:
     # Subclasses may behave differently, so only exact classes are accepted.
     kind = type(entry)
     if kind is mlx_lm_cache.KVCache:
-        return Leaf(first, name, Causal())
+        return Leaf(next(indices), name, Causal())
     if kind is mlx_lm_cache.RotatingKVCache and 0 <= entry.keep < entry.max_size:
-        return Leaf(first, name, Window(entry.max_size - entry.keep, entry.keep))
+        return Leaf(next(indices), name, Window(entry.max_size - entry.keep, entry.keep))
     if kind is mlx_lm_cache.ChunkedKVCache:
-        return Leaf(first, name, Chunk(entry.chunk_size))
+        return Leaf(next(indices), name, Chunk(entry.chunk_size))
     if kind is mlx_lm_cache.ArraysCache:
-        return Leaf(first, name, None, len(entry.cache))
+        return Leaf(next(indices), name, None, len(entry.cache))
     if kind is mlx_lm_cache.CacheList:
-        children: list[Entry] = []
-        for index, child in enumerate(entry.caches):
-            children.append(_read(child, f"{name}[{index}]", first, module))
-            first += sum(1 for _ in _leaves(children[-1]))
-        return tuple(children)
+        return tuple(_read(own, f"{name}[{i}]", indices, module) for i, own in enumerate(entry.caches))
     raise NotSupportedError(
         f"layer {name} of {module} uses {class_of(entry)}, which is not supported; supported are KVCache, "
         f"RotatingKVCache, ChunkedKVCache, ArraysCache and CacheList of {mlx_lm_cache.__name__}"

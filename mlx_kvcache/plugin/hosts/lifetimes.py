@@ -1,10 +1,9 @@
 """Keeps a value for each model until the model is freed.
 
 Garbage collection can run a finalizer at any time and in any thread, even one that holds a lock, so a
-finalizer that waits for a lock can deadlock the process. Finalizers of the plug-in therefore take no
-locks: they remove an entry, which is atomic, and then apply the state that the remaining entries ask
-for. Code that adds an entry applies it too and checks again afterwards, so the last check sees all
-entries.
+finalizer that waits for a lock can deadlock. Finalizers of the plug-in therefore take no locks: they remove
+an entry, which is atomic, and then apply the state that the remaining entries ask for. Code that adds an
+entry applies it too and checks again afterwards, so the last check sees all entries.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ T = TypeVar("T")
 class PerModel(Generic[T]):
     """A mapping from models to values that drops a value when its model is freed. Takes no locks.
 
-    Models are dicts and cannot be hashed, so the key is the address. A weak reference tells a model
-    from a freed one that had the same address.
+    Models are dicts and cannot be hashed, so the key is the address. A weak reference tells a model from a
+    freed one that had the same address.
 
     Args:
         make: makes the value of a model that has none yet.
@@ -39,12 +38,11 @@ class PerModel(Generic[T]):
         return any(value for _, value in list(self._entries.values()))
 
     def get(self, model: nn.Module) -> T | None:
-        """Return the model's value, or None if it has none."""
         weakly, value = self._entries.get(id(model), (None, None))
         return value if weakly and weakly() is model else None
 
     def of(self, model: nn.Module) -> T:
-        """Return the model's value; make it first if there is none."""
+        """Return the model's value, which is made if there is none."""
         key = id(model)
         known = self._entries.get(key)
         if known is None or known[0]() is not model:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...arguments import class_of
+from ...caches.causal import PositionalCache
 from ...caches.recurrent import RecurrentCache
 from ...cells.spans import Span, Spans
 from ...cells.visibility import Chunk, Rule, Window
@@ -23,9 +24,8 @@ class Holding:
         layers: the number of layers of this kind.
         segments: the number of cells of each segment, by the segment's name.
         packed: the segments that are stored quantized.
-        runs: for each sequence the spans of its tokens, in order of position. Sequences that share
-            tokens have the same cells in their spans. A `Span` has `segment`, `start`, `position`
-            and `length`.
+        runs: for each sequence the spans of its tokens, in order of position. Sequences that share tokens
+            have the same cells in their spans. A `Span` has `segment`, `start`, `position` and `length`.
         checkpoints: for each sequence of a recurrent layer, the positions of its checkpoints.
     """
 
@@ -60,20 +60,14 @@ def holdings(pool: Pool) -> tuple[Holding, ...]:
     if not isinstance(pool, Pool):
         raise TypeError(f"pool must be a Pool, such as PromptCache.pool, got {class_of(pool)}")
     with pool.lock:
-        return tuple(
-            _states(cache, pool.kinds.count(index))
-            if isinstance(cache, RecurrentCache)
-            else Holding(
-                cache._rule,
-                pool.kinds.count(index),
-                {segment: cache._table.capacity[segment] for segment in cache._table.owned()},
-                frozenset(cache._table.packed.intersection(cache._table.owned())),
-                {name: sequence.spans for name, sequence in cache._table.sequences.items()},
-            )
-            for index, cache in enumerate(pool.caches)
-        )
+        return tuple(_holding(cache, pool.kinds.count(kind)) for kind, cache in enumerate(pool.caches))
 
 
-def _states(cache: RecurrentCache, layers: int) -> Holding:
-    kept = {name: tuple(sorted(stream.states)) for name, stream in cache._streams.items()}
-    return Holding(None, layers, checkpoints=kept)
+def _holding(cache: PositionalCache | RecurrentCache, layers: int) -> Holding:
+    if isinstance(cache, RecurrentCache):
+        kept = {name: tuple(sorted(stream.states)) for name, stream in cache._streams.items()}
+        return Holding(None, layers, checkpoints=kept)
+    table = cache._table
+    segments = {segment: table.capacity[segment] for segment in table.owned()}
+    runs = {name: sequence.spans for name, sequence in table.sequences.items()}
+    return Holding(cache._rule, layers, segments, frozenset(table.packed.intersection(segments)), runs)

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..hosts.layout import configuration_of
 from ..hosts.lifetimes import PerModel
 
 NUMBERS = 1024
@@ -30,10 +30,6 @@ class Version:
     """Identifies the arrays that a model has now. Replacing any of them makes another version.
 
     An array that is changed in place (`weight += 1`) stays the same array.
-
-    Attributes:
-        digest: digest of the names, shapes and dtypes of all arrays, and of samples of each. It is
-            computed once, and only while this is the model's present version.
     """
 
     def __init__(self, model: nn.Module, arrays: Sequence[mx.array]) -> None:
@@ -61,9 +57,14 @@ class Version:
 
     @cached_property
     def digest(self) -> str:
+        """Digest of all arrays' names, shapes, dtypes and samples. Ask for it before the model changes."""
         model = self._model()
         assert model is not None
-        return _FORM + _weights(model)
+        parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+        samples = (sample(array) for _, array in parameters)
+        # NumPy has no bfloat16; the bytes are the same.
+        plain = [part.view(mx.uint16) if part.dtype == mx.bfloat16 else part for part in samples]
+        return _FORM + _weights(parameters, plain)
 
 
 _lock = threading.Lock()
@@ -73,10 +74,7 @@ _tokenizers: dict[int, tuple[weakref.ref[Any], Any, str]] = {}
 
 
 def version_of(model: nn.Module) -> Version:
-    """Return the version of a model's weights: the same object until the model's arrays change.
-
-    Takes well under a millisecond for a model of 48 layers and reads no array.
-    """
+    """Return the version of a model's weights: the same object until its arrays change. Reads no array."""
     arrays, known = _arrays(model), _versions.of(model)
     with _lock:
         if not known or not known[0].is_of(model, arrays):
@@ -94,21 +92,15 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
 
 def identity(model: nn.Module) -> dict[str, str]:
     """Return the part of the fingerprint that is the same for all shards of a model."""
-    arguments = getattr(model, "args", None)
-    is_plain = is_dataclass(arguments) and not isinstance(arguments, type)
-    return {
-        "architecture": type(model).__module__,
-        "configuration": _digest(_text(asdict(arguments) if is_plain else {})),  # type: ignore[arg-type]
-    }
+    configuration = _digest(_text(configuration_of(model)))
+    return {"architecture": type(model).__module__, "configuration": configuration}
 
 
 def first_form(model: nn.Module) -> str:
     """Return the digest of weights in the format of the first releases: from 64 elements of some arrays."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     chosen = parameters[:: max(1, len(parameters) // 16)]
-    first = [array.reshape(-1)[:64].view(mx.uint8) for _, array in chosen]
-    mx.eval(first)
-    return _digest(_outline(parameters) + b"".join(np.array(numbers).tobytes() for numbers in first))
+    return _weights(parameters, [array.reshape(-1)[:64].view(mx.uint8) for _, array in chosen])
 
 
 def is_first_form(digest: object) -> bool:
@@ -120,8 +112,7 @@ def sample(array: mx.array) -> mx.array:
     """Return about `NUMBERS` elements of an array, at equal distances in every dimension."""
     steps, left = [1] * array.ndim, NUMBERS
     # Short dimensions first: longer ones then make up for the elements those lack.
-    order = sorted(range(array.ndim), key=lambda axis: array.shape[axis])
-    for rank, axis in enumerate(order):
+    for rank, axis in enumerate(sorted(range(array.ndim), key=array.shape.__getitem__)):
         wanted = max(1, round(left ** (1 / (array.ndim - rank))))
         # An odd step does not hit the same place in every group, block or head.
         steps[axis] = max(1, array.shape[axis] // wanted) | 1
@@ -130,20 +121,11 @@ def sample(array: mx.array) -> mx.array:
     return array[tuple(slice(None, None, step) for step in steps)]
 
 
-def _weights(model: nn.Module) -> str:
-    """Return the digest of the parameters' names, shapes, dtypes and samples."""
-    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
-    # NumPy has no bfloat16; the bytes are the same.
-    samples = [
-        part.view(mx.uint16) if part.dtype == mx.bfloat16 else part
-        for part in (sample(array) for _, array in parameters)
-    ]
+def _weights(parameters: Sequence[tuple[str, mx.array]], samples: list[mx.array]) -> str:
+    """Return the digest of the parameters' names, shapes and dtypes, and of samples."""
+    outline = [[name, list(array.shape), str(array.dtype)] for name, array in parameters]
     mx.eval(samples)
-    return _digest(_outline(parameters) + b"".join(np.array(part).tobytes() for part in samples))
-
-
-def _outline(parameters: Sequence[tuple[str, mx.array]]) -> bytes:
-    return _text([[name, list(array.shape), str(array.dtype)] for name, array in parameters])
+    return _digest(_text(outline) + b"".join(np.array(part).tobytes() for part in samples))
 
 
 def _arrays(model: nn.Module) -> list[mx.array]:
@@ -165,7 +147,8 @@ def _tokenizer(tokenizer: Any) -> str:
     """Return the digest of a tokenizer's vocabulary and chat template."""
     template = getattr(tokenizer, "chat_template", None)
     state = template, len(getattr(tokenizer, "added_tokens_decoder", ()))
-    known = _tokenizers.get(id(tokenizer))
+    key = id(tokenizer)
+    known = _tokenizers.get(key)
     if known and known[0]() is tokenizer and known[1] == state:
         return known[2]
     if not hasattr(tokenizer, "get_vocab"):
@@ -175,7 +158,6 @@ def _tokenizer(tokenizer: Any) -> str:
     numbers = np.array([vocabulary[word] for word in words], np.int64)
     text = "\0".join(words).encode("utf-8", "surrogatepass")
     digest = _digest(text + numbers.tobytes() + _text(template))
-    key = id(tokenizer)
     # A tokenizer without weak references is not cached.
     with suppress(TypeError):
         _tokenizers[key] = weakref.ref(tokenizer, lambda _: _tokenizers.pop(key, None)), state, digest

@@ -1,4 +1,1 @@
-"""Finds the RoPE rotation of a model's cached keys and re-bases keys without accumulating errors.
-
-This package does not import pools.
-"""
+"""Finds the RoPE rotation of cached keys and re-bases keys without accumulating errors. Knows no pools."""

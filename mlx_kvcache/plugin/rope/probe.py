@@ -1,8 +1,8 @@
 """Finds how a model encodes positions by running it and verifying the result.
 
-The model runs on a few tokens with empty caches, once from position 0 and once from a later
-position, while calls of `mx.fast.rope` are recorded. A recorded call is accepted as a layer's
-rotation if it turns the keys cached by the first run into those cached by the second.
+The model runs on a few tokens with empty caches, once from position 0 and once from a later position, while
+calls of `mx.fast.rope` are recorded. A recorded call is accepted as a layer's rotation if it turns the keys
+cached by the first run into those cached by the second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...cells.visibility import Chunk
 from ...rope import RopeShift
-from ..hosts.layout import Entry, Layout, Leaf, layout_of, logits_of
+from ..hosts.layout import Entry, Layout, Leaf, configuration_of, layout_of, logits_of
 from ..hosts.lifetimes import PerModel
 from ..ranks import ALONE, Ranks
 from .rebase import Rotation, Scheme, Slot
@@ -38,33 +37,24 @@ _NAMES = ("keys", "values")
 _ABOUT_POSITIONS = re.compile("position|original|window|chunk|floor|context|seq")
 
 
-class _Schemes:
-    """The position schemes of a model, by number of ranks."""
-
-    def __init__(self) -> None:
-        # Held while the model runs, so that it is probed once. Other models have other locks.
-        self.lock = threading.RLock()
-        self.found: dict[int, Scheme] = {}
-
-
-_schemes = PerModel(_Schemes)
+_schemes: PerModel[tuple[threading.RLock, dict[int, Scheme]]] = PerModel(lambda: (threading.RLock(), {}))
+"""For each model, a lock that is held while it is probed, and its schemes by number of ranks."""
 
 
 def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
     """Return the model's position scheme. It is found once for each model and number of ranks."""
-    schemes = _schemes.of(model)
-    with schemes.lock:
-        if ranks.size not in schemes.found:
-            schemes.found[ranks.size] = _agreed(_probe(model, ranks), ranks)
-        return schemes.found[ranks.size]
+    lock, found = _schemes.of(model)
+    with lock:
+        if ranks.size not in found:
+            found[ranks.size] = _agreed(_probe(model, ranks), ranks)
+        return found[ranks.size]
 
 
 class _Probe:
     """An empty cache of keys and values at a given position. It keeps the newest call's arrays."""
 
     def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.start_position = offset
+        self.offset = self.start_position = offset
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.stored: Stored = None
@@ -87,10 +77,10 @@ class _Probe:
 
 
 Stored = tuple[mx.array, mx.array] | None
-Run = tuple[mx.array, list[Stored]]
 
 
-def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> Run:
+def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> tuple[mx.array, list[Stored]]:
+    """Return the logits of a few tokens, and what each leaf has stored."""
     leaves: list[Any] = []
 
     def stand_in(entry: Entry) -> Any:
@@ -119,60 +109,55 @@ def _agreed(scheme: Scheme, ranks: Ranks) -> Scheme:
 
 def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     layout = layout_of(model)
-    layers = len(layout.leaves)
     distance = _near(layout)
     with _recorded() as shifts:
-        here = _run(model, layout, 0, ranks)
-        near = _run(model, layout, distance, ranks)
+        logits, stored = _run(model, layout, 0, ranks)
+        near_logits, near_stored = _run(model, layout, distance, ranks)
     with _recorded() as far_shifts:
-        far = {distance: _run(model, layout, distance, ranks)[0] for distance in _beyond(model)}
-    rotations: list[Rotation | None] = []
-    for index, (first, second) in enumerate(zip(here[1], near[1], strict=True)):
-        found, refusal = _layer_rotation(index, shifts, distance, first, second)
-        if refusal:
-            return Scheme((None,) * layers, False, refusal)
-        rotations.append(found)
-    if any(not _among(shift, shifts) for shift in far_shifts):
-        return Scheme((None,) * layers, False, "its rotation depends on the sequence length")
-    noise = _difference(here[0], near[0])
-    rounded = _EXACT.get(here[0].dtype, _ROUNDED)
+        far = {beyond: _run(model, layout, beyond, ranks)[0] for beyond in _beyond(model)}
+    try:
+        rotations = tuple(
+            _layer_rotation(index, shifts, distance, first, second)
+            for index, (first, second) in enumerate(zip(stored, near_stored, strict=True))
+        )
+        if set(map(_key, far_shifts)) - set(map(_key, shifts)):
+            raise _RefusedError("its rotation depends on the sequence length")
+    except _RefusedError as refusal:
+        return Scheme((None,) * len(stored), False, str(refusal))
+    noise = _difference(logits, near_logits)
+    rounded = _EXACT.get(logits.dtype, _ROUNDED)
     ahead = noise <= 10 * rounded and all(
         # Float32 angles have an error of about distance * 2**-24.
-        _difference(here[0], logits) <= max(10 * _EXACT[mx.float32], 3 * noise) + distance * 2**-22
-        for distance, logits in far.items()
+        _difference(logits, others) <= max(10 * _EXACT[mx.float32], 3 * noise) + beyond * 2**-22
+        for beyond, others in far.items()
     )
-    return Scheme(tuple(rotations), ahead)
+    return Scheme(rotations, ahead)
+
+
+class _RefusedError(Exception):
+    """Says why the tokens of a model cannot be moved."""
 
 
 def _layer_rotation(
     index: int, shifts: list[RopeShift], distance: int, first: Stored, second: Stored
-) -> tuple[Rotation | None, str | None]:
-    """Return the rotation between the keys and values of two runs, and the reason if there is none."""
+) -> Rotation | None:
+    """Return the rotation between what two runs stored, if any. Raises _RefusedError if none explains it."""
     found: Rotation | None = None
-    if first is None or second is None:
-        return None, None
-    for array_0, array_1, slot in zip(first, second, _SLOTS, strict=True):
-        if _close(array_0, array_1):
+    for slot, before, after in zip(_SLOTS, first or (), second or (), strict=False):
+        if _close(before, after):
             continue
-        rotation = _explanation(shifts, distance, array_0, array_1, slot)
+        rotation = _explanation(shifts, distance, before, after, slot)
         if rotation is None:
-            return None, f"no rotation moves the {_NAMES[slot]} of layer {index} to another position"
-        if found is None:
-            found = rotation
-        elif rotation.shift is found.shift and rotation.start == found.start:
-            found = found._replace(slots=_SLOTS)
-        else:
-            return None, f"layer {index} rotates keys and values by different angles"
-    return found, None
+            raise _RefusedError(f"no rotation moves the {_NAMES[slot]} of layer {index} to another position")
+        if found and (rotation.shift is not found.shift or rotation.start != found.start):
+            raise _RefusedError(f"layer {index} rotates keys and values by different angles")
+        found = found._replace(slots=_SLOTS) if found else rotation
+    return found
 
 
-def _among(shift: RopeShift, shifts: list[RopeShift]) -> bool:
-    """Whether a list has the same rotation; frequencies are compared by identity."""
-    return any(
-        (s.dims, s.traditional, s.base, s.scale) == (shift.dims, shift.traditional, shift.base, shift.scale)
-        and s.freqs is shift.freqs
-        for s in shifts
-    )
+def _key(shift: RopeShift) -> tuple[object, ...]:
+    """Return what tells rotations apart; frequencies are compared by identity."""
+    return shift.dims, shift.traditional, shift.base, shift.scale, id(shift.freqs)
 
 
 _recorders = threading.local()
@@ -206,30 +191,16 @@ def _stand_in(original: Any) -> Any:
     """Return a function like `mx.fast.rope` that records the calls of recording threads."""
 
     @functools.wraps(original)
-    def rope(*args: Any, **kwargs: Any) -> Any:
+    def rope(a: mx.array, dims: int, **options: Any) -> Any:
         calls = getattr(_recorders, "calls", None)
         if calls is not None:
-            shift = _shift(*args, **kwargs)
-            if not _among(shift, calls):
+            base, traditional, scale = (options[name] for name in ("base", "traditional", "scale"))
+            shift = RopeShift(dims, base, traditional, scale, options.get("freqs"))
+            if _key(shift) not in map(_key, calls):
                 calls.append(shift)
-        return original(*args, **kwargs)
+        return original(a, dims, **options)
 
     return rope
-
-
-def _shift(
-    x: mx.array,
-    dims: int,
-    *,
-    traditional: bool,
-    base: float | None,
-    scale: float,
-    offset: Any,
-    freqs: mx.array | None = None,
-    **more: Any,
-) -> RopeShift:
-    """Return the rotation that a call of `mx.fast.rope` applies."""
-    return RopeShift(dims, base, traditional, scale, freqs)
 
 
 def _explanation(
@@ -266,9 +237,7 @@ def _near(layout: Layout) -> int:
 
 def _beyond(model: nn.Module) -> list[int]:
     """Return positions just above each possible threshold in the configuration, and one far above all."""
-    arguments = getattr(model, "args", None)
-    config = asdict(arguments) if is_dataclass(arguments) and not isinstance(arguments, type) else {}
-    found = sorted({n for n in _thresholds(config) if NEAR < n <= 1 << 20})
+    found = sorted({n for n in _thresholds(configuration_of(model)) if NEAR < n <= 1 << 20})
     return [n + NEAR for n in found] + [2 * n + 1 for n in found[-1:]]
 
 

@@ -1,10 +1,9 @@
 """Re-bases cached keys (RoPE) after a removal without accumulating rounding errors.
 
-RoPE attention depends only on differences of positions. If a model accepts an offset that is larger
-than the number of tokens, a removal keeps the tokens after the gap (the tail) unchanged and rotates
-the tokens before it (the head) towards them. Each rotation rounds the keys, so the head is always
-rotated from copies of the originally stored keys: a key is rounded twice, no matter how many
-removals follow.
+RoPE attention depends only on differences of positions. If a model accepts an offset that is larger than
+the number of tokens, a removal keeps the tokens after the gap (the tail) unchanged and rotates the tokens
+before it (the head) towards them. Each rotation rounds the keys, so the head is always rotated from copies
+of the originally stored keys: a key is rounded twice, no matter how many removals follow.
 """
 
 from __future__ import annotations
@@ -48,28 +47,23 @@ def rebased(
     rotation: Rotation | None, keys: mx.array, values: mx.array, offset: int
 ) -> tuple[mx.array, mx.array]:
     """Return keys and values with `offset` added to the positions of the arrays that are rotated."""
-    slots = rotation.slots if rotation else ()
-    keys, values = (
-        rotation.apply(array, offset) if rotation and slot in slots else array
-        for slot, array in enumerate((keys, values))
-    )
-    return keys, values
+    arrays = [keys, values]
+    if rotation:
+        for slot in rotation.slots:
+            arrays[slot] = rotation.apply(arrays[slot], offset)
+    return arrays[0], arrays[1]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a model encodes positions.
-
-    Attributes:
-        rotations: for each leaf, the rotation of its cached arrays, or None.
-        ahead: whether the model's output depends on differences of positions only, so that its
-            offset may exceed the number of tokens.
-        refusal: the reason why tokens cannot be moved, or None if they can.
-    """
+    """How a model encodes positions."""
 
     rotations: tuple[Rotation | None, ...]
+    """For each leaf, the rotation of its cached arrays, or None."""
     ahead: bool
+    """Whether the output depends on differences of positions only, so that offsets may run ahead."""
     refusal: str | None = None
+    """Why tokens cannot be moved, or None if they can."""
 
 
 class Piece(NamedTuple):
@@ -101,29 +95,22 @@ Pieces = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Head:
-    """A sequence's tokens before its last gap, as they were first stored.
-
-    Attributes:
-        lead: the model's offset minus the number of tokens.
-        pieces: the original arrays, for each of the pool's caches.
-    """
+    """A sequence's tokens before its last gap, as they were first stored."""
 
     lead: int = 0
+    """The model's offset minus the number of tokens."""
     pieces: dict[int, Pieces] = field(default_factory=dict)
+    """The original arrays, for each of the pool's caches."""
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All original arrays."""
         lanes = (lane for own in self.pieces.values() for piece in own for lane in piece.lanes.values())
         return [array for lane in lanes for array in lane.arrays]
 
     def cut(self, length: int) -> Head:
         """Return the head of the first `length` tokens."""
-        kept = {
-            kind: tuple(part for piece in pieces if (part := piece.cut(0, length)))
-            for kind, pieces in self.pieces.items()
-        }
-        return Head(self.lead, kept)
+        cut = {kind: [piece.cut(0, length) for piece in own] for kind, own in self.pieces.items()}
+        return Head(self.lead, {kind: tuple(filter(None, own)) for kind, own in cut.items()})
 
 
 class HeadRebase:
@@ -132,10 +119,8 @@ class HeadRebase:
     `pieces` is complete once it has been called for every leaf.
 
     Args:
-        scheme: the model's position scheme.
         source: the spans to rotate.
-        lead: the head's present lead.
-        new_lead: the head's lead afterwards.
+        lead, new_lead: the head's lead before and after.
         known: the pieces that exist already.
         codecs: returns the codecs of a leaf's two arrays; (None, None) if the source is not quantized.
     """
@@ -155,12 +140,10 @@ class HeadRebase:
         self.pieces: Pieces = tuple(_covering(source, lead, known))
 
     def __call__(self, leaf: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        rotation = self._scheme.rotations[leaf]
-        if rotation is None:
-            return keys, values
-        arrays = [keys, values]
-        for slot in rotation.slots:
-            arrays[slot] = self._rotated(rotation, leaf, slot, arrays[slot])
+        rotation, arrays = self._scheme.rotations[leaf], [keys, values]
+        if rotation:
+            for slot in rotation.slots:
+                arrays[slot] = self._rotated(rotation, leaf, slot, arrays[slot])
         return arrays[0], arrays[1]
 
     def _rotated(self, rotation: Rotation, leaf: int, slot: Slot, stored: mx.array) -> mx.array:
@@ -182,12 +165,10 @@ def _covering(source: Spans, lead: int, known: Pieces) -> Iterator[Piece]:
     for span in source:
         at = span.position
         for piece in known:
-            part = piece.cut(at, span.end)
-            if part is None:
-                continue
-            if at < part.begin:
-                yield Piece(at, part.begin, lead, {})
-            yield part
-            at = part.end
+            if part := piece.cut(at, span.end):
+                if at < part.begin:
+                    yield Piece(at, part.begin, lead, {})
+                yield part
+                at = part.end
         if at < span.end:
             yield Piece(at, span.end, lead, {})

@@ -1,17 +1,17 @@
 """Continuous batching: generates for many sequences, which can join and leave at every step.
 
-Each step calls the model once, with one token of every generating sequence and with as many
-prompt tokens as fit into the rest of the step. A long prompt is thus read in chunks and delays
-the other sequences by one step at a time (chunked prefill, "Sarathi-Serve", arXiv 2403.02310).
+Each step calls the model once, with one token of every generating sequence and with as many prompt tokens
+as fit into the rest of the step. A long prompt is thus read in chunks and delays the other sequences by one
+step at a time (chunked prefill, "Sarathi-Serve", arXiv 2403.02310).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, islice, repeat
+from itertools import accumulate, count, islice, repeat
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -39,10 +39,10 @@ class Generated(NamedTuple):
     Attributes:
         ticket: the sequence, as returned by `Many.add`.
         token: the token; None if the sequence ended without one.
-        finish: why the sequence ended; None while it runs. "stop": a stop token; "length":
-            max_tokens reached; "cancelled": `Many.cancel`; "full": the cache has no room;
-            "closed": the cache was closed or moved to another pool; "interrupted": an exception
-            interrupted a step and the cache cannot roll back.
+        finish: why the sequence ended; None while it runs. "stop": a stop token; "length": max_tokens
+            reached; "cancelled": `Many.cancel`; "full": the cache has no room; "closed": the cache was
+            closed or moved to another pool; "interrupted": an exception interrupted a step and the cache
+            cannot roll back.
         error: the exception that ended the sequence, or None.
     """
 
@@ -54,12 +54,14 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class _Sequence:
+    """A running sequence: `tokens` are those to compute next, the rest of the prompt or a generated one."""
+
     cache: PromptCache
-    waiting: list[int]
+    tokens: list[int]
     left: int
     sampler: Sampler
     stop: frozenset[int]
-    pending: list[int] = field(default_factory=list)
+    is_generating: bool = False
 
     @property
     def most(self) -> int:
@@ -78,8 +80,7 @@ class Many:
 
     Raises:
         ValueError: tokens_per_step is below 1.
-        TypeError, NotSupportedError: as `make_prompt_cache`; a group of several ranks is not
-            supported.
+        TypeError, NotSupportedError: as `make_prompt_cache`, or the group has several ranks.
     """
 
     def __init__(self, model: nn.Module, tokens_per_step: int = 128, **options: Any) -> None:
@@ -91,11 +92,11 @@ class Many:
                 "pass no group, or generate with make_prompt_cache(group=...)"
             )
         self._model = model
-        self._options = options = reusable(options)
+        self._options = reusable(options)
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: list[Generated] = []
-        first = make_prompt_cache(model, **options)
+        first = make_prompt_cache(model, **self._options)
         # A reference to the pool, so that later caches are made in it.
         self._pool = first.pool
         # The shape is known without evaluating the logits.
@@ -130,10 +131,9 @@ class Many:
             A ticket that identifies the sequence in `step` and `cancel`.
 
         Raises:
-            ValueError: the prompt is empty, a token is outside the vocabulary, max_tokens is
-                below 1, or the cache belongs to another pool.
-            TypeError: the prompt is not a sequence of integers (a str, for example), or the cache
-                is not a `PromptCache`.
+            ValueError: the prompt is empty, a token is outside the vocabulary, max_tokens is below 1, or
+                the cache belongs to another pool.
+            TypeError: the prompt is not a sequence of integers, or the cache is not a `PromptCache`.
             CacheError: the cache is closed, or a sequence added before uses it.
         """
         tokens = token_ids(prompt, "prompt")
@@ -160,28 +160,23 @@ class Many:
                 f"sampler must be a function (log probabilities -> token), got {class_of(sampler)}"
             )
         ticket = next(self._tickets)
-        self._sequences[ticket] = _Sequence(
-            cache, tokens, max_tokens, sampler or partial(mx.argmax, axis=-1), stop
-        )
+        sampler = sampler or partial(mx.argmax, axis=-1)
+        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler, stop)
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
-        """End a sequence early and return its cache.
-
-        Raises:
-            ValueError: no running sequence has this ticket.
-        """
-        if ticket not in self._sequences:
+        """End a sequence early and return its cache. Raises ValueError if the ticket's is not running."""
+        sequence = self._sequences.get(ticket)
+        if sequence is None:
             raise ValueError(f"no sequence {ticket} is running; running: {sorted(self._sequences)}")
-        cache = self._sequences[ticket].cache
         self._end(Generated(ticket, None, "cancelled"))
-        return cache
+        return sequence.cache
 
     def step(self) -> list[Generated]:
         """Call the model once.
 
-        If the model or a sampler raises, the caches roll back and the next step repeats the
-        tokens of this one. A sequence whose cache cannot roll back ends ("interrupted").
+        If the model or a sampler raises, the caches roll back and the next step repeats the tokens of this
+        one. A sequence whose cache cannot roll back ends ("interrupted").
 
         Returns:
             The tokens of this step, and the sequences that have ended since the last one.
@@ -192,7 +187,12 @@ class Many:
             after, results = self._computed(chosen)
             self._sequences, self._ended = after, [*self._ended, *results]
         except BaseException as error:
-            self._take_back(begins, error)
+            for ticket, begin in begins.items():
+                try:
+                    self._sequences[ticket].cache.rewind_to(begin)
+                except CacheError as refusal:
+                    refusal.__cause__ = error
+                    self._end(Generated(ticket, None, "interrupted", refusal))
             raise
         # In one line: if an exception comes before it, the next step returns these results.
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
@@ -200,17 +200,16 @@ class Many:
     def _chosen(self) -> dict[int, list[int]]:
         """Choose the tokens of the next step: one of each generating sequence, then blocks of prompts.
 
-        If there are more generating sequences than tokens_per_step, all sequences take turns.
+        If `tokens_per_step` or more sequences are generating, all sequences take turns.
         """
         chosen: dict[int, list[int]] = {}
         room = self._most
-        generating = [t for t, s in self._sequences.items() if s.pending]
-        starting = sorted(t for t, s in self._sequences.items() if s.waiting)
+        generating = [t for t, s in self._sequences.items() if s.is_generating]
+        starting = sorted(self._sequences.keys() - set(generating))
         # self._sequences is in the order of service: those that have waited longest come first.
-        order = list(self._sequences) if len(generating) >= room else [*generating, *starting]
-        for ticket in order:
+        for ticket in list(self._sequences) if len(generating) >= room else [*generating, *starting]:
             sequence = self._sequences[ticket]
-            tokens = (sequence.pending or sequence.waiting)[: min(room, sequence.most)]
+            tokens = sequence.tokens[: min(room, sequence.most)]
             if not tokens:
                 continue
             try:
@@ -229,37 +228,28 @@ class Many:
     def _computed(self, chosen: dict[int, list[int]]) -> tuple[dict[int, _Sequence], list[Generated]]:
         """Call the model. Returns the sequences after it, and a token for each prompt that is read."""
         # The sequences served in this step move behind the others.
-        waiting_ones = {t: s for t, s in self._sequences.items() if t not in chosen}
-        after, results = {**waiting_ones, **self._sequences}, list[Generated]()
+        unserved = {t: s for t, s in self._sequences.items() if t not in chosen}
+        after, results = {**unserved, **self._sequences}, list[Generated]()
         for ticket, tokens in chosen.items():
-            sequence = after[ticket]
-            waiting = sequence.waiting if sequence.pending else sequence.waiting[len(tokens) :]
-            after[ticket] = replace(sequence, waiting=waiting, pending=[])
+            after[ticket] = replace(after[ticket], tokens=after[ticket].tokens[len(tokens) :])
         logits = dict(self._logits(chosen)) if chosen else {}
-        ready = {ticket: own for ticket, own in logits.items() if not after[ticket].waiting}
+        ready = {ticket: own for ticket, own in logits.items() if not after[ticket].tokens}
         if len(ready) < len(chosen):
             # Sequences still reading their prompt are part of the same computation.
             mx.eval(list(ready.values()))
         for ticket, own in ready.items():
-            generated = _sampled(ticket, after[ticket], own)
-            results.append(generated)
-            if generated.finish:
+            sequence = after[ticket]
+            token = _sampled(sequence.sampler, own)
+            finish: Finish | None = "length" if sequence.left == 1 else None
+            if token in sequence.stop:
+                finish = "stop"
+            results.append(Generated(ticket, token, finish))
+            if finish:
                 del after[ticket]
             else:
-                assert generated.token is not None
-                left = after[ticket].left - 1
-                after[ticket] = replace(after[ticket], pending=[generated.token], left=left)
+                left = sequence.left - 1
+                after[ticket] = replace(sequence, tokens=[token], left=left, is_generating=True)
         return after, results
-
-    def _take_back(self, begins: dict[int, int], error: BaseException) -> None:
-        """Roll caches back to their positions before a step."""
-        for ticket, begin in begins.items():
-            cache = self._sequences[ticket].cache
-            try:
-                cache.rewind_to(begin)
-            except CacheError as refusal:
-                refusal.__cause__ = error
-                self._end(Generated(ticket, None, "interrupted", refusal))
 
     def _end(self, last: Generated) -> None:
         others = {ticket: own for ticket, own in self._sequences.items() if ticket != last.ticket}
@@ -277,26 +267,15 @@ class Many:
         entries = entries_of(TokenRows(self._pool, conversations, counts))
         rows = mx.array([[token] for tokens in chosen.values() for token in tokens])
         logits = logits_of(self._model, rows, entries)
-        last = -1
-        for ticket, tokens in chosen.items():
-            last += len(tokens)
-            yield ticket, logits[last]
+        for ticket, end in zip(chosen, accumulate(counts), strict=True):
+            yield ticket, logits[end - 1]
 
 
-def _sampled(ticket: int, sequence: _Sequence, logits: mx.array) -> Generated:
-    """Sample a sequence's next token from logits (1, vocabulary)."""
+def _sampled(sampler: Sampler, logits: mx.array) -> int:
+    """Sample a token from logits (1, vocabulary)."""
     logits = logits.astype(mx.float32)
-    drawn: Any = sequence.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
-    token = int(drawn)
-    finish: Finish | None = None
-    if token in sequence.stop:
-        finish = "stop"
-    elif sequence.left == 1:
-        finish = "length"
-    return Generated(ticket, token, finish)
-
-
-_OWN = ("max_tokens", "stop_tokens", "tokens_per_step", "most_at_once", "progress")
+    token: Any = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
+    return int(token)
 
 
 def generate_many(
@@ -312,8 +291,8 @@ def generate_many(
     """Generate for many prompts with continuous batching.
 
     Args:
-        prompts: lists of tokens, taken from the iterable as running sequences end. A sequence's
-            ticket is the index of its prompt.
+        prompts: lists of tokens, taken from the iterable as running sequences end. A sequence's ticket is
+            the index of its prompt.
         max_tokens, stop_tokens: as in `Many.add`, for all prompts.
         tokens_per_step: the maximum number of tokens in one call of the model.
         most_at_once: the maximum number of sequences that run at the same time.
@@ -327,9 +306,10 @@ def generate_many(
         ValueError: as `Many` and `Many.add`; most_at_once is below 1.
         TypeError: as `Many` and `Many.add`; `prompts` is a str.
     """
-    check_options(options, "generate_many", _OWN)
+    own = ("max_tokens", "stop_tokens", "tokens_per_step", "most_at_once", "progress")
+    check_options(options, "generate_many", own)
     if isinstance(prompts, str):
-        token_ids(prompts, "prompts")
+        token_ids(prompts, "prompts")  # raises
     if not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be lists of tokens, got {class_of(prompts)}")
     whole(1, most_at_once=most_at_once, max_tokens=max_tokens)

@@ -1,7 +1,7 @@
 """Patches mlx-lm's `LRUPromptCache` so that it reuses as much of a stored cache as can be resumed.
 
-`LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can
-be trimmed only so far, and a recurrent layer only to its checkpoints. With these functions,
+`LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can be trimmed
+only so far, and a recurrent layer only to its checkpoints. With these functions,
 
 - a lookup resumes a fork of a stored cache at the newest position that all its layers support;
 - storing a cache keeps those shorter prefixes that the new cache cannot roll back to.
@@ -44,14 +44,10 @@ def note_models(store: Any, models: Iterable[Any]) -> None:
 def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
     """Replaces `LRUPromptCache.fetch_nearest_cache`: forks the cache that serves the longest prefix.
 
-    Returns:
-        The fork, or None, and the tokens left to compute: at least one, because sampling needs
-        its logits.
+    At least one token is left to compute, because sampling needs its logits.
     """
-    index = _indexed(self)
-    _drop_stale(self)
-    matches = islice(index.matches(model, tokens), CANDIDATES)
-    ours = [(common, entry.prompt_cache) for common, entry in matches if is_ours(entry.prompt_cache)]
+    matches = islice(_indexed(self).matches(model, tokens), CANDIDATES)
+    ours = [(common, entry.prompt_cache) for common, (_, entry) in matches if is_ours(entry.prompt_cache)]
     if not ours:
         fetched: tuple[list[Any] | None, list[int]] = original_fetch(self, model, tokens)
         return fetched
@@ -91,25 +87,26 @@ def insert_cache(
         original_insert(self, model, tokens, prompt_cache, cache_type=cache_type)
         return
     index = _indexed(self)
-    _drop_stale(self)
     try:
         if any(rows.conversation.gaps for rows in rows_of(prompt_cache)):
             return
-        for length, entry in list(index.prefixes(model, tokens)):
+        for length, entry in index.prefixes(model, tokens):
             if is_ours(entry.prompt_cache) and resume_point(prompt_cache, length) == length:
                 _remove(self, model, tokens[:length])
-        self._trie = _KeepingPrefixes(index)
+        index.keeps_prefixes = True
         original_insert(self, model, tokens, prompt_cache, cache_type=cache_type)
     except CacheError as error:
         logging.warning("a prompt cache is not stored: %s", error)
     finally:
-        self._trie = index
+        index.keeps_prefixes = False
 
 
 class Index:
     """Replaces mlx-lm's `PromptTrie`, whose search takes time quadratic in the prompt's length."""
 
     def __init__(self) -> None:
+        # Whether `pop_prefixes` removes nothing.
+        self.keeps_prefixes = False
         self._trees: dict[Any, PrefixTree[tuple[list[int], Any]]] = {}
 
     def add(self, model: Any, tokens: list[int], value: Any) -> Any:
@@ -125,25 +122,23 @@ class Index:
             del self._trees[model]
         return value
 
-    def matches(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, Any]]:
-        """See `PrefixTree.matches`."""
-        return ((common, value) for common, (_, value) in self._found(model, tokens))
+    def matches(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, tuple[list[int], Any]]]:
+        """Yield (length of the shared prefix, (tokens, value)); see `PrefixTree.matches`."""
+        tree = self._trees.get(model)
+        return tree.matches(tokens) if tree else iter(())
 
-    def prefixes(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, Any]]:
-        """Yield the length and the value of each stored proper prefix of these tokens."""
-        return (
-            (common, value)
-            for common, (stored, value) in self._found(model, tokens)
-            if common == len(stored) < len(tokens)
-        )
+    def prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
+        """Return the length and the value of each stored proper prefix of these tokens."""
+        matches = self.matches(model, tokens)
+        return [(n, value) for n, (stored, value) in matches if n == len(stored) < len(tokens)]
 
     def pop_prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
-        prefixes = list(self.prefixes(model, tokens))
+        prefixes = [] if self.keeps_prefixes else self.prefixes(model, tokens)
         return [(length, self.pop(model, tokens[:length])) for length, _ in prefixes]
 
     def search(self, model: Any, tokens: list[int]) -> Any:
         """Search as `PromptTrie.search` does. It ignores prefixes of one token."""
-        found = [(common, stored) for common, (stored, _) in self._found(model, tokens)]
+        found = [(common, stored) for common, (stored, _) in self.matches(model, tokens)]
         lengths = {len(stored) for common, stored in found if common == len(stored)}
         if len(tokens) in lengths:
             return mlx_lm_cache.PromptTrieResult(model, tokens, None, None, 0)
@@ -154,23 +149,6 @@ class Index:
             model, None, tokens[:shorter] or None, longer if common else None, common
         )
 
-    def _found(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, tuple[list[int], Any]]]:
-        tree = self._trees.get(model)
-        return tree.matches(tokens) if tree else iter(())
-
-
-class _KeepingPrefixes:
-    """An index that keeps prefixes on insertion: `insert_cache` has already dropped the redundant ones."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._index, name)
-
-    def pop_prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
-        return []
-
 
 def is_ours(cache: Sequence[Any]) -> bool:
     """Whether any layer in the list is of this package. A draft model's layers may be mlx-lm's."""
@@ -178,10 +156,7 @@ def is_ours(cache: Sequence[Any]) -> bool:
 
 
 def resume_point(cache: Sequence[Any], position: int) -> int:
-    """The newest position <= `position` that every layer of a list can resume from.
-
-    At least one layer must be of this package.
-    """
+    """The newest position <= `position` that every layer of a list can resume from. One must be ours."""
     all_rows = rows_of(cache)
     point = min(position, *(rows.positions[0] for rows in all_rows))
     while (lower := min(rows.resume_point(point) for rows in all_rows)) < point:
@@ -198,29 +173,24 @@ def rows_of(cache: Sequence[Any]) -> list[Rows]:
 
 
 def _indexed(store: Any) -> Index:
-    """The store's `Index`; replaces mlx-lm's trie on first use."""
+    """The store's `Index`, which replaces mlx-lm's trie on first use.
+
+    Drops caches that are closed or whose model is no longer loaded, or was loaded again as a new object.
+    """
+    stored = [key for lru in store._lru._lrus.values() for key in lru]
     if not isinstance(store._trie, Index):
         index = Index()
-        for model, tokens in _stored(store):
+        for model, tokens in stored:
             index.add(model, tokens, store._trie.get(model, tokens))
         store._trie = index
-    trie: Index = store._trie
-    return trie
-
-
-def _stored(store: Any) -> list[tuple[Any, list[int]]]:
-    """The key (model and tokens) of each stored cache."""
-    return [each for lru in store._lru._lrus.values() for each in lru]
-
-
-def _drop_stale(store: Any) -> None:
-    """Drop caches that are closed or whose model is no longer loaded, or was loaded again as a new object."""
     loaded = _loaded.get(store)
     live = None if loaded is None else [model() for model in loaded]
-    for model, tokens in _stored(store):
-        all_rows = rows_of(store._trie.get(model, tokens).prompt_cache)
-        if any(_is_stale(rows, live) for rows in all_rows):
+    for model, tokens in stored:
+        cache = store._trie.get(model, tokens).prompt_cache
+        if any(_is_stale(rows, live) for rows in rows_of(cache)):
             _remove(store, model, tokens)
+    trie: Index = store._trie
+    return trie
 
 
 def _is_stale(rows: Rows, live: list[Any] | None) -> bool:

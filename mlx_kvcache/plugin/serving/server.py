@@ -1,9 +1,9 @@
 """Patches mlx-lm's server and `BatchGenerator` so that a request that cannot be served fails alone.
 
-mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The
-patches check a request while mlx-lm can still answer it with an error: the model must be
-supported, and the prompt and a reply must fit the capacity. An exception during generation ends
-the requests in progress with an error, and the thread continues with new requests.
+mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The patches
+check a request while mlx-lm can still answer it with an error: the model must be supported, and the prompt
+and a reply must fit the capacity. An exception during generation ends the requests in progress with an
+error, and the thread continues with new requests.
 """
 
 from __future__ import annotations
@@ -44,73 +44,59 @@ def insert_segments(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Replaces `BatchGenerator.insert_segments`: checks that prompts fit and caches can form a batch.
+    """Replaces `BatchGenerator.insert_segments`: inserts no prompt unless all fit and can form a batch.
 
     With overflow="error", `max_tokens` is lowered to the room that the prompt leaves.
 
     Raises:
-        CacheFullError: a prompt and one token of its reply exceed the capacity; nothing is inserted.
-        ValueError: a cache belongs to another pool than the others; nothing is inserted.
+        CacheFullError: a prompt and one token of its reply exceed the capacity.
+        ValueError: a cache belongs to another pool than the others.
     """
     caches = list(caches or [None] * len(segments))
     most = list(max_tokens or [self.max_tokens] * len(segments))
-    if not len(caches) == len(most) == len(segments):
-        # mlx-lm's own function raises the error.
-        return _originals["insert_segments"](self, segments, most, caches, *args, **kwargs)
-    running = [*self._prompt_batch.prompt_cache[:1], *self._generation_batch.prompt_cache[:1]]
-    pools = [
-        rows.pool
-        for entries in (running, *(own[3] for own in self._unprocessed_sequences))
-        for rows in mlx_lm_store.rows_of(entries)
-    ]
-    for i, prompt in enumerate(segments):
-        if caches[i] is None:
-            caches[i] = mlx_lm_cache.make_prompt_cache(self.model, self.max_kv_size)
-        for rows in mlx_lm_store.rows_of(caches[i]):
-            rows.check_called_by(self.model)
-            if any(pool is not rows.pool for pool in pools):
-                raise ValueError(
-                    "a prompt cache cannot join this batch: its options differ from those of the running "
-                    "sequences; make it with the same options, or insert it after these have ended"
-                )
-            pools.append(rows.pool)
-            most[i] = min(most[i], _room(rows, sum(map(len, prompt))))
+    # Otherwise mlx-lm's own function raises an error.
+    if len(caches) == len(most) == len(segments):
+        running = [*self._prompt_batch.prompt_cache[:1], *self._generation_batch.prompt_cache[:1]]
+        in_batch = (running, *(own[3] for own in self._unprocessed_sequences))
+        pools = {id(rows.pool) for entries in in_batch for rows in mlx_lm_store.rows_of(entries)}
+        for i, prompt in enumerate(segments):
+            if caches[i] is None:
+                caches[i] = mlx_lm_cache.make_prompt_cache(self.model, self.max_kv_size)
+            for rows in mlx_lm_store.rows_of(caches[i]):
+                rows.check_called_by(self.model)
+                pools.add(id(rows.pool))
+                if len(pools) > 1:
+                    raise ValueError(
+                        "a prompt cache cannot join this batch: its options differ from those of the running "
+                        "sequences; make it with the same options, or insert it after these have ended"
+                    )
+                most[i] = min(most[i], _room(rows, sum(map(len, prompt))))
     return _originals["insert_segments"](self, segments, most, caches, *args, **kwargs)
 
 
 def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
-    """The maximum number of tokens in a reply to a prompt.
+    """The maximum number of tokens in a reply to a prompt. Raises CacheFullError if there is no room for one.
 
     Args:
         prompt: the number of new tokens in the prompt.
         ahead: tokens computed beyond the reply, such as a draft model's.
-
-    Raises:
-        CacheFullError: there is no room for one token.
     """
     capacity, overflow, *_ = rows.conversation.limits
     if capacity is None or overflow != "error":
         return sys.maxsize
-    room = capacity - rows.positions[0] - prompt - ahead
+    [position] = rows.positions
+    room = capacity - position - prompt - ahead
     if room < 1:
-        raise CacheFullError(
-            prompt + ahead + 1,
-            capacity - rows.positions[0],
-            capacity,
-            f"the prompt has {rows.positions[0] + prompt} tokens and leaves no room for a reply; shorten it, "
-            'raise the capacity, or use overflow="shift"',
+        hint = (
+            f"the prompt has {position + prompt} tokens and leaves no room for a reply; shorten it, "
+            'raise the capacity, or use overflow="shift"'
         )
+        raise CacheFullError(prompt + ahead + 1, capacity - position, capacity, hint)
     return room
 
 
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-    """Replaces `ResponseGenerator._tokenize`: also checks the request. mlx-lm sends its errors to the client.
-
-    Raises:
-        EmptyPromptError: the prompt has no tokens.
-        CacheFullError: the prompt does not fit the capacity.
-        NotSupportedError: the model is not supported.
-    """
+    """Replaces `ResponseGenerator._tokenize`: also checks the request; the client gets the error."""
     result = _originals["_tokenize"](self, tokenizer, request, args)
     prompt = len(result[0])
     if not prompt:
@@ -189,6 +175,8 @@ def _status(error: BaseException | None, otherwise: int = 404) -> int:
 
 
 _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
+    (mlx_lm_cache.LRUPromptCache, "fetch_nearest_cache", mlx_lm_store.fetch_nearest_cache),
+    (mlx_lm_cache.LRUPromptCache, "insert_cache", mlx_lm_store.insert_cache),
     (BatchGenerator, "insert_segments", insert_segments),
     (ResponseGenerator, "_tokenize", tokenize),
     (ResponseGenerator, "_share_request", share_request),
@@ -199,13 +187,7 @@ _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
 _originals: dict[str, Callable[..., Any]] = {name: getattr(cls, name) for cls, name, _ in _PATCHES}
 
 
-def patch() -> None:
-    """Replace mlx-lm's functions by those of this module."""
+def patch(is_attached: bool) -> None:
+    """Replace mlx-lm's functions while a model is attached, and restore its own otherwise."""
     for cls, name, function in _PATCHES:
-        setattr(cls, name, function)
-
-
-def restore() -> None:
-    """Restore mlx-lm's own functions."""
-    for cls, name, _ in _PATCHES:
-        setattr(cls, name, _originals[name])
+        setattr(cls, name, function if is_attached else _originals[name])

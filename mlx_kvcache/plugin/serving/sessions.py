@@ -1,7 +1,7 @@
 """Makes a `SessionPool` for an mlx-lm model: a prefix cache in memory and, optionally, in a folder.
 
-Caches depend on the model's weights. When the weights change, the pool drops its caches and
-continues with those files that were written with the new weights.
+When the model's weights change, the pool drops its caches and continues with those files that were written
+with the new weights.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ from ..pool.weights import fingerprint, version_of
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
 
-_OWN = ("max_bytes", "max_stored", "folder", "folder_bytes", "tokenizer")
-
 
 def make_session_pool(
     model: nn.Module,
@@ -41,8 +40,8 @@ def make_session_pool(
 ) -> SessionPool:
     """Make a prefix cache of a model's conversations, in memory and optionally in a folder.
 
-    Caches evicted from memory are written to the folder. They are loaded again when a conversation
-    begins with the same tokens, also after a restart and in other processes that use the folder.
+    Caches evicted from memory are written to the folder. They are loaded again when a conversation begins
+    with the same tokens, also after a restart and in other processes that use the folder.
 
     Args:
         max_bytes, max_stored: as in `SessionPool`.
@@ -52,39 +51,38 @@ def make_session_pool(
         options: options of `make_prompt_cache`.
 
     Raises:
-        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`; a group of several ranks
-            is not supported.
+        TypeError, ValueError, NotSupportedError: as `make_prompt_cache`, or the group has several ranks.
         CacheFileError: the folder cannot be used.
     """
-    check_options(options, "make_session_pool", _OWN)
+    own = ("max_bytes", "max_stored", "folder", "folder_bytes", "tokenizer")
+    check_options(options, "make_session_pool", own)
     if not ranks_of(options.get("group")).is_alone:
         raise NotSupportedError(
             "session pools are not supported with ranks: each rank would evict different conversations; "
             "pass no group"
         )
-
     options = reusable(options)
-
-    def make() -> PromptCache:
-        return make_prompt_cache(model, **options)
+    # They override the options in files, so that all caches share a pool.
+    all_options = Limits()._asdict() | Storage()._asdict() | options
 
     def prepare(cache: PromptCache, tokens: Sequence[int]) -> Prepared:
         return cache._prepared(tokens, tokenizer)
 
     def load(path: Path, verify: bool) -> PromptCache:
-        # The options of the caches in memory override the file's, so that all share a pool.
-        defaults = Limits()._asdict() | Storage()._asdict()
         # A file that is not verified is only asked for its resume points, so its arrays stay lazy.
-        rows, _ = loaded(path, model, tokenizer, verify, defaults | options, lazy=not verify)
-        return PromptCache(rows)
+        return PromptCache(loaded(path, model, tokenizer, verify, all_options, lazy=not verify)[0])
 
     def tier(made: PromptCache) -> DiskTier | None:
         if folder is None:
             return None
-        name = _namespace(made, fingerprint(model, tokenizer))
-        return DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, name), prepare, load)
+        # Only files of the same model with the same storage options are used.
+        saved = options_of(made._conversation)
+        storage = {name: saved.get(name) for name in ("kv_bits", "kv_group_size", "quantize_after")}
+        text = json.dumps([fingerprint(model, tokenizer), storage], sort_keys=True)
+        namespace = hashlib.sha256(text.encode()).hexdigest()
+        return DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, namespace), prepare, load)
 
-    return _ModelSessions(model, make, max_bytes, max_stored, tier)
+    return _ModelSessions(model, partial(make_prompt_cache, model, **options), max_bytes, max_stored, tier)
 
 
 class _ModelSessions(SessionPool):
@@ -137,10 +135,3 @@ class _ModelSessions(SessionPool):
                 self._disk = self._tier(self._make())
             except CacheError as error:
                 self._count_failure(error)
-
-
-def _namespace(cache: PromptCache, model: dict[str, str]) -> str:
-    """A digest of the model and the storage options: only files with the same digest are used."""
-    options = options_of(cache._conversation)
-    storage = {name: options.get(name) for name in ("kv_bits", "kv_group_size", "quantize_after")}
-    return hashlib.sha256(json.dumps([model, storage], sort_keys=True).encode()).hexdigest()
