@@ -111,8 +111,7 @@ class RecurrentCache(StreamCache[Stream]):
 
     @property
     def nbytes(self) -> int:
-        arrays = (array for stream in self._streams.values() for array in stream.arrays)
-        return sum(sizes_of(arrays).values())
+        return sum(sizes_of(self.arrays()).values())
 
     def check(self) -> None:
         for stream in self._streams.values():
@@ -234,6 +233,14 @@ class RecurrentCache(StreamCache[Stream]):
             return False
         self._streams[sequence] = marked
         return True
+
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays of states and inputs."""
+        return [array for stream in self._streams.values() for array in stream.arrays]
+
+    def written(self, sequence: int) -> list[mx.array]:
+        """Return the arrays that the sequence's newest forward pass put."""
+        return self._streams.get(sequence, EMPTY).written
 
     def marks(self, sequence: int) -> tuple[int, ...]:
         """Return the marked positions of a sequence."""
@@ -370,20 +377,37 @@ class RecurrentCache(StreamCache[Stream]):
         inputs: Sequence[mx.array] | None = None,
         row: int = 0,
     ) -> None:
+        self.put_layers({layer: arrays}, sequence, at, {} if inputs is None else {layer: inputs}, row)
+
+    def put_layers(
+        self,
+        state: State,
+        sequence: int | None = None,
+        at: int | None = None,
+        inputs: Mapping[int, Sequence[mx.array]] | None = None,
+        row: int = 0,
+    ) -> None:
+        """Store the states of several layers, as `put` does for one.
+
+        Args:
+            state: for each layer its arrays.
+            inputs: for each layer its inputs, if they are known.
+        """
         self._check_unfinished()
         (batch, begins, scratch), sequence = self._named(sequence)
-        form = self._checked_form(layer, arrays)
+        forms = {layer: self._checked_form(layer, arrays) for layer, arrays in state.items()}
         begin, n = begins[sequence], len(batch.rows[sequence])
-        own = None
-        if inputs is not None:
+        noted = {}
+        for layer, given in (inputs or {}).items():
             if at is not None:
                 raise ValueError(f"inputs are those of the state at the batch's end, got them with at={at}")
-            own = checked_inputs(inputs, row, begin + n, n, layer, self._counts.get(layer))
+            own = checked_inputs(given, row, begin + n, n, layer, self._counts.get(layer))
             # While decoding, all rows share their arrays. In longer batches, sequences have slices.
-            own = own.copied() if len(batch) > len(batch.rows) else own
+            noted[layer] = own.copied() if len(batch) > len(batch.rows) else own
         if scratch is not None:
-            scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
-            mx.eval([array for array in scratch[layer] if array is not None])
+            for layer, arrays in state.items():
+                scratch[layer] = tuple(array if array is None else mx.zeros_like(array) for array in arrays)
+                mx.eval(filter_none(scratch[layer]))
             return
         stream = self._streams[sequence]
         position = stream.end if at is None else whole(at=at)[0]
@@ -392,21 +416,22 @@ class RecurrentCache(StreamCache[Stream]):
                 f"at={at} is outside the batch, which extends sequence {sequence} from {begin} to "
                 f"{stream.end} tokens: at must be {begin + 1} to {stream.end}"
             )
-        states = {**stream.states, position: {**stream.states.get(position, NOTHING), layer: arrays}}
         latest = stream.latest
-        if at is None and self._rewind and (own or latest):
-            layers = dict(latest.layers) if latest else {}
-            layers.pop(layer, None)
-            latest = Note(begin, stream.end, layers | {layer: own} if own else layers)
+        if at is None and self._rewind and (noted or latest):
+            others = latest.layers.items() if latest else ()
+            kept = {layer: own for layer, own in others if layer not in state}
+            latest = Note(begin, stream.end, kept | noted)
+        states = {**stream.states, position: {**stream.states.get(position, NOTHING), **state}}
         self._streams[sequence] = stream._replace(states=states, latest=latest)
-        self._forms[layer] = form
-        if own:
-            self._counts[layer] = len(own.arrays)
+        self._forms.update(forms)
+        self._counts.update((layer, len(own.arrays)) for layer, own in noted.items())
 
     def _checked_form(self, layer: int, arrays: Arrays) -> Form:
         """Return the layer's form, extended by these arrays. Raises ValueError if they do not fit it."""
         form = tuple(None if array is None else (array.ndim, array.dtype) for array in arrays)
         known = self._forms.get(layer, form)
+        if form == known:
+            return known
         if len(form) != len(known) or any(a != b for a, b in zip(form, known, strict=True) if a and b):
             raise ValueError(f"the state of layer {layer} has (axes, dtype) {form}, before it had {known}")
         return tuple(new or old for new, old in zip(form, known, strict=True))

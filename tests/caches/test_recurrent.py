@@ -239,7 +239,8 @@ def test_what_a_recurrence_cannot_do() -> None:
     assert newest(cache) == after((), range(9))
     cache.remove(0, 0, 20)
     assert cache.end(0) == 0
-    for options in ({"interval": 0}, {"max_checkpoints": -1}, {"max_bytes": -1}):
+    wrong: list[dict[str, Any]] = [{"interval": 0}, {"max_checkpoints": -1}, {"max_bytes": -1}]
+    for options in wrong:
         with pytest.raises(ValueError, match="must be"):
             made(**options)
 

@@ -199,7 +199,7 @@ def test_what_is_noted_does_not_grow() -> None:
     token, sizes = mx.array([[1]]), []
     for step in range(2000):
         token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
-        mx.async_eval(token)
+        mx.async_eval(token)  # type: ignore[no-untyped-call]
         if step % 64 == 32:
             sizes.append(sum(own.nbytes for own in cache.pool.caches if isinstance(own, RecurrentCache)))
     assert max(sizes[20:]) == min(sizes[20:])
@@ -263,9 +263,9 @@ def test_text_without_end(name: str) -> None:
     room = 256
     cache = make_prompt_cache(model, capacity=room, overflow="shift")
     reference = [Forgetful() if isinstance(own, KVCache) else own for own in make_theirs(model)]
-    held, sizes = 0, set()
+    held, sizes = 0, []
     for begin in range(0, tokens, 32):
-        sizes.add(cache.nbytes) if begin > 2 * room else None
+        sizes.append(cache.nbytes)
         block = [(7 * i + 3 * i * i) % 90 for i in range(begin, begin + 32)]
         if held + 32 > room:
             for own in reference:
@@ -277,7 +277,7 @@ def test_text_without_end(name: str) -> None:
         ours, expected = logits_of(model, cache, block, size), logits_of(model, reference, block, size)
         assert cache.position == held
         assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
-    assert max(sizes) < 1.5 * min(sizes)
+    assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
 
 
 @pytest.mark.parametrize("name", RECURRENT)
@@ -318,7 +318,7 @@ def states_of(cache: PromptCache) -> list[mx.array]:
 
 
 def apart(a: mx.array, b: mx.array) -> float:
-    return difference(a, b) / (1e-6 + float(mx.abs(b).max().item()))
+    return difference(a, b) / (1e-6 + difference(b, mx.zeros_like(b)))
 
 
 def test_removals_that_are_refused_change_nothing() -> None:

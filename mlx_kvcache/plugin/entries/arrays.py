@@ -89,9 +89,8 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """The bytes of this layer's arrays, including checkpoints."""
-        cache = self.rows.pool.recurrent(self.leaf)
         return sum(
-            cache.layer_nbytes(self.leaf.index, conversation.sequence)
+            self.rows.pool.recurrent.layer_nbytes(self.leaf.index, conversation.sequence)
             for conversation in self.rows.conversations
         )
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from ...caches.recurrent import RecurrentCache
 from ...errors import CacheError
 from ...storage.buffers import AnyPair, Buffers
 from ..pool.conversation import Conversation
@@ -89,17 +88,8 @@ def _nothing() -> None:
 
 
 def arrays_of(pool: Pool) -> list[mx.array]:
-    """The arrays that the model's last calls wrote: keys, values, and the newest state of each recurrence."""
-    states = [
-        array
-        for cache in pool.caches
-        if isinstance(cache, RecurrentCache)
-        for stream in cache._streams.values()
-        for arrays in stream.states.get(stream.end, {}).values()
-        for array in arrays
-        if array is not None
-    ]
-    return pool.buffers + states
+    """All arrays of a pool, among them those that the model's last calls wrote."""
+    return pool.buffers + (pool.recurrent.arrays() if pool.layout.is_recurrent else [])
 
 
 Kept = dict[int, tuple[Buffers, dict[int, AnyPair]]]

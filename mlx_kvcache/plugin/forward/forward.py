@@ -22,7 +22,7 @@ from ...attend.part import Attending, Part
 from ...attend.sdpa import attend
 from ...attend.step import Step
 from ...batch import Batch
-from ...caches.recurrent import Arrays, filter_none
+from ...caches.recurrent import Arrays
 from ...cells.visibility import Causal, Chunk, Rule, Window, visible
 from ...errors import CacheError, NotSupportedError
 from ...storage.masks import Ints, Mask, array_mask, positions_of
@@ -299,7 +299,7 @@ class Forward:
         if mixers is None or index is None or inputs is None:
             return call(*args, **kwargs)
         noted = self._noted.setdefault(leaf.index, {})
-        cuts = () if self.n == 1 or mixers.is_nested else self._cuts(leaf)
+        cuts = () if self.n == 1 or mixers.is_nested else self._cuts()
         if not cuts:
             noted[index] = inputs
             return call(*args, **kwargs)
@@ -320,12 +320,12 @@ class Forward:
         noted[index] = [mx.concatenate(list(own), axis=1) for own in zip(*pieces, strict=True)]
         return joined_outputs(outputs)
 
-    def _cuts(self, leaf: Leaf) -> Sequence[int]:
-        """The columns before which a recurrence's state is worth a checkpoint in some row."""
+    def _cuts(self) -> Sequence[int]:
+        """The columns before which recurrent states are worth a checkpoint in some row."""
         if self._columns_to_cut is None:
-            cache, found = self.pool.recurrent(leaf), set()
+            found = set()
             for conversation, begin in zip(self.conversations, self.begins, strict=True):
-                marks = cache.marks(conversation.sequence)
+                marks = self.pool.recurrent.marks(conversation.sequence)
                 points = [begin + self.n - self.pool.rewind, *marks]
                 found |= {point - begin for point in points if begin < point < begin + self.n}
             self._columns_to_cut = sorted(found)
@@ -333,34 +333,42 @@ class Forward:
 
     def finish(self) -> None:
         """Store the new states of the recurrences."""
-        for index, arrays in self._states.items():
-            leaf, noted = self.pool.leaves[index], self._noted.get(index, {})
-            mixers = self.pool.mixers.get(index)
-            is_noted = mixers is not None and len(noted) == len(mixers.modules)
-            inputs = [array for number in sorted(noted) for array in noted[number]] if is_noted else None
-            for row, (conversation, begin, (first, stop)) in enumerate(
-                zip(self.conversations, self.begins, self.columns, strict=True)
-            ):
-                if first < stop:
-                    for column, state in self._inside.get(index, {}).items():
-                        store(conversation, leaf, self._of_row(state, row), at=begin + column)
-                    store(conversation, leaf, self._of_row(arrays, row), inputs=inputs, row=row)
+        if not self._states:
+            return
+        inputs = {}
+        for index, noted in self._noted.items():
+            # A layer whose modules were not all called as in the trial goes back to checkpoints only.
+            if len(noted) == len(self.pool.mixers[index].modules):
+                inputs[index] = [array for number in sorted(noted) for array in noted[number]]
+        columns = sorted({column for inside in self._inside.values() for column in inside})
+        for row, (conversation, begin, (first, stop)) in enumerate(
+            zip(self.conversations, self.begins, self.columns, strict=True)
+        ):
+            if first < stop:
+                put, sequence = self.pool.recurrent.put_layers, conversation.sequence
+                for column in columns:
+                    at = {index: inside[column] for index, inside in self._inside.items()}
+                    put(self._of_row(at, row), sequence, begin + column)
+                put(self._of_row(self._states, row), sequence, inputs=inputs, row=row)
 
-    def _of_row(self, arrays: Sequence[mx.array | None], row: int) -> Arrays:
+    def _of_row(self, states: Mapping[int, list[mx.array | None]], row: int) -> dict[int, Arrays]:
         if self.is_single:
-            return tuple(arrays)
-        return tuple(None if array is None else array[row : row + 1] for array in arrays)
+            return {index: tuple(arrays) for index, arrays in states.items()}
+        return {
+            index: tuple(None if array is None else array[row : row + 1] for array in arrays)
+            for index, arrays in states.items()
+        }
 
     def undo(self) -> None:
         """Remove the tokens from all caches."""
         self._plan.undo()
 
     def arrays(self) -> list[mx.array]:
-        """The arrays that this forward wrote: buffers of keys and values, and the recurrences' new states."""
+        """The arrays that this forward wrote: buffers, recurrent states and their inputs."""
         written = [array for step in self._steps if isinstance(step, Step) for array in step.arrays]
-        for index in self._states:
+        if self._states:
             for conversation in self.conversations:
-                written += filter_none(newest(conversation, self.pool.leaves[index]))
+                written += self.pool.recurrent.written(conversation.sequence)
         return written
 
     def step(self, leaf: Leaf) -> Step:
@@ -494,12 +502,7 @@ def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
 
 def newest(conversation: Conversation, leaf: Leaf) -> Arrays:
     """The arrays of a recurrence after a conversation's last token, or ()."""
-    return conversation.pool.recurrent(leaf).newest(leaf.index, conversation.sequence)
-
-
-def store(conversation: Conversation, leaf: Leaf, arrays: Arrays, **more: Any) -> None:
-    """Store a recurrence's arrays as its state after the forward's tokens; see `RecurrentCache.put`."""
-    conversation.pool.states[leaf.index].put(*arrays, sequence=conversation.sequence, **more)
+    return conversation.pool.recurrent.newest(leaf.index, conversation.sequence)
 
 
 def padded_state(arrays: Arrays, slots: int) -> list[mx.array | None]:

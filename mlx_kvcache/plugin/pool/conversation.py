@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from ...arguments import whole
 from ...caches.plan import JointPlan, Plan
-from ...caches.recurrent import RecurrentCache
 from ...cells.removal import rebase_all, remove_range
 from ...errors import CacheError, CacheFullError, NotSupportedError
 from ...storage.buffers import Rebase
@@ -238,8 +237,9 @@ class Conversation:
 
     def _plan_states(self, begin: int, end: int, recurrent: Recurrent) -> list[Plan]:
         """Plan a removal in the recurrent layers."""
-        caches = (cache for cache in self.pool.caches if isinstance(cache, RecurrentCache))
-        return [cache._plan_remove(self.sequence, begin, end, recurrent) for cache in caches]
+        if not self.pool.layout.is_recurrent:
+            return []
+        return [self.pool.recurrent._plan_remove(self.sequence, begin, end, recurrent)]
 
     def _plan_head(self, begin: int, end: int, recurrent: Recurrent) -> Plan:
         """Plan a removal that re-bases the tokens before it."""

@@ -31,7 +31,7 @@ from ...batch import Batch
 from ...caches.base import PlanningCache
 from ...caches.causal import PositionalCache
 from ...caches.plan import JointPlan, Plan
-from ...caches.recurrent import Arrays, RecurrentCache, arrays_in
+from ...caches.recurrent import Arrays, RecurrentCache
 from ...errors import CacheError
 from ...quantization import Codecs, Quantization
 from ...storage.buffers import Form
@@ -91,7 +91,6 @@ class Pool:
         architecture: the module of the model's class.
         caches: one for each of the layout's rules.
         rewind: the number of newest tokens that recurrent layers can drop, whichever they are.
-        states: for each leaf of recurrent states, by index, its layer of the recurrent cache.
         kinds: for each leaf of the layout, the index of its cache.
         quantization: the bit widths of stored keys and values, by leaf; None for the model's precision.
         ranks: the processes that run the model together.
@@ -138,9 +137,6 @@ class Pool:
             cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantization=quantization)
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.rewind = dict(zip(layout.rules, rewinds, strict=True)).get(None, 0)
-        self.states = {
-            leaf.index: self.recurrent(leaf).layer(leaf.index) for leaf in self.leaves if leaf.rule is None
-        }
         self.lock = threading.RLock()
         self.forms: dict[int, Form | None] = dict.fromkeys(range(len(self.leaves)))
         self.mirrored: set[int] = set()
@@ -270,11 +266,10 @@ class Pool:
         assert isinstance(cache, PositionalCache)
         return cache
 
-    def recurrent(self, leaf: Leaf) -> RecurrentCache:
-        """Return the cache of a leaf of recurrent states."""
-        cache = self.caches[self.kinds[leaf.index]]
-        assert isinstance(cache, RecurrentCache)
-        return cache
+    @cached_property
+    def recurrent(self) -> RecurrentCache:
+        """The cache of all recurrent layers. Only for models that have some."""
+        return next(cache for cache in self.caches if isinstance(cache, RecurrentCache))
 
     def positional(self) -> Iterator[tuple[int, PositionalCache]]:
         """Yield the caches of keys and values with their indices."""
@@ -319,14 +314,8 @@ class Pool:
 
     def compute_all(self) -> None:
         """Evaluate all arrays of the pool."""
-        self.compute([*self.buffers, *self._states()])
-
-    def _states(self) -> Iterator[mx.array]:
-        """Yield all recurrent states."""
-        for cache in self.caches:
-            if isinstance(cache, RecurrentCache):
-                for stream in cache._streams.values():
-                    yield from arrays_in(stream.states.values())
+        states = self.recurrent.arrays() if self.layout.is_recurrent else []
+        self.compute([*self.buffers, *states])
 
     def commit(self, plan: Plan) -> None:
         """Apply an edit once all ranks are ready for it."""
@@ -360,8 +349,7 @@ class Pool:
 
     def mark(self, sequence: int, position: int) -> bool:
         """Mark a position as worth a checkpoint; see `RecurrentCache.mark`."""
-        caches = [cache for cache in self.caches if isinstance(cache, RecurrentCache)]
-        return all(cache.mark(sequence, position) for cache in caches)
+        return not self.layout.is_recurrent or self.recurrent.mark(sequence, position)
 
     def restore(self, sequence: int, snapshots: Sequence[Any]) -> None:
         """Restore a sequence from snapshots, one for each cache, without evaluating their arrays.
@@ -398,6 +386,7 @@ class Pool:
                     cache._store.layers.clear()
                 elif isinstance(cache, RecurrentCache) and not cache._streams:
                     cache._forms.clear()
+                    cache._counts.clear()
 
 
 def _resume_point(cache: PlanningCache, sequence: int, position: int) -> int:
