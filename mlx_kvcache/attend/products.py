@@ -39,12 +39,7 @@ STRETCH = 128
 def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
     """Attends to all keys without a mask.
 
-    Args:
-        rows: (1, n_kv_heads, m, head_dim), queries that are already scaled.
-        pieces: keys and values, in order.
-
-    Returns:
-        (1, n_kv_heads, m, value_dim).
+    Rows are scaled queries (1, n_kv_heads, m, head_dim); returns (1, n_kv_heads, m, value_dim).
     """
     return weighted_sum(mx.softmax(scores_of(rows, pieces), axis=-1, precise=True), pieces)
 

@@ -17,12 +17,7 @@ from .step import Step
 
 
 def attend(step: Step, layer: int, given: Attending) -> mx.array:
-    """Puts keys and values unless they are None, and attends.
-
-    Args:
-        step: the forward pass.
-        layer: the layer.
-        given: the arguments of `attention`, checked.
+    """Puts keys and values unless they are None, and attends; `given` is checked.
 
     Returns:
         (1, n_heads, n, value_dim), in batch order.
@@ -39,7 +34,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
-            found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
+            found |= {part.sequence: out for (part, _), out in zip(shared.members, outputs, strict=True)}
         left = [part for part in step.parts if part.sequence not in found]
         if single := _decodes(step, layer, left):
             outputs = _decoded(step, layer, single, given)
@@ -66,18 +61,15 @@ def _batch_order(step: Step) -> mx.array | None:
     return None if back == list(range(step.n)) else mx.array(back)
 
 
-def _is_packed(step: Step, layer: int, part: Part) -> bool:
-    """Whether the keys or values that a part sees need decoding for MLX's own attention."""
-    return step.store.layers[layer].form.is_packed and step.is_packed(part)
-
-
 def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
     """The parts with a single query for which plain products are faster than MLX's own attention."""
     if not step.is_decoding:
         return []
     if codec.is_cpu():
         return left
-    return [part for part in left if _is_packed(step, layer, part)]
+    # MLX's own attention would decode quantized cells first.
+    is_packed = step.store.layers[layer].form.is_packed
+    return [part for part in left if is_packed and step.is_packed(part)]
 
 
 def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:

@@ -1,7 +1,4 @@
-"""A forward pass in progress: writes each layer's K and V, and returns the history and masks of its queries.
-
-`check_complete` checks at the end of the pass that every layer was put.
-"""
+"""A forward pass in progress: writes each layer's K and V, and returns history and masks of its queries."""
 
 from __future__ import annotations
 
@@ -15,19 +12,17 @@ import numpy as np
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.spans import Sequence as Held
+from ..cells.spans import Spans
 from ..cells.table import CellTable
 from ..cells.visibility import Rule
 from ..errors import CacheError
-from ..storage.buffers import AnyPair, Buffers, Cells, Form, Lanes, Store, concatenated
-from ..storage.codec import Index, Plain
+from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
+from ..storage.codec import Index, Plain, index_of
 from ..storage.masks import Mask, array_mask, positions_of
 from .blocks import Stretch, cut
 from .part import Part, take
 
 T = TypeVar("T")
-
-Written = tuple[dict[int, AnyPair], tuple[mx.array, mx.array] | None]
-"""The K and V that one layer wrote in a step: pairs by segment, and the batch if it is kept."""
 
 _names = count(1)
 
@@ -63,10 +58,7 @@ class Step:
         self._later: frozenset[int] = frozenset()
         self._found: dict[Any, Any] = {}
         self.name = next(_names)
-        self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
-        self._whole_mask: Mask = None
-        self._has_mask = False
-        self._stretches: dict[int, list[Stretch]] = {}
+        self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
         self._is_joint = n > 1 and self.is_decoding
         self._plain = self._only_run()
@@ -82,32 +74,51 @@ class Step:
         self.parts[0].move(placed, self.n)
         self.name = next(_names)
         self.opened.clear()
-        self._later = frozenset()
-        self._found.clear()
-        self._has_mask = False
-        self._stretches.clear()
+        self.set_later(())
         self._plain = self._only_run()
 
     def sees_whole(self, part: Part) -> bool:
         """Whether all queries of a part see all of its keys from before this step."""
         return not self._later and self._rule.lower(part.end - 1) <= part.ranges[0][0]
 
-    def once(self, find: Callable[[Step], T]) -> T:
-        """Returns find(self), computed once for all layers."""
-        if find not in self._found:
-            self._found[find] = find(self)
-        found: T = self._found[find]
+    def once(self, find: Callable[..., T], *args: Any) -> T:
+        """Returns find(self, *args), computed once for all layers."""
+        key = find, *args
+        if key not in self._found:
+            self._found[key] = find(self, *args)
+        found: T = self._found[key]
         return found
 
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Lets the tokens at these batch indices also see later tokens of their sequence."""
         self._found.clear()
-        self._has_mask = False
-        self._stretches.clear()
         self._later = frozenset(indices)
 
-    def finish(self) -> None:
-        """Ends the step: refuses every further `put`."""
+    def finish(self, before: Mapping[int, Held | None]) -> None:
+        """Ends the step: refuses every further `put`, and checks that no token lacks keys and values.
+
+        Args:
+            before: the state of its sequences before the step.
+
+        Raises:
+            CacheError: a layer of earlier steps was not put, or a new layer was put for sequences that
+                already hold tokens.
+        """
+        left = sorted(layer for layer, buffers in self.store.layers.items() if buffers.written != self.name)
+        if left:
+            raise CacheError(
+                f"layers {left} were put in earlier batches but not in this one of {self.n} tokens, so the "
+                "batch is undone: later tokens would attend to unwritten cells; "
+                "put every layer in every batch"
+            )
+        for sequence, old in before.items():
+            # With windows and chunks, a sequence may hold no cells.
+            if self.opened and old and old.spans:
+                raise CacheError(
+                    f"layers {sorted(self.opened)} were not put for the {old.end} tokens of sequence "
+                    f"{sequence} but are in this batch of {self.n} tokens, so the batch is undone: it would "
+                    "attend to unwritten cells; put every layer in every batch"
+                )
         self.is_over = True
         # The fast path of `exchange` does not check `is_over`.
         self._plain = None
@@ -119,7 +130,11 @@ class Step:
         known = self.store.layers.get(layer)
         form = known.form if known else self.store.form_for(layer, keys, values)
         keys, values = form.checked(self.n, layer, keys, values)
-        before = self._written_before(known, layer)
+        pairs: dict[int, Pair] = {}
+        batch = self._batches.get(layer)
+        if known and known.written == self.name:
+            # This step wrote the layer before, and keeps what it wrote then if it fails now.
+            pairs = {segment: known.pairs[segment].copy() for segment in self._segments()}
         try:
             if known is None:
                 self.opened.append(layer)
@@ -128,17 +143,15 @@ class Step:
             if known is None:
                 self.store.layers.pop(layer, None)
                 self.opened[:] = [other for other in self.opened if other != layer]
-            elif before:
-                known.pairs.update(before[0])
-                self._batches[layer] = before[1]
+            else:
+                known.pairs.update(pairs)
+                if batch:
+                    self._batches[layer] = batch
             raise
 
-    def _written_before(self, buffers: Buffers | None, layer: int) -> Written | None:
-        """Copies of the pairs that an earlier `put` of this step wrote, in case the next one fails."""
-        if buffers is None or buffers.written != self.name:
-            return None
-        segments = {segment for part in self.parts for segment, _, _ in part.stores}
-        return {segment: buffers.pairs[segment].copy() for segment in segments}, self._batches.get(layer)
+    def _segments(self) -> set[int]:
+        """The segments that this step writes to."""
+        return {segment for part in self.parts for segment, _, _ in part.stores}
 
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
         # One split for all sequences costs less than a slice for each.
@@ -157,7 +170,7 @@ class Step:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays of all layers that this step writes to."""
-        segments = {segment for part in self.parts for segment, _, _ in part.stores}
+        segments = self._segments()
         return [
             array
             for buffers in self.store.layers.values()
@@ -173,7 +186,7 @@ class Step:
 
     def is_packed(self, part: Part) -> bool:
         """Whether a part sees cells of a packed segment."""
-        return any(segment in self._packed for segment, _, _ in part.cells)
+        return any(span.segment in self._packed for span in part.cells)
 
     @property
     def is_plain(self) -> bool:
@@ -205,7 +218,7 @@ class Step:
             pair.write(new, keys, values)
             buffers.written = self.name
             return pair.read(seen)
-        stored_keys, stored_values = pair.keys, pair.values
+        stored_keys, stored_values = pair.keys[0], pair.values[0]
         stored_keys[new], stored_values[new] = keys, values
         buffers.written = self.name
         return stored_keys[seen], stored_values[seen]
@@ -215,8 +228,10 @@ class Step:
         part = self.parts[0]
         if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
             return None
-        [(target, new, rows)], [(segment, _, seen)] = part.stores, part.cells
-        return (segment, new, seen) if rows is None and target == segment else None
+        [(target, new, rows)], [seen] = part.stores, part.cells
+        if rows is not None or target != seen.segment:
+            return None
+        return target, new, index_of(seen.start, seen.stop)
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""
@@ -227,16 +242,14 @@ class Step:
 
     def _fresh(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V of a part's new tokens from the batch, because not all of them are stored."""
-        batch = self._batches[layer]
-        assert batch is not None
-        keys, values = take(batch[0], part.rows), take(batch[1], part.rows)
+        keys, values = (take(array, part.rows) for array in self._batches[layer])
         form = self.store.layers[layer].form
         if form.is_packed and any(segment in self._packed for segment, _, _ in part.stores):
             # Quantize and decode them like stored tokens, or outputs would depend on how a prompt is split.
             return form.decoded(form.stored((Plain(keys), Plain(values)), is_packed=True))
         return keys, values
 
-    def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
+    def lanes(self, layer: int, part: Part, cells: Spans) -> list[Lanes]:
         """Returns some of a part's cells as lanes, and its new tokens if the part is `fresh`."""
         pieces = self.stored(layer, cells)
         if part.fresh:
@@ -244,7 +257,7 @@ class Step:
             pieces.append((Plain(keys), Plain(values)))
         return pieces
 
-    def stored(self, layer: int, cells: list[Cells]) -> list[Lanes]:
+    def stored(self, layer: int, cells: Spans) -> list[Lanes]:
         """Returns cells as lanes: as they are stored if each sequence has one query, else in float."""
         buffers = self.store.layers[layer]
         if self.is_decoding or not buffers.form.is_packed:
@@ -258,7 +271,7 @@ class Step:
         padding = -keys.shape[2] % self._config.padding
         if padding:
             keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, padding), (0, 0)]) for array in (keys, values))
-        return keys, values, self._mask(padding)
+        return keys, values, self.once(Step._mask, padding)
 
     def check_put(self, layer: int) -> None:
         """Raises CacheError if the layer was not put in this step."""
@@ -268,37 +281,28 @@ class Step:
 
     def stretches(self, part: Part) -> list[Stretch]:
         """Returns the queries of a part, by rising position, in stretches that see about the same keys."""
-        found = self._stretches.get(part.sequence)
-        if found is None:
-            whole = Stretch(slice(None), slice(None), self.own_mask(part))
-            is_whole = bool(self._later.intersection(part.indices))
-            found = [whole] if is_whole else cut(self._rule, part, whole)
-            self._stretches[part.sequence] = found
-        return found
+        return self.once(Step._stretches, part)
+
+    def _stretches(self, part: Part) -> list[Stretch]:
+        whole = Stretch(slice(None), slice(None), self.own_mask(part))
+        return [whole] if self._later.intersection(part.indices) else cut(self._rule, part, whole)
 
     def own_mask(self, part: Part) -> Mask:
         """Returns the mask of a part's queries over its history, both by rising position."""
-        if self._later and self._later.intersection(part.indices):
-            return self._array_mask([part], part.indices, 0)
-        if part.end - part.begin == 1:
-            return None
-        lowest = max(0, self._rule.lower(part.begin), self._rule.sinks)
-        if self._rule.lower(part.end - 1) <= lowest:
-            return "causal"
+        if not self._later.intersection(part.indices):
+            if part.end - part.begin == 1:
+                return None
+            lowest = max(0, self._rule.lower(part.begin), self._rule.sinks)
+            if self._rule.lower(part.end - 1) <= lowest:
+                return "causal"
         return self._array_mask([part], part.indices, 0)
 
     def _mask(self, padding: int) -> Mask:
         """The mask of the batch's tokens, in batch order, over the whole history."""
-        if not self._has_mask:
-            only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
-            if only and not padding and self._config.mask_dtype is None:
-                self._whole_mask = self.own_mask(only)
-            else:
-                self._whole_mask = self._array_mask(
-                    self.parts, range(self.n), padding, self._config.mask_dtype
-                )
-            self._has_mask = True
-        return self._whole_mask
+        only, dtype = self.parts[0], self._config.mask_dtype
+        if len(self.parts) == 1 and only.rows is None and not padding and dtype is None:
+            return self.own_mask(only)
+        return self._array_mask(self.parts, range(self.n), padding, dtype)
 
     def _array_mask(
         self, parts: list[Part], indices: Sequence[int], padding: int, dtype: mx.Dtype | None = None
@@ -315,33 +319,6 @@ class Step:
         if len(parts) > 1:
             both = owners[chosen], np.repeat(np.arange(len(parts), dtype=np.int32), [p.size for p in parts])
         return array_mask(self._rule, positions[chosen], keys, both, later, padding, dtype)
-
-
-def check_complete(step: Step, before: Mapping[int, Held | None]) -> None:
-    """Checks at the end of a step that no token lacks keys and values in a layer.
-
-    Args:
-        step: the step, with all its layers put.
-        before: the state of its sequences before the step.
-
-    Raises:
-        CacheError: a layer of earlier steps was not put, or a new layer was put for sequences that already
-            hold tokens.
-    """
-    left = sorted(layer for layer, buffers in step.store.layers.items() if buffers.written != step.name)
-    if left:
-        raise CacheError(
-            f"layers {left} were put in earlier batches but not in this one of {step.n} tokens, so the batch "
-            "is undone: later tokens would attend to unwritten cells; put every layer in every batch"
-        )
-    for sequence, old in before.items():
-        # With windows and chunks, a sequence may hold no cells.
-        if step.opened and old and old.spans:
-            raise CacheError(
-                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence} "
-                f"but are in this batch of {step.n} tokens, so the batch is undone: it would attend to "
-                "unwritten cells; put every layer in every batch"
-            )
 
 
 def over(n: int) -> CacheError:

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ...caches.recurrent import RecurrentCache
 from ...errors import CacheError
-from ...storage.buffers import AnyPair, Buffers
+from ...storage.buffers import Buffers, Pair
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from ..ranks import spelled, told_tokens
@@ -102,7 +102,7 @@ def arrays_of(pool: Pool) -> list[mx.array]:
     return pool.buffers + states
 
 
-Kept = dict[int, tuple[Buffers, dict[int, AnyPair]]]
+Kept = dict[int, tuple[Buffers, dict[int, Pair]]]
 """For each leaf its buffers, and copies of their pairs by segment."""
 
 
