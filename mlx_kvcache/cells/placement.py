@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import CacheFullError, NotSupportedError
-from .spans import Sequence, Span, Spans, clip, count, join, laid_out, resumable, seen_from
+from .spans import Sequence, Span, Spans, clip, count, covers, join, laid_out, resumable, seen_from
 from .table import CellTable
 from .visibility import Rule
 
@@ -106,8 +106,8 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         appended = append(table, sequence, own, rule, rewind)
         if appended is not None:
             return appended
-    blocks = [_Block.next_of(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
-    new = sum(block.stored for block in blocks)
+    blocks = [_block(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
+    new = sum(count(block.new) for block in blocks)
     live = table.live_after({block.sequence: Sequence(block.begin, block.during) for block in blocks})
     if live + new > table.room:
         raise CacheFullError(new, table.room - live, table.room)
@@ -115,7 +115,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
     spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
     placement = Placement()
     for block in blocks:
-        _place_block(table, placement, block, spare)
+        _place_block(table, placement, block, rule, spare)
     return placement
 
 
@@ -166,66 +166,53 @@ class _Block(NamedTuple):
 
     Attributes:
         rows: their batch indices.
-        rule: the visibility rule.
         old: the spans of the sequence before.
         kept: the part of `old` to keep afterwards.
         during: the part of `old` to keep afterwards or that the new tokens see.
-        ranges: the positions of the new tokens to keep afterwards.
+        new: the new tokens to keep afterwards, as spans without cells.
+        is_whole: whether these are all new tokens.
     """
 
     sequence: int
     rows: tuple[int, ...]
-    rule: Rule
     begin: int
     end: int
     old: Spans
     kept: Spans
     during: Spans
-    ranges: list[tuple[int, int]]
-
-    @classmethod
-    def next_of(
-        cls, table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
-    ) -> _Block:
-        begin, old = table[sequence]
-        end = begin + len(rows)
-        if not resumable(rule, old, begin):
-            raise NotSupportedError(
-                f"sequence {sequence} cannot continue at position {begin}: a token there sees positions "
-                f"from {max(0, rule.lower(begin))} on, and not all of these are stored"
-            )
-        back = max(0, end - rewind)
-        low = max(0, rule.lower(back))
-        kept, during = seen_from(rule, old, back), seen_from(rule, old, min(begin, back))
-        sinks, newest = (begin, min(end, rule.sinks, low)), (max(begin, low), end)
-        ranges = [(first, stop) for first, stop in (sinks, newest) if first < stop]
-        return cls(sequence, rows, rule, begin, end, old, kept, during, ranges)
-
-    @property
-    def stored(self) -> int:
-        return sum(stop - first for first, stop in self.ranges)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all new tokens are kept afterwards."""
-        return self.ranges == [(self.begin, self.end)]
+    new: Spans
+    is_whole: bool
 
 
-def _place_block(table: CellTable, placement: Placement, block: _Block, spare: int) -> None:
+def _block(table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int) -> _Block:
+    begin, old = table[sequence]
+    end = begin + len(rows)
+    if not resumable(rule, old, begin):
+        raise NotSupportedError(
+            f"sequence {sequence} cannot continue at position {begin}: a token there sees positions "
+            f"from {max(0, rule.lower(begin))} on, and not all of these are stored"
+        )
+    back = max(0, end - rewind)
+    kept, during = seen_from(rule, old, back), seen_from(rule, old, min(begin, back))
+    new = seen_from(rule, (Span(-1, 0, begin, end - begin),), back)
+    return _Block(sequence, rows, begin, end, old, kept, during, new, covers(new, begin, end))
+
+
+def _place_block(table: CellTable, placement: Placement, block: _Block, rule: Rule, spare: int) -> None:
     """Adds the tokens of one sequence to the plan: after its last ones, or in a new segment."""
-    sequence, rows, rule, begin, end, old, kept, _, ranges = block
+    sequence, rows, begin, end, old, kept, _, new, is_whole = block
     evicts = count(kept) < count(old)
     segment, cell, readable, undo = -1, 0, old, old
-    if block.whole and _can_extend(table, placement, block):
+    if is_whole and _can_extend(table, placement, block):
         segment, cell = old[-1].segment, old[-1].stop
-        required = cell + block.stored
+        required = cell + count(new)
         if required > table.capacity[segment]:
             is_shared = table.owners(segment) != {sequence}
             placement.capacity[segment] = capacity_for(required, spare, is_shared=is_shared)
-    elif block.stored:
+    elif new:
         own = tuple(span for span in kept if table.owners(span.segment) == {sequence})
         cell = count(own)
-        capacity = capacity_for(cell + block.stored, spare, DEAD if evicts or not block.whole else 0)
+        capacity = capacity_for(cell + count(new), spare, DEAD if evicts or not is_whole else 0)
         segment = placement.new_segment(table, capacity, table.packs(own, end))
         if own:
             placement.moves.append(Move(segment, own))
@@ -234,8 +221,8 @@ def _place_block(table: CellTable, placement: Placement, block: _Block, spare: i
             undo = old if evicts or converts else kept
         readable = kept
 
-    writes = laid_out(segment, cell, tuple(Span(segment, 0, low, high - low) for low, high in ranges))
-    fresh = not (block.whole and resumable(rule, readable, begin))
+    writes = laid_out(segment, cell, new)
+    fresh = not (is_whole and resumable(rule, readable, begin))
     reads = seen_from(rule, old if fresh else _in_order(readable + writes), begin)
     placement.placed.append(Placed(sequence, rows, begin, end, writes, reads, fresh))
     placement.changes[sequence] = Sequence(end, _in_order(kept + writes))
@@ -252,14 +239,14 @@ def _can_extend(table: CellTable, placement: Placement, block: _Block) -> bool:
     claimed = any(write.segment == last.segment for placed in placement.placed for write in placed.writes)
     if claimed or last.end != block.begin or table.cells(last.segment)[-1][1] != last.stop:
         return False
-    owned_alone = {block.sequence}
-    if last.stop + block.stored <= table.capacity[last.segment] or table.owners(last.segment) != owned_alone:
+    alone = {block.sequence}
+    if last.stop + count(block.new) <= table.capacity[last.segment] or table.owners(last.segment) != alone:
         return True
-    if any(s.segment != last.segment and table.owners(s.segment) == owned_alone for s in block.kept):
+    if any(s.segment != last.segment and table.owners(s.segment) == alone for s in block.kept):
         # Growing copies the segment anyway, so copy the spans in other segments with it.
         return False
     dead = last.stop - count(span for span in block.kept if span.segment == last.segment)
-    tight = table.room - table.allocated < block.stored
+    tight = table.room - table.allocated < count(block.new)
     return dead < (1 if tight else DEAD)
 
 

@@ -137,8 +137,11 @@ class Pair:
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
         """Writes tokens to some cells; evaluation does so in place, if there are no views of the arrays."""
-        self.keys.write(index, keys)
-        self.values.write(index, values)
+        if self.is_packed:
+            self.keys.write(index, keys)
+            self.values.write(index, values)
+        else:
+            self.keys[0][index], self.values[0][index] = keys, values
 
     def grow(self, cells: int) -> None:
         """Extends the pair with zeros to this number of cells.
@@ -155,7 +158,9 @@ class Pair:
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Returns some cells in float: views if they are stored so."""
-        return self.form.decoded(self.lanes(index))
+        if self.is_packed:
+            return self.form.decoded(self.lanes(index))
+        return self.keys[0][index], self.values[0][index]
 
     def lanes(self, index: Index) -> Lanes:
         """Returns views of some cells."""
@@ -186,22 +191,23 @@ class Buffers:
 
     def read(self, spans: Iterable[Span]) -> list[tuple[mx.array, mx.array]]:
         """Returns the cells of spans in float: views if they are stored so. Unwritten cells are zeros."""
-        return [self.form.decoded(lanes) for lanes in self.lanes(spans)]
+        return [self._holding(s, a + n).read(index_of(a, a + n)) for s, a, _, n in spans]
 
     def lanes(self, spans: Iterable[Span]) -> list[Lanes]:
         """Returns views of the cells of spans as they are stored. Unwritten cells are zeros."""
-        found = []
-        for segment, start, _, length in spans:
-            pair, stop = self.pairs.get(segment), start + length
-            if pair is None or pair.capacity < stop:
-                pair = self.sized(segment, stop, pair is not None and pair.is_packed)
-            found.append(pair.lanes(index_of(start, stop)))
-        return found
+        return [self._holding(s, a + n).lanes(index_of(a, a + n)) for s, a, _, n in spans]
 
     def sized(self, segment: int, capacity: int, is_packed: bool) -> Pair:
         """Returns a copy of a segment's pair, extended with zeros to at least `capacity` cells."""
         pair = self.pairs.get(segment)
         return self.form.pair([(pair.keys, pair.values)] if pair else [], capacity, is_packed)
+
+    def _holding(self, segment: int, stop: int) -> Pair:
+        """The pair of a segment, or an extended copy if it has less than `stop` cells."""
+        pair = self.pairs.get(segment)
+        if pair is None or pair.capacity < stop:
+            return self.sized(segment, stop, pair is not None and pair.is_packed)
+        return pair
 
 
 Staged = dict[int, dict[int, Pair]]
