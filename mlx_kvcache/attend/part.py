@@ -49,21 +49,13 @@ class Part:
     __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
 
     def __init__(self, placed: Placed, n: int) -> None:
-        self.sequence, self.indices = placed.sequence, placed.rows
-        self.rows = rows_of(placed.rows, n)
-        self.move(placed, n)
-
-    def move(self, placed: Placed, n: int) -> None:
-        """Changes positions and cells to those of the next forward pass with the same batch indices."""
-        _, indices, self.begin, self.end, writes, self.cells, self.fresh = placed
-        self.stores = [
-            (
-                write.segment,
-                index_of(write.start, write.stop),
-                rows_of(indices[write.position - self.begin : write.end - self.begin], n),
-            )
-            for write in writes
-        ]
+        self.sequence, self.indices, self.begin, self.end, writes, self.cells, self.fresh = placed
+        self.rows = rows_of(self.indices, n)
+        self.stores = []
+        for segment, cell, position, size in writes:
+            first = position - self.begin
+            rows = rows_of(self.indices[first : first + size], n)
+            self.stores.append((segment, index_of(cell, cell + size), rows))
         self.ranges = [(span.position, span.end) for span in self.cells]
         if self.fresh:
             self.ranges.append((self.begin, self.end))

@@ -28,16 +28,7 @@ _names = count(1)
 
 
 class Step:
-    """A forward pass: a placement bound to arrays, shared by all layers.
-
-    Args:
-        placed: the placement of each sequence's tokens.
-        n: the number of tokens in the batch.
-        rule: the visibility rule.
-        config: the format of the history that `get` returns.
-        store: the buffers.
-        table: the table, for capacities and quantized segments.
-    """
+    """A forward pass: a placement bound to arrays, shared by all layers."""
 
     def __init__(
         self,
@@ -60,7 +51,6 @@ class Step:
         self.name = next(_names)
         self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
-        self._is_joint = n > 1 and self.is_decoding
         self._plain = self._only_run()
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
@@ -71,7 +61,7 @@ class Step:
 
     def move(self, placed: Placed) -> None:
         """Becomes the next step of a single sequence, with the same number of tokens."""
-        self.parts[0].move(placed, self.n)
+        self.parts[0] = Part(placed, self.n)
         self.name = next(_names)
         self.opened.clear()
         self.set_later(())
@@ -95,21 +85,16 @@ class Step:
         self._later = frozenset(indices)
 
     def finish(self, before: Mapping[int, Held | None]) -> None:
-        """Ends the step: refuses every further `put`, and checks that no token lacks keys and values.
+        """Ends the step: refuses every further `put`.
 
-        Args:
-            before: the state of its sequences before the step.
-
-        Raises:
-            CacheError: a layer of earlier steps was not put, or a new layer was put for sequences that
-                already hold tokens.
+        Raises CacheError if tokens would lack keys and values in a layer: one of earlier steps was not put,
+        or a new one was put for sequences that held tokens `before`.
         """
         left = sorted(layer for layer, buffers in self.store.layers.items() if buffers.written != self.name)
         if left:
             raise CacheError(
                 f"layers {left} were put in earlier batches but not in this one of {self.n} tokens, so the "
-                "batch is undone: later tokens would attend to unwritten cells; "
-                "put every layer in every batch"
+                "batch is undone: later tokens would attend to unwritten cells; put all layers in every batch"
             )
         for sequence, old in before.items():
             # With windows and chunks, a sequence may hold no cells.
@@ -155,7 +140,8 @@ class Step:
 
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
         # One split for all sequences costs less than a slice for each.
-        each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if self._is_joint else None
+        is_joint = self.n > 1 and self.is_decoding
+        each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if is_joint else None
         for part in self.parts:
             for segment, index, rows in part.stores:
                 pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)

@@ -51,8 +51,6 @@ class PositionalCache(KeyValueCache):
         self._table = CellTable(0)
         self._store = Store(None)
         self._step: Step | Reservation | None = None
-        self._asked: object = None
-        """The shapes and dtypes that `_attend` last found to fit."""
 
     @property
     def nbytes(self) -> int:
@@ -140,14 +138,10 @@ class PositionalCache(KeyValueCache):
 
     def _attend(self, layer: int, given: Attending) -> mx.array:
         step = self._current()
-        buffers, queries, sinks = self._store.layers.get(layer), given.queries, given.sinks
-        form = buffers and buffers.form
-        asked = form, step.n, queries.shape, queries.dtype, None if sinks is None else sinks.shape
-        if form is None or asked != self._asked:
-            # Checked before anything is stored, so that an error leaves the cache unchanged.
-            form = form or self._coming_form(layer, given)
-            check_queries(given, step.n, layer, form.heads, form.key_dim)
-            self._asked = asked
+        # Checked before anything is stored, so that an error leaves the cache unchanged.
+        buffers = self._store.layers.get(layer)
+        form = buffers.form if buffers else self._coming_form(layer, given)
+        check_queries(given, step.n, layer, form.heads, form.key_dim)
         return attend(step, layer, given) if isinstance(step, Step) else step.attend(layer, given)
 
     def _coming_form(self, layer: int, given: Attending) -> Form:
@@ -313,19 +307,16 @@ class StepPlan(CellsPlan):
         return True
 
 
-class ReservePlan(Plan):
+class ReservePlan(CellsPlan):
     """Begins a trial of the worst case, which adds no tokens."""
 
     def __init__(self, cache: PositionalCache, batch: Batch) -> None:
-        self._cache = cache
-        self._last = cache._step
+        super().__init__(cache, Placement())
         self._reservation = Reservation(batch, cache._rule, cache._config, cache._store, cache._table)
 
     def make(self) -> None:
+        self._journal = Journal(self._cache)
         self._cache._step = self._reservation
-
-    def unmake(self) -> None:
-        self._cache._step = self._last
 
     def undo(self) -> None:
         if self._cache._step is self._reservation:
@@ -335,11 +326,7 @@ class ReservePlan(Plan):
 class EditPlan(CellsPlan):
     """Changes sequences between forward passes; `get` of the last pass stops working.
 
-    Args:
-        cache: the cache.
-        placement: the change of its table.
-        staged: the new arrays.
-        forms: for a restored sequence, the forms of its layers.
+    `staged` are the new arrays, and `forms` those of the layers that a restored sequence needs.
     """
 
     def __init__(

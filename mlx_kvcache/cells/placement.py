@@ -98,8 +98,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
 
     Raises:
         NotSupportedError: a token would see a position that is not stored.
-        CacheFullError: the cells to keep afterwards, and those that the tokens see meanwhile, exceed the
-            room.
+        CacheFullError: there is no room for the cells to keep and those that the tokens see meanwhile.
     """
     if len(rows) == 1:
         [(sequence, own)] = rows.items()

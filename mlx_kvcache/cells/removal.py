@@ -22,14 +22,7 @@ def remove_range(
 
     RoPE attention depends only on differences of positions, so either side can be re-based: the later
     tokens by -(end - begin), or with `rebase_head` the earlier ones by +(end - begin). In the latter case
-    the caller must rotate the next queries and keys from the old end on.
-
-    Args:
-        table: the table, which stays unchanged.
-        sequence: the sequence.
-        begin, end: the range, which lies inside the sequence.
-        rule: the visibility rule.
-        rebase_head: re-base the tokens before the range instead of those after it.
+    the caller must rotate the next queries and keys from the old end on. The range lies inside the sequence.
 
     Raises:
         NotSupportedError: the next token would see a position that is not stored.
@@ -54,11 +47,7 @@ def remove_range(
 
 
 def rebase_all(table: CellTable, sequence: int, offset: int) -> Placement:
-    """Plans to re-base all stored tokens of a sequence by `offset`. Their positions in the table stay.
-
-    Raises:
-        CacheFullError: cells are shared, and there is no room for a copy.
-    """
+    """Plans to re-base all stored tokens of a sequence. Their positions in the table stay."""
     end, spans = table[sequence]
     placement = Placement()
     spans = _rebased(table, placement, sequence, spans, offset, (), is_before=False)

@@ -41,11 +41,7 @@ class Form(NamedTuple):
         return self.key_codec is not None or self.value_codec is not None
 
     def packed_by(self, codecs: Codecs, name: str) -> Form:
-        """Returns the form with these codecs.
-
-        Raises:
-            ValueError: a head_dim is not a multiple of the group size; the message names the layer by `name`.
-        """
+        """Returns the form with these codecs. Raises ValueError if they do not fit the layer of this name."""
         keys, values = codecs
         for what, dim, codec in (("keys", self.key_dim, keys), ("values", self.value_dim, values)):
             if codec:
@@ -182,32 +178,27 @@ class Buffers:
         self.written = 0
         """The name of the last step that wrote to this layer."""
 
-    def pair(self, segment: int, capacity: int, is_packed: bool) -> Pair:
-        """Returns the pair of a segment. Creates it, or extends it with zeros to `capacity` cells."""
+    def pair(self, segment: int, cells: int, is_packed: bool) -> Pair:
+        """Returns the pair of a segment. Creates it, or extends it with zeros to this number of cells."""
+        pair = self.pairs[segment] = self.holding(segment, cells, is_packed)
+        return pair
+
+    def holding(self, segment: int, cells: int, is_packed: bool = False) -> Pair:
+        """As `pair`, but leaves a segment without so many cells as it is, and returns an extended copy."""
         pair = self.pairs.get(segment)
-        if pair is None or pair.capacity < capacity:
-            pair = self.pairs[segment] = self.sized(segment, capacity, is_packed)
+        if pair is None:
+            return self.form.pair([], cells, is_packed)
+        if pair.capacity < cells:
+            return self.form.pair([(pair.keys, pair.values)], cells, pair.is_packed)
         return pair
 
     def read(self, spans: Iterable[Span]) -> list[tuple[mx.array, mx.array]]:
         """Returns the cells of spans in float: views if they are stored so. Unwritten cells are zeros."""
-        return [self._holding(s, a + n).read(index_of(a, a + n)) for s, a, _, n in spans]
+        return [self.holding(s, a + n).read(index_of(a, a + n)) for s, a, _, n in spans]
 
     def lanes(self, spans: Iterable[Span]) -> list[Lanes]:
         """Returns views of the cells of spans as they are stored. Unwritten cells are zeros."""
-        return [self._holding(s, a + n).lanes(index_of(a, a + n)) for s, a, _, n in spans]
-
-    def sized(self, segment: int, capacity: int, is_packed: bool) -> Pair:
-        """Returns a copy of a segment's pair, extended with zeros to at least `capacity` cells."""
-        pair = self.pairs.get(segment)
-        return self.form.pair([(pair.keys, pair.values)] if pair else [], capacity, is_packed)
-
-    def _holding(self, segment: int, stop: int) -> Pair:
-        """The pair of a segment, or an extended copy if it has less than `stop` cells."""
-        pair = self.pairs.get(segment)
-        if pair is None or pair.capacity < stop:
-            return self.sized(segment, stop, pair is not None and pair.is_packed)
-        return pair
+        return [self.holding(s, a + n).lanes(index_of(a, a + n)) for s, a, _, n in spans]
 
 
 Staged = dict[int, dict[int, Pair]]
@@ -239,17 +230,14 @@ class Store:
     def form_for(self, layer: int, keys: mx.array, values: mx.array) -> Form:
         """Returns the form of a layer whose first keys and values are these.
 
-        Raises:
-            ValueError: they do not have four dimensions or at least one head with one feature, or their
-                head_dim is not a multiple of the group size.
+        Raises ValueError if these have wrong dimensions, or if head_dim is no multiple of the group size.
         """
         if keys.ndim != 4 or values.ndim != 4:
             raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected 4 dimensions")
         if not keys.shape[1] or not keys.shape[3]:
             raise ValueError(f"keys of layer {layer} are {keys.shape}, expected at least 1 head of 1 feature")
-        return self._with_codecs(
-            layer, Form(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
-        )
+        form = Form(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, values.dtype)
+        return self._with_codecs(layer, form)
 
     def accepted(self, layer: int, form: Form) -> Form:
         """Returns the form in which a layer stores tokens of `form`. Raises ValueError for other heads."""
@@ -284,7 +272,7 @@ class Store:
                     pairs[segment] = buffers.form.pair(buffers.lanes(pieces), *size)
                 else:
                     keys, values = rebase(layer, *concatenated(buffers.read(pieces)))
-                    pairs[segment] = buffers.sized(segment, *size)
+                    pairs[segment] = buffers.holding(segment, *size).copy()
                     pairs[segment].write(index_of(cell, cell + keys.shape[2]), keys, values)
         return staged
 

@@ -82,7 +82,10 @@ class Plain(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A quantized lane: packed words, and a scale and a bias for each group of features."""
+    """A quantized lane: packed words, and a scale and a bias for each group of features.
+
+    Its methods are those of `Plain`; `write` quantizes the tokens.
+    """
 
     words: mx.array
     scales: mx.array
@@ -91,12 +94,10 @@ class Packed(NamedTuple):
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """The stored arrays."""
         return self.words, self.scales, self.biases
 
     @property
     def dim(self) -> int:
-        """The number of features per head."""
         return self.scales.shape[3] * self.codec.group_size
 
     @classmethod
@@ -106,31 +107,25 @@ class Packed(NamedTuple):
         return cls(words, scales, biases, codec)
 
     def like(self, arrays: Iterable[mx.array]) -> Packed:
-        """As `Plain.like`."""
         return Packed.of(arrays, self.codec)
 
     def write(self, index: Index, tokens: mx.array) -> None:
-        """As `Plain.write`; quantizes the tokens."""
         for own, new in zip(self.arrays, packed(tokens, self.codec).arrays, strict=True):
             own[index] = new
 
     def at(self, index: Index) -> Packed:
-        """As `Plain.at`."""
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        """As `Plain.decoded`."""
         words, scales, biases, (bits, group_size) = self
         # MLX computes in the dtype of the scales, even if another one is asked for.
         scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
     def scores(self, rows: mx.array) -> mx.array:
-        """As `Plain.scores`."""
         return self._product(rows, transpose=True)
 
     def weighted(self, weights: mx.array) -> mx.array:
-        """As `Plain.weighted`."""
         return self._product(weights, transpose=False)
 
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
