@@ -147,6 +147,8 @@ class Step:
                 pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
                 if each:
                     pair.write(index, *(arrays[part.indices[0]] for arrays in each))
+                elif rows is None:
+                    pair.write(index, keys, values)
                 else:
                     pair.write(index, take(keys, rows), take(values, rows))
         if self._keeps_batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,7 +24,7 @@ from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
 from ..errors import NotSupportedError
 from ..quantization import Quantization
-from ..storage.buffers import Form, Pair, Rebase, Staged, Store, arrays_in
+from ..storage.buffers import Form, Rebase, Staged, Store, arrays_in
 from .base import KeyValueCache
 from .interface import History
 from .plan import Plan
@@ -177,23 +178,18 @@ class Journal:
     Its size is proportional to the change, not to the cache.
     """
 
-    __slots__ = ("_cache", "_capacity", "_opened", "_pairs", "_sequences", "_step")
-
     def __init__(self, cache: PositionalCache) -> None:
         self._cache = cache
         self._step = cache._step
-        self._sequences: dict[int, Sequence | None] = {}
-        self._capacity: dict[int, int | None] = {}
-        self._pairs: dict[tuple[int, int], Pair | None] = {}
-        self._opened: list[int] = []
+        self._noted: list[tuple[dict[int, Any], int, Any]] = []
 
     def open(self, forms: Mapping[int, Form]) -> None:
         """Open the layers that are not open."""
         store = self._cache._store
-        for layer, form in forms.items():
-            if layer not in store.layers:
-                self._opened.append(layer)
-                store.open(layer, form)
+        new = {layer: form for layer, form in forms.items() if layer not in store.layers}
+        self._note(store.layers, new)
+        for layer, form in new.items():
+            store.open(layer, form)
 
     def apply(self, placement: Placement, staged: Staged | None = None) -> None:
         """Make a planned placement: first the arrays, then the owners of cells.
@@ -202,29 +198,25 @@ class Journal:
         """
         table, store = self._cache._table, self._cache._store
         staged = store.stage(placement) if staged is None else staged
-        for sequence in placement.changes:
-            self._sequences.setdefault(sequence, table.sequences.get(sequence))
-        for segment in placement.capacity:
-            self._capacity.setdefault(segment, table.capacity.get(segment))
+        self._note(table.sequences, placement.changes)
+        self._note(table.capacity, placement.capacity)
         for layer, pairs in staged.items():
-            for segment in pairs:
-                self._pairs.setdefault((layer, segment), store.layers[layer].pairs.get(segment))
+            self._note(store.layers[layer].pairs, pairs)
         table.capacity.update(placement.capacity)
         table.packed.update(placement.packed)
         store.adopt(staged)
         table.assign(placement.changes)
 
+    def _note(self, entries: dict[int, Any], keys: Iterable[int]) -> None:
+        self._noted += [(entries, key, entries.get(key)) for key in keys]
+
     def roll_back(self) -> None:
         """Restore everything that was noted."""
-        layers = self._cache._store.layers
-        for (layer, segment), pair in self._pairs.items():
-            if pair is None:
-                layers[layer].pairs.pop(segment, None)
-            else:
-                layers[layer].pairs[segment] = pair
-        for layer in self._opened:
-            layers.pop(layer, None)
-        self._cache._table.restore(self._sequences, self._capacity)
+        for entries, key, old in reversed(self._noted):
+            entries.pop(key, None)
+            if old is not None:
+                entries[key] = old
+        self._cache._table.recount()
         self._cache._step = self._step
 
 

@@ -6,11 +6,8 @@ Plans elsewhere are computed from the table without changing it; `CellTable.assi
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Set
-from typing import TypeVar
 
 from .spans import EMPTY, FOREVER, Sequence, Spans, union
-
-T = TypeVar("T")
 
 Changes = Mapping[int, Sequence | None]
 """New states of some sequences. None deletes a sequence."""
@@ -88,10 +85,16 @@ class CellTable:
             self.restore(before)
             raise
 
-    def restore(self, sequences: Changes, capacity: Mapping[int, int | None] | None = None) -> None:
-        """Restores sequences and capacities, and recomputes all else from them. None deletes an entry."""
-        _put_back(self.sequences, sequences)
-        _put_back(self.capacity, capacity or {})
+    def restore(self, sequences: Changes) -> None:
+        """Restores earlier states of sequences, even after an interrupted `assign`."""
+        for sequence, old in sequences.items():
+            self.sequences.pop(sequence, None)
+            if old is not None:
+                self.sequences[sequence] = old
+        self.recount()
+
+    def recount(self) -> None:
+        """Recomputes all else from `sequences` and `capacity`."""
         self.packed &= self.capacity.keys()
         self._owners.clear()
         for sequence, (_, spans) in self.sequences.items():
@@ -191,10 +194,3 @@ class CellTable:
         else:
             self._owners.pop(segment, None)
             self.orphans.add(segment)
-
-
-def _put_back(entries: dict[int, T], before: Mapping[int, T | None]) -> None:
-    for name, old in before.items():
-        entries.pop(name, None)
-        if old is not None:
-            entries[name] = old
