@@ -36,7 +36,8 @@ def shared_runs(step: Step) -> list[Shared]:
     """Returns the runs of cells for which cascade attention is faster."""
     groups: dict[tuple[int, int, int], list[Part]] = {}
     for part in step.parts:
-        if part.cells and step.sees_whole(part):
+        if part.cells and not step.later and step.rule.lower(part.end - 1) <= part.ranges[0][0]:
+            # All its queries see all its earlier keys.
             groups.setdefault(part.cells[0][:3], []).append(part)
     found = []
     for (segment, start, position), parts in groups.items():

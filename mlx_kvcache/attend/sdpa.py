@@ -10,6 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..storage import codec
+from .blocks import Stretch, cut
 from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
 from .products import attend_all, attend_single
@@ -23,7 +24,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
         (1, n_heads, n, value_dim), in batch order.
     """
     if given.keys is not None and given.values is not None:
-        if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
+        if step.run and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
             if step.is_decoding and given.sinks is None and codec.is_cpu():
                 return attend_single(given.queries, *history, given.scale)
@@ -97,7 +98,7 @@ def _stretches(
     """Attends with MLX's own attention, in stretches: keys outside a window or chunk are not multiplied."""
     sdpa, (keys, values) = mx.fast.scaled_dot_product_attention, history
     scale, sinks = given.scale, given.sinks
-    stretches = step.stretches(part)
+    stretches = step.once(_cut, part)
     if len(stretches) == 1:
         out = sdpa(queries, keys, values, scale=scale, mask=stretches[0].mask, sinks=sinks)
         return out.astype(queries.dtype)
@@ -106,3 +107,8 @@ def _stretches(
         for q, k, mask in stretches
     ]
     return mx.concatenate(outputs, axis=2).astype(queries.dtype)
+
+
+def _cut(step: Step, part: Part) -> list[Stretch]:
+    whole = Stretch(slice(None), slice(None), step.own_mask(part))
+    return [whole] if step.later.intersection(part.indices) else cut(step.rule, part, whole)

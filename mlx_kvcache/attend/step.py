@@ -19,7 +19,6 @@ from ..errors import CacheError
 from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
 from ..storage.codec import Index, Plain, index_of
 from ..storage.masks import Mask, array_mask, positions_of
-from .blocks import Stretch, cut
 from .part import Part, take
 
 T = TypeVar("T")
@@ -41,17 +40,20 @@ class Step:
     ) -> None:
         self.n = n
         self.parts = [Part(part, n) for part in placed]
-        self._rule = rule
+        self.rule = rule
         self._config = config
         self.store = store
         self._capacity = table.capacity
         self._packed = table.packed
-        self._later: frozenset[int] = frozenset()
+        self.later: frozenset[int] = frozenset()
+        """The batch indices of tokens that also see later tokens of their sequence."""
         self._found: dict[Any, Any] = {}
         self.name = next(_names)
         self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
-        self._plain = self._only_run()
+        self.run = self._only_run()
+        """The segment, the new cells and the visible cells, if the step reads and writes one run of cells of
+        one sequence, in batch order; otherwise None."""
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.opened: list[int] = []
@@ -65,11 +67,7 @@ class Step:
         self.name = next(_names)
         self.opened.clear()
         self.set_later(())
-        self._plain = self._only_run()
-
-    def sees_whole(self, part: Part) -> bool:
-        """Whether all queries of a part see all of its keys from before this step."""
-        return not self._later and self._rule.lower(part.end - 1) <= part.ranges[0][0]
+        self.run = self._only_run()
 
     def once(self, find: Callable[..., T], *args: Any) -> T:
         """Returns find(self, *args), computed once for all layers."""
@@ -82,7 +80,7 @@ class Step:
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Lets the tokens at these batch indices also see later tokens of their sequence."""
         self._found.clear()
-        self._later = frozenset(indices)
+        self.later = frozenset(indices)
 
     def finish(self, before: Mapping[int, Held | None]) -> None:
         """Ends the step: refuses every further `put`.
@@ -106,7 +104,7 @@ class Step:
                 )
         self.is_over = True
         # The fast path of `exchange` does not check `is_over`.
-        self._plain = None
+        self.run = None
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes the batch's keys and values, or nothing if an exception interrupts."""
@@ -176,18 +174,13 @@ class Step:
         """Whether a part sees cells of a packed segment."""
         return any(span.segment in self._packed for span in part.cells)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the step reads and writes one run of cells of one sequence, in batch order."""
-        return self._plain is not None
-
     def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Puts keys and values and returns the history of a step with one part. Fast if `is_plain`."""
+        """Puts keys and values and returns the history of a step with one part. Fast if it has a `run`."""
         buffers = self.store.layers.get(layer)
-        if self._plain is None or buffers is None:
+        if self.run is None or buffers is None:
             self.put(layer, keys, values)
             return self.history(layer, self.parts[0])
-        segment, new, seen = self._plain
+        segment, new, seen = self.run
         form = buffers.form
         if form is not self._form:
             self._shapes = (1, form.heads, self.n, form.key_dim), (1, form.heads, self.n, form.value_dim)
@@ -212,7 +205,6 @@ class Step:
         return stored_keys[seen], stored_values[seen]
 
     def _only_run(self) -> tuple[int, Index, Index] | None:
-        """The segment, the new cells and the visible cells if `is_plain`, else None."""
         part = self.parts[0]
         if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
             return None
@@ -267,21 +259,13 @@ class Step:
         if buffers is None or buffers.written != self.name:
             raise CacheError(f"layer {layer} has had no put in this batch")
 
-    def stretches(self, part: Part) -> list[Stretch]:
-        """Returns the queries of a part, by rising position, in stretches that see about the same keys."""
-        return self.once(Step._stretches, part)
-
-    def _stretches(self, part: Part) -> list[Stretch]:
-        whole = Stretch(slice(None), slice(None), self.own_mask(part))
-        return [whole] if self._later.intersection(part.indices) else cut(self._rule, part, whole)
-
     def own_mask(self, part: Part) -> Mask:
         """Returns the mask of a part's queries over its history, both by rising position."""
-        if not self._later.intersection(part.indices):
+        if not self.later.intersection(part.indices):
             if part.end - part.begin == 1:
                 return None
-            lowest = max(0, self._rule.lower(part.begin), self._rule.sinks)
-            if self._rule.lower(part.end - 1) <= lowest:
+            lowest = max(0, self.rule.lower(part.begin), self.rule.sinks)
+            if self.rule.lower(part.end - 1) <= lowest:
                 return "causal"
         return self._array_mask([part], part.indices, 0)
 
@@ -301,12 +285,12 @@ class Step:
             positions[list(part.indices)] = np.arange(part.begin, part.end)
             owners[list(part.indices)] = number
         chosen = list(indices)
-        later = np.isin(chosen, list(self._later)) if self._later else None
+        later = np.isin(chosen, list(self.later)) if self.later else None
         keys = positions_of([pair for part in parts for pair in part.ranges])
         both = None
         if len(parts) > 1:
             both = owners[chosen], np.repeat(np.arange(len(parts), dtype=np.int32), [p.size for p in parts])
-        return array_mask(self._rule, positions[chosen], keys, both, later, padding, dtype)
+        return array_mask(self.rule, positions[chosen], keys, both, later, padding, dtype)
 
 
 def over(n: int) -> CacheError:

@@ -280,7 +280,7 @@ class StepPlan(CellsPlan):
     def again(self) -> bool:
         cache, step = self._cache, self._step
         # Every other change of the cache replaces `_step`.
-        if step is None or cache._step is not step or not step.is_plain:
+        if step is None or cache._step is not step or not step.run:
             return False
         part = step.parts[0]
         placement = append(cache._table, part.sequence, part.indices, cache._rule, cache._rewind)
