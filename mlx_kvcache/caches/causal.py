@@ -89,14 +89,14 @@ class PositionalCache(KeyValueCache):
         source = self._table[src]
         end = min(length, source.end)
         new = Sequence(end, clip(source.spans, 0, end)) if end else None
-        return EditPlan(self, Placement(changes={dst: new}))
+        return CellsPlan(self, Placement(changes={dst: new}))
 
     def _plan_remove(self, sequence: int, begin: int, end: int | None) -> Plan:
         stop = self._clipped(sequence, end)
         if begin >= stop:
-            return EditPlan(self, Placement())
+            return CellsPlan(self, Placement())
         if end is None:
-            return EditPlan(self, drop_tail(self._table, sequence, begin))
+            return CellsPlan(self, drop_tail(self._table, sequence, begin))
         removal = remove_range(self._table, sequence, begin, stop, self._rule)
         if removal.moves and self._shift is None:
             raise NotSupportedError(
@@ -108,7 +108,7 @@ class PositionalCache(KeyValueCache):
 
     def _plan_edit(self, removal: Placement, rebase: Rebase) -> Plan:
         """Plan a removal, with lazy arrays for the tokens to re-base."""
-        return EditPlan(self, removal, self._store.stage(removal, rebase))
+        return CellsPlan(self, removal, self._store.stage(removal, rebase))
 
     def _rebase(self, offset: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         assert self._shift is not None
@@ -123,7 +123,7 @@ class PositionalCache(KeyValueCache):
         return snapshot_of(self._table, self._store, sequence)
 
     def _plan_restore(self, sequence: int, snapshot: Snapshot) -> Plan:
-        return EditPlan(self, *restore(self._table, self._store, sequence, snapshot))
+        return CellsPlan(self, *restore(self._table, self._store, sequence, snapshot))
 
     def _set_causal(self, options: CausalOptions) -> None:
         step = self._current()
@@ -221,16 +221,45 @@ class Journal:
 
 
 class CellsPlan(Plan):
-    """A change of a `PositionalCache`."""
+    """Changes the sequences of a `PositionalCache`; `get` of the last forward pass stops working.
 
-    def __init__(self, cache: PositionalCache, placement: Placement) -> None:
+    `staged` are the new arrays, and `forms` those of the layers that a restored sequence needs.
+    """
+
+    def __init__(
+        self,
+        cache: PositionalCache,
+        placement: Placement,
+        staged: Staged | None = None,
+        forms: Mapping[int, Form] | None = None,
+    ) -> None:
         self._cache = cache
         self._placement = placement
+        self._staged = staged or {}
+        self._forms = forms or {}
         self._journal: Journal | None = None
+
+    def make(self) -> None:
+        if not self._placement.changes:
+            return
+        cache, table = self._cache, self._cache._table
+        self._journal = journal = Journal(cache)
+        cache._step = None
+        journal.open(self._forms)
+        # A removal may write to segments that are there, which must not move then.
+        if self._forms and allocated_after(table, self._placement) > table.room:
+            journal.apply(compact(table))
+        journal.apply(self._placement, self._staged)
 
     def unmake(self) -> None:
         if self._journal:
             self._journal.roll_back()
+
+    def arrays(self) -> Iterable[mx.array]:
+        return arrays_in(self._staged)
+
+    def settle(self) -> None:
+        self._cache._sweep()
 
 
 class StepPlan(CellsPlan):
@@ -313,42 +342,6 @@ class ReservePlan(CellsPlan):
     def undo(self) -> None:
         if self._cache._step is self._reservation:
             self._cache._step = None
-
-
-class EditPlan(CellsPlan):
-    """Changes sequences between forward passes; `get` of the last pass stops working.
-
-    `staged` are the new arrays, and `forms` those of the layers that a restored sequence needs.
-    """
-
-    def __init__(
-        self,
-        cache: PositionalCache,
-        placement: Placement,
-        staged: Staged | None = None,
-        forms: Mapping[int, Form] | None = None,
-    ) -> None:
-        super().__init__(cache, placement)
-        self._staged = staged or {}
-        self._forms = forms or {}
-
-    def make(self) -> None:
-        if not self._placement.changes:
-            return
-        cache, table = self._cache, self._cache._table
-        self._journal = journal = Journal(cache)
-        cache._step = None
-        journal.open(self._forms)
-        # A removal may write to segments that are there, which must not move then.
-        if self._forms and allocated_after(table, self._placement) > table.room:
-            journal.apply(compact(table))
-        journal.apply(self._placement, self._staged)
-
-    def arrays(self) -> Iterable[mx.array]:
-        return arrays_in(self._staged)
-
-    def settle(self) -> None:
-        self._cache._sweep()
 
 
 class CausalCache(PositionalCache):
