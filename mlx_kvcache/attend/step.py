@@ -30,13 +30,7 @@ class Step:
     """A forward pass: a placement bound to arrays, shared by all layers."""
 
     def __init__(
-        self,
-        placed: list[Placed],
-        n: int,
-        rule: Rule,
-        config: CacheConfig,
-        store: Store,
-        table: CellTable,
+        self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: Store, table: CellTable
     ) -> None:
         self.n = n
         self.parts = [Part(part, n) for part in placed]
