@@ -60,7 +60,9 @@ def stored(cache: PlanningCache, sequence: int) -> mx.array:
     """The keys of a sequence (tokens, features) as they lie in the first layer."""
     assert isinstance(cache, PositionalCache)
     pairs = cache._store.layers[0].pairs
-    parts = [pairs[span.segment].keys[0, 0, span.start : span.stop] for span in cache._table[sequence].spans]
+    parts = [
+        pairs[span.segment].keys[0][0, 0, span.start : span.stop] for span in cache._table[sequence].spans
+    ]
     return mx.concatenate(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,12 @@ def _whole(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
         if value < 0:
             raise ValueError(f"{name}[{index}] is {value}; it must be 0 or more")
     return values
+
+
+def _check_inside(what: str, indices: tuple[int, ...], n: int) -> None:
+    for index in indices:
+        if index >= n:
+            raise ValueError(f"{what} index {index} is out of range for a batch of {n} tokens")
 
 
 @dataclass(frozen=True, init=False)
@@ -53,11 +60,10 @@ class Batch:
         if n != len(self.sequences):
             raise ValueError(f"a batch needs a sequence per position, got {n} and {len(self.sequences)}")
         if n > 1 and len(set(zip(self.sequences, self.positions, strict=True))) != n:
-            sequence, position = self._first_duplicate()
+            pairs = Counter(zip(self.sequences, self.positions, strict=True))
+            [((sequence, position), _)] = pairs.most_common(1)
             raise ValueError(f"a batch has position {position} of sequence {sequence} twice")
-        for index in self.multimodal:
-            if index >= n:
-                raise ValueError(f"multimodal index {index} is out of range for a batch of {n} tokens")
+        _check_inside("multimodal", self.multimodal, n)
 
     @classmethod
     def run(cls, sequence: int, begin: int, n: int) -> Batch:
@@ -79,11 +85,12 @@ class Batch:
             )
         batch = object.__new__(cls)
         # These fields are valid by construction, so `__init__` need not check each token.
-        fields = batch.__dict__
-        fields["positions"] = tuple(range(begin, begin + n))
-        fields["sequences"] = (sequence,) * n
-        fields["multimodal"] = ()
-        fields["rows"] = MappingProxyType({sequence: tuple(range(n))})
+        batch.__dict__.update(
+            positions=tuple(range(begin, begin + n)),
+            sequences=(sequence,) * n,
+            multimodal=(),
+            rows=MappingProxyType({sequence: tuple(range(n))}),
+        )
         return batch
 
     def __len__(self) -> int:
@@ -95,9 +102,8 @@ class Batch:
         found: dict[int, list[int]] = {}
         for index, sequence in enumerate(self.sequences):
             found.setdefault(sequence, []).append(index)
-        by_position = self.positions.__getitem__
         return MappingProxyType(
-            {sequence: tuple(sorted(rows, key=by_position)) for sequence, rows in found.items()}
+            {name: tuple(sorted(rows, key=self.positions.__getitem__)) for name, rows in found.items()}
         )
 
     def check_continues(self, end_of: Callable[[int], int]) -> None:
@@ -117,14 +123,6 @@ class Batch:
                     f"sequence {sequence} ends at {end}, so its next {len(rows)} tokens need positions "
                     f"{end} to {end + len(rows) - 1}, got {first} to {last}"
                 )
-
-    def _first_duplicate(self) -> tuple[int, int]:
-        seen: set[tuple[int, int]] = set()
-        for pair in zip(self.sequences, self.positions, strict=True):
-            if pair in seen:
-                return pair
-            seen.add(pair)
-        raise AssertionError("called without a duplicate")
 
 
 @dataclass(frozen=True, init=False)
@@ -146,9 +144,7 @@ class CausalOptions:
 
     def check(self, n: int) -> None:
         """Raises ValueError if an index is out of range for a batch of n tokens."""
-        for index in self.except_:
-            if index >= n:
-                raise ValueError(f"except_ index {index} is out of range for a batch of {n} tokens")
+        _check_inside("except_", self.except_, n)
 
 
 @dataclass(frozen=True)

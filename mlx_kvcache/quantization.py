@@ -64,11 +64,11 @@ class Quantization:
     def _codecs(self, bits: Bits) -> Codecs:
         if isinstance(bits, tuple) and len(bits) != 2:
             raise ValueError(f"bits must be one width or a pair (keys, values), got {bits}")
-        keys, values = bits if isinstance(bits, tuple) else (bits, bits)
-        return self._codec(keys), self._codec(values)
-
-    def _codec(self, bits: int | None) -> Codec | None:
-        return None if bits is None else checked_codec(bits, self.group_size)
+        keys, values = (
+            None if width is None else checked_codec(width, self.group_size)
+            for width in (bits if isinstance(bits, tuple) else (bits, bits))
+        )
+        return keys, values
 
 
 def checked_codec(bits: int, group_size: int) -> Codec:

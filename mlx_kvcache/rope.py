@@ -10,11 +10,6 @@ import mlx.nn as nn
 
 from .errors import NotSupportedError
 
-_LENGTH_DEPENDENT = (
-    "its rotation does not depend on the difference of positions alone, "
-    "so stored keys cannot be re-based exactly"
-)
-
 
 @dataclass(frozen=True)
 class RopeShift:
@@ -76,16 +71,18 @@ class RopeShift:
             )
         freqs = getattr(module, "_freqs", None)
         base, scale = getattr(module, "base", None), getattr(module, "scale", 1.0)
-        if freqs is None and base is None:
-            raise NotSupportedError(f"cannot read {name}: it has neither _freqs nor base")
-        traditional = bool(getattr(module, "traditional", False))
         if freqs is not None:
             base, scale = None, 1.0
-        shift = cls(dims, base, traditional, scale, freqs)
+        elif base is None:
+            raise NotSupportedError(f"cannot read {name}: it has neither _freqs nor base")
+        shift = cls(dims, base, bool(getattr(module, "traditional", False)), scale, freqs)
         longest = getattr(module, "max_position_embeddings", None) or 0
         for distance in (5, longest + 7):
             if not shift._explains(module, distance):
-                raise NotSupportedError(f"{name}({dims}): {_LENGTH_DEPENDENT}")
+                raise NotSupportedError(
+                    f"{name}({dims}): its rotation does not depend on the difference of positions alone, "
+                    "so stored keys cannot be re-based exactly"
+                )
         return shift
 
     def _explains(self, module: nn.Module, distance: int) -> bool:

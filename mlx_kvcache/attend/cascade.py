@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..storage.buffers import Cells, Lanes, cells_of
+from ..cells.spans import Span, Spans, clip
+from ..storage.buffers import Lanes
 from .part import Attending, Part, take
 from .products import scores_of, weighted_sum
 from .step import Step
@@ -21,44 +22,40 @@ LONG = 256
 """The number of keys not copied or read again from which cascade attention is faster."""
 
 
-class Member(NamedTuple):
-    """A sequence's part, and the cells after the shared ones that it sees."""
-
-    part: Part
-    rest: list[Cells]
-
-
 class Shared(NamedTuple):
-    """A run of cells that all queries of its members see completely."""
+    """A run of cells that all queries of its members see completely.
 
-    run: Cells
-    members: list[Member]
+    Each member is a sequence's part, and the cells after the shared ones that it sees.
+    """
+
+    run: Span
+    members: list[tuple[Part, Spans]]
 
 
 def shared_runs(step: Step) -> list[Shared]:
     """Returns the runs of cells for which cascade attention is faster."""
     groups: dict[tuple[int, int, int], list[Part]] = {}
     for part in step.parts:
-        if part.cells and step.sees_whole(part):
-            segment, _, index = part.cells[0]
-            groups.setdefault((segment, index[2].start, part.ranges[0][0]), []).append(part)
+        if part.cells and not step.later and step.rule.lower(part.end - 1) <= part.ranges[0][0]:
+            # All its queries see all its earlier keys.
+            groups.setdefault(part.cells[0][:3], []).append(part)
     found = []
-    for (segment, start, _), parts in groups.items():
+    for (segment, start, position), parts in groups.items():
         # The run ends before the new keys, so that the mask of the rest is a plain causal one.
-        stop = min(min(part.cells[0][1], start + part.begin - part.ranges[0][0]) for part in parts)
-        size = stop - start
+        end = min(min(part.cells[0].end, part.begin) for part in parts)
+        size = end - position
         copied = sum(len(part.ranges) > 1 for part in parts)
         if size > 0 and size * max(copied, len(parts) - 1) >= LONG:
-            members = [Member(part, _beyond(part, stop)) for part in parts]
-            found.append(Shared(cells_of(segment, start, stop), members))
+            members = [(part, clip(part.cells, end)) for part in parts]
+            found.append(Shared(Span(segment, start, position, size), members))
     return found
 
 
 def attend_shared(step: Step, layer: int, shared: Shared, given: Attending) -> list[mx.array]:
     """Returns the output of each member, (1, n_heads, its number of tokens, value_dim)."""
     groups = step.store.layers[layer].form.heads
-    run = step.stored(layer, [shared.run])
-    queries = [take(given.queries, member.part.rows) * given.scale for member in shared.members]
+    run = step.stored(layer, (shared.run,))
+    queries = [take(given.queries, part.rows) * given.scale for part, _ in shared.members]
     together = mx.concatenate(queries, axis=2) if len(queries) > 1 else queries[0]
     run_out, run_sum = _attend(together, run, groups, causal=False)
     outputs, start = [], 0
@@ -91,10 +88,3 @@ def _attend(queries: mx.array, pieces: list[Lanes], groups: int, causal: bool) -
     total = mx.logsumexp(scores.astype(mx.float32), axis=-1, keepdims=True)
     out = weighted_sum(mx.softmax(scores, axis=-1, precise=True), pieces)
     return out.astype(mx.float32).reshape(1, heads, n, -1), total.reshape(1, heads, n, 1)
-
-
-def _beyond(part: Part, stop: int) -> list[Cells]:
-    """The cells of a part without those of its first run before `stop`."""
-    segment, end, _ = part.cells[0]
-    first = [cells_of(segment, stop, end)] if stop < end else []
-    return first + part.cells[1:]

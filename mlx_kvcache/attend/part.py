@@ -8,7 +8,6 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..cells.placement import Placed
-from ..storage.buffers import cells_in
 from ..storage.codec import index_of
 
 Rows = slice | mx.array | None
@@ -50,27 +49,16 @@ class Part:
     __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
 
     def __init__(self, placed: Placed, n: int) -> None:
-        self.sequence = placed.sequence
-        self.indices = placed.rows
-        self.rows = rows_of(placed.rows, n)
-        self.move(placed, n)
-
-    def move(self, placed: Placed, n: int) -> None:
-        """Changes positions and cells to those of the next forward pass with the same batch indices."""
-        self.begin, self.end = placed.begin, placed.end
-        self.fresh = placed.fresh
-        self.stores = [
-            (
-                w.segment,
-                index_of(w.cell, w.cell + w.size),
-                rows_of(placed.rows[w.first : w.first + w.size], n),
-            )
-            for w in placed.writes
-        ]
-        self.cells = cells_in(placed.reads)
-        self.ranges = [(span.position, span.end) for span in placed.reads]
-        if placed.fresh:
-            self.ranges.append((placed.begin, placed.end))
+        self.sequence, self.indices, self.begin, self.end, writes, self.cells, self.fresh = placed
+        self.rows = rows_of(self.indices, n)
+        self.stores = []
+        for segment, cell, position, size in writes:
+            first = position - self.begin
+            rows = rows_of(self.indices[first : first + size], n)
+            self.stores.append((segment, index_of(cell, cell + size), rows))
+        self.ranges = [(span.position, span.end) for span in self.cells]
+        if self.fresh:
+            self.ranges.append((self.begin, self.end))
 
     @property
     def size(self) -> int:
@@ -99,17 +87,7 @@ class Attending(NamedTuple):
 
 
 def check_queries(given: Attending, n: int, layer: int, heads: int, dim: int) -> None:
-    """Checks that queries and sinks fit n tokens and the keys of a layer.
-
-    Args:
-        given: the arguments of `attention`.
-        n: the number of tokens in the batch.
-        layer: the layer, for messages.
-        heads, dim: the number of heads and the head_dim of the keys.
-
-    Raises:
-        ValueError: a shape or dtype does not fit.
-    """
+    """Raises ValueError unless queries and sinks fit n tokens and keys of `heads` heads of `dim` features."""
     shape, sinks = given.queries.shape, given.sinks
     if len(shape) != 4 or shape[0] != 1 or shape[2] != n:
         raise ValueError(f"queries are {shape}, expected (1, n_heads, {n}, head_dim)")

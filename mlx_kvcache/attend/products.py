@@ -39,26 +39,15 @@ STRETCH = 128
 def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
     """Attends to all keys without a mask.
 
-    Args:
-        rows: (1, n_kv_heads, m, head_dim), queries that are already scaled.
-        pieces: keys and values, in order.
-
-    Returns:
-        (1, n_kv_heads, m, value_dim).
+    Rows are scaled queries (1, n_kv_heads, m, head_dim); returns (1, n_kv_heads, m, value_dim).
     """
     return weighted_sum(mx.softmax(scores_of(rows, pieces), axis=-1, precise=True), pieces)
 
 
 def attend_single(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Attends from one token to all keys.
+    """Attends from one token's queries (1, n_heads, 1, head_dim) to keys (1, n_kv_heads, S, head_dim).
 
-    Args:
-        queries: (1, n_heads, 1, head_dim).
-        keys, values: (1, n_kv_heads, S, head_dim).
-        scale: the factor of the scores.
-
-    Returns:
-        (1, n_heads, 1, value_dim), in the dtype of the queries.
+    Returns (1, n_heads, 1, value_dim), in the dtype of the queries.
     """
     _, heads, _, dim = queries.shape
     groups = keys.shape[1]
@@ -70,22 +59,13 @@ def attend_single(queries: mx.array, keys: mx.array, values: mx.array, scale: fl
 def attend_causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Causal attention in stretches of queries, so that keys after a stretch are not multiplied.
 
-    Args:
-        queries: (B, n_heads, n, head_dim), of the newest n tokens.
-        keys, values: (B, n_kv_heads, S, head_dim).
-        scale: the factor of the scores.
-
-    Returns:
-        (B, n_heads, n, value_dim).
+    The queries (B, n_heads, n, head_dim) are those of the newest n tokens of S keys (B, n_kv_heads, S,
+    head_dim). Returns (B, n_heads, n, value_dim).
     """
     n, size = queries.shape[2], keys.shape[2]
     outputs = []
     for begin in range(0, n, STRETCH):
         end = min(n, begin + STRETCH)
-        seen = size - n + end
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                queries[:, :, begin:end], keys[:, :, :seen], values[:, :, :seen], scale=scale, mask="causal"
-            )
-        )
+        q, k, v = queries[:, :, begin:end], keys[:, :, : size - n + end], values[:, :, : size - n + end]
+        outputs.append(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal"))
     return mx.concatenate(outputs, axis=2)

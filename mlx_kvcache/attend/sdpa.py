@@ -10,6 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..storage import codec
+from .blocks import Stretch, cut
 from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
 from .products import attend_all, attend_single
@@ -17,18 +18,13 @@ from .step import Step
 
 
 def attend(step: Step, layer: int, given: Attending) -> mx.array:
-    """Puts keys and values unless they are None, and attends.
-
-    Args:
-        step: the forward pass.
-        layer: the layer.
-        given: the arguments of `attention`, checked.
+    """Puts keys and values unless they are None, and attends; `given` is checked.
 
     Returns:
         (1, n_heads, n, value_dim), in batch order.
     """
     if given.keys is not None and given.values is not None:
-        if step.is_plain and not (step.is_packed(step.parts[0]) and step.is_decoding):
+        if step.run and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
             if step.is_decoding and given.sinks is None and codec.is_cpu():
                 return attend_single(given.queries, *history, given.scale)
@@ -39,7 +35,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
-            found |= {m.part.sequence: out for m, out in zip(shared.members, outputs, strict=True)}
+            found |= {part.sequence: out for (part, _), out in zip(shared.members, outputs, strict=True)}
         left = [part for part in step.parts if part.sequence not in found]
         if single := _decodes(step, layer, left):
             outputs = _decoded(step, layer, single, given)
@@ -66,18 +62,15 @@ def _batch_order(step: Step) -> mx.array | None:
     return None if back == list(range(step.n)) else mx.array(back)
 
 
-def _is_packed(step: Step, layer: int, part: Part) -> bool:
-    """Whether the keys or values that a part sees need decoding for MLX's own attention."""
-    return step.store.layers[layer].form.is_packed and step.is_packed(part)
-
-
 def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
     """The parts with a single query for which plain products are faster than MLX's own attention."""
     if not step.is_decoding:
         return []
     if codec.is_cpu():
         return left
-    return [part for part in left if _is_packed(step, layer, part)]
+    # MLX's own attention would decode quantized cells first.
+    is_packed = step.store.layers[layer].form.is_packed
+    return [part for part in left if is_packed and step.is_packed(part)]
 
 
 def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:
@@ -105,7 +98,7 @@ def _stretches(
     """Attends with MLX's own attention, in stretches: keys outside a window or chunk are not multiplied."""
     sdpa, (keys, values) = mx.fast.scaled_dot_product_attention, history
     scale, sinks = given.scale, given.sinks
-    stretches = step.stretches(part)
+    stretches = step.once(_cut, part)
     if len(stretches) == 1:
         out = sdpa(queries, keys, values, scale=scale, mask=stretches[0].mask, sinks=sinks)
         return out.astype(queries.dtype)
@@ -114,3 +107,8 @@ def _stretches(
         for q, k, mask in stretches
     ]
     return mx.concatenate(outputs, axis=2).astype(queries.dtype)
+
+
+def _cut(step: Step, part: Part) -> list[Stretch]:
+    whole = Stretch(slice(None), slice(None), step.own_mask(part))
+    return [whole] if step.later.intersection(part.indices) else cut(step.rule, part, whole)

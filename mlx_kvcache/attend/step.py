@@ -1,7 +1,4 @@
-"""A forward pass in progress: writes each layer's K and V, and returns the history and masks of its queries.
-
-`check_complete` checks at the end of the pass that every layer was put.
-"""
+"""A forward pass in progress: writes each layer's K and V, and returns history and masks of its queries."""
 
 from __future__ import annotations
 
@@ -15,61 +12,42 @@ import numpy as np
 from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.spans import Sequence as Held
+from ..cells.spans import Spans
 from ..cells.table import CellTable
 from ..cells.visibility import Rule
 from ..errors import CacheError
-from ..storage.buffers import AnyPair, Buffers, Cells, Form, Lanes, Store, concatenated
-from ..storage.codec import Index, Plain
+from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
+from ..storage.codec import Index, Plain, index_of
 from ..storage.masks import Mask, array_mask, positions_of
-from .blocks import Stretch, cut
 from .part import Part, take
 
 T = TypeVar("T")
-
-Written = tuple[dict[int, AnyPair], tuple[mx.array, mx.array] | None]
-"""The K and V that one layer wrote in a step: pairs by segment, and the batch if it is kept."""
 
 _names = count(1)
 
 
 class Step:
-    """A forward pass: a placement bound to arrays, shared by all layers.
-
-    Args:
-        placed: the placement of each sequence's tokens.
-        n: the number of tokens in the batch.
-        rule: the visibility rule.
-        config: the format of the history that `get` returns.
-        store: the buffers.
-        table: the table, for capacities and quantized segments.
-    """
+    """A forward pass: a placement bound to arrays, shared by all layers."""
 
     def __init__(
-        self,
-        placed: list[Placed],
-        n: int,
-        rule: Rule,
-        config: CacheConfig,
-        store: Store,
-        table: CellTable,
+        self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: Store, table: CellTable
     ) -> None:
         self.n = n
         self.parts = [Part(part, n) for part in placed]
-        self._rule = rule
+        self.rule = rule
         self._config = config
         self.store = store
         self._capacity = table.capacity
         self._packed = table.packed
-        self._later: frozenset[int] = frozenset()
+        self.later: frozenset[int] = frozenset()
+        """The batch indices of tokens that also see later tokens of their sequence."""
         self._found: dict[Any, Any] = {}
         self.name = next(_names)
-        self._batches: dict[int, tuple[mx.array, mx.array] | None] = {}
-        self._whole_mask: Mask = None
-        self._has_mask = False
-        self._stretches: dict[int, list[Stretch]] = {}
+        self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
-        self._is_joint = n > 1 and self.is_decoding
-        self._plain = self._only_run()
+        self.run = self._only_run()
+        """The segment, the new cells and the visible cells, if the step reads and writes one run of cells of
+        one sequence, in batch order; otherwise None."""
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.opened: list[int] = []
@@ -79,38 +57,48 @@ class Step:
 
     def move(self, placed: Placed) -> None:
         """Becomes the next step of a single sequence, with the same number of tokens."""
-        self.parts[0].move(placed, self.n)
+        self.parts[0] = Part(placed, self.n)
         self.name = next(_names)
         self.opened.clear()
-        self._later = frozenset()
-        self._found.clear()
-        self._has_mask = False
-        self._stretches.clear()
-        self._plain = self._only_run()
+        self.set_later(())
+        self.run = self._only_run()
 
-    def sees_whole(self, part: Part) -> bool:
-        """Whether all queries of a part see all of its keys from before this step."""
-        return not self._later and self._rule.lower(part.end - 1) <= part.ranges[0][0]
-
-    def once(self, find: Callable[[Step], T]) -> T:
-        """Returns find(self), computed once for all layers."""
-        if find not in self._found:
-            self._found[find] = find(self)
-        found: T = self._found[find]
+    def once(self, find: Callable[..., T], *args: Any) -> T:
+        """Returns find(self, *args), computed once for all layers."""
+        key = find, *args
+        if key not in self._found:
+            self._found[key] = find(self, *args)
+        found: T = self._found[key]
         return found
 
     def set_later(self, indices: tuple[int, ...]) -> None:
         """Lets the tokens at these batch indices also see later tokens of their sequence."""
         self._found.clear()
-        self._has_mask = False
-        self._stretches.clear()
-        self._later = frozenset(indices)
+        self.later = frozenset(indices)
 
-    def finish(self) -> None:
-        """Ends the step: refuses every further `put`."""
+    def finish(self, before: Mapping[int, Held | None]) -> None:
+        """Ends the step: refuses every further `put`.
+
+        Raises CacheError if tokens would lack keys and values in a layer: one of earlier steps was not put,
+        or a new one was put for sequences that held tokens `before`.
+        """
+        left = sorted(layer for layer, buffers in self.store.layers.items() if buffers.written != self.name)
+        if left:
+            raise CacheError(
+                f"layers {left} were put in earlier batches but not in this one of {self.n} tokens, so the "
+                "batch is undone: later tokens would attend to unwritten cells; put all layers in every batch"
+            )
+        for sequence, old in before.items():
+            # With windows and chunks, a sequence may hold no cells.
+            if self.opened and old and old.spans:
+                raise CacheError(
+                    f"layers {sorted(self.opened)} were not put for the {old.end} tokens of sequence "
+                    f"{sequence} but are in this batch of {self.n} tokens, so the batch is undone: it would "
+                    "attend to unwritten cells; put every layer in every batch"
+                )
         self.is_over = True
         # The fast path of `exchange` does not check `is_over`.
-        self._plain = None
+        self.run = None
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes the batch's keys and values, or nothing if an exception interrupts."""
@@ -119,7 +107,11 @@ class Step:
         known = self.store.layers.get(layer)
         form = known.form if known else self.store.form_for(layer, keys, values)
         keys, values = form.checked(self.n, layer, keys, values)
-        before = self._written_before(known, layer)
+        pairs: dict[int, Pair] = {}
+        batch = self._batches.get(layer)
+        if known and known.written == self.name:
+            # This step wrote the layer before, and keeps what it wrote then if it fails now.
+            pairs = {segment: known.pairs[segment].copy() for segment in self._segments()}
         try:
             if known is None:
                 self.opened.append(layer)
@@ -128,26 +120,27 @@ class Step:
             if known is None:
                 self.store.layers.pop(layer, None)
                 self.opened[:] = [other for other in self.opened if other != layer]
-            elif before:
-                known.pairs.update(before[0])
-                self._batches[layer] = before[1]
+            else:
+                known.pairs.update(pairs)
+                if batch:
+                    self._batches[layer] = batch
             raise
 
-    def _written_before(self, buffers: Buffers | None, layer: int) -> Written | None:
-        """Copies of the pairs that an earlier `put` of this step wrote, in case the next one fails."""
-        if buffers is None or buffers.written != self.name:
-            return None
-        segments = {segment for part in self.parts for segment, _, _ in part.stores}
-        return {segment: buffers.pairs[segment].copy() for segment in segments}, self._batches.get(layer)
+    def _segments(self) -> set[int]:
+        """The segments that this step writes to."""
+        return {segment for part in self.parts for segment, _, _ in part.stores}
 
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
         # One split for all sequences costs less than a slice for each.
-        each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if self._is_joint else None
+        is_joint = self.n > 1 and self.is_decoding
+        each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if is_joint else None
         for part in self.parts:
             for segment, index, rows in part.stores:
                 pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
                 if each:
                     pair.write(index, *(arrays[part.indices[0]] for arrays in each))
+                elif rows is None:
+                    pair.write(index, keys, values)
                 else:
                     pair.write(index, take(keys, rows), take(values, rows))
         if self._keeps_batch:
@@ -157,7 +150,7 @@ class Step:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays of all layers that this step writes to."""
-        segments = {segment for part in self.parts for segment, _, _ in part.stores}
+        segments = self._segments()
         return [
             array
             for buffers in self.store.layers.values()
@@ -173,20 +166,15 @@ class Step:
 
     def is_packed(self, part: Part) -> bool:
         """Whether a part sees cells of a packed segment."""
-        return any(segment in self._packed for segment, _, _ in part.cells)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the step reads and writes one run of cells of one sequence, in batch order."""
-        return self._plain is not None
+        return any(span.segment in self._packed for span in part.cells)
 
     def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Puts keys and values and returns the history of a step with one part. Fast if `is_plain`."""
+        """Puts keys and values and returns the history of a step with one part. Fast if it has a `run`."""
         buffers = self.store.layers.get(layer)
-        if self._plain is None or buffers is None:
+        if self.run is None or buffers is None:
             self.put(layer, keys, values)
             return self.history(layer, self.parts[0])
-        segment, new, seen = self._plain
+        segment, new, seen = self.run
         form = buffers.form
         if form is not self._form:
             self._shapes = (1, form.heads, self.n, form.key_dim), (1, form.heads, self.n, form.value_dim)
@@ -205,18 +193,19 @@ class Step:
             pair.write(new, keys, values)
             buffers.written = self.name
             return pair.read(seen)
-        stored_keys, stored_values = pair.keys, pair.values
+        stored_keys, stored_values = pair.keys[0], pair.values[0]
         stored_keys[new], stored_values[new] = keys, values
         buffers.written = self.name
         return stored_keys[seen], stored_values[seen]
 
     def _only_run(self) -> tuple[int, Index, Index] | None:
-        """The segment, the new cells and the visible cells if `is_plain`, else None."""
         part = self.parts[0]
         if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
             return None
-        [(target, new, rows)], [(segment, _, seen)] = part.stores, part.cells
-        return (segment, new, seen) if rows is None and target == segment else None
+        [(target, new, rows)], [seen] = part.stores, part.cells
+        if rows is not None or target != seen.segment:
+            return None
+        return target, new, index_of(seen.start, seen.stop)
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""
@@ -227,16 +216,14 @@ class Step:
 
     def _fresh(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """K and V of a part's new tokens from the batch, because not all of them are stored."""
-        batch = self._batches[layer]
-        assert batch is not None
-        keys, values = take(batch[0], part.rows), take(batch[1], part.rows)
+        keys, values = (take(array, part.rows) for array in self._batches[layer])
         form = self.store.layers[layer].form
         if form.is_packed and any(segment in self._packed for segment, _, _ in part.stores):
             # Quantize and decode them like stored tokens, or outputs would depend on how a prompt is split.
             return form.decoded(form.stored((Plain(keys), Plain(values)), is_packed=True))
         return keys, values
 
-    def lanes(self, layer: int, part: Part, cells: list[Cells]) -> list[Lanes]:
+    def lanes(self, layer: int, part: Part, cells: Spans) -> list[Lanes]:
         """Returns some of a part's cells as lanes, and its new tokens if the part is `fresh`."""
         pieces = self.stored(layer, cells)
         if part.fresh:
@@ -244,7 +231,7 @@ class Step:
             pieces.append((Plain(keys), Plain(values)))
         return pieces
 
-    def stored(self, layer: int, cells: list[Cells]) -> list[Lanes]:
+    def stored(self, layer: int, cells: Spans) -> list[Lanes]:
         """Returns cells as lanes: as they are stored if each sequence has one query, else in float."""
         buffers = self.store.layers[layer]
         if self.is_decoding or not buffers.form.is_packed:
@@ -258,7 +245,7 @@ class Step:
         padding = -keys.shape[2] % self._config.padding
         if padding:
             keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, padding), (0, 0)]) for array in (keys, values))
-        return keys, values, self._mask(padding)
+        return keys, values, self.once(Step._mask, padding)
 
     def check_put(self, layer: int) -> None:
         """Raises CacheError if the layer was not put in this step."""
@@ -266,39 +253,22 @@ class Step:
         if buffers is None or buffers.written != self.name:
             raise CacheError(f"layer {layer} has had no put in this batch")
 
-    def stretches(self, part: Part) -> list[Stretch]:
-        """Returns the queries of a part, by rising position, in stretches that see about the same keys."""
-        found = self._stretches.get(part.sequence)
-        if found is None:
-            whole = Stretch(slice(None), slice(None), self.own_mask(part))
-            is_whole = bool(self._later.intersection(part.indices))
-            found = [whole] if is_whole else cut(self._rule, part, whole)
-            self._stretches[part.sequence] = found
-        return found
-
     def own_mask(self, part: Part) -> Mask:
         """Returns the mask of a part's queries over its history, both by rising position."""
-        if self._later and self._later.intersection(part.indices):
-            return self._array_mask([part], part.indices, 0)
-        if part.end - part.begin == 1:
-            return None
-        lowest = max(0, self._rule.lower(part.begin), self._rule.sinks)
-        if self._rule.lower(part.end - 1) <= lowest:
-            return "causal"
+        if not self.later.intersection(part.indices):
+            if part.end - part.begin == 1:
+                return None
+            lowest = max(0, self.rule.lower(part.begin), self.rule.sinks)
+            if self.rule.lower(part.end - 1) <= lowest:
+                return "causal"
         return self._array_mask([part], part.indices, 0)
 
     def _mask(self, padding: int) -> Mask:
         """The mask of the batch's tokens, in batch order, over the whole history."""
-        if not self._has_mask:
-            only = self.parts[0] if len(self.parts) == 1 and self.parts[0].rows is None else None
-            if only and not padding and self._config.mask_dtype is None:
-                self._whole_mask = self.own_mask(only)
-            else:
-                self._whole_mask = self._array_mask(
-                    self.parts, range(self.n), padding, self._config.mask_dtype
-                )
-            self._has_mask = True
-        return self._whole_mask
+        only, dtype = self.parts[0], self._config.mask_dtype
+        if len(self.parts) == 1 and only.rows is None and not padding and dtype is None:
+            return self.own_mask(only)
+        return self._array_mask(self.parts, range(self.n), padding, dtype)
 
     def _array_mask(
         self, parts: list[Part], indices: Sequence[int], padding: int, dtype: mx.Dtype | None = None
@@ -309,39 +279,12 @@ class Step:
             positions[list(part.indices)] = np.arange(part.begin, part.end)
             owners[list(part.indices)] = number
         chosen = list(indices)
-        later = np.isin(chosen, list(self._later)) if self._later else None
+        later = np.isin(chosen, list(self.later)) if self.later else None
         keys = positions_of([pair for part in parts for pair in part.ranges])
         both = None
         if len(parts) > 1:
             both = owners[chosen], np.repeat(np.arange(len(parts), dtype=np.int32), [p.size for p in parts])
-        return array_mask(self._rule, positions[chosen], keys, both, later, padding, dtype)
-
-
-def check_complete(step: Step, before: Mapping[int, Held | None]) -> None:
-    """Checks at the end of a step that no token lacks keys and values in a layer.
-
-    Args:
-        step: the step, with all its layers put.
-        before: the state of its sequences before the step.
-
-    Raises:
-        CacheError: a layer of earlier steps was not put, or a new layer was put for sequences that already
-            hold tokens.
-    """
-    left = sorted(layer for layer, buffers in step.store.layers.items() if buffers.written != step.name)
-    if left:
-        raise CacheError(
-            f"layers {left} were put in earlier batches but not in this one of {step.n} tokens, so the batch "
-            "is undone: later tokens would attend to unwritten cells; put every layer in every batch"
-        )
-    for sequence, old in before.items():
-        # With windows and chunks, a sequence may hold no cells.
-        if step.opened and old and old.spans:
-            raise CacheError(
-                f"layers {sorted(step.opened)} were not put for the {old.end} tokens of sequence {sequence} "
-                f"but are in this batch of {step.n} tokens, so the batch is undone: it would attend to "
-                "unwritten cells; put every layer in every batch"
-            )
+        return array_mask(self.rule, positions[chosen], keys, both, later, padding, dtype)
 
 
 def over(n: int) -> CacheError:

@@ -23,7 +23,7 @@ from ..attend.step import over
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..errors import CacheError
 from ..quantization import Quantization
-from .interface import History, Recurrent, checked_range, checked_recurrent
+from .interface import History, Recurrent, checked_recurrent
 from .plan import Plan
 
 Self = TypeVar("Self", bound="PlanningCache")
@@ -38,10 +38,8 @@ class PlanningCache(ABC):
 
     def __init__(self) -> None:
         self._config = CacheConfig()
-        self._ready = False
-        self._closed = False
-        self._layer = 0
-        self._max_batch = 0
+        self._ready = self._closed = False
+        self._layer = self._max_batch = 0
         self._block: Plan | None = None
         """The plan of the `forward` block under way."""
 
@@ -143,11 +141,11 @@ class PlanningCache(ABC):
         )
         if dtype is not None and not mx.issubdtype(dtype, mx.floating):
             raise ValueError(f"dtype must be a float type, got {dtype}")
-        self._max_batch = max_batch
         if head_dim is not None:
             (head_dim,) = whole(1, head_dim=head_dim)
             if quantization:
                 quantization.check(head_dim)
+        self._max_batch = max_batch
         try:
             self._open(dtype, max_sequences * capacity, quantization)
             self._ready = True
@@ -158,8 +156,8 @@ class PlanningCache(ABC):
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
         """Begin a forward pass: add the batch's tokens to their sequences.
 
-        The model then calls `put` and `get` for each layer. Nothing checks that it puts every layer, and
-        in a layer that it leaves out later tokens attend to zeros. Use `forward` to check that.
+        The model then calls `put` and `get` for each layer. Nothing checks that it puts every layer, as
+        `forward` does; in a layer that it leaves out later tokens attend to zeros.
 
         Args:
             batch: the new tokens. Each sequence continues at its `end`.
@@ -180,11 +178,10 @@ class PlanningCache(ABC):
     def forward(self: Self, batch: Batch) -> Iterator[Self]:
         """Run a forward pass in a `with` block: `start_forward`, and a check at the end.
 
-        If the block raises, the batch's tokens are removed again. At its end, the layers of keys and values
-        that were put must be the same as in earlier batches, because later tokens would attend to cells
-        without keys and values. A new layer is allowed if the batch's sequences held no tokens, and a
-        wrapper's child that has never been put is not checked. Encoder outputs and recurrent states stay as
-        they are if nothing is put.
+        If the block raises, the batch's tokens are removed again. The layers of keys and values that it puts
+        must be the same as in earlier batches, because later tokens would attend to cells without keys and
+        values. A new layer is allowed if the batch's sequences held no tokens, and a wrapper's child that has
+        never been put is not checked. Encoder outputs and recurrent states stay if nothing is put.
 
         After the block, `get` still works until the cache changes; `put` raises CacheError. A `remove` or
         `copy_prefix` that changes the cache inside the block ends the pass: its tokens stay, unchecked.
@@ -255,9 +252,9 @@ class PlanningCache(ABC):
     def can_resume(self, sequence: int, position: int) -> bool:
         """Return whether the next forward pass may continue the sequence at `position`.
 
-        It may if the cache still holds everything below `position` that tokens from there on can see.
-        The answer is False beyond the sequence's end, except in an encoder cache, where it is always True.
-        To continue at a `position` before the end, first call `remove(sequence, position)`.
+        It may if the cache still holds everything below `position` that tokens from there on can see; not
+        beyond the sequence's end, except in an encoder cache, which always may. To continue at a `position`
+        before the end, first call `remove(sequence, position)`.
 
         Raises:
             ValueError: a number is negative.
@@ -296,7 +293,11 @@ class PlanningCache(ABC):
             CacheFullError: shared cells have to be copied and there is no room.
         """
         self._check_ready()
-        sequence, begin, end = checked_range(sequence, begin, end)
+        sequence, begin = whole(sequence=sequence, begin=begin)
+        if end is not None:
+            (end,) = whole(end=end)
+            if end < begin:
+                raise ValueError(f"cannot remove [{begin}, {end}): end must be at least begin")
         self._plan_remove(sequence, begin, end, checked_recurrent(recurrent)).commit()
 
     def end(self, sequence: int) -> int:

@@ -6,28 +6,30 @@ the tokens that the rule lets later tokens see, in the cells of a `CellTable` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from ..arguments import whole
 from ..attend.part import Attending, check_queries
 from ..attend.sdpa import attend
-from ..attend.step import Step, check_complete
+from ..attend.step import Step
 from ..batch import Batch, CausalOptions
 from ..cells.placement import Placement, allocated_after, append, compact, place
-from ..cells.removal import Removal, drop_tail, remove_range
+from ..cells.removal import drop_tail, remove_range
 from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
 from ..errors import NotSupportedError
 from ..quantization import Quantization
-from ..storage.buffers import Form, Rebase, Staged, Store, arrays_in, cells_in
+from ..storage.buffers import Form, Rebase, Staged, Store, arrays_in
 from .base import KeyValueCache
 from .interface import History, Recurrent
-from .plan import Journal, Plan
+from .plan import Plan
 from .reservation import Reservation
-from .snapshot import RestorePlan, Snapshot, snapshot_of
+from .snapshot import Snapshot, restore, snapshot_of
 
 Shift = Callable[[int, mx.array, mx.array], mx.array]
 """(layer, keys (1, n_kv_heads, m, head_dim), offsets (m,) int32) -> keys at positions + offsets."""
@@ -50,8 +52,6 @@ class PositionalCache(KeyValueCache):
         self._table = CellTable(0)
         self._store = Store(None)
         self._step: Step | Reservation | None = None
-        self._asked: object = None
-        """The shapes and dtypes that `_attend` last found to fit."""
 
     @property
     def nbytes(self) -> int:
@@ -89,53 +89,43 @@ class PositionalCache(KeyValueCache):
         source = self._table[src]
         end = min(length, source.end)
         new = Sequence(end, clip(source.spans, 0, end)) if end else None
-        return EditPlan(self, Removal({dst: new}, None))
+        return CellsPlan(self, Placement(changes={dst: new}))
 
     def _plan_remove(
         self, sequence: int, begin: int, end: int | None, recurrent: Recurrent = "refuse"
     ) -> Plan:
-        length = self._table[sequence].end
         stop = self._clipped(sequence, end)
         if begin >= stop:
-            return EditPlan(self, Removal({}, None))
+            return CellsPlan(self, Placement())
         if end is None:
-            return EditPlan(self, drop_tail(self._table, sequence, begin))
+            return CellsPlan(self, drop_tail(self._table, sequence, begin))
         removal = remove_range(self._table, sequence, begin, stop, self._rule)
-        if removal.rebased and self._shift is None:
+        if removal.moves and self._shift is None:
             raise NotSupportedError(
-                f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {length}: the keys of "
-                "later tokens need re-basing, and this cache has no shift hook; give it shift=rope_shift(...)"
+                f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {self._end(sequence)}: "
+                "the keys of later tokens need re-basing, and this cache has no shift hook; "
+                "give it shift=rope_shift(...)"
             )
-        return self._plan_edit(removal, self._rebase_by(begin - stop))
+        return self._plan_edit(removal, partial(self._rebase, begin - stop))
+
+    def _plan_edit(self, removal: Placement, rebase: Rebase) -> Plan:
+        """Plan a removal, with lazy arrays for the tokens to re-base."""
+        return CellsPlan(self, removal, self._store.stage(removal, rebase))
+
+    def _rebase(self, offset: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        assert self._shift is not None
+        moved = self._shift(layer, keys, mx.full((keys.shape[2],), offset, mx.int32))
+        if moved.shape != keys.shape:
+            raise ValueError(
+                f"the shift hook returned keys of shape {moved.shape} in layer {layer}, expected {keys.shape}"
+            )
+        return moved.astype(keys.dtype), values
 
     def _snapshot(self, sequence: int) -> Snapshot:
-        return snapshot_of(self, sequence)
+        return snapshot_of(self._table, self._store, sequence)
 
     def _plan_restore(self, sequence: int, snapshot: Snapshot) -> Plan:
-        return RestorePlan(self, sequence, snapshot)
-
-    def _plan_edit(self, removal: Removal, rebase: Rebase) -> Plan:
-        """Plan a removal, with lazy arrays for the tokens to re-base."""
-        staged: Staged = {}
-        moved = removal.rebased
-        if moved:
-            segment, cell, capacity, is_packed, _ = moved.target
-            source = cells_in(moved.source)
-            self._store.stage_rebase(staged, source, segment, cell, capacity, is_packed, rebase)
-        return EditPlan(self, removal, staged)
-
-    def _rebase_by(self, offset: int) -> Rebase:
-        def rebase(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-            assert self._shift is not None
-            moved = self._shift(layer, keys, mx.full((keys.shape[2],), offset, mx.int32))
-            if moved.shape != keys.shape:
-                raise ValueError(
-                    f"the shift hook returned keys of shape {moved.shape} in layer {layer}, "
-                    f"expected {keys.shape}"
-                )
-            return moved.astype(keys.dtype), values
-
-        return rebase
+        return CellsPlan(self, *restore(self._table, self._store, sequence, snapshot))
 
     def _set_causal(self, options: CausalOptions) -> None:
         step = self._current()
@@ -151,14 +141,10 @@ class PositionalCache(KeyValueCache):
 
     def _attend(self, layer: int, given: Attending) -> mx.array:
         step = self._current()
-        buffers, queries, sinks = self._store.layers.get(layer), given.queries, given.sinks
-        form = buffers and buffers.form
-        asked = form, step.n, queries.shape, queries.dtype, None if sinks is None else sinks.shape
-        if form is None or asked != self._asked:
-            # Checked before anything is stored, so that an error leaves the cache unchanged.
-            form = form or self._coming_form(layer, given)
-            check_queries(given, step.n, layer, form.heads, form.key_dim)
-            self._asked = asked
+        # Checked before anything is stored, so that an error leaves the cache unchanged.
+        buffers = self._store.layers.get(layer)
+        form = buffers.form if buffers else self._coming_form(layer, given)
+        check_queries(given, step.n, layer, form.heads, form.key_dim)
         return attend(step, layer, given) if isinstance(step, Step) else step.attend(layer, given)
 
     def _coming_form(self, layer: int, given: Attending) -> Form:
@@ -188,30 +174,114 @@ class PositionalCache(KeyValueCache):
             self._table.forget(orphans)
 
 
-class StepPlan(Plan):
+class Journal:
+    """Notes what a change of a `PositionalCache` replaces, so that it can be rolled back.
+
+    Its size is proportional to the change, not to the cache.
+    """
+
+    def __init__(self, cache: PositionalCache) -> None:
+        self._cache = cache
+        self._step = cache._step
+        self._noted: list[tuple[dict[int, Any], int, Any]] = []
+
+    def open(self, forms: Mapping[int, Form]) -> None:
+        """Open the layers that are not open."""
+        store = self._cache._store
+        new = {layer: form for layer, form in forms.items() if layer not in store.layers}
+        self._note(store.layers, new)
+        for layer, form in new.items():
+            store.open(layer, form)
+
+    def apply(self, placement: Placement, staged: Staged | None = None) -> None:
+        """Make a planned placement: first the arrays, then the owners of cells.
+
+        Segments without an owner stay until they are swept, because a rollback may need them.
+        """
+        table, store = self._cache._table, self._cache._store
+        staged = store.stage(placement) if staged is None else staged
+        self._note(table.sequences, placement.changes)
+        self._note(table.capacity, placement.capacity)
+        for layer, pairs in staged.items():
+            self._note(store.layers[layer].pairs, pairs)
+        table.capacity.update(placement.capacity)
+        table.packed.update(placement.packed)
+        store.adopt(staged)
+        table.assign(placement.changes)
+
+    def _note(self, entries: dict[int, Any], keys: Iterable[int]) -> None:
+        self._noted += [(entries, key, entries.get(key)) for key in keys]
+
+    def roll_back(self) -> None:
+        """Restore everything that was noted."""
+        for entries, key, old in reversed(self._noted):
+            entries.pop(key, None)
+            if old is not None:
+                entries[key] = old
+        self._cache._table.recount()
+        self._cache._step = self._step
+
+
+class CellsPlan(Plan):
+    """Changes the sequences of a `PositionalCache`; `get` of the last forward pass stops working.
+
+    `staged` are the new arrays, and `forms` those of the layers that a restored sequence needs.
+    """
+
+    def __init__(
+        self,
+        cache: PositionalCache,
+        placement: Placement,
+        staged: Staged | None = None,
+        forms: Mapping[int, Form] | None = None,
+    ) -> None:
+        self._cache = cache
+        self._placement = placement
+        self._staged = staged or {}
+        self._forms = forms or {}
+        self._journal: Journal | None = None
+
+    def make(self) -> None:
+        if not self._placement.changes:
+            return
+        cache, table = self._cache, self._cache._table
+        self._journal = journal = Journal(cache)
+        cache._step = None
+        journal.open(self._forms)
+        # A removal may write to segments that are there, which must not move then.
+        if self._forms and allocated_after(table, self._placement) > table.room:
+            journal.apply(compact(table))
+        journal.apply(self._placement, self._staged)
+
+    def unmake(self) -> None:
+        if self._journal:
+            self._journal.roll_back()
+
+    def arrays(self) -> Iterable[mx.array]:
+        return arrays_in(self._staged)
+
+    def settle(self) -> None:
+        self._cache._sweep()
+
+
+class StepPlan(CellsPlan):
     """Adds the tokens of a batch to their sequences."""
 
     def __init__(self, cache: PositionalCache, batch: Batch, placement: Placement) -> None:
-        self._cache = cache
+        super().__init__(cache, placement)
         self._batch = batch
-        self._placement = placement
         self._step: Step | None = None
-        self._journal: Journal | None = None
         self.made = 0
 
     def make(self) -> None:
         cache, table = self._cache, self._cache._table
         self._journal = journal = Journal(cache)
         if self._placement.capacity and allocated_after(table, self._placement) > table.room:
-            journal.apply(compact(table), {})
+            journal.apply(compact(table))
             self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
-        journal.apply(self._placement, {})
+        journal.apply(self._placement)
         placed, n = self._placement.placed, len(self._batch)
         cache._step = self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
-
-    def unmake(self) -> None:
-        if self._journal:
-            self._journal.roll_back()
 
     def settle(self) -> None:
         self._journal = None
@@ -225,8 +295,7 @@ class StepPlan(Plan):
 
     def finish(self) -> None:
         if self._step is not None and self.is_under_way:
-            check_complete(self._step, self._placement.undo)
-            self._step.finish()
+            self._step.finish(self._placement.undo)
 
     def undo(self) -> None:
         step, cache = self._step, self._cache
@@ -242,7 +311,7 @@ class StepPlan(Plan):
     def again(self) -> bool:
         cache, step = self._cache, self._step
         # Every other change of the cache replaces `_step`.
-        if step is None or cache._step is not step or not step.is_plain:
+        if step is None or cache._step is not step or not step.run:
             return False
         part = step.parts[0]
         placement = append(cache._table, part.sequence, part.indices, cache._rule, cache._rewind)
@@ -261,53 +330,20 @@ class StepPlan(Plan):
         return True
 
 
-class ReservePlan(Plan):
+class ReservePlan(CellsPlan):
     """Begins a trial of the worst case, which adds no tokens."""
 
     def __init__(self, cache: PositionalCache, batch: Batch) -> None:
-        self._cache = cache
-        self._last = cache._step
+        super().__init__(cache, Placement())
         self._reservation = Reservation(batch, cache._rule, cache._config, cache._store, cache._table)
 
     def make(self) -> None:
+        self._journal = Journal(self._cache)
         self._cache._step = self._reservation
-
-    def unmake(self) -> None:
-        self._cache._step = self._last
 
     def undo(self) -> None:
         if self._cache._step is self._reservation:
             self._cache._step = None
-
-
-class EditPlan(Plan):
-    """Changes sequences between forward passes; `get` of the last pass stops working."""
-
-    def __init__(self, cache: PositionalCache, removal: Removal, staged: Staged | None = None) -> None:
-        self._cache = cache
-        self._staged = staged or {}
-        self._placement = Placement(changes=dict(removal.changes))
-        self._journal: Journal | None = None
-        moved = removal.rebased
-        if moved and moved.target.is_new:
-            self._placement.capacity[moved.target.segment] = moved.target.capacity
-            self._placement.packed.update({moved.target.segment} if moved.target.is_packed else ())
-
-    def make(self) -> None:
-        if self._placement.changes:
-            self._journal = Journal(self._cache)
-            self._cache._step = None
-            self._journal.apply(self._placement, self._staged)
-
-    def unmake(self) -> None:
-        if self._journal:
-            self._journal.roll_back()
-
-    def arrays(self) -> Iterable[mx.array]:
-        return arrays_in(self._staged)
-
-    def settle(self) -> None:
-        self._cache._sweep()
 
 
 class CausalCache(PositionalCache):

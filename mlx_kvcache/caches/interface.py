@@ -61,14 +61,10 @@ class Cache(Protocol):
         """Make room for `max_sequences * capacity` tokens, shared by all sequences."""
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
-        """Begin a forward pass: add the batch's tokens to their sequences.
-
-        The model then calls `put` and `get` for each layer. Use `forward` where possible: it also checks
-        that every layer was put.
-        """
+        """Begin a forward pass without the check at the end that `forward` makes."""
 
     def forward(self, batch: Batch) -> AbstractContextManager[Any]:
-        """Run a forward pass in a `with` block: `start_forward`, and a check at the end.
+        """Add the batch's tokens to their sequences, and run a forward pass in a `with` block.
 
         If the block raises, or leaves out a layer that earlier batches put, the tokens are removed again.
         """
@@ -81,12 +77,7 @@ class Cache(Protocol):
         """Choose the model layer for `put` and `get`."""
 
     def put(self, keys: mx.array, values: mx.array) -> None:
-        """Store the keys and values of the batch's n tokens for the current layer.
-
-        Args:
-            keys: (1, n_kv_heads, n, head_dim) in batch order, after RoPE.
-            values: (1, n_kv_heads, n, value_dim) in batch order.
-        """
+        """Store the keys and values (1, n_kv_heads, n, head_dim) of the batch's n tokens, after RoPE."""
 
     def get(self) -> Any:
         """Return the current layer's keys, values and mask for attention, the batch's own tokens included."""
@@ -100,10 +91,7 @@ class Cache(Protocol):
         """Replace sequence `dst` by the first `length` tokens of `src`. Both share the stored arrays."""
 
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Return whether the next forward pass may continue the sequence at `position`.
-
-        It may if the cache still holds everything below `position` that tokens from there on can see.
-        """
+        """Return whether the next forward pass may continue the sequence at `position`."""
         ...
 
     def remove(
@@ -150,17 +138,6 @@ def slide(cache: Cache, sequence: int, keep: int = 0, discard: int | None = None
         return 0
     cache.remove(sequence, keep, stop)
     return stop - keep
-
-
-def checked_range(sequence: int, begin: int, end: int | None) -> tuple[int, int, int | None]:
-    """Return the arguments of `remove` as ints. Raises ValueError unless [begin, end) can be positions."""
-    sequence, begin = whole(sequence=sequence, begin=begin)
-    if end is None:
-        return sequence, begin, None
-    (end,) = whole(end=end)
-    if end < begin:
-        raise ValueError(f"cannot remove [{begin}, {end}): end must be at least begin")
-    return sequence, begin, end
 
 
 def checked_recurrent(recurrent: Recurrent) -> Recurrent:

@@ -1,21 +1,14 @@
 """Plans: changes of a cache that are computed completely before any part of them is made.
 
-A plan is made, and then either settled or unmade. `Journal` notes what a change of cells replaces, so that
-an interrupted change can be rolled back.
+A plan is made, and then either settled or unmade.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
-
-from ..cells.placement import Placement
-from ..cells.spans import Sequence as Held
-from ..cells.table import CellTable
-from ..storage.buffers import AnyPair, Form, Staged, Store, cells_in
 
 
 class Plan(ABC):
@@ -128,77 +121,3 @@ class JointPlan(Plan):
                     if plan.made != made:
                         plan.undo()
         return is_whole
-
-
-class HoldsCells(Protocol):
-    """The parts of a cache of cells that a plan changes."""
-
-    _table: CellTable
-    _store: Store
-    _step: Any
-
-    def _sweep(self, but: Container[int] = ()) -> None: ...
-
-
-class Journal:
-    """Notes what a change of a cache of cells replaces, so that it can be rolled back.
-
-    Its size is proportional to the change, not to the cache.
-    """
-
-    __slots__ = ("_cache", "_capacity", "_opened", "_pairs", "_sequences", "_step")
-
-    def __init__(self, cache: HoldsCells) -> None:
-        self._cache = cache
-        self._step = cache._step
-        self._sequences: dict[int, Held | None] = {}
-        self._capacity: dict[int, int | None] = {}
-        self._pairs: dict[tuple[int, int], AnyPair | None] = {}
-        self._opened: list[int] = []
-
-    def open(self, layer: int, form: Form) -> None:
-        """Open a layer unless it is open."""
-        if layer not in self._cache._store.layers:
-            self._opened.append(layer)
-            self._cache._store.open(layer, form)
-
-    def apply(self, placement: Placement, staged: Staged) -> None:
-        """Make a planned placement: first the arrays, then the owners of cells.
-
-        Segments without an owner stay until they are swept, because a rollback may need them.
-        """
-        table, store = self._cache._table, self._cache._store
-        for move in placement.moves:
-            is_packed = move.segment in placement.packed
-            capacity = placement.capacity[move.segment]
-            store.stage_move(staged, move.segment, cells_in(move.pieces), capacity, is_packed)
-        self._note(placement, staged)
-        if placement.capacity:
-            table.capacity.update(placement.capacity)
-            table.packed.update(placement.packed)
-        if staged:
-            store.adopt(staged)
-        table.assign(placement.changes)
-
-    def roll_back(self) -> None:
-        """Restore everything that was noted."""
-        store = self._cache._store
-        for (layer, segment), pair in self._pairs.items():
-            if pair is None:
-                store.layers[layer].pairs.pop(segment, None)
-            else:
-                store.layers[layer].pairs[segment] = pair
-        for layer in self._opened:
-            store.layers.pop(layer, None)
-        self._cache._table.restore(self._sequences, self._capacity)
-        self._cache._step = self._step
-
-    def _note(self, placement: Placement, staged: Staged) -> None:
-        table, layers = self._cache._table, self._cache._store.layers
-        for sequence in placement.changes:
-            self._sequences.setdefault(sequence, table.sequences.get(sequence))
-        for segment in placement.capacity:
-            self._capacity.setdefault(segment, table.capacity.get(segment))
-        for layer, pairs in staged.items():
-            for segment in pairs:
-                self._pairs.setdefault((layer, segment), layers[layer].pairs.get(segment))

@@ -7,9 +7,10 @@ import mlx.core as mx
 from ..attend.part import Attending
 from ..batch import Batch, CacheConfig
 from ..cells.table import CellTable
-from ..cells.visibility import Causal, Chunk, Rule
+from ..cells.visibility import Causal, Rule
 from ..errors import CacheError
 from ..storage.buffers import Store
+from ..storage.codec import index_of
 from ..storage.masks import Mask
 
 
@@ -20,38 +21,32 @@ class Reservation:
         self.n = len(batch)
         self._config = config
         self._store = store
-        self._room = room = table.room
         # With `Quantization.after`, many short sequences may fill the whole room in float.
         self._is_packed = not table.pack_after
         self._pairs: dict[int, tuple[mx.array, mx.array]] = {}
-        worst = room
+        self._room = max(table.room, self.n)
+        self._size = self._room
         if not isinstance(rule, Causal):
-            before = rule.size - 1 + (0 if isinstance(rule, Chunk) else rule.sinks)
-            worst = min(room, before * len(batch.rows) + self.n)
-        self._size = max(worst, self.n)
+            seen = (rule.size - 1 + rule.sinks) * len(batch.rows) + self.n
+            self._size = min(self._room, seen)
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Allocate and evaluate the layer's whole room, and store nothing."""
         buffers = self._store.layers.get(layer)
         form = buffers.form if buffers else self._store.form_for(layer, keys, values)
         form.checked(self.n, layer, keys, values)
-        lanes = form.zeros(max(self._room, self._size), self._is_packed)
+        lanes = form.zeros(self._room, self._is_packed)
         mx.eval([lane.arrays for lane in lanes])
-        index = slice(None), slice(None), slice(self._size)
+        index = index_of(0, self._size)
         self._pairs[layer] = form.decoded((lanes[0].at(index), lanes[1].at(index)))
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
         if layer not in self._pairs:
             raise CacheError(f"layer {layer} has had no put in this batch")
-        size = self._size + -self._size % self._config.padding
-        keys, values = self._pairs[layer]
-        if size > self._size:
-            keys, values = (
-                mx.pad(array, [(0, 0), (0, 0), (0, size - self._size), (0, 0)]) for array in (keys, values)
-            )
-        dtype = self._config.mask_dtype
-        mask = mx.ones((self.n, size), mx.bool_) if dtype is None else mx.zeros((self.n, size), dtype)
-        return keys, values, mask
+        padding = -self._size % self._config.padding
+        keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, padding), (0, 0)]) for array in self._pairs[layer])
+        shape, dtype = (self.n, self._size + padding), self._config.mask_dtype
+        return keys, values, mx.ones(shape, mx.bool_) if dtype is None else mx.zeros(shape, dtype)
 
     def attend(self, layer: int, given: Attending) -> mx.array:
         """Call `put` if there are keys and values, and attend to the worst case."""

@@ -5,17 +5,15 @@ Saving and loading files and changing the quantization of a sequence use them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import mlx.core as mx
-
-from ..cells.placement import Placement, allocated_after, capacity_for, compact
+from ..cells.placement import Placement, capacity_for
 from ..cells.spans import Sequence, Span, Spans, count, laid_out
+from ..cells.table import CellTable
 from ..errors import CacheFullError
-from ..storage.buffers import Form, Lanes, Staged, arrays_in, cells_in
+from ..storage.buffers import Form, Lanes, Staged, Store
 from ..storage.codec import joined
-from .plan import HoldsCells, Journal, Plan
 
 
 class Run(NamedTuple):
@@ -42,86 +40,56 @@ class Snapshot(NamedTuple):
     forms: Mapping[int, Form]
 
 
-def snapshot_of(cache: HoldsCells, sequence: int) -> Snapshot:
+def snapshot_of(table: CellTable, store: Store, sequence: int) -> Snapshot:
     """Return a snapshot of a sequence; that of an unknown sequence is empty."""
-    end, spans = cache._table[sequence]
-    forms = {layer: buffers.form for layer, buffers in cache._store.layers.items()}
-    return Snapshot(end, tuple(_runs(cache, spans)), forms if spans else {})
+    end, spans = table[sequence]
+    forms = {layer: buffers.form for layer, buffers in store.layers.items()}
+    return Snapshot(end, tuple(_runs(table, store, spans)), forms if spans else {})
 
 
-def _runs(cache: HoldsCells, spans: Spans) -> Iterator[Run]:
+def _runs(table: CellTable, store: Store, spans: Spans) -> Iterator[Run]:
     """Yield the runs of neighboring positions that are stored in the same way."""
-    for own in _neighbors(spans, cache._table.packed):
-        cells, is_packed = cells_in(tuple(own)), own[0].segment in cache._table.packed
+    groups: list[list[Span]] = []
+    for span in spans:
+        last = groups[-1][-1] if groups else None
+        if last and last.end == span.position and table.packs((last,)) == table.packs((span,)):
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    for own in groups:
         layers = {}
-        for layer, buffers in cache._store.layers.items():
+        for layer, buffers in store.layers.items():
             # Cells that were never written are read as zeros in float.
-            stored = (buffers.form.stored(lanes, is_packed) for lanes in buffers.lanes(cells))
+            stored = [buffers.form.stored(lanes, table.packs((own[0],))) for lanes in buffers.lanes(own)]
             keys, values = zip(*stored, strict=True)
             layers[layer] = joined(keys), joined(values)
         yield Run(own[0].position, count(own), layers)
 
 
-def _neighbors(spans: Spans, packed: Set[int]) -> list[list[Span]]:
-    """Group spans whose positions are neighbors and whose segments are both packed or both not."""
-    groups: list[list[Span]] = []
-    for span in spans:
-        last = groups[-1][-1] if groups else None
-        if last and last.end == span.position and (last.segment in packed) == (span.segment in packed):
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-    return groups
+def restore(
+    table: CellTable, store: Store, sequence: int, snapshot: Snapshot
+) -> tuple[Placement, Staged, dict[int, Form]]:
+    """Plan to replace a sequence by a snapshot, which is copied to a new segment.
 
-
-class RestorePlan(Plan):
-    """Replaces a sequence by a snapshot, which is copied to a new segment.
+    Returns:
+        The change of the table, the new arrays, and the forms in which the layers store them.
 
     Raises:
         CacheFullError: there is no room.
         ValueError: a layer's number or size of heads differs from the cache's.
     """
-
-    def __init__(self, cache: HoldsCells, sequence: int, snapshot: Snapshot) -> None:
-        table = cache._table
-        self._cache = cache
-        segment = table.new_segment()
-        source = tuple(Span(0, 0, run.begin, run.length) for run in snapshot.runs)
-        new = Sequence(snapshot.end, laid_out(segment, 0, source))
-        size = count(source)
-        changes = {sequence: new if new.end else None}
-        if table.live_after(changes) > table.room:
-            raise CacheFullError(size, table.room - table.live_after({sequence: None}), table.room)
-        self._placement = Placement(changes=dict(changes))
-        self._forms = {layer: cache._store.accepted(layer, form) for layer, form in snapshot.forms.items()}
-        self._staged: Staged = {}
-        self._journal: Journal | None = None
-        if not size:
-            return
-        is_packed = table.packs((), snapshot.end)
+    placement, staged = Placement(), Staged()
+    size, spans = sum(run.length for run in snapshot.runs), Spans()
+    is_packed = table.packs((), snapshot.end)
+    if size:
         capacity = capacity_for(size, max(0, table.room - table.allocated - size))
-        self._placement.capacity[segment] = capacity
-        self._placement.packed.update({segment} if is_packed else ())
-        for layer, form in self._forms.items():
-            parts = [run.layers[layer] for run in snapshot.runs]
-            self._staged[layer] = {segment: form.pair(parts, capacity, is_packed)}
-
-    def make(self) -> None:
-        cache = self._cache
-        self._journal = journal = Journal(cache)
-        for layer, form in self._forms.items():
-            journal.open(layer, form)
-        cache._step = None
-        if allocated_after(cache._table, self._placement) > cache._table.room:
-            journal.apply(compact(cache._table), {})
-        journal.apply(self._placement, self._staged)
-
-    def unmake(self) -> None:
-        if self._journal:
-            self._journal.roll_back()
-
-    def settle(self) -> None:
-        self._cache._sweep()
-
-    def arrays(self) -> Iterable[mx.array]:
-        return arrays_in(self._staged)
+        segment = placement.new_segment(table, capacity, is_packed)
+        spans = laid_out(segment, 0, tuple(Span(segment, 0, run.begin, run.length) for run in snapshot.runs))
+    placement.changes[sequence] = Sequence(snapshot.end, spans) if snapshot.end else None
+    if table.live_after(placement.changes) > table.room:
+        raise CacheFullError(size, table.room - table.live_after({sequence: None}), table.room)
+    forms = {layer: store.accepted(layer, form) for layer, form in snapshot.forms.items()}
+    for layer, form in forms.items() if size else ():
+        parts = [run.layers[layer] for run in snapshot.runs]
+        staged[layer] = {segment: form.pair(parts, capacity, is_packed)}
+    return placement, staged, forms

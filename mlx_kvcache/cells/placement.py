@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import CacheFullError, NotSupportedError
-from .spans import Sequence, Span, Spans, clip, count, join, laid_out, resumable, seen_from
+from .spans import Sequence, Span, Spans, clip, count, covers, join, laid_out, resumable, seen_from
 from .table import CellTable
 from .visibility import Rule
 
@@ -23,20 +23,13 @@ DEAD = 128
 """A full segment with this number of dead cells is copied to a new one instead of growing."""
 
 
-class Write(NamedTuple):
-    """Stores a sequence's new tokens [first, first + size) in the cells from `cell` on."""
-
-    first: int
-    size: int
-    segment: int
-    cell: int
-
-
 class Move(NamedTuple):
-    """Creates a segment that begins with copies of these cells, in order."""
+    """Copies the cells of `pieces`, in order, to a segment from `cell` on, with keys re-based by `offset`."""
 
     segment: int
     pieces: Spans
+    cell: int = 0
+    offset: int = 0
 
 
 class Placed(NamedTuple):
@@ -45,7 +38,7 @@ class Placed(NamedTuple):
     Attributes:
         rows: the batch indices of the tokens, by rising position.
         begin, end: their positions, [begin, end).
-        writes: the cells that store them.
+        writes: the cells that store those which are kept.
         reads: the cells that they may see, by rising position.
         fresh: `reads` stops at `begin`, and new tokens are read from the batch, because not all tokens that
             they see are stored.
@@ -55,21 +48,22 @@ class Placed(NamedTuple):
     rows: tuple[int, ...]
     begin: int
     end: int
-    writes: tuple[Write, ...]
+    writes: Spans
     reads: Spans
     fresh: bool
 
 
 @dataclass(slots=True)
 class Placement:
-    """A plan: the changes of the table, the changes that undo them, and the work on arrays.
+    """A plan: the changes of the table, and the work on arrays.
 
     Attributes:
-        placed: the placement of each sequence's tokens.
-        changes, undo: new states of sequences to assign.
-        capacity: new capacities, of new segments and of those that grow.
-        moves: the new segments that begin with copies.
-        packed: the new segments that are quantized.
+        placed: the placement of each sequence's tokens in a forward pass.
+        changes: new states of sequences to assign.
+        undo: the states that take a forward pass back.
+        capacity: the capacities of segments that are new, grow, or are moved to.
+        moves: the cells to copy.
+        packed: the segments that are new or moved to and are quantized.
     """
 
     placed: list[Placed] = field(default_factory=list)
@@ -79,12 +73,18 @@ class Placement:
     moves: list[Move] = field(default_factory=list)
     packed: set[int] = field(default_factory=set)
 
+    def new_segment(self, table: CellTable, capacity: int, is_packed: bool) -> int:
+        """Adds a new segment to the plan and returns its number."""
+        segment = table.new_segment()
+        self.capacity[segment] = capacity
+        if is_packed:
+            self.packed.add(segment)
+        return segment
+
     def in_use(self) -> set[int]:
         """Returns the segments to keep until the forward pass is over, even without an owner."""
-        spans = [span for placed in self.placed for span in placed.reads]
-        for old in self.undo.values():
-            spans += old.spans if old else ()
-        return {span.segment for span in spans}
+        held = [placed.reads for placed in self.placed] + [old.spans for old in self.undo.values() if old]
+        return {span.segment for spans in held for span in spans}
 
 
 def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int) -> Placement:
@@ -98,111 +98,43 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
 
     Raises:
         NotSupportedError: a token would see a position that is not stored.
-        CacheFullError: the cells to keep afterwards, and those that the tokens see meanwhile, exceed the
-            room.
+        CacheFullError: there is no room for the cells to keep and those that the tokens see meanwhile.
     """
     if len(rows) == 1:
         [(sequence, own)] = rows.items()
         appended = append(table, sequence, own, rule, rewind)
         if appended is not None:
             return appended
-    spread = {s: _Tokens.next_of(table, s, len(own), rule, rewind) for s, own in rows.items()}
-    _check_room(table, spread)
-    new = sum(tokens.stored for tokens in spread.values())
+    blocks = [_block(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
+    new = sum(count(block.new) for block in blocks)
+    live = table.live_after({block.sequence: Sequence(block.begin, block.during) for block in blocks})
+    if live + new > table.room:
+        raise CacheFullError(new, table.room - live, table.room)
     # Sequences that begin here also get a share of the free room.
     spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
     placement = Placement()
-    for sequence, tokens in spread.items():
-        _place_one(table, placement, sequence, rows[sequence], tokens, spare)
+    for block in blocks:
+        _place_block(table, placement, block, rule, spare)
     return placement
 
 
 def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = False) -> int:
     """Returns the capacity of a segment for `required` cells, with at most `spare` unused ones.
 
-    A shared segment grows in small steps, because only one of its branches continues there.
-
-    Args:
-        required: the number of cells that are needed.
-        spare: the largest number of unused cells.
-        reserve: the number of unused cells to add before rounding up to full steps.
-        is_shared: whether several sequences own the segment.
+    `reserve` unused cells are added before rounding up to full steps. A shared segment grows in small steps,
+    because only one of its branches continues there.
     """
     wanted = required + reserve
     step = SMALL_STEP if is_shared or wanted <= STEP else STEP
     return required + min(reserve + -wanted % step, spare)
 
 
-class _Tokens(NamedTuple):
-    """The next tokens of a sequence, at positions [begin, end).
-
-    Attributes:
-        rule: the visibility rule.
-        old: the sequence before.
-        kept: the spans of `old` to keep afterwards.
-        during: the spans of `old` to keep afterwards or that the new tokens see.
-        ranges: the positions of the new tokens to keep afterwards.
-    """
-
-    rule: Rule
-    old: Sequence
-    begin: int
-    end: int
-    kept: Spans
-    during: Spans
-    ranges: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def next_of(cls, table: CellTable, sequence: int, n: int, rule: Rule, rewind: int) -> _Tokens:
-        old = table[sequence]
-        begin, end = old.end, old.end + n
-        if not resumable(rule, old.spans, begin):
-            raise NotSupportedError(
-                f"sequence {sequence} cannot continue at position {begin}: a token there sees positions "
-                f"from {max(0, rule.lower(begin))} on, and not all of these are stored"
-            )
-        back = max(0, end - rewind)
-        low = max(0, rule.lower(back))
-        sinks = (begin, min(end, rule.sinks, low))
-        newest = (max(begin, low), end)
-        return cls(
-            rule,
-            old,
-            begin,
-            end,
-            kept=seen_from(rule, old.spans, back),
-            during=seen_from(rule, old.spans, min(begin, back)),
-            ranges=tuple((first, stop) for first, stop in (sinks, newest) if first < stop),
-        )
-
-    @property
-    def stored(self) -> int:
-        return sum(stop - first for first, stop in self.ranges)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all new tokens are kept afterwards."""
-        return self.ranges == ((self.begin, self.end),)
-
-
-def _check_room(table: CellTable, spread: Mapping[int, _Tokens]) -> None:
-    live = table.live_after({s: Sequence(t.begin, t.during) for s, t in spread.items()})
-    needed = sum(tokens.stored for tokens in spread.values())
-    if live + needed > table.room:
-        raise CacheFullError(needed, table.room - live, table.room)
-
-
 def append(
     table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
 ) -> Placement | None:
-    """Plans the simplest case: one span without other owners, and free cells after it.
+    """Plans the simplest case of `place`: one span without other owners, and free cells after it.
 
     Returns None in other cases. Decoding comes here for almost every token, so it does little.
-
-    Args:
-        table, rule, rewind: as for `place`.
-        sequence: the sequence.
-        rows: the batch indices of its next tokens.
     """
     old, n = table[sequence], len(rows)
     begin, spans = old
@@ -223,91 +155,102 @@ def append(
     ):
         return None
     run = (Span(segment, start, position, length + n),)
-    write = Write(0, n, segment, stop)
-    placed = Placed(sequence, rows, begin, end, (write,), seen_from(rule, run, begin), False)
+    writes = (Span(segment, stop, begin, n),)
+    placed = Placed(sequence, rows, begin, end, writes, seen_from(rule, run, begin), False)
     return Placement([placed], {sequence: Sequence(end, clip(run, low))}, {sequence: old})
 
 
-def _place_one(
-    table: CellTable, placement: Placement, sequence: int, rows: tuple[int, ...], tokens: _Tokens, spare: int
-) -> None:
+class _Block(NamedTuple):
+    """The next tokens of a sequence, at positions [begin, end).
+
+    Attributes:
+        rows: their batch indices.
+        old: the spans of the sequence before.
+        kept: the part of `old` to keep afterwards.
+        during: the part of `old` to keep afterwards or that the new tokens see.
+        new: the new tokens to keep afterwards, as spans without cells.
+        is_whole: whether these are all new tokens.
+    """
+
+    sequence: int
+    rows: tuple[int, ...]
+    begin: int
+    end: int
+    old: Spans
+    kept: Spans
+    during: Spans
+    new: Spans
+    is_whole: bool
+
+
+def _block(table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int) -> _Block:
+    begin, old = table[sequence]
+    end = begin + len(rows)
+    if not resumable(rule, old, begin):
+        raise NotSupportedError(
+            f"sequence {sequence} cannot continue at position {begin}: a token there sees positions "
+            f"from {max(0, rule.lower(begin))} on, and not all of these are stored"
+        )
+    back = max(0, end - rewind)
+    kept, during = seen_from(rule, old, back), seen_from(rule, old, min(begin, back))
+    new = seen_from(rule, (Span(-1, 0, begin, end - begin),), back)
+    return _Block(sequence, rows, begin, end, old, kept, during, new, covers(new, begin, end))
+
+
+def _place_block(table: CellTable, placement: Placement, block: _Block, rule: Rule, spare: int) -> None:
     """Adds the tokens of one sequence to the plan: after its last ones, or in a new segment."""
-    old, kept, n = tokens.old, tokens.kept, tokens.stored
-    evicts = count(kept) < count(old.spans)
-    undo = old
-    segment, cell, readable = -1, 0, old.spans
-    if tokens.whole and _can_extend(table, placement, sequence, tokens):
-        segment, cell = old.spans[-1].segment, old.spans[-1].stop
-        if cell + n > table.capacity[segment]:
+    sequence, rows, begin, end, old, kept, _, new, is_whole = block
+    evicts = count(kept) < count(old)
+    segment, cell, readable, undo = -1, 0, old, old
+    if is_whole and _can_extend(table, placement, block):
+        segment, cell = old[-1].segment, old[-1].stop
+        required = cell + count(new)
+        if required > table.capacity[segment]:
             is_shared = table.owners(segment) != {sequence}
-            placement.capacity[segment] = capacity_for(cell + n, spare, is_shared=is_shared)
-    elif n:
-        segment = table.new_segment()
+            placement.capacity[segment] = capacity_for(required, spare, is_shared=is_shared)
+    elif new:
         own = tuple(span for span in kept if table.owners(span.segment) == {sequence})
         cell = count(own)
-        if table.packs(own, tokens.end):
-            placement.packed.add(segment)
+        capacity = capacity_for(cell + count(new), spare, DEAD if evicts or not is_whole else 0)
+        segment = placement.new_segment(table, capacity, table.packs(own, end))
         if own:
             placement.moves.append(Move(segment, own))
-            kept = _replaced(kept, own, laid_out(segment, 0, own))
-            undo = old if evicts or _converts(table, placement, segment, own) else Sequence(old.end, kept)
+            kept = _in_order(tuple(span for span in kept if span not in own) + laid_out(segment, 0, own))
+            converts = segment in placement.packed and any(s.segment not in table.packed for s in own)
+            undo = old if evicts or converts else kept
         readable = kept
-        reserve = DEAD if evicts or not tokens.whole else 0
-        placement.capacity[segment] = capacity_for(cell + n, spare, reserve)
 
-    writes, new = _writes(tokens, segment, cell)
-    begin, end = tokens.begin, tokens.end
-    fresh = not (tokens.whole and resumable(tokens.rule, readable, begin))
-    reads = seen_from(tokens.rule, old.spans if fresh else _in_order(readable + new), begin)
-    after = _in_order(kept + new)
+    writes = laid_out(segment, cell, new)
+    fresh = not (is_whole and resumable(rule, readable, begin))
+    reads = seen_from(rule, old if fresh else _in_order(readable + writes), begin)
     placement.placed.append(Placed(sequence, rows, begin, end, writes, reads, fresh))
-    placement.changes[sequence] = Sequence(end, after)
-    placement.undo[sequence] = undo if sequence in table.sequences else None
+    placement.changes[sequence] = Sequence(end, _in_order(kept + writes))
+    placement.undo[sequence] = Sequence(begin, undo) if sequence in table.sequences else None
 
 
-def _can_extend(table: CellTable, placement: Placement, sequence: int, tokens: _Tokens) -> bool:
+def _can_extend(table: CellTable, placement: Placement, block: _Block) -> bool:
     """Whether new cells can follow the last ones, in their segment as it is or grown."""
-    if not tokens.old.spans:
+    if not block.old:
         return False
-    last = tokens.old.spans[-1]
-    if tokens.end > table.pack_after and last.segment not in table.packed:
+    last = block.old[-1]
+    if block.end > table.pack_after and last.segment not in table.packed:
         return False
     claimed = any(write.segment == last.segment for placed in placement.placed for write in placed.writes)
-    if claimed or last.end != tokens.begin or table.cells(last.segment)[-1][1] != last.stop:
+    if claimed or last.end != block.begin or table.cells(last.segment)[-1][1] != last.stop:
         return False
-    if last.stop + tokens.stored <= table.capacity[last.segment]:
+    alone = {block.sequence}
+    if last.stop + count(block.new) <= table.capacity[last.segment] or table.owners(last.segment) != alone:
         return True
-    if table.owners(last.segment) != {sequence}:
-        return True
-    if any(s.segment != last.segment and table.owners(s.segment) == {sequence} for s in tokens.kept):
+    if any(s.segment != last.segment and table.owners(s.segment) == alone for s in block.kept):
         # Growing copies the segment anyway, so copy the spans in other segments with it.
         return False
-    dead = last.stop - count(span for span in tokens.kept if span.segment == last.segment)
-    tight = table.room - table.allocated < tokens.stored
+    dead = last.stop - count(span for span in block.kept if span.segment == last.segment)
+    tight = table.room - table.allocated < count(block.new)
     return dead < (1 if tight else DEAD)
-
-
-def _converts(table: CellTable, placement: Placement, segment: int, own: Spans) -> bool:
-    """Whether moving these spans to a new segment changes how they are stored."""
-    return segment in placement.packed and any(span.segment not in table.packed for span in own)
-
-
-def _replaced(spans: Spans, own: Spans, by: Spans) -> Spans:
-    """`spans` with those of `own` replaced by `by`, in order of position."""
-    return _in_order(tuple(span for span in spans if span not in own) + by)
 
 
 def _in_order(spans: Spans) -> Spans:
     return join(tuple(sorted(spans, key=lambda span: span.position)))
-
-
-def _writes(tokens: _Tokens, segment: int, cell: int) -> tuple[tuple[Write, ...], Spans]:
-    writes, spans = [], []
-    for low, high in tokens.ranges:
-        writes.append(Write(low - tokens.begin, high - low, segment, cell))
-        spans.append(Span(segment, cell, low, high - low))
-        cell += high - low
-    return tuple(writes), tuple(spans)
 
 
 def allocated_after(table: CellTable, placement: Placement) -> int:
@@ -331,12 +274,8 @@ def compact(table: CellTable) -> Placement:
         live = sum(high - low for low, high in cells)
         if live == table.capacity[segment]:
             continue
-        target = table.new_segment()
-        if segment in table.packed:
-            placement.packed.add(target)
-        pieces = tuple(Span(segment, low, 0, high - low) for low, high in cells)
-        placement.moves.append(Move(target, pieces))
-        placement.capacity[target] = live
+        target = placement.new_segment(table, live, segment in table.packed)
+        placement.moves.append(Move(target, tuple(Span(segment, low, 0, high - low) for low, high in cells)))
         for owner in table.owners(segment):
             now = placement.changes.get(owner) or table[owner]
             spans = tuple(_relocated(span, segment, target, cells) for span in now.spans)
@@ -348,9 +287,5 @@ def _relocated(span: Span, source: int, target: int, cells: Iterable[tuple[int, 
     """The new place of a span, after `cells` of `source` were copied to `target`."""
     if span.segment != source:
         return span
-    start = 0
-    for low, high in cells:
-        if low <= span.start < high:
-            return Span(target, start + span.start - low, span.position, span.length)
-        start += high - low
-    raise AssertionError(f"{span} is not among the live cells")
+    before = sum(min(high, span.start) - low for low, high in cells if low < span.start)
+    return span._replace(segment=target, start=before)

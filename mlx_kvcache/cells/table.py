@@ -85,18 +85,27 @@ class CellTable:
             self.restore(before)
             raise
 
-    def restore(self, sequences: Changes, capacity: Mapping[int, int | None] | None = None) -> None:
-        """Restores sequences and capacities, and recomputes all else from them. None deletes an entry."""
+    def restore(self, sequences: Changes) -> None:
+        """Restores earlier states of sequences, even after an interrupted `assign`."""
         for sequence, old in sequences.items():
             self.sequences.pop(sequence, None)
             if old is not None:
                 self.sequences[sequence] = old
-        for segment, cells in (capacity or {}).items():
-            self.capacity.pop(segment, None)
-            if cells is not None:
-                self.capacity[segment] = cells
+        self.recount()
+
+    def recount(self) -> None:
+        """Recomputes all else from `sequences` and `capacity`."""
         self.packed &= self.capacity.keys()
-        self._count()
+        self._owners.clear()
+        for sequence, (_, spans) in self.sequences.items():
+            for span in spans:
+                self._owners.setdefault(span.segment, set()).add(sequence)
+        self._live.clear()
+        self.live = 0
+        self.orphans.clear()
+        self.orphans.update(self.capacity.keys() - self._owners.keys())
+        for segment in self._owners:
+            self._recount(segment)
 
     def _extend(self, changes: Changes) -> bool:
         """Applies the change of a decoded token, without a recount: one sequence grows in its own segment."""
@@ -164,15 +173,9 @@ class CellTable:
         assert self.packed <= set(self.capacity)
 
     def _intervals(self, segment: int, changes: Changes) -> Iterator[tuple[int, int]]:
-        def of(spans: Spans) -> Iterator[tuple[int, int]]:
-            return ((span.start, span.stop) for span in spans if span.segment == segment)
-
-        for sequence in self._owners.get(segment, ()):
-            if sequence not in changes:
-                yield from of(self.sequences[sequence].spans)
-        for new in changes.values():
-            if new is not None:
-                yield from of(new.spans)
+        held = [self.sequences[name] for name in self.owners(segment) if name not in changes]
+        for _, spans in held + [new for new in changes.values() if new]:
+            yield from ((span.start, span.stop) for span in spans if span.segment == segment)
 
     def _touched(self, changes: Changes) -> set[int]:
         """The segments with changed spans. Leaves out a prefix that many forks keep sharing."""
@@ -181,19 +184,6 @@ class CellTable:
             for sequence, new in changes.items()
             for span in set(self[sequence].spans).symmetric_difference(new.spans if new else ())
         }
-
-    def _count(self) -> None:
-        """Recomputes owners, live cells and orphans from the sequences."""
-        self._owners.clear()
-        for sequence, (_, spans) in self.sequences.items():
-            for span in spans:
-                self._owners.setdefault(span.segment, set()).add(sequence)
-        self._live.clear()
-        self.live = 0
-        self.orphans.clear()
-        self.orphans.update(self.capacity.keys() - self._owners.keys())
-        for segment in self._owners:
-            self._recount(segment)
 
     def _recount(self, segment: int) -> None:
         held = sum(high - low for low, high in union(self._intervals(segment, {})))

@@ -1,20 +1,21 @@
 """Buffers of keys and values: one pair of arrays for each layer and segment.
 
-A `Form` holds the shapes, dtypes and codecs of a layer. A `Pair` or `PackedPair` holds the keys and values
-of one segment, `Buffers` all pairs of a layer, and `Store` all layers. Moves and re-basing are staged: they
-prepare new pairs of lazy arrays, which `Store.adopt` then puts in place.
+A `Form` holds the shapes, dtypes and codecs of a layer, a `Pair` the keys and values of one segment,
+`Buffers` all pairs of a layer, and `Store` all layers. Moves are staged: they prepare new pairs of lazy
+arrays, which `Store.adopt` then puts in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..cells.spans import Spans
+from ..cells.placement import Placement
+from ..cells.spans import Span
 from ..quantization import Codec, Codecs, Quantization, check_head_dim
-from .codec import Index, Lane, Plain, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
+from .codec import Index, Lane, Packed, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
 Lanes = tuple[Lane, Lane]
 """Keys and values of the same cells."""
@@ -40,18 +41,13 @@ class Form(NamedTuple):
         return self.key_codec is not None or self.value_codec is not None
 
     def packed_by(self, codecs: Codecs, name: str) -> Form:
-        """Returns the form with these codecs.
-
-        Raises:
-            ValueError: a head_dim is not a multiple of the group size; the message names the layer by `name`.
-        """
-        used = []
-        for what, dim, codec in zip(("keys", "values"), (self.key_dim, self.value_dim), codecs, strict=True):
+        """Returns the form with these codecs. Raises ValueError if they do not fit the layer of this name."""
+        keys, values = codecs
+        for what, dim, codec in (("keys", self.key_dim, keys), ("values", self.value_dim, values)):
             if codec:
                 check_head_dim(dim, codec.group_size, f"the {what} of {name}")
-            # Layers with keys only have no values to quantize.
-            used.append(codec if dim else None)
-        return self._replace(key_codec=used[0], value_codec=used[1])
+        # Layers with keys only have no values to quantize.
+        return self._replace(key_codec=keys, value_codec=values if self.value_dim else None)
 
     def plain(self) -> Form:
         """Returns the form of segments that are not packed."""
@@ -74,183 +70,101 @@ class Form(NamedTuple):
         return keys, values
 
     def cell_bytes(self, is_packed: bool) -> int:
-        form = self if is_packed else self.plain()
-        keys = cell_bytes(form.key_dim, form.key_dtype, form.key_codec)
-        values = cell_bytes(form.value_dim, form.value_dtype, form.value_codec)
-        return self.heads * (keys + values)
+        return self.heads * sum(cell_bytes(*side) for side in self._sides(is_packed))
 
     def zeros(self, cells: int, is_packed: bool = False) -> Lanes:
-        form = self if is_packed else self.plain()
-        return (
-            zeros(form.heads, cells, form.key_dim, form.key_dtype, form.key_codec),
-            zeros(form.heads, cells, form.value_dim, form.value_dtype, form.value_codec),
-        )
+        keys, values = (zeros(self.heads, cells, *side) for side in self._sides(is_packed))
+        return keys, values
 
     def stored(self, lanes: Lanes, is_packed: bool) -> Lanes:
         """Converts lanes to those of a packed segment, or of one that is not packed."""
-        form = self if is_packed else self.plain()
-        return (
-            as_stored(lanes[0], form.key_codec, form.key_dtype),
-            as_stored(lanes[1], form.value_codec, form.value_dtype),
-        )
+        (_, key_dtype, key_codec), (_, value_dtype, value_codec) = self._sides(is_packed)
+        keys, values = lanes
+        return as_stored(keys, key_codec, key_dtype), as_stored(values, value_codec, value_dtype)
 
     def decoded(self, lanes: Lanes) -> tuple[mx.array, mx.array]:
         """Converts lanes to float arrays."""
         return lanes[0].decoded(self.key_dtype), lanes[1].decoded(self.value_dtype)
 
-    def pair(self, parts: Sequence[Lanes], capacity: int, is_packed: bool) -> AnyPair:
+    def pair(self, parts: Sequence[Lanes], capacity: int, is_packed: bool) -> Pair:
         """Returns a new pair of these K and V, concatenated, and zeros up to at least `capacity` cells."""
         stored = [self.stored(lanes, is_packed) for lanes in parts]
         size = sum(keys.arrays[0].shape[2] for keys, _ in stored)
         if size < capacity:
             stored.append(self.zeros(capacity - size, is_packed))
-        keys, values = (joined(lanes) for lanes in zip(*stored, strict=True))
-        if is_packed and self.is_packed:
-            return PackedPair(self, (keys, values))
-        return Pair(*keys.arrays, *values.arrays)
+        keys, values = zip(*stored, strict=True)
+        return Pair(self, joined(keys), joined(values))
+
+    def _sides(self, is_packed: bool) -> tuple[Side, Side]:
+        form = self if is_packed else self.plain()
+        return (
+            (form.key_dim, form.key_dtype, form.key_codec),
+            (form.value_dim, form.value_dtype, form.value_codec),
+        )
+
+
+Side = tuple[int, mx.Dtype, Codec | None]
+"""The features, dtype and codec of keys or of values."""
 
 
 class Pair:
-    """Keys and values of one segment in one layer, in float.
+    """Keys and values of one segment in one layer.
 
     Writes assign to elements of the arrays, which builds and evaluates faster than `mx.slice_update`, but
-    changes the array object. A pair therefore has array objects of its own.
+    changes the array objects. A pair therefore has array objects of its own.
     """
 
-    __slots__ = ("capacity", "keys", "values")
+    __slots__ = ("capacity", "form", "is_packed", "keys", "values")
 
-    is_packed = False
-
-    def __init__(self, keys: mx.array, values: mx.array) -> None:
-        self.keys = alias(keys)
-        self.values = alias(values)
-        self.capacity = keys.shape[2]
+    def __init__(self, form: Form, keys: Lane, values: Lane) -> None:
+        self.form = form
+        self.keys = keys.like(map(alias, keys.arrays))
+        self.values = values.like(map(alias, values.arrays))
+        self.capacity = keys.arrays[0].shape[2]
+        self.is_packed = isinstance(keys, Packed) or isinstance(values, Packed)
 
     def copy(self) -> Pair:
         """Returns a pair of the same contents, which writes to this one do not change."""
-        return Pair(self.keys, self.values)
+        return Pair(self.form, self.keys, self.values)
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        return self.keys, self.values
+        return *self.keys.arrays, *self.values.arrays
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
         """Writes tokens to some cells; evaluation does so in place, if there are no views of the arrays."""
-        self.keys[index] = keys
-        self.values[index] = values
+        if self.is_packed:
+            self.keys.write(index, keys)
+            self.values.write(index, values)
+        else:
+            self.keys[0][index], self.values[0][index] = keys, values
 
     def grow(self, cells: int) -> None:
         """Extends the pair with zeros to this number of cells.
 
-        Copies keys and then values, which needs less memory than both at once.
+        Copies one array after another, which needs less memory than all at once.
         """
         try:
-            self.keys = grown(self.keys, cells)
-            self.values = grown(self.values, cells)
+            self.keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
+            self.values = self.values.like(grown(array, cells) for array in self.values.arrays)
             self.capacity = cells
         except BaseException:
-            self.keys, self.values = self.read(index_of(0, self.capacity))
+            self.keys, self.values = self.lanes(index_of(0, self.capacity))
             raise
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
+        """Returns some cells in float: views if they are stored so."""
+        if self.is_packed:
+            return self.form.decoded(self.lanes(index))
+        return self.keys[0][index], self.values[0][index]
+
+    def lanes(self, index: Index) -> Lanes:
         """Returns views of some cells."""
-        return self.keys[index], self.values[index]
-
-    @property
-    def whole(self) -> Lanes:
-        """The lanes of all cells."""
-        return Plain(self.keys), Plain(self.values)
-
-    def lanes(self, index: Index) -> Lanes:
-        """Returns views of some cells as lanes."""
-        return Plain(self.keys[index]), Plain(self.values[index])
-
-
-class PackedPair:
-    """Keys and values of one segment in one layer, of which keys, values or both are quantized."""
-
-    __slots__ = ("_form", "_lanes", "capacity")
-
-    is_packed = True
-
-    def __init__(self, form: Form, lanes: Lanes) -> None:
-        self._form = form
-        self._lanes = lanes
-        self.capacity = lanes[0].arrays[0].shape[2]
-
-    def copy(self) -> PackedPair:
-        """As `Pair.copy`."""
-        return PackedPair(self._form, self._lanes)
-
-    @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        keys, values = self._lanes
-        return *keys.arrays, *values.arrays
-
-    @property
-    def whole(self) -> Lanes:
-        """The lanes of all cells."""
-        return self._lanes
-
-    @property
-    def keys(self) -> mx.array:
-        """The packed words of the keys, or the keys if they are in float."""
-        return self._lanes[0].arrays[0]
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        self._lanes = self._lanes[0].renewed(array), self._lanes[1]
-
-    @property
-    def values(self) -> mx.array:
-        """The packed words of the values, or the values if they are in float."""
-        return self._lanes[1].arrays[0]
-
-    @values.setter
-    def values(self, array: mx.array) -> None:
-        self._lanes = self._lanes[0], self._lanes[1].renewed(array)
-
-    def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
-        """As `Pair.write`."""
-        self._lanes = self._lanes[0].written(index, keys), self._lanes[1].written(index, values)
-
-    def grow(self, cells: int) -> None:
-        """As `Pair.grow`."""
-        try:
-            self._lanes = self._lanes[0].grown(cells), self._lanes[1]
-            self._lanes = self._lanes[0], self._lanes[1].grown(cells)
-            self.capacity = cells
-        except BaseException:
-            self._lanes = self.lanes(index_of(0, self.capacity))
-            raise
-
-    def read(self, index: Index) -> tuple[mx.array, mx.array]:
-        """Returns some cells in float."""
-        return self._form.decoded(self.lanes(index))
-
-    def lanes(self, index: Index) -> Lanes:
-        """As `Pair.lanes`."""
-        return self._lanes[0].at(index), self._lanes[1].at(index)
-
-
-AnyPair: TypeAlias = Pair | PackedPair
+        return self.keys.at(index), self.values.at(index)
 
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 """Re-bases (layer, keys, values). Returns keys and values of the same shapes."""
-
-Cells = tuple[int, int, Index]
-"""Consecutive cells: their segment, the cell after the last one, and their index."""
-
-
-def cells_of(segment: int, low: int, high: int) -> Cells:
-    """Returns the cells [low, high) of a segment."""
-    return segment, high, index_of(low, high)
-
-
-def cells_in(spans: Spans) -> list[Cells]:
-    """Returns the cells of some spans."""
-    return [cells_of(span.segment, span.start, span.stop) for span in spans]
 
 
 class Buffers:
@@ -260,39 +174,34 @@ class Buffers:
 
     def __init__(self, form: Form) -> None:
         self.form = form
-        self.pairs: dict[int, AnyPair] = {}
+        self.pairs: dict[int, Pair] = {}
         self.written = 0
         """The name of the last step that wrote to this layer."""
 
-    def pair(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
-        """Returns the pair of a segment. Creates it, or extends it with zeros to `capacity` cells."""
-        pair = self.pairs.get(segment)
-        if pair is None or pair.capacity < capacity:
-            pair = self.pairs[segment] = self.sized(segment, capacity, is_packed)
+    def pair(self, segment: int, cells: int, is_packed: bool) -> Pair:
+        """Returns the pair of a segment. Creates it, or extends it with zeros to this number of cells."""
+        pair = self.pairs[segment] = self.holding(segment, cells, is_packed)
         return pair
 
-    def read(self, cells: Iterable[Cells]) -> list[tuple[mx.array, mx.array]]:
-        """Returns ranges of cells in float: views if they are stored so. Unwritten cells are zeros."""
-        return [self._holding(segment, high).read(index) for segment, high, index in cells]
-
-    def lanes(self, cells: Iterable[Cells]) -> list[Lanes]:
-        """Returns views of ranges of cells as they are stored. Unwritten cells are zeros."""
-        return [self._holding(segment, high).lanes(index) for segment, high, index in cells]
-
-    def sized(self, segment: int, capacity: int, is_packed: bool) -> AnyPair:
-        """Returns a copy of a segment's pair, extended with zeros to at least `capacity` cells."""
+    def holding(self, segment: int, cells: int, is_packed: bool = False) -> Pair:
+        """As `pair`, but leaves a segment without so many cells as it is, and returns an extended copy."""
         pair = self.pairs.get(segment)
-        return self.form.pair([pair.whole] if pair else [], capacity, is_packed)
-
-    def _holding(self, segment: int, high: int) -> AnyPair:
-        """The pair of a segment, or an extended copy if it has less than `high` cells."""
-        pair = self.pairs.get(segment)
-        if pair is None or pair.capacity < high:
-            return self.sized(segment, high, pair is not None and pair.is_packed)
+        if pair is None:
+            return self.form.pair([], cells, is_packed)
+        if pair.capacity < cells:
+            return self.form.pair([(pair.keys, pair.values)], cells, pair.is_packed)
         return pair
 
+    def read(self, spans: Iterable[Span]) -> list[tuple[mx.array, mx.array]]:
+        """Returns the cells of spans in float: views if they are stored so. Unwritten cells are zeros."""
+        return [self.holding(s, a + n).read(index_of(a, a + n)) for s, a, _, n in spans]
 
-Staged = dict[int, dict[int, AnyPair]]
+    def lanes(self, spans: Iterable[Span]) -> list[Lanes]:
+        """Returns views of the cells of spans as they are stored. Unwritten cells are zeros."""
+        return [self.holding(s, a + n).lanes(index_of(a, a + n)) for s, a, _, n in spans]
+
+
+Staged = dict[int, dict[int, Pair]]
 """New pairs by layer and segment, before `Store.adopt`."""
 
 
@@ -321,17 +230,14 @@ class Store:
     def form_for(self, layer: int, keys: mx.array, values: mx.array) -> Form:
         """Returns the form of a layer whose first keys and values are these.
 
-        Raises:
-            ValueError: they do not have four dimensions or at least one head with one feature, or their
-                head_dim is not a multiple of the group size.
+        Raises ValueError if these have wrong dimensions, or if head_dim is no multiple of the group size.
         """
         if keys.ndim != 4 or values.ndim != 4:
             raise ValueError(f"keys and values are {keys.shape} and {values.shape}, expected 4 dimensions")
         if not keys.shape[1] or not keys.shape[3]:
             raise ValueError(f"keys of layer {layer} are {keys.shape}, expected at least 1 head of 1 feature")
-        return self._with_codecs(
-            layer, Form(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
-        )
+        form = Form(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, values.dtype)
+        return self._with_codecs(layer, form)
 
     def accepted(self, layer: int, form: Form) -> Form:
         """Returns the form in which a layer stores tokens of `form`. Raises ValueError for other heads."""
@@ -355,32 +261,23 @@ class Store:
         buffers = self.layers[layer] = Buffers(form)
         return buffers
 
-    def stage_move(
-        self, staged: Staged, segment: int, pieces: list[Cells], capacity: int, is_packed: bool
-    ) -> None:
-        """Stages a new segment that begins with copies of these cells, in all layers."""
-        for layer, buffers in self.layers.items():
-            pair = buffers.form.pair(buffers.lanes(pieces), capacity, is_packed)
-            staged.setdefault(layer, {})[segment] = pair
-
-    def stage_rebase(
-        self,
-        staged: Staged,
-        source: list[Cells],
-        segment: int,
-        cell: int,
-        capacity: int,
-        is_packed: bool,
-        rebase: Rebase,
-    ) -> None:
-        """Stages a copy of `segment` with the source cells, re-based, from `cell` on, in all layers."""
-        for layer, buffers in self.layers.items():
-            keys, values = rebase(layer, *concatenated(buffers.read(source)))
-            pair = buffers.sized(segment, capacity, is_packed)
-            pair.write(index_of(cell, cell + keys.shape[2]), keys, values)
-            staged.setdefault(layer, {})[segment] = pair
+    def stage(self, placement: Placement, rebase: Rebase | None = None) -> Staged:
+        """Returns the new pairs that the moves of a plan make; `rebase` re-bases their keys."""
+        staged: Staged = {}
+        for layer, buffers in self.layers.items() if placement.moves else ():
+            pairs = staged[layer] = {}
+            for segment, pieces, cell, _ in placement.moves:
+                size = placement.capacity[segment], segment in placement.packed
+                if rebase is None:
+                    pairs[segment] = buffers.form.pair(buffers.lanes(pieces), *size)
+                else:
+                    keys, values = rebase(layer, *concatenated(buffers.read(pieces)))
+                    pairs[segment] = buffers.holding(segment, *size).copy()
+                    pairs[segment].write(index_of(cell, cell + keys.shape[2]), keys, values)
+        return staged
 
     def adopt(self, staged: Staged) -> None:
+        """Puts new pairs in place."""
         for layer, pairs in staged.items():
             self.layers[layer].pairs.update(pairs)
 
@@ -404,12 +301,7 @@ class Store:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays of all buffers."""
-        return [
-            array
-            for buffers in self.layers.values()
-            for pair in buffers.pairs.values()
-            for array in pair.arrays
-        ]
+        return arrays_in({layer: buffers.pairs for layer, buffers in self.layers.items()})
 
     @property
     def nbytes(self) -> int:

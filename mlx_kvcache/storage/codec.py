@@ -1,7 +1,7 @@
 """Lanes: rows of cells that hold keys or values, in float (`Plain`) or quantized (`Packed`).
 
-Both kinds have the same methods: write, read and grow cells, decode them to float, and compute the two
-products of attention, with quantized cells as they are. Lanes are immutable; each change returns a new one.
+Both kinds have the same methods: write and read cells, decode them to float, and compute the two products
+of attention, with quantized cells as they are.
 """
 
 from __future__ import annotations
@@ -53,21 +53,17 @@ class Plain(NamedTuple):
         """The number of features per head."""
         return self.array.shape[3]
 
-    def written(self, index: Index, tokens: mx.array) -> Plain:
-        """Returns the lane with tokens written to these cells."""
-        return Plain(_written(self.array, index, tokens))
+    def like(self, arrays: Iterable[mx.array]) -> Plain:
+        """Returns a lane of the same kind with other arrays."""
+        return Plain(*arrays)
+
+    def write(self, index: Index, tokens: mx.array) -> None:
+        """Assigns tokens to some cells of the arrays, which changes these objects."""
+        self.array[index] = tokens
 
     def at(self, index: Index) -> Plain:
         """Returns a view of some cells."""
         return Plain(self.array[index])
-
-    def grown(self, cells: int) -> Plain:
-        """Returns the lane extended with zeros to this number of cells. Evaluates it."""
-        return Plain(grown(self.array, cells))
-
-    def renewed(self, array: mx.array) -> Plain:
-        """Returns the lane with its first array replaced."""
-        return Plain(array)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """Returns the cells in float."""
@@ -86,7 +82,10 @@ class Plain(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A quantized lane: packed words, and a scale and a bias for each group of features."""
+    """A quantized lane: packed words, and a scale and a bias for each group of features.
+
+    Its methods are those of `Plain`; `write` quantizes the tokens.
+    """
 
     words: mx.array
     scales: mx.array
@@ -95,12 +94,10 @@ class Packed(NamedTuple):
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """The stored arrays."""
         return self.words, self.scales, self.biases
 
     @property
     def dim(self) -> int:
-        """The number of features per head."""
         return self.scales.shape[3] * self.codec.group_size
 
     @classmethod
@@ -109,36 +106,26 @@ class Packed(NamedTuple):
         words, scales, biases = arrays
         return cls(words, scales, biases, codec)
 
-    def written(self, index: Index, tokens: mx.array) -> Packed:
-        """As `Plain.written`; quantizes the tokens."""
-        new = zip(self.arrays, packed(tokens, self.codec).arrays, strict=True)
-        return Packed.of((_written(old, index, part) for old, part in new), self.codec)
+    def like(self, arrays: Iterable[mx.array]) -> Packed:
+        return Packed.of(arrays, self.codec)
+
+    def write(self, index: Index, tokens: mx.array) -> None:
+        for own, new in zip(self.arrays, packed(tokens, self.codec).arrays, strict=True):
+            own[index] = new
 
     def at(self, index: Index) -> Packed:
-        """As `Plain.at`."""
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
-    def grown(self, cells: int) -> Packed:
-        """As `Plain.grown`."""
-        return Packed.of((grown(array, cells) for array in self.arrays), self.codec)
-
-    def renewed(self, array: mx.array) -> Packed:
-        """As `Plain.renewed`."""
-        return self._replace(words=array)
-
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        """As `Plain.decoded`."""
         words, scales, biases, (bits, group_size) = self
         # MLX computes in the dtype of the scales, even if another one is asked for.
         scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
     def scores(self, rows: mx.array) -> mx.array:
-        """As `Plain.scores`."""
         return self._product(rows, transpose=True)
 
     def weighted(self, weights: mx.array) -> mx.array:
-        """As `Plain.weighted`."""
         return self._product(weights, transpose=False)
 
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
@@ -169,12 +156,6 @@ def grown(array: mx.array, cells: int) -> mx.array:
     return new
 
 
-def _written(array: mx.array, index: Index, tokens: mx.array) -> mx.array:
-    new = alias(array)
-    new[index] = tokens
-    return new
-
-
 def packed(tokens: mx.array, codec: Codec) -> Packed:
     """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
     if tokens.dtype == mx.float32:
@@ -195,18 +176,15 @@ def as_stored(lane: Lane, codec: Codec | None, dtype: mx.Dtype) -> Lane:
 
 def copied(lane: Lane) -> Lane:
     """Copies a lane, because a view keeps the whole array in memory."""
-    arrays = [array + 0 for array in lane.arrays]
-    return Packed.of(arrays, lane.codec) if isinstance(lane, Packed) else Plain(*arrays)
+    return lane.like(array + 0 for array in lane.arrays)
 
 
 def joined(lanes: Sequence[Lane]) -> Lane:
     """Concatenates lanes of the same dtypes and codec."""
-    first = lanes[0]
     if len(lanes) == 1:
-        return first
+        return lanes[0]
     parts = zip(*(lane.arrays for lane in lanes), strict=True)
-    arrays = [mx.concatenate(list(part), axis=2) for part in parts]
-    return Packed.of(arrays, first.codec) if isinstance(first, Packed) else Plain(*arrays)
+    return lanes[0].like(mx.concatenate(list(part), axis=2) for part in parts)
 
 
 def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None) -> Lane:

@@ -30,7 +30,7 @@ def array_mask(
     padding: int = 0,
     dtype: mx.Dtype | None = None,
 ) -> mx.array:
-    """Returns the mask of the keys that each query sees.
+    """Returns the mask (n, S + padding) of the keys that each query sees.
 
     Args:
         rule: the visibility rule.
@@ -38,10 +38,7 @@ def array_mask(
         owners: the sequences of the queries and of the keys; None if there is only one.
         later: (n,), True for queries that also see later tokens; or None.
         padding: the number of hidden keys to add at the end.
-        dtype: None for a boolean mask, or the float dtype of an additive one.
-
-    Returns:
-        (n, S + padding), with True or 0 = visible, False or -inf = hidden.
+        dtype: None for a boolean mask (True = visible), or the float dtype of an additive one (0 = visible).
     """
     if isinstance(rule, (Window, Chunk)) and rule.size > _FARTHEST:
         # Positions are int32 on the device, and none is higher than this.

@@ -57,8 +57,7 @@ def test_no_memory_to_grow_changes_nothing(
         return original(array, cells)
 
     original = lanes.grown
-    for module in ("codec", "buffers"):
-        monkeypatch.setattr(f"mlx_kvcache.storage.{module}.grown", limited)
+    monkeypatch.setattr("mlx_kvcache.storage.buffers.grown", limited)
     with pytest.raises(MemoryError, match="no room for"):
         feed(cache, 100)
     cache.check()

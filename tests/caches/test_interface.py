@@ -25,7 +25,8 @@ from mlx_kvcache import (
 from mlx_kvcache.caches.base import KeyValueCache
 from mlx_kvcache.caches.causal import Shift
 from mlx_kvcache.cells.visibility import Window
-from mlx_kvcache.storage.buffers import PackedPair
+from mlx_kvcache.quantization import Codec
+from mlx_kvcache.storage.buffers import Pair
 from tests.caches.data import causal, coded, column, fed, refused
 from tests.kinds import SINGLE_KINDS, Kind, add_offsets
 
@@ -200,7 +201,9 @@ def test_check_finds_what_cannot_be() -> None:
     cache.check()
     form, pairs = cache._store.layers[0].form, cache._store.layers[0].pairs
     [(segment, pair)] = pairs.items()
-    for wrong in ({segment: pair, segment + 1: pair}, {segment: PackedPair(form, pair.whole)}):
+    quantized = form._replace(heads=1, key_dim=32, value_dim=32, key_codec=Codec(8, 32))
+    packed = Pair(quantized, *quantized.zeros(pair.capacity, is_packed=True))
+    for wrong in ({segment: pair, segment + 1: pair}, {segment: packed}):
         pairs.clear()
         pairs.update(wrong)
         with pytest.raises(AssertionError):

@@ -28,7 +28,6 @@ from mlx_kvcache import (
 from mlx_kvcache.caches.interface import Recurrent
 from mlx_kvcache.caches.recurrent import Arrays
 from mlx_kvcache.cells.spans import clip
-from mlx_kvcache.storage.buffers import cells_in
 from tests.interrupts import Tracer, places
 from tests.kinds import KINDS, STORES, add_offsets
 
@@ -132,7 +131,7 @@ class Subject:
             return plain(snapshot)
         begin = parts[sequence].begin
         cells = leaf._table[sequence].spans
-        earlier = cells_in(clip(cells, 0, begin))
+        earlier = clip(cells, 0, begin)
         layers = {layer: buffers.read(earlier) for layer, buffers in leaf._store.layers.items()}
         return snapshot.end, plain(layers if earlier else {})
 

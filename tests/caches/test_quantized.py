@@ -19,6 +19,7 @@ from mlx_kvcache import (
 )
 from mlx_kvcache.caches.causal import Shift
 from mlx_kvcache.storage.buffers import Pair
+from mlx_kvcache.storage.codec import Plain
 from tests.caches.data import coded, column, fed
 from tests.kinds import add_offsets
 
@@ -279,8 +280,8 @@ def test_check_finds_float_where_it_is_packed() -> None:
     cache = made(Quantization(bits=8))
     put(cache, noise(3))
     cache.check()
-    pairs = cache._store.layers[0].pairs
+    form, pairs = cache._store.layers[0].form, cache._store.layers[0].pairs
     [segment] = pairs
-    pairs[segment] = Pair(noise(3), noise(3))
+    pairs[segment] = Pair(form, Plain(noise(3)), Plain(noise(3)))
     with pytest.raises(AssertionError):
         cache.check()

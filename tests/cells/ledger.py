@@ -7,7 +7,7 @@ from random import Random
 from typing import NamedTuple
 
 from mlx_kvcache.cells.placement import Placed, Placement, allocated_after, compact, place
-from mlx_kvcache.cells.removal import Removal, drop_tail, remove_range
+from mlx_kvcache.cells.removal import drop_tail, remove_range
 from mlx_kvcache.cells.spans import FOREVER, Sequence, Spans, clip
 from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.cells.visibility import Rule, visible
@@ -75,7 +75,7 @@ class Ledger:
         assert allocated_after(table, placement) == _allocated(table, placement)
         if placement.capacity:
             # What a step evicts stays until it is over, so that it can be taken back.
-            comes = sum(write.size for placed in placement.placed for write in placed.writes)
+            comes = sum(write.length for placed in placement.placed for write in placed.writes)
             assert allocated_after(table, placement) <= max(table.room, table.live + comes)
         self.apply(placement)
         old = dict(self.expected)
@@ -95,13 +95,13 @@ class Ledger:
         return ""
 
     def write(self, placed: Placed, names: list[int], was_packed: bool) -> None:
-        for first, size, segment, cell in placed.writes:
+        for segment, cell, position, size in placed.writes:
             # A branch of a packed sequence may begin a segment in float.
             if placed.end > self.table.pack_after or not was_packed:
                 assert (segment in self.table.packed) == (placed.end > self.table.pack_after)
             assert cell + size <= self.table.capacity[segment]
             for i in range(size):
-                token = Token(names[first + i], placed.begin + first + i)
+                token = Token(names[position - placed.begin + i], position + i)
                 self.cells[segment, cell + i] = token
 
     def read(self, placement: Placement, old: dict[int, tuple[int, Held]], new: dict[int, list[int]]) -> None:
@@ -121,8 +121,8 @@ class Ledger:
     def apply(self, placement: Placement) -> None:
         table = self.table
         for move in placement.moves:
-            for cell, token in enumerate(self.tokens(move.pieces)):
-                self.cells[move.segment, cell] = token
+            for cell, token in enumerate(self.tokens(move.pieces), move.cell):
+                self.cells[move.segment, cell] = token._replace(position=token.position + move.offset)
         table.capacity.update(placement.capacity)
         table.packed.update(placement.packed)
         table.assign(placement.changes)
@@ -133,19 +133,7 @@ class Ledger:
         table.forget(orphans)
         self.cells = {place: token for place, token in self.cells.items() if place[0] not in orphans}
 
-    def edit(self, removal: Removal) -> None:
-        placement = Placement(changes=dict(removal.changes))
-        moved = removal.rebased
-        if moved:
-            target = moved.target
-            tokens = [
-                token._replace(position=token.position + moved.offset) for token in self.tokens(moved.source)
-            ]
-            if target.is_new:
-                placement.capacity[target.segment] = target.capacity
-                placement.packed.update({target.segment} if target.is_packed else ())
-            for i, token in enumerate(tokens):
-                self.cells[target.segment, target.cell + i] = token
+    def edit(self, placement: Placement) -> None:
         self.apply(placement)
         self.sweep(placement)
 
@@ -175,7 +163,7 @@ class Ledger:
     def copy(self, source: int, target: int, length: int) -> None:
         end = min(length, self.end(source))
         new = Sequence(end, clip(self.table[source].spans, 0, end)) if end else None
-        self.edit(Removal({target: new}, None))
+        self.edit(Placement(changes={target: new}))
         self.expect(target, end, {p: n for p, n in self.held(source).items() if p < end})
 
     def expect(self, sequence: int, end: int, held: Held) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_kvcache.cells.placement import Write, append, place
+from mlx_kvcache.cells.placement import append, place
 from mlx_kvcache.cells.spans import FOREVER, Sequence, Span
 from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
@@ -60,7 +60,7 @@ def test_the_way_that_decoding_takes() -> None:
     placement = append(table, 0, (0, 1, 2, 3), Causal(), 0)
     assert placement is not None and placement == place(table, {0: (0, 1, 2, 3)}, Causal(), 0)
     [own] = placement.placed
-    assert (own.begin, own.end, own.writes, own.fresh) == (6, 10, (Write(0, 4, 1, 6),), False)
+    assert (own.begin, own.end, own.writes, own.fresh) == (6, 10, (Span(1, 6, 6, 4),), False)
     assert own.reads == (Span(1, 0, 0, 10),) and placement.changes == {0: Sequence(10, own.reads)}
     assert placement.undo == {0: table[0]}
     windowed = append(table, 0, (0,), Window(3), 1)

@@ -104,9 +104,9 @@ def test_rebasing_all_that_is_held() -> None:
                 rebase_all(ledger.table, 0, -3)
             continue
         removal = rebase_all(ledger.table, 0, -3)
-        assert removal.rebased is not None
-        assert (removal.rebased.source, removal.rebased.offset) == (before, -3)
-        assert removal.rebased.target.is_new == is_shared
+        [move] = removal.moves
+        assert (move.pieces, move.offset) == (before, -3)
+        assert (move.segment not in ledger.table.capacity) == is_shared
         ledger.edit(removal)
         assert [token.position for token in ledger.tokens(ledger.table[0].spans)] == list(range(-3, 9))
         assert ledger.table[0].end == 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_kvcache.cells.placement import DEAD, SMALL_STEP, STEP, Placement, Write, append, capacity_for, place
+from mlx_kvcache.cells.placement import DEAD, SMALL_STEP, STEP, Placement, append, capacity_for, place
 from mlx_kvcache.cells.spans import Sequence, Span
 from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.cells.visibility import Causal, Rule, Window
@@ -59,8 +59,8 @@ def test_the_first_tokens() -> None:
     table = CellTable(1000)
     placement = placed(table, Causal(), 0, s0=3, s1=2)
     first, second = placement.placed
-    assert first.writes == (Write(0, 3, 1, 0),) and first.reads == (Span(1, 0, 0, 3),)
-    assert second.writes == (Write(0, 2, 2, 0),) and (second.begin, second.end) == (0, 2)
+    assert first.writes == (Span(1, 0, 0, 3),) and first.reads == (Span(1, 0, 0, 3),)
+    assert second.writes == (Span(2, 0, 0, 2),) and (second.begin, second.end) == (0, 2)
     assert placement.undo == {0: None, 1: None} and not placement.moves and not first.fresh
     assert table.capacity == {1: 64, 2: 64}
     assert placement.in_use() == {1, 2}
@@ -81,7 +81,7 @@ def test_growing_behind_the_last_token() -> None:
     table = CellTable(1000)
     placed(table, Causal(), 0, s0=60)
     placement = placed(table, Causal(), 0, s0=10)
-    assert placement.placed[0].writes == (Write(0, 10, 1, 60),)
+    assert placement.placed[0].writes == (Span(1, 60, 60, 10),)
     assert placement.capacity == {1: 128} and not placement.moves
     assert placement.undo == {0: Sequence(60, (Span(1, 0, 0, 60),))}
 
@@ -93,7 +93,7 @@ def test_a_branch_begins_a_segment_and_grows_in_small_steps() -> None:
     table.assign({1: table[0]})
     # The first that goes on takes the cells behind; the other begins a segment.
     placement = placed(table, Causal(), 0, s0=1, s1=1)
-    assert [own.writes for own in placement.placed] == [(Write(0, 1, 1, 300),), (Write(0, 1, 2, 0),)]
+    assert [own.writes for own in placement.placed] == [(Span(1, 300, 300, 1),), (Span(2, 0, 300, 1),)]
     assert placement.placed[1].reads == (Span(1, 0, 0, 300), Span(2, 0, 300, 1))
     assert table.capacity == {1: 512, 2: 64}
     placement = placed(table, Causal(), 0, s0=212)
@@ -109,14 +109,14 @@ def test_own_runs_become_one_where_they_are_copied_anyway() -> None:
     table.assign({2: table[1]})
     placed(table, Causal(), 0, s1=4)
     placement = placed(table, Causal(), 0, s2=1)
-    assert not placement.moves and placement.placed[0].writes == (Write(0, 1, 3, 0),)
+    assert not placement.moves and placement.placed[0].writes == (Span(3, 0, 70, 1),)
     table.assign({1: None})
     placement = placed(table, Causal(), 0, s2=63)
-    assert table.capacity[3] == 64 and placement.placed[0].writes == (Write(0, 63, 3, 1),)
+    assert table.capacity[3] == 64 and placement.placed[0].writes == (Span(3, 1, 71, 63),)
     placement = placed(table, Causal(), 0, s2=1)
     [move] = placement.moves
     assert move.pieces == (Span(2, 0, 10, 60), Span(3, 0, 70, 64))
-    assert placement.placed[0].writes == (Write(0, 1, move.segment, 124),)
+    assert placement.placed[0].writes == (Span(move.segment, 124, 134, 1),)
     assert table[2].spans == (Span(1, 0, 0, 10), Span(move.segment, 0, 10, 125))
 
 
@@ -159,9 +159,9 @@ def test_one_goes_on_in_its_place_beside_others() -> None:
     table = CellTable(1000)
     placed(table, Causal(), 0, s1=3)
     begins, goes_on = placed(table, Causal(), 0, s0=2, s1=1).placed
-    assert (begins.writes, goes_on.writes) == ((Write(0, 2, 2, 0),), (Write(0, 1, 1, 3),))
+    assert (begins.writes, goes_on.writes) == ((Span(2, 0, 0, 2),), (Span(1, 3, 3, 1),))
     other, goes_on = placed(table, Causal(), 0, s1=1, s0=1).placed
-    assert (other.writes, goes_on.writes) == ((Write(0, 1, 1, 4),), (Write(0, 1, 2, 2),))
+    assert (other.writes, goes_on.writes) == ((Span(1, 4, 4, 1),), (Span(2, 2, 2, 1),))
 
 
 def test_a_segment_of_its_own_grows_in_large_steps() -> None:
@@ -182,7 +182,7 @@ def test_where_the_end_is_not_held_a_segment_begins() -> None:
     table.capacity[table.new_segment()] = 10
     table.assign({0: Sequence(6, (Span(1, 0, 0, 5),))})
     [own] = place(table, {0: (0,)}, Window(1), 1).placed
-    assert own.writes == (Write(0, 1, 2, 0),)
+    assert own.writes == (Span(2, 0, 6, 1),)
 
 
 def _full(*spans: Span, room: int = 1000, shared: tuple[Span, ...] = ()) -> CellTable:

@@ -14,8 +14,8 @@ from ...cells.spans import Spans, seen_from
 from ...cells.visibility import Causal, Chunk, Window
 from ...errors import CacheError
 from ...quantization import Quantization
-from ...storage.buffers import AnyPair, Cells, Lanes, cells_in, concatenated
-from ...storage.codec import Plain, alias, joined
+from ...storage.buffers import Lanes, Pair, concatenated
+from ...storage.codec import Lane, Plain, alias, joined
 from ..forward.batch_rows import Rows
 from ..forward.forward import Forward
 from ..hosts.layout import Leaf
@@ -59,13 +59,13 @@ def buffers_of(conversation: Conversation, leaf: Leaf) -> list[mx.array]:
     return [array for piece in pieces for lane in piece for array in lane.arrays]
 
 
-def _kept(conversation: Conversation, leaf: Leaf) -> list[Cells]:
+def _kept(conversation: Conversation, leaf: Leaf) -> Spans:
     cache = conversation.pool.keyed(leaf)
     spans, position = cache._table[conversation.sequence].spans, conversation.position
     if not isinstance(leaf.rule, Chunk):
         # The newest token still sees the cell that the next token evicts.
         position -= 1
-    return cells_in(seen_from(cache._rule, spans, position))
+    return seen_from(cache._rule, spans, position)
 
 
 class KeyValueLayer(Layer):
@@ -134,7 +134,7 @@ class KeyValueLayer(Layer):
     def keys(self) -> mx.array | None:
         """The buffer of the newest keys. Assigning an array of the same shape replaces it."""
         pair = self._newest_pair()
-        return alias(pair.keys) if pair else None
+        return alias(pair.keys.arrays[0]) if pair else None
 
     @keys.setter
     def keys(self, array: mx.array) -> None:
@@ -144,7 +144,7 @@ class KeyValueLayer(Layer):
     def values(self) -> mx.array | None:
         """The buffer of the newest values. Assigning an array of the same shape replaces it."""
         pair = self._newest_pair()
-        return alias(pair.values) if pair else None
+        return alias(pair.values.arrays[0]) if pair else None
 
     @values.setter
     def values(self, array: mx.array) -> None:
@@ -232,7 +232,7 @@ class KeyValueLayer(Layer):
         self.rows.check_open()
         return [self._cache._table[conversation.sequence].spans for conversation in self.rows.conversations]
 
-    def _newest_pair(self) -> AnyPair | None:
+    def _newest_pair(self) -> Pair | None:
         """The newest buffers of the first row. Models assign to them only to have them evaluated."""
         buffers = self._cache._store.layers.get(self.leaf.index)
         spans = next((spans for spans in self._spans() if spans), None)
@@ -240,12 +240,13 @@ class KeyValueLayer(Layer):
 
     def _replace(self, slot: str, array: mx.array) -> None:
         pair = self._newest_pair()
-        shape = getattr(pair, slot).shape if pair else None
-        if array.shape != shape:
+        lane: Lane | None = getattr(pair, slot, None)
+        shape = lane.arrays[0].shape if lane else None
+        if lane is None or array.shape != shape:
             raise ValueError(
                 f"{slot} of layer {self.leaf.name} have shape {shape}, cannot assign shape {array.shape}"
             )
-        setattr(pair, slot, alias(array))
+        setattr(pair, slot, lane.like((alias(array), *lane.arrays[1:])))
 
 
 class KVCache(KeyValueLayer):

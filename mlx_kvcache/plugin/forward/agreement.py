@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 
 from ...errors import CacheError
-from ...storage.buffers import AnyPair, Buffers
+from ...storage.buffers import Buffers, Pair
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from ..ranks import spelled, told_tokens
@@ -92,7 +92,7 @@ def arrays_of(pool: Pool) -> list[mx.array]:
     return pool.buffers + (pool.recurrent.arrays() if pool.layout.is_recurrent else [])
 
 
-Kept = dict[int, tuple[Buffers, dict[int, AnyPair]]]
+Kept = dict[int, tuple[Buffers, dict[int, Pair]]]
 """For each leaf its buffers, and copies of their pairs by segment."""
 
 

@@ -249,7 +249,7 @@ class Conversation:
         pieces = {}
         for kind, cache in pool.positional():
             removal = remove_range(cache._table, self.sequence, begin, end, cache._rule, rebase_head=True)
-            source = removal.rebased.source if removal.rebased else ()
+            source = removal.moves[0].pieces if removal.moves else ()
             is_packed = any(span.segment in cache._table.packed for span in source)
             codecs = cache._store.codecs if is_packed else lambda leaf: (None, None)
             rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()), codecs)
