@@ -19,8 +19,19 @@ from .base import Pass, StreamCache, StreamPlan, checked_layer
 from .checkpoints import Expendable, anchors, beyond, expendable
 from .interface import Recurrent
 from .plan import Plan
-from .replay import Note, checked_inputs, copied_arrays
-from .states import NOTHING, Arrays, Replay, State, Stream, arrays_in, filter_none, sizes_of
+from .states import (
+    NOTHING,
+    Arrays,
+    Note,
+    Replay,
+    State,
+    Stream,
+    arrays_in,
+    checked_inputs,
+    copied_arrays,
+    filter_none,
+    sizes_of,
+)
 
 __all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream", "arrays_in", "filter_none"]
 

@@ -26,9 +26,8 @@ from .entries.arrays import ArraysCache
 from .entries.keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
 from .entries.nested import CacheList
 from .files import save_for_mlx_lm
-from .hosts.layout import own_cache
-from .hosts.lifetimes import PerModel
-from .hosts.observe import observe
+from .hosts.mlx_lm import own_cache
+from .hosts.observe import PerModel, observe
 from .prompt_cache import make_prompt_cache
 from .serving import mlx_lm_store, server
 

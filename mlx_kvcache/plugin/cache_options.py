@@ -18,7 +18,7 @@ from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
 from ..quantization import Bits, Quantization
-from .hosts.layout import Layout, Leaf, layout_of
+from .hosts.mlx_lm import Layout, Leaf, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Checkpoints, Pool, pool_for
 from .pool.weights import identity

@@ -31,7 +31,7 @@ from ..storage.codec import Lane, Packed, Plain, index_of
 from .cache_options import Storage, by_layer, new_conversation, options_of
 from .entries.keyvalue import QuantizedKVCache
 from .forward.batch_rows import Rows
-from .hosts.layout import Leaf
+from .hosts.mlx_lm import Leaf
 from .hosts.mlx_lm_files import Entry, Foreign, read_foreign
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Pool

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ...arguments import class_of
 from ...errors import CacheError
 from ..forward.batch_rows import Rows
-from ..hosts.layout import Leaf
+from ..hosts.mlx_lm import Leaf
 from ..hosts.observe import Observable
 
 Self = TypeVar("Self", bound="Layer")

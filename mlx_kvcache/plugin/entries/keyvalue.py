@@ -18,7 +18,7 @@ from ...storage.buffers import Lanes, Pair, concatenated
 from ...storage.codec import Lane, Plain, alias, joined
 from ..forward.batch_rows import Rows
 from ..forward.forward import Forward
-from ..hosts.layout import Leaf
+from ..hosts.mlx_lm import Leaf
 from ..pool.conversation import Conversation
 from ..rope.rebase import rebased
 from .base import Layer

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.nn as nn
 
 from ..forward.batch_rows import Rows
-from ..hosts.layout import Entry, Leaf
 from ..hosts.mixers import Place
+from ..hosts.mlx_lm import Entry, Leaf
 from ..hosts.observe import Call, Observable
 from .arrays import ArraysCache
 from .base import check_ours

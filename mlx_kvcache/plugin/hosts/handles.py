@@ -18,7 +18,7 @@ from mlx_lm.models import base as mlx_lm_base
 
 from ...attend.products import STRETCH, attend_causal, attend_single
 from ...storage import codec
-from .layout import Leaf
+from .mlx_lm import Leaf
 from .observe import Observable
 
 _NAME = "scaled_dot_product_attention"

@@ -25,8 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .lifetimes import PerModel
-from .observe import Call, Observable, subclassed
+from .observe import Call, Observable, PerModel, subclassed
 
 Arrays = tuple[mx.array | None, ...]
 

@@ -9,7 +9,7 @@ Lock order: a thread that holds one of these locks takes only locks further down
 4. the schemes of `probe.py`, while the model's rotations are recorded;
 5. `_lock` of this module, while a pool is looked up or made.
 
-There is one lock 2 and one lock 4 for each model. Finalizers take no locks; see `lifetimes.py`.
+There is one lock 2 and one lock 4 for each model. Finalizers take no locks; see `observe.py`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from ...errors import CacheError
 from ...quantization import Codecs, Quantization
 from ...storage.buffers import Form
 from ..hosts.handles import serve
-from ..hosts.layout import Layout, Leaf
-from ..hosts.lifetimes import PerModel
 from ..hosts.mixers import Mixers, watch
-from ..hosts.observe import observe
+from ..hosts.mlx_lm import Layout, Leaf
+from ..hosts.observe import PerModel, observe
 from ..ranks import ALONE, Ranks
 from ..rope.probe import scheme_of
 from ..rope.rebase import Scheme

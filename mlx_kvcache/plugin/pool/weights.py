@@ -16,8 +16,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..hosts.layout import configuration_of
-from ..hosts.lifetimes import PerModel
+from ..hosts.mlx_lm import configuration_of
+from ..hosts.observe import PerModel
 
 NUMBERS = 1024
 """Approximate number of elements sampled per array. Reading all would take as long as loading the model."""

@@ -22,8 +22,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...cells.visibility import Chunk
 from ...rope import RopeShift
-from ..hosts.layout import Entry, Layout, Leaf, configuration_of, layout_of, logits_of
-from ..hosts.lifetimes import PerModel
+from ..hosts.mlx_lm import Entry, Layout, Leaf, configuration_of, layout_of, logits_of
+from ..hosts.observe import PerModel
 from ..ranks import ALONE, Ranks
 from .rebase import Rotation, Scheme, Slot
 

@@ -17,7 +17,7 @@ import pytest
 from mlx_kvcache import CacheError
 from mlx_kvcache.plugin import Many, PromptCache, attach, detach, make_prompt_cache, trial
 from mlx_kvcache.plugin.hosts import observe
-from mlx_kvcache.plugin.hosts.lifetimes import PerModel
+from mlx_kvcache.plugin.hosts.observe import PerModel
 from mlx_kvcache.plugin.pool import pool
 from mlx_kvcache.plugin.rope import probe
 from tests.plugin.configurations import build
