@@ -25,6 +25,9 @@ __all__ = ["Counts", "Session", "SessionPool"]
 CANDIDATES = 32
 """The most stored caches that a lookup asks for their resume points."""
 
+WORTH = 32
+"""The fewest tokens that a checkpoint must save. It can take as many bytes as thousands of tokens' keys."""
+
 
 @dataclass
 class Counts:
@@ -55,6 +58,20 @@ class _Stored:
     cache: Any
     salt: Hashable
     is_pinned: bool = False
+
+
+def branch_point(shared: int, reused: int, length: int) -> bool:
+    """Return whether a prompt should leave a checkpoint where it branches off from a stored one.
+
+    The next prompt that branches off there can then reuse everything before. Marconi (arXiv 2411.19379) and
+    SGLang keep recurrent states at such points, too.
+
+    Args:
+        shared: the number of tokens that the two have in common.
+        reused: the number of tokens that could be reused, because a layer has no state in between.
+        length: the number of tokens of the prompt.
+    """
+    return shared < length and shared - reused >= WORTH
 
 
 class SessionPool:
@@ -141,6 +158,9 @@ class SessionPool:
         if not tokens:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
         reused, cache = self._forked(tokens, salt)
+        shared = next((common for common, _ in self._matches(tokens, salt)), 0)
+        if branch_point(shared, reused, len(tokens)):
+            cache.mark(shared)
         with self._lock:
             self.counts.hits += reused > 0
             self.counts.misses += reused == 0

@@ -3,7 +3,8 @@
 `LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can be trimmed
 only so far, and a recurrent layer only to its checkpoints. With these functions,
 
-- a lookup resumes a fork of a stored cache at the newest position that all its layers support;
+- a lookup resumes a fork of a stored cache at the newest position that all its layers support, and marks
+  where the prompt branches off, so that recurrent layers leave a checkpoint there;
 - storing a cache keeps those shorter prefixes that the new cache cannot roll back to.
 
 Caches of other packages are stored and found as in mlx-lm.
@@ -22,6 +23,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
 from ...radix_tree import PrefixTree
+from ...sessions.prefix_cache import branch_point
 from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
 
@@ -59,20 +61,24 @@ def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[
 
 
 def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
-    best: tuple[int, list[Any]] = (0, [])
+    best: tuple[int, list[Any]] = (0, ours[0][1])
     for common, cache in ours:
         most = min(common, len(tokens) - 1)
         if most <= best[0]:
             break
         best = max(best, (resume_point(cache, most), cache), key=lambda pair: pair[0])
     point, found = best
-    if not point:
+    shared = ours[0][0]
+    marked = rows_of(found) if branch_point(shared, point, len(tokens)) else []
+    if not point and not any(rows.pool.layout.is_recurrent for rows in marked):
         return None, tokens
     fork = copy.deepcopy(found)
     # The cache may hold fewer tokens than its key: the last token generated was never fed.
     behind = {id(rows): rows.positions[0] - point for rows in rows_of(fork)}
     for entry in fork:
         entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
+    for rows in rows_of(fork) if marked else ():
+        rows.mark(shared)
     return fork, tokens[point:]
 
 

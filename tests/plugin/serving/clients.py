@@ -50,7 +50,10 @@ class Client:
 
     def chat(self, text: str, **more: object) -> Answer:
         """The first turn of a conversation."""
-        messages = [{"role": "user", "content": text}]
+        return self.converse([{"role": "user", "content": text}], **more)
+
+    def converse(self, messages: list[dict[str, str]], **more: object) -> Answer:
+        """The next turn of a conversation."""
         body = {"messages": messages, "max_tokens": 6, "temperature": 0.0}
         return self._ask("/v1/chat/completions", body | more)
 

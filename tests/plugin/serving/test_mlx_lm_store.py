@@ -278,3 +278,18 @@ def test_stores_of_caches_that_are_not_ours_stay_as_they_are() -> None:
             fetched = [store.fetch_nearest_cache("key", tokens) for tokens in asked]
             found.append([(cache and cache[0].offset, rest) for cache, rest in fetched])
     assert found[0] == found[1]
+
+
+def test_the_third_prompt_that_begins_alike_resumes_where_they_part() -> None:
+    """Recurrent layers have no state inside a block, until a lookup has marked where prompts branch off."""
+    model, prefix = build("qwen3_next"), TEXT[:60]
+    with attach(model, rewind=4):
+        store = LRUPromptCache()
+        for number, reused in enumerate((0, 0, 60, 60)):
+            tokens = prefix + OTHER[number : number + 10]
+            cache, rest = store.fetch_nearest_cache("key", tokens)
+            assert len(tokens) - len(rest) == reused
+            cache = cache or mlx_lm_cache.make_prompt_cache(model)
+            expected = logits_of(model, unattached(model), tokens, 1)[-1:]
+            assert difference(logits_of(model, cache, rest)[-1:], expected) <= 1e-4
+            store.insert_cache("key", tokens, cache)

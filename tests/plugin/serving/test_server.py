@@ -197,3 +197,23 @@ def test_clients_that_leave(tiny: Path) -> None:
                 reply.readline()
         assert client.complete(SHORT).text == expected
         assert client.health() == 200
+
+
+def test_an_agent_on_a_recurrent_model_reads_only_what_is_new(recurrent: Path) -> None:
+    """From the third turn on, at most 1.1 times what the prompt has grown by: a reply and a result.
+
+    A random model's replies have other tokens when they are encoded again, so they are read again.
+    """
+    messages: list[dict[str, str]] = [{"role": "system", "content": "You call tools. " * 12}]
+    with served(recurrent) as client:
+        before, shares = 0, []
+        for turn in range(6):
+            messages.append({"role": "user", "content": f"Result {turn}: " + f"value {turn} " * 20})
+            answer = client.converse(messages, max_tokens=24)
+            usage = answer.body["usage"]
+            computed = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+            shares.append(computed / (usage["prompt_tokens"] - before))
+            reply = answer.body["choices"][0]["message"]["content"]
+            messages.append({"role": "assistant", "content": reply})
+            before = usage["prompt_tokens"]
+    assert max(shares[2:]) <= 1.1

@@ -321,3 +321,14 @@ def test_the_pools_lock_may_be_held_while_a_session_is_closed() -> None:
     for thread in (closing, opening):
         thread.join(60)
         assert not thread.is_alive(), "each waits for a lock that the other holds"
+
+
+def test_the_third_prompt_that_begins_alike_resumes_where_they_part() -> None:
+    """Recurrent layers have no state inside a block, until a session has marked where prompts branch off."""
+    model = build("qwen3_next")
+    pool = pool_of(model)
+    for number, reused in enumerate((0, 0, 60, 60)):
+        tokens = TEXT[:60] + TEXT[100 + number : 120]
+        with pool.open(tokens) as session:
+            assert session.reused == reused
+            assert difference(computed(model, session), afresh(model, tokens)) <= 2e-4
