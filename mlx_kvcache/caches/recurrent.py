@@ -184,9 +184,13 @@ class RecurrentCache(StreamCache[Stream]):
 
     def newest(self, layer: int, sequence: int) -> Arrays:
         """Return a layer's state after the sequence's last token, or (). Works between batches, too."""
+        return self.newest_state(sequence).get(layer, ())
+
+    def newest_state(self, sequence: int) -> State:
+        """Return the states of all layers after the sequence's last token."""
         self._check_ready()
-        stream = self._streams.get(sequence)
-        return stream.states.get(stream.end, NOTHING).get(layer, ()) if stream else ()
+        stream = self._streams.get(sequence, EMPTY)
+        return stream.states.get(stream.end, NOTHING)
 
     def layer_nbytes(self, layer: int, sequence: int) -> int:
         """Return the bytes of one layer's state, checkpoints and inputs in one sequence."""

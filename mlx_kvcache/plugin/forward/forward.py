@@ -186,6 +186,7 @@ class Forward:
         self._caches: tuple[Any, ...] = pool.caches
         self._steps: list[Step | None] = []
         self._states: dict[int, list[mx.array | None]] = {}
+        self._before: list[Mapping[int, Arrays]] | None = None
         self._noted: dict[int, dict[int, list[mx.array]]] = {}
         """For each recurrence, by leaf, and each of its modules what was noted of its newest tokens."""
         self._inside: dict[int, dict[int, list[mx.array | None]]] = {}
@@ -277,13 +278,17 @@ class Forward:
 
     def state(self, leaf: Leaf) -> list[mx.array | None]:
         """A recurrence's arrays (B, ...), as before this forward. The model replaces items of this list."""
-        if self._is_by_token:
-            raise _no_arrays()
-        if leaf.index not in self._states:
-            rows = [padded_state(newest(own, leaf), leaf.slots) for own in self.conversations]
-            one = rows[0] if self.is_single else [_joined(slot) for slot in zip(*rows, strict=True)]
-            self._states[leaf.index] = one
-        return self._states[leaf.index]
+        state = self._states.get(leaf.index)
+        if state is None:
+            if self._is_by_token:
+                raise _no_arrays()
+            if self._before is None:
+                recurrent = self.pool.recurrent
+                self._before = [recurrent.newest_state(own.sequence) for own in self.conversations]
+            rows = [padded_state(own.get(leaf.index, ()), leaf.slots) for own in self._before]
+            state = rows[0] if self.is_single else [_joined(slot) for slot in zip(*rows, strict=True)]
+            self._states[leaf.index] = state
+        return state
 
     def run_mixer(
         self, leaf: Leaf, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -107,7 +107,10 @@ class Mixers:
 
     def index(self, module: nn.Module) -> int | None:
         """The index of a module, or None if it is not one of these."""
-        return next((i for i, mixer in enumerate(self.modules) if mixer.module() is module), None)
+        for index, mixer in enumerate(self.modules):
+            if mixer.module() is module:
+                return index
+        return None
 
     def inputs(
         self, index: int, n: int, args: Sequence[Any], kwargs: Mapping[str, Any]
