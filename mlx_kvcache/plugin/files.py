@@ -365,12 +365,17 @@ def _loaded_from_mlx_lm(path: Path, model: nn.Module, options: Mapping[str, Any]
     return rows
 
 
+_NUMBERS = [name for name in Limits._fields if name != "overflow"]
+
+
 def _saved_options(opened: Opened) -> dict[str, Any]:
     """Returns the options that a file was saved with. Raises CacheFileError if they are malformed."""
     told = opened.options
     with faults_of(opened.path):
         options: dict[str, Any] = {"overflow": told.get("overflow")}
-        for name in ("capacity", "sinks", "rewind", "kv_group_size", "quantize_after"):
+        if "checkpoint_bytes" in told:
+            options["checkpoint_bytes"] = None
+        for name in (*_NUMBERS, "kv_group_size", "quantize_after"):
             written = told.get(_WRITTEN.get(name, name))
             if written is not None:
                 options[name] = integer(written, name)

@@ -195,18 +195,22 @@ def _refusal(pool: Pool) -> str:
     found = mx.concatenate(
         [_run(pool, rows, text[:7]), _run(pool, rows, text[7:8]), _run(pool, rows, text[8:])], 1
     )
+    refusals = []
     if _difference(found, logits) > NOISE:
-        return "calls of the modules that compute the recurrent states cannot be divided"
+        refusals.append("calls of the modules that compute recurrent states cannot be divided")
     for end, states in zip(reversed(TRIED), reversed(expected), strict=True):
         if not rows.can_resume(end):
-            return f"the states at token {end} of {len(text)} are not known"
-        rows.conversation.rewind_to(end)
+            refusals.append(f"the states at token {end} of {len(text)} are not known")
+            break
+        with rows.edit(f"rewind to {end}"):
+            rows.conversation.rewind_to(end)
         for leaf, arrays in states.items():
             own = newest(rows.conversation, pool.leaves[leaf])
             if any(_unlike(*pair) for pair in zip(own, arrays, strict=True)):
                 name = pool.leaves[leaf].name
-                return f"the states of layer {name} depend on more than the calls of its modules"
-    return ""
+                refusals.append(f"the states of layer {name} depend on more than the calls of its modules")
+    shared = pool.ranks.share("compare why states cannot be computed again", "; ".join(refusals))
+    return next(filter(None, shared), "")
 
 
 TRIED = (3, 5, 6, 8)

@@ -65,12 +65,12 @@ def test_a_recurrence_with_an_array_too_few(tmp_path: Path) -> None:
 
 
 def test_saved_options_that_the_model_cannot_have(tmp_path: Path) -> None:
-    """A recurrent state keeps no sinks, whatever the file says."""
+    """There is no room beside as many sinks as the capacity, whatever the file says."""
     source, path = ours("qwen3_next", 0), tmp_path / "sinks.safetensors"
     told = deepcopy(source.told)
-    told["options"] |= {"capacity": 64, "overflow": "shift", "sinks": 1}
+    told["options"] |= {"capacity": 64, "overflow": "shift", "sinks": 64}
     path.write_bytes(own_file(told, source.arrays))
-    with pytest.raises(CacheFileError, match="with sinks=1 is not supported"):
+    with pytest.raises(CacheFileError, match="sinks must be below the capacity of 64"):
         PromptCache.load(path, held("qwen3_next")[0])
 
 

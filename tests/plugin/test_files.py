@@ -364,3 +364,13 @@ def test_lies_about_options_and_what_is_before_a_gap_are_refused(tmp_path: Path)
             PromptCache.load(path, model)
     cache.save(path)
     assert_goes_on(cache, PromptCache.load(path, model), model)
+
+
+@pytest.mark.parametrize("limit", [None, 5000])
+def test_limits_of_checkpoints_are_saved(limit: int | None, tmp_path: Path) -> None:
+    model, path = model_of("qwen3_next"), tmp_path / "chat.safetensors"
+    cache = make_prompt_cache(model, checkpoints=3, checkpoint_bytes=limit)
+    logits_of(model, cache, TEXT[:17])
+    cache.save(path)
+    limits = PromptCache.load(path, model)._conversation.limits
+    assert (limits.checkpoints, limits.checkpoint_bytes) == (3, limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 from functools import lru_cache
 from typing import Any
@@ -11,10 +13,11 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import lfm2
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache import NotSupportedError, RecurrentCache
+from mlx_kvcache import CacheError, NotSupportedError, RecurrentCache
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from mlx_kvcache.plugin.forward.forward import newest
 from mlx_kvcache.plugin.hosts.mlx_lm import layout_of
@@ -334,3 +337,92 @@ def test_removals_that_are_refused_change_nothing() -> None:
         cache.remove(5, 12, recurrent="forget")  # type: ignore[arg-type]
     assert cache.position == 40
     assert all(mx.array_equal(a, b) for a, b in zip(states_of(cache), before, strict=True))
+
+
+class Counting(lfm2.ShortConv):  # type: ignore[misc]
+    """A mixer whose states depend on more than its inputs: on how often it was called."""
+
+    calls = 0
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        type(self).calls += 1
+        out = super().__call__(x, mask=mask, cache=cache)
+        if cache is not None:
+            cache[0] = cache[0] + type(self).calls
+        return out
+
+
+def test_a_mixer_that_depends_on_more_is_refused_by_name() -> None:
+    """Such a model goes back to checkpoints only, as its trial finds out."""
+    model = build("lfm2")
+    model.layers[2].conv.__class__ = Counting
+    cache = make_prompt_cache(model)
+    for begin in (0, 20):
+        logits_of(model, cache, TEXT[begin : begin + 20])
+    assert cache.pool.mixers == {}
+    assert "states of layer 2 depend on more" in cache.pool.ask(cache.pool, "refusal")
+    assert not cache[0].is_trimmable()
+    assert [p for p in range(1, 41) if cache.can_resume(p)] == [20, 40]
+
+
+def test_a_module_that_is_replaced_after_the_trial() -> None:
+    """What it computes is not noted, so checkpoints remain. What was noted before is still of use."""
+    model, other = build("lfm2"), build("lfm2")
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:20])
+    fork = cache.fork()
+    other.layers[0].conv.update(model.layers[0].conv.parameters())
+    model.layers[0].conv = other.layers[0].conv
+    logits_of(model, cache, TEXT[20:40])
+    assert [p for p in range(21, 41) if cache.can_resume(p)] == [40]
+    expected = logits_of(model, make_theirs(model), TEXT[:30])[20:]
+    fork.rewind(3)
+    logits_of(model, fork, TEXT[17:20])
+    assert difference(logits_of(model, fork, TEXT[20:30]), expected) <= EXACT * mx.std(expected)
+    cache.rewind_to(20)
+    assert difference(logits_of(model, cache, TEXT[20:30]), expected) <= EXACT * mx.std(expected)
+
+
+def test_a_module_that_is_wrapped_after_the_trial() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    model = build("lfm2")
+    expected = logits_of(model, make_theirs(model), TEXT[:35])[27:]
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:20])
+    model.layers[0].conv = Wrapper(model.layers[0].conv)
+    logits_of(model, cache, TEXT[20:40])
+    cache.rewind(13)
+    assert difference(logits_of(model, cache, TEXT[27:35]), expected) <= EXACT * mx.std(expected)
+
+
+def test_a_model_that_has_been_freed() -> None:
+    model = build("lfm2")
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:20])
+    del model
+    gc.collect()
+    with pytest.raises(CacheError, match="has been freed"):
+        cache.rewind(3)
+    assert cache.position == 20
+    cache.rewind(20)
+
+
+def test_classes_of_modules_are_restored() -> None:
+    model = build("lfm2")
+    before = [type(module) for module in model.modules()]
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:20])
+    assert [type(module) for module in model.modules()] != before
+    assert isinstance(model.layers[0].conv, lfm2.ShortConv)
+    copied = copy.deepcopy(model.layers[0].conv)
+    assert type(copied) is lfm2.ShortConv
+    del cache
+    gc.collect()
+    assert [type(module) for module in model.modules()] == before

@@ -11,7 +11,6 @@ import mlx_lm
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 
-from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import PromptCache, attach, make_prompt_cache
 from tests.plugin.configurations import build
 from tests.plugin.running import greedy
@@ -37,10 +36,15 @@ def test_speculative_decoding_across_window_borders(name: str, prompt_length: in
             assert [int(token) for token, _, _ in found] == expected
 
 
-def test_speculative_decoding_on_a_recurrence_is_refused() -> None:
-    model = build("mamba2")
-    with attach(model), pytest.raises(ValueError, match="trimmable"):
-        list(speculative_generate_step(mx.array(TEXT[:5]), model, build("mamba2", seed=1)))
+def test_speculative_decoding_on_a_recurrence() -> None:
+    """mlx-lm refuses it on its own caches."""
+    model, draft = build("mamba2"), build("mamba2", seed=1)
+    expected = greedy(model, TEXT[:5], 12)
+    with pytest.raises(ValueError, match="trimmable"):
+        list(speculative_generate_step(mx.array(TEXT[:5]), model, draft, max_tokens=12))
+    with attach(model), attach(draft):
+        steps = speculative_generate_step(mx.array(TEXT[:5]), model, draft, max_tokens=12)
+        assert [int(token) for token, _, _ in steps] == expected
 
 
 @pytest.mark.parametrize(
@@ -135,16 +139,12 @@ def test_a_model_with_a_draft_beside_it_in_one_list() -> None:
         assert [int(token) for token, _, _ in found] == greedy(model, TEXT[:9], 12)
 
 
-def test_what_a_recurrence_cannot_do_is_refused_when_the_cache_is_made() -> None:
+def test_a_bound_on_a_hybrid() -> None:
+    """A model with recurrent layers goes on beyond `max_kv_size`."""
     model = build("qwen3_next")
-    with pytest.raises(NotSupportedError, match=r"shift.*recurrent layers"):
-        make_prompt_cache(model, capacity=32, overflow="shift")
-    with pytest.raises(
-        NotSupportedError, match=r"sinks=4 is not supported for .*qwen3_next.*recurrent layers"
-    ):
-        make_prompt_cache(model, capacity=32, overflow="shift", sinks=4)
-    with attach(model), pytest.raises(NotSupportedError, match="recurrent layers"):
-        list(generate_step(mx.array(TEXT[:5]), model, max_kv_size=32, max_tokens=1))
+    with attach(model):
+        steps = list(generate_step(mx.array(TEXT[:5]), model, max_kv_size=32, max_tokens=80))
+    assert len(steps) == 80
 
 
 def test_batch_generate_on_the_chat_model(chat_model: tuple[nn.Module, Any]) -> None:

@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ...errors import CacheError
 from .observe import Call, Observable, PerModel, subclassed
 
 Arrays = tuple[mx.array | None, ...]
@@ -174,7 +175,11 @@ class Mixers:
         n, rest = inputs[0].shape[1], iter(inputs)
         for weakly, frames in self.modules:
             module, frame = weakly(), frames[n > 1]
-            assert module is not None
+            if module is None:
+                raise CacheError(
+                    "the model of this prompt cache has been freed, so recurrent states cannot be computed "
+                    "again; keep a reference to the model while you use the cache"
+                )
             args, kwargs = frame.arguments([self._argument(role, scratch, rest) for role in frame.roles])
             module(*args, **kwargs)
         return tuple(scratch.cache)

@@ -196,12 +196,12 @@ class Pool:
         Empty if there are none, or if calling them again does not give the same states: then a conversation
         can go back to checkpoints only.
         """
-        if not self.layout.is_recurrent:
+        # Ranks of a pipeline have different layers, but must run the model for the same questions.
+        if self.ranks.least(int(not self.layout.is_recurrent)):
             return {}
         found: dict[int, Mixers] = self.ask(self, "mixers")
-        if not found or self.ask(self, "refusal"):
-            return {}
-        return self.watch_mixers(found)
+        are_found = self.ranks.least(int(bool(found) or not self.layout.is_recurrent))
+        return self.watch_mixers(found) if are_found and not self.ask(self, "refusal") else {}
 
     def watch_mixers(self, found: dict[int, Mixers]) -> dict[int, Mixers]:
         modules = [module for own in found.values() for mixer in own.modules if (module := mixer.module())]

@@ -25,7 +25,8 @@ def test_the_same_questions(name: str) -> None:
 
     def compare() -> None:
         for own, other in zip(ours, theirs, strict=True):
-            assert own.is_trimmable() == other.is_trimmable()
+            # Recurrent layers go back here, and not with mlx-lm's caches.
+            assert own.is_trimmable() == (other.is_trimmable() or ours.pool.layout.is_recurrent)
             assert own.empty() == other.empty()
             if hasattr(other, "caches"):
                 assert [child.empty() for child in own.caches] == [child.empty() for child in other.caches]
