@@ -117,7 +117,7 @@ class PromptCache(list[Any]):
 
         Recurrent layers keep a checkpoint there, before others, so that `rewind_to` can go back to it. The
         position may be one that is yet to come: a block that crosses it leaves a checkpoint there. Other
-        layers need no marks.
+        layers do not use marks; a sliding window may no longer hold what the position needs.
 
         Args:
             position: the number of tokens before the mark.
