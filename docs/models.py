@@ -38,13 +38,15 @@ of rows of unequal length.
 
 - **Layers**: the number of layers of each kind. *full*: full attention; *window n*, *chunk n*: a sliding
   window or chunks of n tokens, as in the small configuration; *state*: a recurrent layer.
-- **Rewind**: *any*: by any number of tokens; *newest*: by as many tokens as the option `rewind` (64 by
-  default), also after a window has slid; *checkpoints*: to the ends of blocks and to every 64th decoded token
-  (see `resume_point`).
+- **Rewind**: *any*: by any number of tokens; *any of the newest r*: by up to as many tokens as the option
+  `rewind` says (64 by default), also after a window has slid; *checkpoints*: to the ends of blocks, to every
+  64th decoded token, and to marks. Recurrent layers can do both; those of a model whose modules cannot be
+  called again have checkpoints only (see [Hybrid and recurrent models](guides/hybrid.md)).
 - **Fork**: without copying.
 - **Shift** (`remove` from the middle, `overflow="shift"`): *offset*: later keys stay unchanged and the
   model's offset runs ahead of the number of tokens; *re-rotated*: each shift rotates the later keys, in
-  float32; otherwise, the reason why it is refused.
+  float32; *states stay*: the states of recurrent layers go on knowing removed tokens; otherwise, the reason
+  why it is refused.
 - **Quantize** (`kv_bits`): quantized keys and values, tested with a head size of 32. *untried*: the small
   configuration has smaller heads; *no keys*: the model caches no keys or values.
 - **Batch**: *ragged*: one call for all rows, and each row attends to its own keys; *gathered*: one call, for
@@ -86,14 +88,7 @@ def _page() -> str:
 
 
 def _row(name: str, model: nn.Module, pool: Pool) -> str:
-    rules = pool.layout.rules
-    if None in rules:
-        rewind = "checkpoints"
-    elif all(isinstance(rule, Causal) for rule in rules):
-        rewind = "any"
-    else:
-        rewind = "newest"
-    columns = name, _layers(pool), rewind, "yes", _shift(pool), _quantize(name, pool), _batch(pool)
+    columns = name, _layers(pool), _rewind(pool), "yes", _shift(pool), _quantize(name, pool), _batch(pool)
     return f"| {' | '.join(columns)} |\n"
 
 
@@ -112,15 +107,28 @@ def _kind(rule: Rule | None) -> str:
     )
 
 
-def _shift(pool: Pool) -> str:
+def _rewind(pool: Pool) -> str:
     if pool.layout.is_recurrent:
-        return "no: a state cannot forget tokens"
+        return "any of the newest r, checkpoints" if pool.mixers else "checkpoints"
+    if all(isinstance(rule, Causal) for rule in pool.layout.rules):
+        return "any"
+    return "any of the newest r"
+
+
+def _shift(pool: Pool) -> str:
     scheme = pool.scheme
-    return scheme.refusal or ("offset" if scheme.ahead else "re-rotated")
+    if scheme.refusal:
+        return scheme.refusal
+    ways = [] if _has_no_keys(pool) else ["offset" if scheme.ahead else "re-rotated"]
+    return ", ".join([*ways, "states stay"] if pool.layout.is_recurrent else ways)
+
+
+def _has_no_keys(pool: Pool) -> bool:
+    return all(leaf.rule is None for leaf in pool.leaves)
 
 
 def _quantize(name: str, pool: Pool) -> str:
-    if all(leaf.rule is None for leaf in pool.leaves):
+    if _has_no_keys(pool):
         return "no keys"
     if name in STAY_NARROW:
         return "untried"

@@ -96,8 +96,8 @@ class PromptCache(list[Any]):
 
         Raises:
             ValueError, TypeError: n is not in 0 <= n <= position, or not a whole number.
-            NotSupportedError: a window no longer holds the tokens before, or a recurrent layer has no
-                checkpoint there. `resume_point` returns a position that is possible.
+            NotSupportedError: a window no longer holds the tokens before, or a recurrent layer neither holds
+                its state there nor can compute it. `resume_point` returns a position that is possible.
         """
         (n,) = whole(None, n=n)
         if not 0 <= n <= self.position:
@@ -117,7 +117,7 @@ class PromptCache(list[Any]):
 
         Recurrent layers keep a checkpoint there, before others, so that `rewind_to` can go back to it. The
         position may be one that is yet to come: a block that crosses it leaves a checkpoint there. Other
-        layers need no marks.
+        layers do not use marks; a sliding window may no longer hold what the position needs.
 
         Args:
             position: the number of tokens before the mark.

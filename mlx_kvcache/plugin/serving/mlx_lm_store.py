@@ -1,7 +1,7 @@
 """Patches mlx-lm's `LRUPromptCache` so that it reuses as much of a stored cache as can be resumed.
 
 `LRUPromptCache` asks whether a cache can be trimmed, but not by how much. A sliding window can be trimmed
-only so far, and a recurrent layer only to its checkpoints. With these functions,
+only so far, and a recurrent layer further back only to checkpoints. With these functions,
 
 - a lookup resumes a fork of a stored cache at the newest position that all its layers support, and marks
   where the prompt branches off, so that recurrent layers leave a checkpoint there;
