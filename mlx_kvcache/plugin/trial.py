@@ -169,6 +169,11 @@ def _mixes(pool: Pool) -> bool:
     return _difference(found, expected) <= NOISE
 
 
+def _has_states(pool: Pool) -> bool:
+    """Whether a rank has recurrent layers."""
+    return not pool.ranks.least(int(not pool.layout.is_recurrent))
+
+
 def _mixers(pool: Pool) -> dict[int, Mixers]:
     """Find the modules that compute the states of recurrent layers, if they are known for all layers."""
     cache = entries_of(_rows(pool, 1))
@@ -185,6 +190,8 @@ def _refusal(pool: Pool) -> str:
     """
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     mixers = pool.ask(pool, "mixers")
+    if not pool.ranks.least(int(bool(mixers) or not pool.layout.is_recurrent)):
+        return "the modules that compute recurrent states are not found"
     plain = _rows(pool, 1)
     expected = [_states(pool, _rows(pool, 1), text[:end]) for end in TRIED]
     logits = mx.concatenate(
@@ -243,6 +250,7 @@ _QUESTIONS: dict[str, Callable[[Pool], Any]] = {
     "forms": _written,
     "batching": _batching,
     "mixes": _mixes,
+    "has_states": _has_states,
     "mixers": _mixers,
     "refusal": _refusal,
 }

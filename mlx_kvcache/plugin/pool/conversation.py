@@ -160,7 +160,7 @@ class Conversation:
         """
         pool, scheme, gap = self.pool, self.pool.scheme, end - begin
         refusal = scheme.refusal
-        if pool.layout.is_recurrent:
+        if pool.has_states:
             if recurrent == "refuse":
                 refusal = (
                     "the model has recurrent layers, whose states contain these tokens; "
@@ -176,7 +176,7 @@ class Conversation:
             return
         plan = self._plan_head(begin, end, recurrent)
         pool.ranks.ready()
-        if self.head.lead + gap > FARTHEST and not pool.layout.is_recurrent:
+        if self.head.lead + gap > FARTHEST and not pool.has_states:
             # After planning once, so that a removal that is refused changes nothing.
             self._renormalize()
             plan = self._plan_head(begin, end, recurrent)

@@ -190,18 +190,24 @@ class Pool:
         return bool(self.ask(self, "mixes"))
 
     @cached_property
+    def has_states(self) -> bool:
+        """Whether the model has recurrent layers, on this rank or on another.
+
+        Ranks of a pipeline have different layers, but refuse the same edits and run the same trials.
+        """
+        return self.layout.is_recurrent if self.ranks.is_alone else bool(self.ask(self, "has_states"))
+
+    @cached_property
     def mixers(self) -> dict[int, Mixers]:
         """The modules that compute the recurrent layers' states, by leaf.
 
         Empty if there are none, or if calling them again does not give the same states: then a conversation
         can go back to checkpoints only.
         """
-        # Ranks of a pipeline have different layers, but must run the model for the same questions.
-        if self.ranks.least(int(not self.layout.is_recurrent)):
+        if not self.has_states:
             return {}
         found: dict[int, Mixers] = self.ask(self, "mixers")
-        are_found = self.ranks.least(int(bool(found) or not self.layout.is_recurrent))
-        return self.watch_mixers(found) if are_found and not self.ask(self, "refusal") else {}
+        return {} if self.ask(self, "refusal") else self.watch_mixers(found)
 
     def watch_mixers(self, found: dict[int, Mixers]) -> dict[int, Mixers]:
         modules = [module for own in found.values() for mixer in own.modules if (module := mixer.module())]
