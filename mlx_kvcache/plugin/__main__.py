@@ -70,10 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity", type=partial(_whole, least=1), metavar="N", help=text)
     text = "when a cache is full: stop with an error (default), or remove the older half of its tokens"
     add("--overflow", choices=("error", "shift"), default="error", help=text)
-    text = "number of newest tokens that sliding windows and chunks can always drop (default: 64)"
+    text = (
+        "number of newest tokens that windows, chunks and recurrent layers can always drop (default: 64)"
+    )
     add("--rewind", type=_whole, default=64, metavar="N", help=text)
     text = "number of first tokens that --overflow shift never removes (default: 0)"
     add("--sinks", type=_whole, default=0, metavar="N", help=text)
+    text = "maximum number of older states that recurrent layers keep for a conversation (default: 16)"
+    add("--checkpoints", type=_whole, default=16, metavar="N", help=text)
+    text = "maximum number of bytes of such states in all caches (default: 1 GiB)"
+    add("--checkpoint-bytes", type=_whole, default=1 << 30, metavar="N", help=text)
     text = "quantize keys and values to N bits, or keys to N and values to M (default: not quantized)"
     add("--kv-bits", type=_bits, metavar="N[,M]", help=text)
     text = "number of features that share a quantization scale (default: 64)"

@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..arguments import size_of, token_ids, whole
+from ..caches.interface import Recurrent, checked_recurrent
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Prepared
 from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
 from .forward.batch_rows import Rows
-from .pool.conversation import Conversation, Limits, Overflow, Recurrent
+from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
 from .ranks import ranks_of
 
@@ -149,8 +150,7 @@ class PromptCache(list[Any]):
             NotSupportedError: the model's keys cannot be re-based, its recurrent states cannot be changed in
                 this way, or a window would no longer hold tokens that the next token sees.
         """
-        if recurrent not in get_args(Recurrent):
-            raise ValueError(f'recurrent must be "refuse", "keep" or "replay", got {recurrent!r}')
+        checked_recurrent(recurrent)
         position = self.position
         begin, stop = whole(None, begin=begin, end=position if end is None else end)
         if not 0 <= begin <= stop <= position:

@@ -158,6 +158,9 @@ class SessionPool:
         if not tokens:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
         reused, cache = self._forked(tokens, salt)
+        if reused:
+            # Where a turn begins, the next edit may go back to.
+            cache.mark(reused)
         shared = next((common for common, _ in self._matches(tokens, salt)), 0)
         if branch_point(shared, reused, len(tokens)):
             cache.mark(shared)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 from ..arguments import token_ids, whole
+from ..caches.interface import Recurrent
 from ..errors import CacheError, NotSupportedError
 
 
@@ -23,7 +24,7 @@ class Branch(Protocol):
     def resume_point(self, position: int) -> int: ...
     def rewind_to(self, position: int) -> None: ...
     def mark(self, position: int) -> bool: ...
-    def remove(self, begin: int, end: int | None = None) -> None: ...
+    def remove(self, begin: int, end: int | None = None, recurrent: Recurrent = "refuse") -> None: ...
     def fork(self) -> Any: ...
     def close(self) -> None: ...
 
@@ -69,11 +70,12 @@ class Session:
         """Append tokens, such as those of a reply. Raises TypeError unless they are whole numbers."""
         self.tokens += token_ids(tokens)
 
-    def remove(self, begin: int, end: int, salt: Hashable) -> None:
+    def remove(self, begin: int, end: int, salt: Hashable, recurrent: Recurrent = "refuse") -> None:
         """Remove tokens [begin, end) from the conversation and the cache. Later tokens move down.
 
         Args:
             begin, end: the first position to remove, and the one after the last.
+            recurrent: what happens to recurrent states: "refuse", "keep" or "replay"; see `Cache.remove`.
             salt: the session's new salt. The keys and values after the gap still depend on the removed
                 tokens, so conversations without them must not reuse the cache.
 
@@ -85,12 +87,13 @@ class Session:
         hash(salt)
         if not 0 <= begin <= end <= self.cache.position:
             raise ValueError(f"cannot remove [{begin}, {end}): the cache holds {self.cache.position} tokens")
-        self._edit(lambda: self.cache.remove(begin, end), begin, end, salt)
+        self._edit(lambda: self.cache.remove(begin, end, recurrent), begin, end, salt)
 
     def shift(self, keep: int = 0, room: int = 1, salt: Hashable = None) -> list[int]:
         """Make room for `room` tokens, if the cache is full: drop the older half after the first `keep`.
 
-        Does nothing if the cache has no capacity, or has the room. Drops more than half if needed.
+        Does nothing if the cache has no capacity, or has the room. Drops more than half if needed. Recurrent
+        states go on knowing what is dropped.
 
         Args:
             keep: the number of leading tokens to keep.
@@ -120,7 +123,7 @@ class Session:
         end = begin + max((position - begin) // 2, position + room - capacity)
         salt = object() if salt is None else salt
         try:
-            self._edit(lambda: self.cache.remove(begin, end), begin, end, salt)
+            self._edit(lambda: self.cache.remove(begin, end, "keep"), begin, end, salt)
         except NotSupportedError:
             point, tokens = self.cache.resume_point(begin), self.tokens
             self._edit(lambda: self.cache.rewind_to(point), point, len(tokens), self.salt)

@@ -26,6 +26,8 @@ from tests.plugin.running import difference, logits_of
 
 REFUSED = {"deepseek_v41"}
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(150)]
+IS_WHOLE = "REPLAY_WHOLE" in os.environ
+"""Whether to try each position and each draft, which takes minutes."""
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
 
@@ -72,9 +74,9 @@ def test_each_of_the_newest_64_tokens(name: str) -> None:
     for begin, end in ((0, 90), (90, 101)):
         logits_of(model, cache, TEXT[begin:end])
     logits_of(model, cache, TEXT[101:130], 1)
-    for back in range(65):
+    assert all(cache.can_resume(130 - back) for back in range(65))
+    for back in range(65) if IS_WHOLE else (0, 1, 2, 9, 28, 30, 41, 63, 64):
         fork = cache.fork()
-        assert fork.can_resume(130 - back)
         fork.rewind(back)
         assert_follows(name, fork, 130 - back)
 
@@ -135,19 +137,19 @@ def speculative(name: str, draft: nn.Module, n: int, **options: Any) -> tuple[li
 DIVIDED = [name for name in RECURRENT if name not in ("longcat_flash_ngram", "nemotron_h")]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 3.0] if IS_WHOLE else [0.1])
 @pytest.mark.parametrize("name", DIVIDED)
 def test_speculative_decoding(name: str, noise: float) -> None:
     """The text is that of plain decoding, however much of the draft is accepted."""
-    tokens, accepted = speculative(name, noisy(name, noise), 40)
-    assert tokens == plain(name, 40)
+    tokens, accepted = speculative(name, noisy(name, noise), 24)
+    assert tokens == plain(name, 24)
     assert noise < 3 or 0 in accepted
 
 
 def test_every_number_of_accepted_tokens() -> None:
-    expected, seen = plain("qwen3_next", 60), set()
-    for noise in (0.05, 0.1, 0.2, 0.3):
-        tokens, accepted = speculative("qwen3_next", noisy("qwen3_next", noise), 60)
+    expected, seen = plain("qwen3_next", 40), set()
+    for noise in (0.05, 0.1, 0.2):
+        tokens, accepted = speculative("qwen3_next", noisy("qwen3_next", noise), 40)
         assert tokens == expected
         seen |= set(accepted)
     assert seen == {0, 1, 2, 3, 4}
@@ -172,7 +174,7 @@ def test_rows_of_a_batch(name: str) -> None:
     for step in range(6):
         model(mx.array([[TEXT[30 + step]], [TEXT[71 + step]], [TEXT[90 + step]]]), cache=batch)
     for row, length in enumerate((30, 71, 90)):
-        for back in (0, 1, 4, 7, 20):
+        for back in (0, 4, 20):
             single = PromptCache(batch[0].rows.extracted(row))
             single.rewind(back)
             assert_follows(name, single, length + 6 - back, 4)
@@ -198,25 +200,38 @@ def test_padding(name: str) -> None:
 
 def test_what_is_noted_does_not_grow() -> None:
     model = model_of("qwen3_next")
-    cache = make_prompt_cache(model)
+    cache = make_prompt_cache(model, checkpoints=3)
     token, sizes = mx.array([[1]]), []
-    for step in range(2000):
+    for step in range(2000 if IS_WHOLE else 600):
         token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
         mx.async_eval(token)  # type: ignore[no-untyped-call]
         if step % 64 == 32:
             sizes.append(sum(own.nbytes for own in cache.pool.caches if isinstance(own, RecurrentCache)))
-    assert max(sizes[20:]) == min(sizes[20:])
+    assert max(sizes[4:]) == min(sizes[4:])
 
 
-def test_a_mark_ahead_leaves_a_checkpoint_inside_a_block() -> None:
-    model = model_of("qwen3_next")
+def test_where_modules_read_other_layers_too_the_model_is_called_in_pieces() -> None:
+    """Their states inside a block are not known, so marks and the newest tokens divide the model's call."""
+    model = model_of("baichuan_m1")
+    cache = make_prompt_cache(model, rewind=8)
+    cache.mark(37)
+    expected = theirs("baichuan_m1")[:90]
+    assert difference(logits_of(model, cache, TEXT[:90]), expected) <= EXACT * mx.std(expected)
+    recurrent, sequence = cache.pool.recurrent, cache._conversation.sequence
+    assert recurrent.prepare_restore(sequence, 60) == 37
+    assert [p for p in range(70, 91) if recurrent.can_resume(sequence, p)] == list(range(82, 91))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv7"])
+def test_a_mark_ahead_leaves_a_checkpoint_inside_a_block(name: str) -> None:
+    model = model_of(name)
     cache = make_prompt_cache(model, rewind=8)
     assert cache.mark(37)
     logits_of(model, cache, TEXT[:90])
     assert cache.resume_point(60) == 37
     fork = cache.fork()
     fork.rewind_to(37)
-    assert_follows("qwen3_next", fork, 37)
+    assert_follows(name, fork, 37)
     assert cache.mark(85)
     assert not cache.mark(50)
     logits_of(model, cache, TEXT[90:130])
@@ -262,7 +277,7 @@ class Forgetful:
 @pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "bailing_hybrid"])
 def test_text_without_end(name: str) -> None:
     """Blocks and single tokens, with a capacity: attention forgets the oldest tokens, states do not."""
-    model, tokens = model_of(name), int(os.environ.get("SHIFT_TOKENS", "1024"))
+    model, tokens = model_of(name), int(os.environ.get("SHIFT_TOKENS", "640"))
     room = 256
     cache = make_prompt_cache(model, capacity=room, overflow="shift")
     reference = [Forgetful() if isinstance(own, KVCache) else own for own in make_theirs(model)]
@@ -333,7 +348,7 @@ def test_removals_that_are_refused_change_nothing() -> None:
         cache.remove(5, 12)
     with pytest.raises(NotSupportedError, match="replay"):
         cache.remove(5, 12, recurrent="replay")
-    with pytest.raises(ValueError, match='"refuse", "keep" or "replay", got '):
+    with pytest.raises(ValueError, match='"refuse", "keep", "replay", got '):
         cache.remove(5, 12, recurrent="forget")  # type: ignore[arg-type]
     assert cache.position == 40
     assert all(mx.array_equal(a, b) for a, b in zip(states_of(cache), before, strict=True))

@@ -44,6 +44,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -57,7 +58,7 @@ from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
-from .forward import Columns, Form, Forward, Padding
+from .forward import Columns, Form, Forward, Padding, cuts_of
 from .row_groups import groups, is_one_input, run_apart
 
 
@@ -93,6 +94,7 @@ class Rows(Caller):
         self.edits = Told(names, strict=True)
         self.copies = Told(names, strict=False)
         self.is_called = False
+        self._is_divided = False
         self._offsets: tuple[Any, Any] | None = None
         self.written_last = bytearray()
 
@@ -319,8 +321,9 @@ class Rows(Caller):
             n = self._length(args, kwargs)
             columns = self._columns_of(n)
             block = self._block(columns, n)
-            if block < n:
-                return self._run_in_blocks(n, block, model, call, args, kwargs)
+            edges = [*range(0, n, block), n] if block < n else self._edges(n)
+            if len(edges) > 2:
+                return self._run_in_blocks(edges, model, call, args, kwargs)
             if self.is_batch and (self.pool.layout.is_recurrent or self.pool.batching == "apart"):
                 self.settle()
                 together = groups(self, columns)
@@ -356,21 +359,31 @@ class Rows(Caller):
         blocks = (conversation.block(stop - first) for conversation, (first, stop) in pairs)
         return min(filter(None, blocks), default=n)
 
+    def _edges(self, n: int) -> list[int]:
+        """The columns at which to divide the call because modules cannot give recurrent states in between."""
+        is_nested = any(mixers.is_nested for mixers in self.pool.mixers.values())
+        if self._is_divided or not is_nested:
+            return [0, n]
+        return [0, *cuts_of(self.pool, self.conversations, self.positions, n), n]
+
     def _run_in_blocks(
         self,
-        n: int,
-        size: int,
+        edges: Sequence[int],
         model: nn.Module,
         call: Call,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> mx.array:
-        """Call the model on blocks of `size` columns, one after another, and join the outputs."""
-        outputs = []
-        for begin in range(0, n, size):
-            block = functools.partial(_columns, n, slice(begin, begin + size))
-            named = {name: block(value) for name, value in kwargs.items()}
-            outputs.append(self.run(model, call, tuple(map(block, args)), named))
+        """Call the model on blocks of columns, one after another, and join the outputs."""
+        outputs, before = [], self._is_divided
+        self._is_divided = True
+        try:
+            for begin, end in pairwise(edges):
+                block = functools.partial(_columns, edges[-1], slice(begin, end))
+                named = {name: block(value) for name, value in kwargs.items()}
+                outputs.append(self.run(model, call, tuple(map(block, args)), named))
+        finally:
+            self._is_divided = before
         return mx.concatenate(outputs, axis=1)
 
     def can_resume(self, position: int) -> bool:

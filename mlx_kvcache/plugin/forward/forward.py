@@ -191,7 +191,7 @@ class Forward:
         """For each recurrence, by leaf, and each of its modules what was noted of its newest tokens."""
         self._inside: dict[int, dict[int, list[mx.array | None]]] = {}
         """For each recurrence, by leaf, its arrays before some of the columns."""
-        self._columns_to_cut: list[int] | None = None
+        self._cuts: list[int] | None = None
 
     def start(self) -> None:
         """Add the tokens to all caches. After an interrupt, `undo` removes them."""
@@ -304,7 +304,9 @@ class Forward:
         if mixers is None or index is None or inputs is None:
             return call(*args, **kwargs)
         noted = self._noted.setdefault(leaf.index, {})
-        cuts = () if self.n == 1 or mixers.is_nested else self._cuts()
+        if self._cuts is None:
+            self._cuts = cuts_of(self.pool, self.conversations, self.begins, self.n)
+        cuts = () if mixers.is_nested else self._cuts
         if not cuts:
             noted[index] = inputs
             return call(*args, **kwargs)
@@ -324,17 +326,6 @@ class Forward:
                 pieces.append(mixers.inputs(index, end - begin, own, named) or [])
         noted[index] = [mx.concatenate(list(own), axis=1) for own in zip(*pieces, strict=True)]
         return joined_outputs(outputs)
-
-    def _cuts(self) -> Sequence[int]:
-        """The columns before which recurrent states are worth a checkpoint in some row."""
-        if self._columns_to_cut is None:
-            found = set()
-            for conversation, begin in zip(self.conversations, self.begins, strict=True):
-                marks = self.pool.recurrent.marks(conversation.sequence)
-                points = [begin + self.n - self.pool.rewind, *marks]
-                found |= {point - begin for point in points if begin < point < begin + self.n}
-            self._columns_to_cut = sorted(found)
-        return self._columns_to_cut
 
     def finish(self) -> None:
         """Store the new states of the recurrences."""
@@ -503,6 +494,15 @@ def narrowed(rule: Rule | None, window_size: int | None) -> Rule:
     if isinstance(rule, Causal):
         return Window(window_size)
     return Window(min(rule.size, window_size), rule.sinks)
+
+
+def cuts_of(pool: Pool, conversations: Sequence[Conversation], begins: Sequence[int], n: int) -> list[int]:
+    """The columns before which recurrent states are worth a checkpoint in some row."""
+    found = set()
+    for conversation, begin in zip(conversations, begins, strict=True):
+        points = [begin + n - pool.rewind, *pool.recurrent.marks(conversation.sequence)]
+        found |= {point - begin for point in points if begin < point < begin + n}
+    return sorted(found)
 
 
 def newest(conversation: Conversation, leaf: Leaf) -> Arrays:

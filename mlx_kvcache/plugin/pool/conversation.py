@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from ...arguments import whole
+from ...caches.interface import Recurrent
 from ...caches.plan import JointPlan, Plan
 from ...cells.removal import rebase_all, remove_range
 from ...errors import CacheError, CacheFullError, NotSupportedError
@@ -17,8 +18,6 @@ from ..rope.rebase import Head, HeadRebase, rebased
 from .pool import Checkpoints, Pool
 
 Overflow = Literal["error", "shift"]
-Recurrent = Literal["refuse", "keep", "replay"]
-"""What a removal does to recurrent states, which contain the removed tokens."""
 
 FARTHEST = 1 << 16
 """Largest lead of a head. Beyond it float32 angles lose precision, so all keys are re-based to lead 0."""

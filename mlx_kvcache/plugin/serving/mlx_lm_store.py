@@ -77,8 +77,11 @@ def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[
     behind = {id(rows): rows.positions[0] - point for rows in rows_of(fork)}
     for entry in fork:
         entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
-    for rows in rows_of(fork) if marked else ():
-        rows.mark(shared)
+    for rows in rows_of(fork):
+        # Where a turn begins, the next edit may go back to.
+        rows.mark(point)
+        if marked:
+            rows.mark(shared)
     return fork, tokens[point:]
 
 

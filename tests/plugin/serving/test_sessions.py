@@ -332,3 +332,23 @@ def test_the_third_prompt_that_begins_alike_resumes_where_they_part() -> None:
         with pool.open(tokens) as session:
             assert session.reused == reused
             assert difference(computed(model, session), afresh(model, tokens)) <= 2e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "rwkv7"])
+def test_an_edit_of_the_newest_message_computes_only_what_is_new(name: str) -> None:
+    """Two turns with long replies; then the second message is another one."""
+    model = build(name)
+    pool = pool_of(model)
+    with pool.open(TEXT[:20]) as session:
+        computed(model, session)
+        logits_of(model, session.cache, TEXT[20:97], 1)
+        session.extend(TEXT[20:97])
+    with pool.open(TEXT[:110]) as session:
+        assert session.reused == 97
+        computed(model, session)
+        logits_of(model, session.cache, TEXT[110:190], 1)
+        session.extend(TEXT[110:190])
+    edited = TEXT[:97] + TEXT[3:30]
+    with pool.open(edited) as session:
+        assert session.reused == 97
+        assert difference(computed(model, session), afresh(model, edited)) <= 2e-4
