@@ -19,7 +19,7 @@ MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.p
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test check fmt soak interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
+.PHONY: help demo test check fmt soak replay interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ soak: $(VENV)/dev  ## random calls with faults against the oracle, a million tok
 	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=116 MACHINE_STEPS=500 MACHINE_FAULTS=0.2 $(RUN) -m pytest -n 2 $(MACHINE_TESTS)
 	FLAT_STEPS=1000000 $(RUN) -m pytest -s tests/plugin/forward/test_flat.py
 	THREADS=8 THREADS_TOKENS=2000 THREADS_RUNS=20 $(RUN) -m pytest tests/plugin/pool/test_threads.py
+
+replay: $(VENV)/dev  ## recurrent layers: each of the newest tokens, every draft, 16,384 tokens without end
+	OPENBLAS_NUM_THREADS=1 REPLAY_WHOLE=1 SHIFT_TOKENS=16384 $(RUN) -m pytest -n 2 tests/plugin/test_replay.py
 
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
 	OPENBLAS_NUM_THREADS=1 INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py
