@@ -70,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity", type=partial(_whole, least=1), metavar="N", help=text)
     text = "when a cache is full: stop with an error (default), or remove the older half of its tokens"
     add("--overflow", choices=("error", "shift"), default="error", help=text)
-    text = (
-        "number of newest tokens that windows, chunks and recurrent layers can always drop (default: 64)"
-    )
+    text = "number of newest tokens that windows, chunks and recurrent layers can always drop (default: 64)"
     add("--rewind", type=_whole, default=64, metavar="N", help=text)
     text = "number of first tokens that --overflow shift never removes (default: 0)"
     add("--sinks", type=_whole, default=0, metavar="N", help=text)

@@ -9,7 +9,7 @@ can compute batches.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +30,8 @@ from .pool.weights import Version
 
 LENGTHS = (5, 2)
 """Lengths in tokens of the rows that are tested."""
+TRIED = (3, 5, 6, 8)
+"""Positions at which states are computed again."""
 REWIND = 6
 """How many tokens the caches of the trial can drop."""
 BY_COLUMN = frozenset({"minimax_m3_vl"})
@@ -183,45 +185,47 @@ def _mixers(pool: Pool) -> dict[int, Mixers]:
 
 
 def _refusal(pool: Pool) -> str:
-    """Compare replayed states with those of fresh computations; return what differs, or an empty text.
+    """Return why recurrent states cannot be computed again, or an empty text."""
+    mixers = pool.ask(pool, "mixers")
+    if not pool.ranks.least(int(bool(mixers) or not pool.layout.is_recurrent)):
+        return "the modules that compute recurrent states are not found"
+    try:
+        refusals = "; ".join(_refusals(pool, mixers))
+    except Exception as error:
+        if not pool.ranks.is_alone:
+            raise
+        refusals = f"computing recurrent states again fails: {error!r}"
+    shared = pool.ranks.share("compare why states cannot be computed again", refusals)
+    return next(filter(None, shared), "")
+
+
+def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
+    """Compare states that are computed again with those of fresh computations; yield what differs.
 
     A block of seven tokens is divided, and two tokens follow. States inside and after the block are
     computed again, and logits show whether dividing the block has changed them.
     """
-    text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    mixers = pool.ask(pool, "mixers")
-    if not pool.ranks.least(int(bool(mixers) or not pool.layout.is_recurrent)):
-        return "the modules that compute recurrent states are not found"
-    plain = _rows(pool, 1)
+    text = list(range(1, 10))
+    parts = text[:7], text[7:8], text[8:]
     expected = [_states(pool, _rows(pool, 1), text[:end]) for end in TRIED]
-    logits = mx.concatenate(
-        [_run(pool, plain, text[:7]), _run(pool, plain, text[7:8]), _run(pool, plain, text[8:])], 1
-    )
+    plain = _rows(pool, 1)
+    logits = mx.concatenate([_run(pool, plain, part) for part in parts], axis=1)
     pool.__dict__["mixers"] = pool.watch_mixers(mixers)
     rows = _rows(pool, 1)
-    found = mx.concatenate(
-        [_run(pool, rows, text[:7]), _run(pool, rows, text[7:8]), _run(pool, rows, text[8:])], 1
-    )
-    refusals = []
-    if _difference(found, logits) > NOISE:
-        refusals.append("calls of the modules that compute recurrent states cannot be divided")
+    found = mx.concatenate([_run(pool, rows, part) for part in parts], axis=1)
+    if not _difference(found, logits) <= NOISE:
+        yield "calls of the modules that compute recurrent states cannot be divided"
     for end, states in zip(reversed(TRIED), reversed(expected), strict=True):
         if not rows.can_resume(end):
-            refusals.append(f"the states at token {end} of {len(text)} are not known")
-            break
+            yield f"the states at token {end} of {len(text)} are not known"
+            return
         with rows.edit(f"rewind to {end}"):
             rows.conversation.rewind_to(end)
         for leaf, arrays in states.items():
             own = newest(rows.conversation, pool.leaves[leaf])
-            if any(_unlike(*pair) for pair in zip(own, arrays, strict=True)):
+            if not all(_alike(*pair) for pair in zip(own, arrays, strict=True)):
                 name = pool.leaves[leaf].name
-                refusals.append(f"the states of layer {name} depend on more than the calls of its modules")
-    shared = pool.ranks.share("compare why states cannot be computed again", "; ".join(refusals))
-    return next(filter(None, shared), "")
-
-
-TRIED = (3, 5, 6, 8)
-"""Positions at which states are computed again."""
+                yield f"the states of layer {name} depend on more than the calls of its modules"
 
 
 def _run(pool: Pool, rows: Rows, tokens: list[int]) -> mx.array:
@@ -236,14 +240,14 @@ def _states(pool: Pool, rows: Rows, tokens: list[int]) -> dict[int, Arrays]:
     return {leaf.index: newest(rows.conversation, leaf) for leaf in pool.leaves if leaf.rule is None}
 
 
-def _unlike(a: mx.array | None, b: mx.array | None) -> bool:
+def _alike(a: mx.array | None, b: mx.array | None) -> bool:
     if a is None or b is None:
-        return a is not b
+        return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
-        return True
+        return False
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     apart, size = (mx.sqrt(mx.square(array).mean()) for array in (a - b, b))
-    return bool((apart > SAME * size).item())
+    return bool((apart <= SAME * size).item())
 
 
 _QUESTIONS: dict[str, Callable[[Pool], Any]] = {

@@ -25,10 +25,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ...caches.states import Arrays
 from ...errors import CacheError
 from .observe import Call, Observable, PerModel, subclassed
-
-Arrays = tuple[mx.array | None, ...]
 
 
 class _Role(Enum):
@@ -213,15 +212,14 @@ class _Call(NamedTuple):
 
     place: Place
     module: nn.Module
-    n: int
     frame: Frame
 
 
 class _Recorder(threading.local):
-    """The calls of this thread that are recorded, and those under way, as (layers, has it called others)."""
+    """What this thread records: its calls, and for each call under way the layers that it passed on."""
 
     calls: list[_Call] | None = None
-    under_way: list[tuple[set[int], set[int]]]
+    passed_on: list[set[int]]
 
 
 _recorder = _Recorder()
@@ -324,7 +322,7 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def _recorded() -> Iterator[list[_Call]]:
-    _recorder.calls, _recorder.under_way = [], []
+    _recorder.calls, _recorder.passed_on = [], []
     try:
         yield _recorder.calls
     finally:
@@ -336,17 +334,17 @@ def _record(
 ) -> Any:
     """Call a module and note the call for those layers of the entry that no module inside it is handed."""
     places = entry.recurrent_places()
-    for _, inside in _recorder.under_way:
-        inside.update(place.leaf for place in places)
+    for outer in _recorder.passed_on:
+        outer.update(place.leaf for place in places)
     passed_on: set[int] = set()
-    _recorder.under_way.append((set(), passed_on))
+    _recorder.passed_on.append(passed_on)
     output = call(*args, **kwargs)
-    _recorder.under_way.pop()
+    _recorder.passed_on.pop()
     n = _tokens(args, kwargs)
     assert _recorder.calls is not None
     for place in places:
         if place.leaf not in passed_on and n:
-            _recorder.calls.append(_Call(place, module, n, _frame(args, kwargs, n)))
+            _recorder.calls.append(_Call(place, module, _frame(args, kwargs, n)))
     return output
 
 
