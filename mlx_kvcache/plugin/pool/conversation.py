@@ -166,7 +166,7 @@ class Conversation:
                     'pass recurrent="keep" to let the states go on knowing them, or recurrent="replay" to '
                     "compute the states of the newest tokens without them"
                 )
-            elif not scheme.ahead and any(own.uses_offset for own in pool.mixers.values()):
+            elif not scheme.ahead and not pool.can_move_states:
                 refusal = "its recurrent states contain the positions of tokens, which would change"
         if refusal:
             raise NotSupportedError(f"cannot remove [{begin}, {end}) of {self.position} tokens: {refusal}")
@@ -175,7 +175,7 @@ class Conversation:
             return
         plan = self._plan_head(begin, end, recurrent)
         pool.ranks.ready()
-        if self.head.lead + gap > FARTHEST and not pool.has_states:
+        if self.head.lead + gap > FARTHEST and pool.can_move_states:
             # After planning once, so that a removal that is refused changes nothing.
             self._renormalize()
             plan = self._plan_head(begin, end, recurrent)

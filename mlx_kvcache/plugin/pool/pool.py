@@ -197,6 +197,13 @@ class Pool:
         """
         return self.layout.is_recurrent if self.ranks.is_alone else bool(self.ask(self, "has_states"))
 
+    @property
+    def can_move_states(self) -> bool:
+        """Whether recurrent states are known not to contain the positions of tokens."""
+        if not self.has_states or not self.ranks.is_alone:
+            return not self.has_states
+        return bool(self.mixers) and not any(own.uses_offset for own in self.mixers.values())
+
     @cached_property
     def mixers(self) -> dict[int, Mixers]:
         """The modules that compute the recurrent layers' states, by leaf.
