@@ -21,6 +21,7 @@ from mlx_kvcache import CacheError, NotSupportedError, RecurrentCache
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from mlx_kvcache.plugin.forward.forward import newest
 from mlx_kvcache.plugin.hosts.mlx_lm import layout_of
+from mlx_kvcache.plugin.pool import conversation
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.running import difference, logits_of
 
@@ -274,9 +275,14 @@ class Forgetful:
         self.pair = [array[:, :, n:] for array in self.pair]
 
 
+@pytest.mark.parametrize("farthest", [1 << 16, 300])
 @pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "bailing_hybrid"])
-def test_text_without_end(name: str) -> None:
-    """Blocks and single tokens, with a capacity: attention forgets the oldest tokens, states do not."""
+def test_text_without_end(name: str, farthest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and single tokens, with a capacity: attention forgets the oldest tokens, states do not.
+
+    Offsets begin again where they are far ahead, unless states contain positions.
+    """
+    monkeypatch.setattr(conversation, "FARTHEST", farthest)
     model, tokens = model_of(name), int(os.environ.get("SHIFT_TOKENS", "640"))
     room = 256
     cache = make_prompt_cache(model, capacity=room, overflow="shift")
@@ -295,6 +301,8 @@ def test_text_without_end(name: str) -> None:
         ours, expected = logits_of(model, cache, block, size), logits_of(model, reference, block, size)
         assert cache.position == held
         assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
+    has_begun_again = cache._conversation.head.lead < 300
+    assert has_begun_again == (farthest == 300 and name != "bailing_hybrid")
     assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
 
 
