@@ -132,17 +132,15 @@ class _Sequence:
         """Draft at most `most` tokens that come after the pending one and that the cache can roll back."""
         if self.drafter is None:
             return []
-        cache, limits = self.cache, self.cache._conversation.limits
-        position, quantization = cache.position, cache.pool.quantization
-        # With the pending token, so that a step that raises can be undone.
+        position, quantization = self.cache.position, self.cache.pool.quantization
+        limits = self.cache._conversation.limits
+        # `rewind` tokens can always be dropped. One of them is the pending token, for when a step raises.
         most = min(most, limits.rewind - 1, self.left - 1)
         # Where a draft would make the cache shift or quantize before plain decoding does.
         for border in (limits.capacity, quantization.after if quantization else None):
             if border is not None and position < border:
                 most = min(most, border - position - 1)
-        drafts = self.drafter.draft(most) if most > 0 else []
-        # A loaded cache may hold too little at first.
-        return drafts if cache.can_resume(max(0, position - len(drafts))) else []
+        return self.drafter.draft(most) if most > 0 else []
 
 
 class _Block(NamedTuple):

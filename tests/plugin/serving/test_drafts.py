@@ -213,6 +213,8 @@ def test_ends_inside_a_run(name: str, end: int) -> None:
         results = [result for own in steps(many) for result in own]
         assert [result.token for result in results] == SCRIPT[:end]
         assert [result.finish for result in results] == [None] * (end - 1) + [finish]
+        # The fourth token comes after the first that have occurred before; the last one needs no draft.
+        assert (many.drafted > 0) == (end > 4 or (end, finish) == (4, "stop"))
         assert_goes_on(name, cache, PHRASE + SCRIPT[: end - 1])
 
 
@@ -248,7 +250,7 @@ def test_quantized(name: str, after: int) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "qwen3_next"])
 @pytest.mark.parametrize("rewind", [0, 1, 2, 4])
 def test_no_more_than_the_cache_can_go_back(name: str, rewind: int) -> None:
-    many = Many(model_of(name), draft_tokens=MOST, rewind=rewind)
+    many = Many(model_of(name), draft_tokens=MOST, rewind=rewind, checkpoints=0, checkpoint_bytes=0)
     many.add(PERIODIC, max_tokens=60, sampler=few)
     results = list(steps(many))
     assert max(map(len, results)) <= max(1, rewind)
@@ -268,7 +270,7 @@ def test_a_model_whose_states_cannot_be_computed_again() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "mamba2", "falcon_h1", "gemma2 in mlx-lm's format"])
 def test_a_loaded_cache(name: str, tmp_path: Path) -> None:
-    """It holds what its next token needs, and drafts once it can go back."""
+    """It holds no more than its next token needs, which is enough to go back to any later one."""
     name, _, is_theirs = name.partition(" ")
     model, path = model_of(name), tmp_path / "cache.safetensors"
     saved = make_prompt_cache(model)
@@ -296,6 +298,12 @@ def test_drafting_pauses_where_nothing_is_accepted() -> None:
     # The first draft, then one token after 1, 2, 4, 8, 16 and each 32 steps.
     assert MOST + 5 <= many.drafted <= MOST + 5 + 300 // 32
     assert many.accepted == 0
+
+
+def test_a_period_shorter_than_a_draft_is_repeated() -> None:
+    many = Many(model_of("llama"), draft_tokens=MOST)
+    many.add([5, 6, 5], max_tokens=2 * MOST + 4, sampler=Scripted([6, 5] * 20))
+    assert list(map(len, steps(many))) == [1, MOST + 1, MOST + 1, 1]
 
 
 def test_a_sampler_with_a_state_of_its_own() -> None:
