@@ -68,7 +68,8 @@ class _Drafter:
     A draft has at most 1 token more than twice as many as were accepted of the draft before. After a draft
     of which none was accepted, the next steps have no draft: 1 step, then 2, 4, up to `LONGEST_PAUSE`.
 
-    Drafts only change the speed, so a step that raises need not restore a drafter.
+    Drafts only change the speed, so a step that raises need not restore a drafter, and an interrupt may keep
+    tokens from it.
     """
 
     def __init__(self, text: Iterable[int]) -> None:
@@ -102,12 +103,12 @@ class _Drafter:
 
     def _extend(self, tokens: Iterable[int]) -> None:
         for token in tokens:
-            # The newest n-gram is indexed when its follower is known, so that it does not find itself.
+            # An n-gram is indexed once its follower is there, so that the newest one does not find itself.
             end = len(self._text)
+            self._text.append(token)
             for size in NGRAMS:
                 if size <= end:
-                    self._followers[tuple(self._text[end - size :])] = end
-            self._text.append(token)
+                    self._followers[tuple(self._text[end - size : end])] = end
 
 
 @dataclass(frozen=True)

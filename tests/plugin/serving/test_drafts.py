@@ -19,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError
 from mlx_kvcache.plugin import Generated, Many, PromptCache, generate_many, make_prompt_cache
+from mlx_kvcache.plugin.serving.many import _Drafter
 from tests.interrupts import Planted, Tracer, places
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
@@ -424,6 +425,14 @@ def test_a_step_that_is_interrupted(name: str) -> None:
         tracer.run(partial(step, many, given))
         place = tracer.places[-1]
         assert place == handed_over or finished(many, given) == expected, place
+
+
+def test_a_lookup_that_is_interrupted() -> None:
+    """It may miss tokens, but goes on."""
+    for at in places(partial(_Drafter(PHRASE).learn, PHRASE[:4], 3, 1)):
+        drafter = _Drafter(PHRASE)
+        assert Tracer(at).run(partial(drafter.learn, PHRASE[:4], 3, 1))
+        assert set(drafter.draft(2)) <= {*PHRASE}
 
 
 def test_numbers_are_checked() -> None:
