@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lm.generate import BatchGenerator
 
-from benchmarks.measure import once
+from benchmarks.measure import once, speed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from mlx_kvcache.plugin import Many
@@ -20,10 +20,15 @@ EVERY = 4
 LONG, RUNNING = 512, 4
 """The length of the prompt that joins, in tokens, and the number of running sequences."""
 
+LINE = "There are 64 squares on a chess board, and every second one is black.\n"
+"""A line that is repeated, so that the model repeats it, too."""
+DRAFTED = 8
+"""The maximum number of tokens in a draft."""
+
 
 def run(setting: Setting) -> Iterator[Row]:
-    """16 prompts of 32 to 512 tokens that arrive over time, and the stall when one of 512 joins."""
-    model, _ = setting.load(setting.of("smollm2", "tiny"))
+    """16 prompts of 32 to 512 tokens that arrive over time, the stall when one of 512 joins, and drafts."""
+    model, tokenizer = setting.load(setting.of("smollm2", "tiny"))
     lengths, new = setting.of(LENGTHS, LENGTHS[:8]), setting.of(24, 12)
     prompts = [[(7 * i + 13 * j) % 400 + 100 for j in range(n)] for i, n in enumerate(lengths)]
     for make in (_ours, _theirs):
@@ -44,14 +49,26 @@ def run(setting: Setting) -> Iterator[Row]:
         "BatchGenerator",
         _stall(_theirs(model)),
     )
+    prompt = tokenizer.encode(LINE * 4) if tokenizer else [*range(100, 118)] * 4
+    new = setting.of(128, 32)
+    yield speed(
+        "many.drafts",
+        f"greedy text that repeats itself, {new} tokens, draft_tokens={DRAFTED}",
+        "ms",
+        lambda: _throughput(_ours(model, DRAFTED), [prompt], new),
+        "draft_tokens=0",
+        lambda: _throughput(_ours(model), [prompt], new),
+        setting.of(5, 1),
+        per=new,
+    )
 
 
 Loop = tuple[Callable[[list[int], int], object], Callable[[], int]]
 """A function that adds a prompt, and a step that returns the number of generated tokens."""
 
 
-def _ours(model: Any) -> Loop:
-    many = Many(model)
+def _ours(model: Any, draft_tokens: int = 0) -> Loop:
+    many = Many(model, draft_tokens=draft_tokens)
     return (
         lambda prompt, n: many.add(prompt, n),
         lambda: sum(result.token is not None for result in many.step()),
