@@ -59,6 +59,7 @@ def run(setting: Setting) -> Iterator[Row]:
         rounds,
     )
     yield _bytes(model, text)
+    yield _prefill(model, setting)
     yield from _decoding(model, text, setting.of(120, 24))
 
 
@@ -152,6 +153,24 @@ def _bytes(model: Any, text: mx.array) -> Row:
         state / 1e6,
         "less",
         noted / state,
+    )
+
+
+def _prefill(model: Any, setting: Setting) -> Row:
+    """A block longer than `rewind` is read in two parts by each recurrent layer."""
+    text = mx.random.randint(0, 500, (1, setting.of(512, 256)), key=mx.random.key(2))
+
+    def seconds(cache: Any) -> float:
+        return timed(lambda: mx.eval(model(text, cache=cache)))
+
+    return speed(
+        "hybrid.prefill",
+        f"a block of {text.shape[1]} tokens",
+        "ms",
+        lambda: seconds(make_prompt_cache(model)),
+        "mlx-lm's caches",
+        lambda: seconds(make_theirs(model)),
+        setting.of(8, 3),
     )
 
 

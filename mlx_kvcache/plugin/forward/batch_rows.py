@@ -54,6 +54,7 @@ from ...arguments import whole
 from ...caches.plan import JointPlan
 from ...errors import CacheError
 from ...quantization import Quantization
+from ..hosts.mlx_lm import found_logits
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
@@ -235,8 +236,13 @@ class Rows(Caller):
         if not self.is_called and forward.written.count(True) >= len(self.pool.forms):
             self.finish()
 
-    def finish(self) -> None:
-        """End the forward: its tokens stay."""
+    def finish(self, output: Any = None) -> None:
+        """End the forward: its tokens stay.
+
+        Args:
+            output: the model's output. The logits of a single token are computed with what it wrote, because
+                they are nearly always wanted, and two evaluations take longer than one.
+        """
         forward = self.forward
         assert forward is not None
         forward.finish()
@@ -244,7 +250,8 @@ class Rows(Caller):
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
         self._last = forward if forward.is_single else None
-        self.pool.compute_forward(forward.arrays())
+        logits = found_logits(output) if forward.n == 1 else None
+        self.pool.compute_forward(forward.arrays() + ([] if logits is None else [logits]))
 
     def settle(self) -> None:
         """Undo an open forward, and become the current user of the pool. Raises CacheError if closed."""
@@ -337,7 +344,7 @@ class Rows(Caller):
                     self._begin(n, is_called=True)
                     with unless_all_can(self.pool):
                         output = call(*args, **kwargs)
-                    self.finish()
+                    self.finish(output)
                 except BaseException:
                     self.settle()
                     raise

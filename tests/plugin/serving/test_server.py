@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx_lm.models import mamba2
+from mlx_lm.models import lfm2, mamba2
 from mlx_lm.utils import save_config, save_model
 
 from mlx_kvcache import CacheError
@@ -53,6 +53,36 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("models") / "recurrent"
     save_model(folder, mamba2.Model(arguments))
     save_config(asdict(arguments), folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A random model with recurrent layers and full attention, and the same tokenizer."""
+    arguments = lfm2.ModelArgs(
+        model_type="lfm2",
+        vocab_size=49152,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        conv_bias=False,
+        conv_L_cache=3,
+        block_dim=64,
+        block_ff_dim=128,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        full_attn_idxs=[1],
+        rope_theta=10000.0,
+    )
+    folder = tmp_path_factory.mktemp("models") / "hybrid"
+    save_model(folder, lfm2.Model(arguments))
+    # transformers asks for a number that mlx-lm does not have.
+    save_config(asdict(arguments) | {"intermediate_size": 128}, folder / "config.json")
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -200,13 +230,14 @@ def test_clients_that_leave(tiny: Path) -> None:
         assert client.health() == 200
 
 
-def test_an_agent_on_a_recurrent_model_reads_only_what_is_new(recurrent: Path) -> None:
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_an_agent_reads_only_what_is_new(kind: str, request: pytest.FixtureRequest) -> None:
     """From the third turn on, at most 1.1 times what the prompt has grown by: a reply and a result.
 
     A random model's replies have other tokens when they are encoded again, so they are read again.
     """
     messages: list[dict[str, str]] = [{"role": "system", "content": "You call tools. " * 12}]
-    with served(recurrent) as client:
+    with served(request.getfixturevalue(kind)) as client:
         before, shares = 0, []
         for turn in range(6):
             messages.append({"role": "user", "content": f"Result {turn}: " + f"value {turn} " * 20})
