@@ -82,7 +82,20 @@ def test_each_of_the_newest_64_tokens(name: str) -> None:
         assert_follows(name, fork, 130 - back)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+SOME = [
+    "mamba2",
+    "rwkv7",
+    "baichuan_m1",
+    "bailing_hybrid",
+    "falcon_h1",
+    "lfm2",
+    "qwen3_next",
+    "recurrent_gemma",
+]
+"""One of each kind, for tests that would take minutes on all."""
+
+
+@pytest.mark.parametrize("name", RECURRENT if IS_WHOLE else SOME)
 def test_again_and_again(name: str) -> None:
     """Back by all of eight tokens, ten times, in blocks and token by token, as speculative decoding does."""
     model = model_of(name)
@@ -139,7 +152,7 @@ DIVIDED = [name for name in RECURRENT if name not in ("longcat_flash_ngram", "ne
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 3.0] if IS_WHOLE else [0.1])
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", DIVIDED if IS_WHOLE else SOME)
 def test_speculative_decoding(name: str, noise: float) -> None:
     """The text is that of plain decoding, however much of the draft is accepted."""
     tokens, accepted = speculative(name, noisy(name, noise), 24)
@@ -164,7 +177,7 @@ def test_speculative_decoding_with_quantized_keys(name: str) -> None:
     assert 0 < sum(accepted) < 40
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", RECURRENT if IS_WHOLE else SOME)
 def test_rows_of_a_batch(name: str) -> None:
     """Rows of unequal length in one batch, each of which then goes back by itself."""
     model = model_of(name)

@@ -28,7 +28,7 @@ from tests.plugin.serving.test_many import collected
 NAMES = ["llama", "gemma2", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "mamba2", "rwkv7", "falcon_h1"]
 """Full attention, windows, chunks, latent attention, hybrids, and recurrences alone."""
 MOST = 6
-NTH = int(os.environ.get("INTERRUPTS_NTH", "100"))
+NTH = int(os.environ.get("INTERRUPTS_NTH", "400"))
 """Of the lines of a step every so-manieth is interrupted."""
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
