@@ -1,4 +1,4 @@
-"""Models as folders, as mlx-lm loads them: a random llama with a real tokenizer."""
+"""Models as folders, as mlx-lm loads them: random, with a real tokenizer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import llama
 from mlx_lm.utils import save_config, save_model
 
@@ -27,9 +28,13 @@ def written(folder: Path, tokenizer: Any, layers: int, head_dim: int = 64) -> Pa
         tie_word_embeddings=False,
     )
     mx.random.seed(7)
-    model = llama.Model(arguments)
+    return saved(folder, llama.Model(arguments), asdict(arguments), tokenizer)
+
+
+def saved(folder: Path, model: nn.Module, configuration: dict[str, Any], tokenizer: Any) -> Path:
+    """Write a model as a folder."""
     mx.eval(model.parameters())
     save_model(folder, model)
-    save_config(asdict(arguments), folder / "config.json")
+    save_config(configuration, folder / "config.json")
     tokenizer.save_pretrained(folder)
     return folder

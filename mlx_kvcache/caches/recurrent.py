@@ -33,7 +33,7 @@ from .states import (
     sizes_of,
 )
 
-__all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream", "arrays_in", "filter_none"]
+__all__ = ["Arrays", "RecurrentCache", "RecurrentLayer", "Stream"]
 
 Form = tuple[object, ...]
 """For each array of a state its number of axes and dtype, or None if it has always been None."""
@@ -213,11 +213,18 @@ class RecurrentCache(StreamCache[Stream]):
         begin = begins[sequence]
         end = begin + len(batch.rows[sequence])
         first = begin - begin % self._interval + self._interval
-        positions = set(range(first, end, self._interval)[-self._max_checkpoints or end :])
-        if self._rewind and end - self._rewind > begin:
-            positions.add(end - self._rewind)
+        positions = range(first, end, self._interval)[-self._max_checkpoints or end :]
+        return tuple(sorted({*positions, *self.borders(sequence, begin, end)}))
+
+    def borders(self, sequence: int, begin: int, end: int) -> set[int]:
+        """Return the positions between `begin` and `end` at which a batch of these tokens should put a state.
+
+        They are the marks of the sequence and, in a batch of more than `rewind` tokens, the first token whose
+        inputs are needed. Works between batches, too.
+        """
         marks = self._streams.get(sequence, EMPTY).marks
-        return tuple(sorted(positions.union(mark for mark in marks if begin < mark < end)))
+        positions = {*marks, end - self._rewind} if self._rewind else {*marks}
+        return {position for position in positions if begin < position < end}
 
     def mark(self, sequence: int, position: int) -> bool:
         """Mark a position as worth a checkpoint: these are dropped last.
@@ -256,10 +263,6 @@ class RecurrentCache(StreamCache[Stream]):
     def written(self, sequence: int) -> list[mx.array]:
         """Return the arrays that the sequence's newest forward pass put."""
         return self._streams.get(sequence, EMPTY).written
-
-    def marks(self, sequence: int) -> tuple[int, ...]:
-        """Return the marked positions of a sequence."""
-        return self._streams.get(sequence, EMPTY).marks
 
     def prepare_restore(self, sequence: int, position: int) -> int | None:
         """Return the newest position <= `position` from which the sequence can continue; None if unknown.

@@ -72,14 +72,14 @@ def _answer(pool: Pool, question: str) -> Any:
         if key not in findings.answers:
             scratch = Pool(model, pool.layout, [REWIND] * len(pool.caches), None, pool.ranks, version)
             scratch.ask = _answer
-            # The form of what a model writes is known without computing it.
+            # Forms and calls are known without computing anything.
             scratch.is_scratch = question in ("forms", "mixers")
-            if question != "batching" and question != "mixes":
-                # These ask how to note inputs, so nothing is noted meanwhile.
+            if question not in ("batching", "mixes"):
+                # The others come before it is known how to note inputs.
                 scratch.__dict__["mixers"] = {}
             found = _QUESTIONS[question](scratch)
             version.after_call(model)
-            if question not in ("forms", "mixers"):
+            if not scratch.is_scratch:
                 pool.ranks.agree(f"go on with {question}: {found}")
             answers = {known: answer for known, answer in findings.answers.items() if known[1] is version}
             findings.answers = answers | {key: found}
@@ -124,7 +124,7 @@ def _batching(pool: Pool) -> Batching:
     text = mx.arange(1, max(LENGTHS) + 1)[None]
     expected = mx.concatenate(
         [
-            _logits(pool, rows, text[:, :length], mx.array([[length]]))
+            _logits(rows, text[:, :length], mx.array([[length]]))
             for rows, length in zip(alone, LENGTHS, strict=True)
         ]
     )
@@ -137,7 +137,7 @@ def _batching(pool: Pool) -> Batching:
         together.padding = together.padding.prepared(None, LENGTHS, None)
         pool.__dict__["batching"] = way
         try:
-            found = _logits(pool, together, block, mx.array(LENGTHS)[:, None])
+            found = _logits(together, block, mx.array(LENGTHS)[:, None])
             if found.shape == expected.shape and _difference(found, expected) <= NOISE:
                 return way
         except Exception:  # noqa: BLE001, S112  # the model does not support such rows
@@ -152,7 +152,7 @@ def _mixes(pool: Pool) -> bool:
     if pool.layout.is_recurrent or pool.batching != "ragged":
         return False
     texts = [list(range(1, length + 3)) for length in LENGTHS]
-    expected = mx.concatenate([_whole(pool, text) for text in texts]).astype(mx.float32)
+    expected = mx.concatenate([_run(_rows(pool, 1), text)[:, -1] for text in texts])
     conversations = [Conversation(pool, Limits()) for _ in LENGTHS]
     steps = [
         [text[:length] for text, length in zip(texts, LENGTHS, strict=True)],
@@ -209,10 +209,10 @@ def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
     parts = text[:7], text[7:8], text[8:]
     expected = [_states(pool, _rows(pool, 1), text[:end]) for end in TRIED]
     plain = _rows(pool, 1)
-    logits = mx.concatenate([_run(pool, plain, part) for part in parts], axis=1)
+    logits = mx.concatenate([_run(plain, part) for part in parts], axis=1)
     pool.__dict__["mixers"] = pool.watch_mixers(mixers)
     rows = _rows(pool, 1)
-    found = mx.concatenate([_run(pool, rows, part) for part in parts], axis=1)
+    found = mx.concatenate([_run(rows, part) for part in parts], axis=1)
     if not _difference(found, logits) <= NOISE:
         yield "calls of the modules that compute recurrent states cannot be divided"
     for end, states in zip(reversed(TRIED), reversed(expected), strict=True):
@@ -228,15 +228,18 @@ def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
                 yield f"the states of layer {name} depend on more than the calls of its modules"
 
 
-def _run(pool: Pool, rows: Rows, tokens: list[int]) -> mx.array:
-    logits = logits_of(pool.living_model, mx.array([tokens]), entries_of(rows)).astype(mx.float32)
+def _run(rows: Rows, tokens: mx.array | list[int]) -> mx.array:
+    """Return the logits (B, n, vocabulary) of tokens (B, n), or of a list of tokens of one row."""
+    inputs = tokens if isinstance(tokens, mx.array) else mx.array([tokens])
+    logits = logits_of(rows.pool.living_model, inputs, entries_of(rows)).astype(mx.float32)
+    # Evaluated one by one: pipeline ranks would order the collectives of two calls differently.
     mx.eval(logits)
     return logits
 
 
 def _states(pool: Pool, rows: Rows, tokens: list[int]) -> dict[int, Arrays]:
     """Return the states of all recurrent layers after some tokens that run as one block."""
-    _run(pool, rows, tokens)
+    _run(rows, tokens)
     return {leaf.index: newest(rows.conversation, leaf) for leaf in pool.leaves if leaf.rule is None}
 
 
@@ -260,22 +263,11 @@ _QUESTIONS: dict[str, Callable[[Pool], Any]] = {
 }
 
 
-def _logits(pool: Pool, rows: Rows, block: mx.array, token: mx.array) -> mx.array:
+def _logits(rows: Rows, block: mx.array, token: mx.array) -> mx.array:
     """Return the logits of one token after a block."""
-    cache = entries_of(rows)
-    # Evaluated one by one: pipeline ranks would order the collectives of two calls differently.
-    mx.eval(logits_of(pool.living_model, block, cache))
+    _run(rows, block)
     rows.padding = rows.padding.finalized()
-    logits = logits_of(pool.living_model, token, cache)
-    mx.eval(logits)
-    return logits[:, -1].astype(mx.float32)
-
-
-def _whole(pool: Pool, text: list[int]) -> mx.array:
-    """Return the logits of the last token of a text that runs as one block."""
-    logits = logits_of(pool.living_model, mx.array([text]), entries_of(_rows(pool, 1)))[:, -1]
-    mx.eval(logits)
-    return logits
+    return _run(rows, token)[:, -1]
 
 
 def _rows(pool: Pool, n: int) -> Rows:

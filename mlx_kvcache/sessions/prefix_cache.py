@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from ..arguments import class_of, size_of, token_ids, whole
 from ..errors import CacheError
@@ -60,7 +60,7 @@ class _Stored:
     is_pinned: bool = False
 
 
-def branch_point(shared: int, reused: int, length: int) -> bool:
+def branches_off(shared: int, reused: int, length: int) -> bool:
     """Return whether a prompt should leave a checkpoint where it branches off from a stored one.
 
     The next prompt that branches off there can then reuse everything before. Marconi (arXiv 2411.19379) and
@@ -72,6 +72,23 @@ def branch_point(shared: int, reused: int, length: int) -> bool:
         length: the number of tokens of the prompt.
     """
     return shared < length and shared - reused >= WORTH
+
+
+class Markable(Protocol):
+    """A cache that keeps checkpoints at marked positions."""
+
+    def mark(self, position: int) -> bool: ...
+
+
+def mark_turns(cache: Markable, shared: int, reused: int, length: int) -> None:
+    """Mark where a prompt goes on from a stored one and where it branches off; see `branches_off`.
+
+    The next edit may go back to where it goes on.
+    """
+    if reused:
+        cache.mark(reused)
+    if branches_off(shared, reused, length):
+        cache.mark(shared)
 
 
 class SessionPool:
@@ -157,13 +174,8 @@ class SessionPool:
         tokens = token_ids(tokens)
         if not tokens:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
-        reused, cache = self._forked(tokens, salt)
-        if reused:
-            # Where a turn begins, the next edit may go back to.
-            cache.mark(reused)
-        shared = next((common for common, _ in self._matches(tokens, salt)), 0)
-        if branch_point(shared, reused, len(tokens)):
-            cache.mark(shared)
+        reused, shared, cache = self._forked(tokens, salt)
+        mark_turns(cache, shared, reused, len(tokens))
         with self._lock:
             self.counts.hits += reused > 0
             self.counts.misses += reused == 0
@@ -172,15 +184,18 @@ class SessionPool:
         self._evict()
         return Session(self, cache, tokens, reused, salt)
 
-    def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, Any]:
-        """Return a fork of the cache that saves the most tokens and their number, or an empty cache and 0."""
+    def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, int, Any]:
+        """Return a fork of the cache that saves the most tokens, or an empty cache.
+
+        Before it, their number, and the most tokens that any stored cache has in common.
+        """
         while True:
-            reused, found = self._nearest(tokens, salt)
+            reused, shared, found = self._nearest(tokens, salt)
             kept = self._from_disk(tokens, salt, reused)
             if kept:
                 reused, found = kept.point, self._put(_Stored(kept.tokens, kept.cache, salt))
             if found is None:
-                return 0, self._make()
+                return 0, shared, self._make()
             try:
                 cache = found.cache.fork()
                 cache.rewind_to(reused)
@@ -191,7 +206,7 @@ class SessionPool:
             with self._lock:
                 if found in self._stored:
                     self._stored = [*self._without(found), found]
-            return reused, cache
+            return reused, shared, cache
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
@@ -284,13 +299,15 @@ class SessionPool:
         for entry in self._stored:
             self._remove(entry)
 
-    def _nearest(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, _Stored | None]:
-        """Return the longest prefix to resume from and the stored cache that can, or 0 and None.
+    def _nearest(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, int, _Stored | None]:
+        """Return the longest prefix to resume from, the longest in common, and the cache to resume.
 
-        At least one token is always left to compute.
+        They are 0, 0 and None if there is none. At least one token is always left to compute.
         """
         best: tuple[int, _Stored | None] = (0, None)
+        shared = 0
         for common, entry in self._matches(tokens, salt):
+            shared = max(shared, common)
             most = min(common, len(tokens) - 1)
             if most <= best[0]:
                 break
@@ -302,7 +319,7 @@ class SessionPool:
                 continue
             if point > best[0]:
                 best = point, entry
-        return best
+        return best[0], shared, best[1]
 
     def _from_disk(self, tokens: Sequence[int], salt: Hashable, reused: int) -> Kept | None:
         """Load the cache on disk that saves the most tokens, if they are more than `reused`."""

@@ -249,7 +249,8 @@ class Rows(Caller):
         self.written_last = forward.written
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
-        self._last = forward if forward.is_single else None
+        # Others would only keep arrays of their states and inputs in memory.
+        self._last = forward if forward.is_repeatable else None
         logits = found_logits(output) if forward.n == 1 else None
         self.pool.compute_forward(forward.arrays() + ([] if logits is None else [logits]))
 
@@ -368,8 +369,7 @@ class Rows(Caller):
 
     def _edges(self, n: int) -> list[int]:
         """The columns at which to divide the call because modules cannot give recurrent states in between."""
-        is_nested = any(mixers.is_nested for mixers in self.pool.mixers.values())
-        if self._is_divided or not is_nested:
+        if n == 1 or self._is_divided or not any(own.is_nested for own in self.pool.mixers.values()):
             return [0, n]
         return [0, *cuts_of(self.pool, self.conversations, self.positions, n), n]
 

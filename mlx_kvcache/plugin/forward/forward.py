@@ -198,14 +198,19 @@ class Forward:
         self._plan.commit()
         self._steps = [getattr(cache, "_step", None) for cache in self._caches]
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether `again` may be called: the forward is of one sequence, without handles and states."""
+        return self.is_single and not self.is_ragged and not self._states
+
     def again(self) -> bool:
-        """Repeat the forward of a single sequence for its next n tokens if nothing changed in between.
+        """Repeat the forward for the sequence's next n tokens if nothing changed in between.
 
         Returns False, and does nothing, otherwise.
         """
         made = self._plan.made
         try:
-            if not self.is_single or self.is_ragged or not self._plan.again():
+            if not self._plan.again():
                 return False
             self.begins = [self.begins[0] + self.n]
             self.written = bytearray(len(self.pool.leaves))
@@ -312,8 +317,8 @@ class Forward:
             return call(*args, **kwargs)
         outputs, pieces, state = [], [], self.state(leaf)
         inside = self._inside.setdefault(leaf.index, {column: list(state) for column in cuts})
-        edges, first_noted = [0, *cuts, self.n], self.n - self.pool.rewind
-        calls = mixers.pieces(index, edges, first_noted, args, kwargs)
+        edges = [0, *cuts, self.n]
+        calls = mixers.pieces(index, edges, args, kwargs)
         for (begin, end), (own, named) in zip(itertools.pairwise(edges), calls, strict=True):
             before = list(state)
             outputs.append(call(*own, **named))
@@ -322,7 +327,7 @@ class Forward:
                 for slot, (old, new) in enumerate(zip(before, state, strict=True)):
                     if new is not old:
                         inside[end][slot] = new
-            if begin >= first_noted:
+            if begin >= self.n - self.pool.rewind:
                 pieces.append(mixers.inputs(index, end - begin, own, named) or [])
         noted[index] = [mx.concatenate(list(own), axis=1) for own in zip(*pieces, strict=True)]
         return joined_outputs(outputs)
@@ -500,8 +505,8 @@ def cuts_of(pool: Pool, conversations: Sequence[Conversation], begins: Sequence[
     """The columns before which recurrent states are worth a checkpoint in some row."""
     found = set()
     for conversation, begin in zip(conversations, begins, strict=True):
-        points = [begin + n - pool.rewind, *pool.recurrent.marks(conversation.sequence)]
-        found |= {point - begin for point in points if begin < point < begin + n}
+        borders = pool.recurrent.borders(conversation.sequence, begin, begin + n)
+        found |= {border - begin for border in borders}
     return sorted(found)
 
 

@@ -27,7 +27,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...caches.states import Arrays
 from ...errors import CacheError
-from .observe import Call, Observable, PerModel, subclassed
+from .observe import Call, Observable, PerModel, replace_class, subclassed
 
 
 class _Role(Enum):
@@ -134,29 +134,19 @@ class Mixers:
         return inputs
 
     def pieces(
-        self,
-        index: int,
-        edges: Sequence[int],
-        first_noted: int,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        self, index: int, edges: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Yield the arguments of a call in pieces.
 
         Args:
             edges: the columns at which the pieces begin, and the number of columns.
-            first_noted: the first column whose inputs are noted. From there on, columns are copied: a slice
-                would keep the buffer of the whole block alive.
         """
         frame = self.modules[index].frames[edges[-1] > 1]
         for begin, end in itertools.pairwise(edges):
             values = []
             for value, role in zip((*args, *kwargs.values()), frame.roles, strict=True):
                 if role is _Role.TOKENS:
-                    copied = begin >= first_noted
-                    values.append(
-                        mx.take(value, mx.arange(begin, end), axis=1) if copied else value[:, begin:end]
-                    )
+                    values.append(value[:, begin:end])
                 else:
                     values.append(value + begin if role is _Role.OFFSET else value)
             yield frame.arguments(values)
@@ -287,15 +277,13 @@ def _leave(weakly: weakref.ref[nn.Module], user: object) -> None:
 
 def _set_class(module: nn.Module, users: Mapping[object, Sequence[nn.Module]]) -> None:
     """Give a module the class that its users need. A class set by other code counts as its own."""
-    while True:
-        cls = type(module)
+
+    def wanted(cls: type[nn.Module]) -> type[nn.Module]:
         original = _originals.get(cls, cls)
         is_needed = any(module is needed for own in list(users.values()) for needed in own)
-        wanted = _subclass(original) if is_needed else original
-        if cls is wanted:
-            return
-        # Another thread may change the users in between, so check again.
-        module.__class__ = wanted
+        return _subclass(original) if is_needed else original
+
+    replace_class(module, wanted)
 
 
 def _subclass(cls: type[nn.Module]) -> type[nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -96,16 +97,16 @@ class Layout:
 
     entries: tuple[Entry, ...]
 
-    @property
+    @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         return tuple(_leaves(self.entries))
 
-    @property
+    @cached_property
     def rules(self) -> tuple[Rule | None, ...]:
         """The distinct visibility rules, in order of appearance; None stands for recurrent states."""
         return tuple(dict.fromkeys(leaf.rule for leaf in self.leaves))
 
-    @property
+    @cached_property
     def is_recurrent(self) -> bool:
         return None in self.rules
 

@@ -161,15 +161,20 @@ def _leave(weakly: weakref.ref[nn.Module], user: object) -> None:
 
 def _set_class(model: nn.Module, users: dict[object, Maker | None]) -> None:
     """Give the model the class that its users need. A class set by other code counts as its own."""
-    while True:
-        cls = type(model)
+
+    def wanted(cls: type[nn.Module]) -> type[nn.Module]:
         original = vars(cls).get(_ORIGINAL, cls)
         makers = list(users.values())
-        wanted = _subclass(original, next(filter(None, makers), None)) if makers else original
-        if cls is wanted:
-            return
-        # Another thread may change the users in between, so check again.
-        model.__class__ = wanted
+        return _subclass(original, next(filter(None, makers), None)) if makers else original
+
+    replace_class(model, wanted)
+
+
+def replace_class(module: nn.Module, wanted: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    """Give a module the class that `wanted` returns for its present one."""
+    while (cls := wanted(type(module))) is not type(module):
+        # Another thread may change what is wanted in between, so ask again.
+        module.__class__ = cls
 
 
 def _subclass(cls: type[nn.Module], maker: Maker | None) -> type[nn.Module]:

@@ -23,7 +23,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
 from ...radix_tree import PrefixTree
-from ...sessions.prefix_cache import branch_point
+from ...sessions.prefix_cache import branches_off, mark_turns
 from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
 
@@ -69,8 +69,8 @@ def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[
         best = max(best, (resume_point(cache, most), cache), key=lambda pair: pair[0])
     point, found = best
     shared = ours[0][0]
-    marked = rows_of(found) if branch_point(shared, point, len(tokens)) else []
-    if not point and not any(rows.pool.layout.is_recurrent for rows in marked):
+    is_recurrent = any(rows.pool.layout.is_recurrent for rows in rows_of(found))
+    if not point and not (is_recurrent and branches_off(shared, point, len(tokens))):
         return None, tokens
     fork = copy.deepcopy(found)
     # The cache may hold fewer tokens than its key: the last token generated was never fed.
@@ -78,10 +78,7 @@ def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[
     for entry in fork:
         entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
     for rows in rows_of(fork):
-        # Where a turn begins, the next edit may go back to.
-        rows.mark(point)
-        if marked:
-            rows.mark(shared)
+        mark_turns(rows, shared, point, len(tokens))
     return fork, tokens[point:]
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 from mlx_lm.models import lfm2, mamba2
-from mlx_lm.utils import save_config, save_model
 
 from mlx_kvcache import CacheError
 from mlx_kvcache.plugin.entries.base import Layer
 from mlx_kvcache.plugin.entries.keyvalue import KeyValueLayer
 from mlx_kvcache.plugin.forward.batch_rows import Rows
 from mlx_kvcache.plugin.pool.pool import Pool
-from tests.folders import written
+from tests.folders import saved, written
 from tests.plugin.serving.clients import Answer, Client, served
 
 LONG = " ".join(f"word {i}" for i in range(80))
@@ -51,10 +50,7 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
         time_step_rank="auto",
     )
     folder = tmp_path_factory.mktemp("models") / "recurrent"
-    save_model(folder, mamba2.Model(arguments))
-    save_config(asdict(arguments), folder / "config.json")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved(folder, mamba2.Model(arguments), asdict(arguments), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +76,9 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
         rope_theta=10000.0,
     )
     folder = tmp_path_factory.mktemp("models") / "hybrid"
-    save_model(folder, lfm2.Model(arguments))
     # transformers asks for a number that mlx-lm does not have.
-    save_config(asdict(arguments) | {"intermediate_size": 128}, folder / "config.json")
-    tokenizer.save_pretrained(folder)
-    return folder
+    configuration = asdict(arguments) | {"intermediate_size": 128}
+    return saved(folder, lfm2.Model(arguments), configuration, tokenizer)
 
 
 def afresh(folder: Path, *prompts: str, **more: object) -> list[str]:
