@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache
 
 from benchmarks.setting import DIM, HEADS, KV_HEADS, LAYERS
-from mlx_kvcache.plugin.hosts.handles import attend
+from mlx_kvcache.plugin.hosts.handles import attending
 
+_attend = attending(base.scaled_dot_product_attention)
 SCALE = DIM**-0.5
 
 
@@ -91,13 +93,13 @@ def contiguous(length: int, seed: int = 0, shape: Shape = SMOLLM2) -> list[KVCac
 def attention(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     """Update every layer and attend, as a model does. For a batch, histories are not gathered."""
     rows = getattr(cache[0], "rows", None) if queries.shape[0] > 1 else None
-    n, outputs = queries.shape[2], []
+    n, outputs = queries.shape[2], list[mx.array]()
     if rows:
-        rows.begin(n, is_called=True)
+        rows._begin(n, is_called=True)
     mask = cache[0].make_mask(n, return_array=False, window_size=getattr(cache[0], "max_size", None))
     for layer in cache:
         history = layer.update_and_fetch(keys, values)
-        outputs.append(attend(queries, history[0], history[1], layer, queries.shape[3] ** -0.5, mask))
+        outputs.append(_attend(queries, history[0], history[1], layer, queries.shape[3] ** -0.5, mask))
     if rows:
         rows.finish()
     mx.eval(outputs)

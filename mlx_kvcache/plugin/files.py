@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches import recurrent
 from ..caches.snapshot import Run, Snapshot
@@ -31,8 +30,10 @@ from ..storage.codec import Lane, Packed, Plain, index_of
 from .cache_options import Storage, by_layer, new_conversation, options_of
 from .entries.keyvalue import QuantizedKVCache
 from .forward.batch_rows import Rows
-from .hosts.mlx_lm import Leaf
+from .hosts.layout import Leaf
+from .hosts.mlx_lm import MLX_LM
 from .hosts.mlx_lm_files import Entry, Foreign, read_foreign
+from .hosts.observe import Observable
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Pool
 from .pool.weights import fingerprint, first_form, is_first_form, version_of
@@ -407,22 +408,36 @@ def alone(conversation: Conversation) -> Rows:
 
 
 def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
-    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format. Raises CacheFileError."""
-    # mlx-lm writes the name of an entry's class and its state.
-    entries = [type(name, (), {"state": state})() for name, state in map(_state, cache)]
+    """Writes a cache list, with entries of ours or of mlx-lm, in mlx-lm's format.
+
+    Raises:
+        CacheFileError: the file cannot be written.
+        NotSupportedError: mlx-lm is not installed.
+    """
+    if not MLX_LM.is_installed:
+        raise NotSupportedError(f"cannot write {path} in mlx-lm's format: mlx-lm is not installed")
+    entries = [_stand_in(entry) if isinstance(entry, Observable) else entry for entry in cache]
     with accessing(path, "written"), replacing(path) as file:
         # MLX gets an open file: it would choose the format of a path by its suffix, or add one.
-        mlx_lm_cache.save_prompt_cache(file, entries, metadata)
+        MLX_LM.caches.save_prompt_cache(file, entries, metadata or {})
+
+
+def _stand_in(entry: Any) -> Any:
+    """Returns an object with what mlx-lm writes for an entry: the name of its class and its state."""
+    name, state = _state(entry)
+    return type(
+        name, (), {"state": MLX_LM.state(name, state), "meta_state": MLX_LM.meta_state(name, state)}
+    )()
 
 
 def _state(entry: Any) -> tuple[str, Any]:
-    """Returns the class name and the state that mlx-lm writes for an entry."""
+    """Returns the class name and the state of mlx-lm 0.32 for an entry."""
     children = getattr(entry, "caches", None)
     if children is not None:
         states = [_state(child) for child in children]
         return "CacheList", [(state, name) for name, state in states]
     if not getattr(entry, "is_packed", False):
-        return type(entry).__name__, entry.state
+        return type(entry).__name__, entry.saved_state
     # Many models of mlx-lm cannot use its QuantizedKVCache, so quantized full attention becomes a KVCache.
     name = "KVCache" if isinstance(entry, QuantizedKVCache) else type(entry).__name__
     return name, entry.plain_state

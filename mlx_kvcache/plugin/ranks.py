@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheError, RanksDisagreeError
-from .hosts.mlx_lm import found_logits
+from .hosts.host import found_logits
 
 RECORD = 1024
 """Size of a record in bytes."""

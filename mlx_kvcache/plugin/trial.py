@@ -21,8 +21,9 @@ from ..storage.buffers import Form
 from .entries.nested import entries_of
 from .forward.batch_rows import Rows, TokenRows
 from .forward.forward import newest
+from .hosts.host import logits_of
+from .hosts.layout import Leaf
 from .hosts.mixers import Mixers, find
-from .hosts.mlx_lm import Leaf, logits_of
 from .hosts.observe import PerModel
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Batching, Pool

@@ -115,7 +115,7 @@ def test_the_model_and_its_module_are_put_back() -> None:
         cache = sys.modules["mlx_lm.generate"].make_prompt_cache(model)
         assert type(model) is not llama.Model
         assert isinstance(model, llama.Model)
-        assert llama.scaled_dot_product_attention is ragged.attend
+        assert llama.scaled_dot_product_attention is ragged.attending(base.scaled_dot_product_attention)
         twin = copy.deepcopy(model)
         assert mx.array_equal(twin(PROMPT[None]), model(PROMPT[None]))
     assert type(model) is not llama.Model
@@ -123,5 +123,6 @@ def test_the_model_and_its_module_are_put_back() -> None:
     gc.collect()
     assert type(model) is llama.Model
     assert ragged._users[llama.__name__] == others
-    put_back = ragged.attend if others else base.scaled_dot_product_attention
+    theirs = base.scaled_dot_product_attention
+    put_back = ragged.attending(theirs) if others else theirs
     assert llama.scaled_dot_product_attention is put_back

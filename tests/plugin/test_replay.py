@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 from mlx_kvcache import CacheError, NotSupportedError, RecurrentCache
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from mlx_kvcache.plugin.forward.forward import newest
-from mlx_kvcache.plugin.hosts.mlx_lm import layout_of
+from mlx_kvcache.plugin.hosts.layout import layout_of
 from mlx_kvcache.plugin.pool import conversation
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.running import difference, logits_of

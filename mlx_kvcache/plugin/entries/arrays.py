@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
 from ..forward.forward import newest, padded_state
@@ -16,8 +15,8 @@ from ..hosts.observe import Call
 from .base import Layer
 
 
-class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
-    """A list of arrays or None. Derives from mlx-lm's class because some models test for it."""
+class ArraysCache(Layer):
+    """A list of arrays or None."""
 
     @property
     def batch_size(self) -> int:
@@ -74,6 +73,44 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
         forward = self.rows.forward
         return forward.n if forward is not None and self.leaf.index in forward.advanced else 0
 
+    metadata_revision = 0
+    history_capacity = 0
+    """For mlx-vlm: nothing is recorded for speculation, because `trim` can go back without it."""
+    is_speculating = False
+
+    def update_window(
+        self, index: int, source: mx.array, width: int, *, lengths: mx.array | None = None
+    ) -> mx.array:
+        """Store the newest `width` columns of `source` (B, S, ...) as an array, as mlx-vlm's class does.
+
+        Args:
+            lengths: for each row, the number of columns after the first `width` that are tokens.
+        """
+        length = source.shape[1] - width
+        if lengths is None:
+            state = mx.contiguous(source[:, length:])
+        else:
+            columns = mx.clip(lengths, 0, length)[:, None] + mx.arange(width)
+            columns = columns.reshape(*columns.shape, *([1] * (source.ndim - 2)))
+            state = mx.take_along_axis(source, columns, axis=1)
+        self[index] = state
+        return state
+
+    def update_recurrent(self, index: int, length: int, update: Any) -> tuple[mx.array, mx.array]:
+        """Replace an array by that of `update(array, None)`, which returns (output, array); for mlx-vlm."""
+        output, state, *_ = update(self[index], None)
+        self[index] = state
+        return output, state
+
+    def make_mask(self, N: int) -> mx.array | None:
+        """The columns (B, N) of the next input that are tokens; None without padding."""
+        columns, left, lengths = mx.arange(N), self.left_padding, self.lengths
+        mask = None if left is None else columns >= left[:, None]
+        if lengths is None:
+            return mask
+        ends = columns < lengths[:, None]
+        return ends if mask is None else mask & ends
+
     def advance(self, N: int) -> None:
         """Note that the layer has read all columns of the forward. N is ignored."""
         if self.rows.forward is not None:
@@ -95,8 +132,8 @@ class ArraysCache(Layer, mlx_lm_cache.ArraysCache):  # type: ignore[misc]
         )
 
     @property
-    def state(self) -> Any:
-        """The state in the form of mlx-lm's class of this name; for a batch, a list of its arrays."""
+    def saved_state(self) -> Any:
+        """See `Layer.saved_state`."""
         if self.rows.is_batch:
             arrays = [array for c in self.rows.conversations for array in newest(c, self.leaf)]
             return [array for array in arrays if array is not None]

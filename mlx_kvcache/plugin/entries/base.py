@@ -12,7 +12,7 @@ import mlx.core as mx
 from ...arguments import class_of
 from ...errors import CacheError
 from ..forward.batch_rows import Rows
-from ..hosts.mlx_lm import Leaf
+from ..hosts.layout import Leaf
 from ..hosts.observe import Observable
 
 Self = TypeVar("Self", bound="Layer")
@@ -28,6 +28,10 @@ class Layer(Observable):
 
     rows: Rows
 
+    def __new__(cls, *args: Any) -> Any:
+        # A host's own would set attributes that are properties here.
+        return object.__new__(cls)
+
     def __init__(self, rows: Rows, leaf: Leaf) -> None:
         self.rows = rows
         self.leaf = leaf
@@ -35,6 +39,16 @@ class Layer(Observable):
     def served_by(self: Self, rows: Rows) -> Self:
         """The same layer for other rows."""
         return type(self)(rows, self.leaf)
+
+    @property
+    def saved_state(self) -> Any:
+        """The state in the form of mlx-lm 0.32's class of this name; for a batch, a list of its arrays."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> Any:
+        """The state in the form of the host's class of this name; for a batch, a list of its arrays."""
+        return self.rows.pool.host.state(type(self).__name__, self.saved_state)
 
     @property
     def offset(self) -> Any:

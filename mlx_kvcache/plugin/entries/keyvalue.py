@@ -18,7 +18,7 @@ from ...storage.buffers import Lanes, Pair, concatenated
 from ...storage.codec import Lane, Plain, alias, joined
 from ..forward.batch_rows import Rows
 from ..forward.forward import Forward
-from ..hosts.mlx_lm import Leaf
+from ..hosts.layout import Leaf
 from ..pool.conversation import Conversation
 from ..rope.rebase import rebased
 from .base import Layer
@@ -177,8 +177,8 @@ class KeyValueLayer(Layer):
         return sum(span.length * cell_bytes(span.segment in packed) for span in spans)
 
     @property
-    def state(self) -> Any:
-        """The state in the form of mlx-lm's class of this name; for a batch, a list of the rows' buffers.
+    def saved_state(self) -> Any:
+        """See `Layer.saved_state`. For a batch, a list of the rows' buffers.
 
         After removals the keys are copies, rotated to the tokens' own positions. mlx-lm's `save_prompt_cache`
         reads them here, and a file of keys at the model's offsets would be wrong without an error.
@@ -203,7 +203,7 @@ class KeyValueLayer(Layer):
 
     @property
     def plain_state(self) -> Any:
-        """The state in the form of mlx-lm's class, not quantized."""
+        """The state in the form of mlx-lm 0.32's class, not quantized."""
         if self.empty():
             return self._state(None, None)
         return self._state(*stored(self.rows.conversation, self.leaf))
@@ -260,11 +260,11 @@ class QuantizedKVCache(KVCache):
     """A layer of full attention whose keys and values have one bit width from the first token on."""
 
     @property
-    def state(self) -> Any:
-        """See `KeyValueLayer.state`."""
+    def saved_state(self) -> Any:
+        """See `KeyValueLayer.saved_state`."""
         codec = self.rows.pool.codecs(self.leaf)[0]
         if self.rows.is_batch or codec is None:
-            return super().state
+            return super().saved_state
         lanes: Any = (None, None)
         if not self.empty():
             lanes = tuple(lane.arrays for lane in packed(self.rows.conversation, self.leaf))
@@ -326,10 +326,10 @@ _CLASSES: dict[type, type[KeyValueLayer]] = {
 
 
 def layer_of(rows: Rows, leaf: Leaf) -> KeyValueLayer:
-    """Make the entry of an attention layer, named as the class that mlx-lm would use."""
+    """Make the entry of an attention layer, of the class that the host would use."""
     pool = rows.pool
     keys, values = pool.codecs(leaf)
     is_packed = pool.quantization is not None and not pool.quantization.after and keys is not None
     if isinstance(leaf.rule, Causal) and is_packed and keys == values:
-        return QuantizedKVCache(rows, leaf)
-    return _CLASSES[type(leaf.rule)](rows, leaf)
+        return pool.host.entry(QuantizedKVCache)(rows, leaf)
+    return pool.host.entry(_CLASSES[type(leaf.rule)])(rows, leaf)

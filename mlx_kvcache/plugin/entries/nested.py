@@ -9,8 +9,8 @@ from typing import Any
 import mlx.nn as nn
 
 from ..forward.batch_rows import Rows
+from ..hosts.layout import Entry, Leaf
 from ..hosts.mixers import Place
-from ..hosts.mlx_lm import Entry, Leaf
 from ..hosts.observe import Call, Observable
 from .arrays import ArraysCache
 from .base import check_ours
@@ -83,9 +83,14 @@ class CacheList(Observable):
         return sum(cache.nbytes for cache in self.caches)
 
     @property
+    def saved_state(self) -> Any:
+        """The state in the form of mlx-lm 0.32's class of this name."""
+        return [(cache.saved_state, type(cache).__name__) for cache in self.caches]
+
+    @property
     def state(self) -> Any:
-        """The state in the form of mlx-lm's class of this name."""
-        return [(cache.state, type(cache).__name__) for cache in self.caches]
+        """The state in the form of the host's class of this name."""
+        return self.rows.pool.host.state(type(self).__name__, self.saved_state)
 
     def filter(self, batch_indices: Any) -> None:
         """See `Layer.filter`."""
@@ -138,5 +143,5 @@ def entries_of(rows: Rows) -> list[Any]:
 
 def _entry(rows: Rows, entry: Entry) -> Any:
     if isinstance(entry, Leaf):
-        return layer_of(rows, entry) if entry.rule else ArraysCache(rows, entry)
-    return CacheList(*(_entry(rows, child) for child in entry))
+        return layer_of(rows, entry) if entry.rule else rows.pool.host.entry(ArraysCache)(rows, entry)
+    return rows.pool.host.entry(CacheList)(*(_entry(rows, child) for child in entry))

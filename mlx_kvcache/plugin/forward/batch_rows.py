@@ -54,7 +54,7 @@ from ...arguments import whole
 from ...caches.plan import JointPlan
 from ...errors import CacheError
 from ...quantization import Quantization
-from ..hosts.mlx_lm import found_logits
+from ..hosts.host import found_logits
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool

@@ -27,8 +27,8 @@ from ...cells.visibility import Causal, Chunk, Rule, Window, visible
 from ...errors import CacheError, NotSupportedError
 from ...storage.masks import Ints, Mask, array_mask, positions_of
 from ..hosts.handles import Ragged, RaggedMask
+from ..hosts.layout import Leaf
 from ..hosts.mixers import joined_outputs
-from ..hosts.mlx_lm import Leaf
 from ..hosts.observe import Call
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool

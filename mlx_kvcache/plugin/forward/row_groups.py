@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..hosts.mlx_lm import joined
+from ..hosts.host import joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool

@@ -1,6 +1,6 @@
 """Lets each row of a batch attend to its own keys, without padding, copies or, mostly, masks.
 
-Most of mlx-lm's models only pass the results of `update_and_fetch` and `make_mask` on to
+Most models of the hosts only pass the results of `update_and_fetch` and `make_mask` on to
 `scaled_dot_product_attention`. Such models get handles instead of arrays, and the function in
 their modules is replaced by one that computes attention when it receives a handle. A handle
 supports nothing else, so a model that needs arrays fails in the trial run.
@@ -8,21 +8,20 @@ supports nothing else, so a model that needs arrays fails in the trial run.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import base as mlx_lm_base
 
 from ...attend.products import STRETCH, attend_causal, attend_single
 from ...storage import codec
-from .mlx_lm import Leaf
+from .layout import Leaf, host_of
 from .observe import Observable
 
 _NAME = "scaled_dot_product_attention"
-_original = mlx_lm_base.scaled_dot_product_attention
 _users: dict[str, set[object]] = {}
 """For each model module, by name, a token for every active `serve`."""
 
@@ -55,28 +54,34 @@ class RaggedMask:
         self.window_size = window_size
 
 
-def attend(
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any = None,
-    scale: float = 1.0,
-    mask: Any = None,
-    sinks: mx.array | None = None,
-    **more: Any,
-) -> mx.array:
-    """Replaces `mlx_lm.models.base.scaled_dot_product_attention`."""
-    if isinstance(keys, Ragged):
-        return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
-    if sinks is None and isinstance(cache, Observable) and codec.is_cpu():
-        if mask is None and queries.shape[0] == queries.shape[2] == 1:
-            return attend_single(queries, keys, values, scale)
-        if isinstance(mask, str) and queries.shape[2] > STRETCH:
-            return attend_causal(queries, keys, values, scale)
-    result: mx.array = _original(
-        queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more
-    )
-    return result
+@functools.cache
+def attending(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that replaces a host's `scaled_dot_product_attention`."""
+
+    @functools.wraps(original)
+    def attend(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any = None,
+        scale: float = 1.0,
+        mask: Any = None,
+        sinks: mx.array | None = None,
+        **more: Any,
+    ) -> mx.array:
+        if isinstance(keys, Ragged):
+            return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
+        if sinks is None and isinstance(cache, Observable) and codec.is_cpu():
+            if mask is None and queries.shape[0] == queries.shape[2] == 1:
+                return attend_single(queries, keys, values, scale)
+            if isinstance(mask, str) and queries.shape[2] > STRETCH:
+                return attend_causal(queries, keys, values, scale)
+        result: mx.array = original(
+            queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more
+        )
+        return result
+
+    return attend
 
 
 def serve(model: nn.Module) -> Callable[[], None]:
@@ -85,24 +90,25 @@ def serve(model: nn.Module) -> Callable[[], None]:
     The returned function is safe in finalizers: it takes no lock, does not keep the model alive, and
     may be called twice.
     """
+    original = host_of(model).attention
     user, names = object(), {type(module).__module__ for module in model.modules()}
     for name in names:
         _users.setdefault(name, set()).add(user)
-        _bind(name)
+        _bind(name, original)
 
     def leave() -> None:
         for name in names:
             _users[name].discard(user)
-            _bind(name)
+            _bind(name, original)
 
     return leave
 
 
-def _bind(name: str) -> None:
+def _bind(name: str, original: Callable[..., Any]) -> None:
     """Give a module the function that its users need, unless other code has replaced it."""
-    module = sys.modules.get(name)
+    module, attend = sys.modules.get(name), attending(original)
     while True:
-        old, new = (_original, attend) if _users[name] else (attend, _original)
+        old, new = (original, attend) if _users[name] else (attend, original)
         if getattr(module, _NAME, None) is not old:
             return
         # Another thread may change the users in between, so check again.

@@ -19,14 +19,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from ...caches.states import Arrays
 from ...errors import CacheError
+from .layout import host_of
 from .observe import Call, Observable, PerModel, replace_class, subclassed
 
 
@@ -86,13 +87,17 @@ class _Mixer(NamedTuple):
 class Mixers:
     """The modules that compute one recurrent layer's states, in the order of their calls.
 
-    Attributes:
+    Args:
         place: the layer.
+        caches: the module of the host's cache classes.
+
+    Attributes:
         modules: the modules.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, caches: ModuleType) -> None:
         self.place = place
+        self._caches = caches
         self.modules: list[_Mixer] = []
 
     @property
@@ -158,7 +163,7 @@ class Mixers:
             arrays: the arrays before them, or ().
             inputs: for each module in turn what `inputs` returned for these tokens.
         """
-        scratch = mlx_lm_cache.ArraysCache(self.place.slots)
+        scratch = self._caches.ArraysCache(self.place.slots)
         if arrays:
             scratch.cache = list(arrays)
         n, rest = inputs[0].shape[1], iter(inputs)
@@ -184,10 +189,10 @@ class Mixers:
 
     def _list_with(self, scratch: Any) -> Any:
         """A `CacheList` with the layer in its place. The module may write keys and values to the others."""
-        layers: list[Any] = [mlx_lm_cache.KVCache() for _ in range(self.place.size)]
+        layers: list[Any] = [self._caches.KVCache() for _ in range(self.place.size)]
         assert self.place.child is not None
         layers[self.place.child] = scratch
-        return mlx_lm_cache.CacheList(*layers)
+        return self._caches.CacheList(*layers)
 
 
 def joined_outputs(outputs: Sequence[Any]) -> Any:
@@ -240,14 +245,14 @@ def find(model: nn.Module, run: Callable[[int], None]) -> dict[int, Mixers]:
             calls.append(own)
     finally:
         leave()
-    found: dict[int, Mixers] = {}
+    caches, found = host_of(model).caches, dict[int, Mixers]()
     for first, second in zip(*calls, strict=False):
         shapes = [
             (call.place, id(call.module), call.frame.names, len(call.frame.roles)) for call in (first, second)
         ]
         if shapes[0] != shapes[1]:
             return {}
-        own_mixers = found.setdefault(first.place.leaf, Mixers(first.place))
+        own_mixers = found.setdefault(first.place.leaf, Mixers(first.place, caches))
         frames = dict(zip((True, False), _compared(first.frame, second.frame), strict=True))
         own_mixers.modules.append(_Mixer(weakref.ref(first.module), frames))
     return found if len(calls[0]) == len(calls[1]) else {}

@@ -36,8 +36,8 @@ from ...errors import CacheError
 from ...quantization import Codecs, Quantization
 from ...storage.buffers import Form
 from ..hosts.handles import serve
+from ..hosts.layout import Layout, Leaf, host_of
 from ..hosts.mixers import Mixers, watch
-from ..hosts.mlx_lm import Layout, Leaf
 from ..hosts.observe import PerModel, observe
 from ..ranks import ALONE, Ranks
 from ..rope.probe import scheme_of
@@ -88,6 +88,7 @@ class Pool:
 
     Attributes:
         architecture: the module of the model's class.
+        host: the library that the model comes from.
         caches: one for each of the layout's rules.
         rewind: the number of newest tokens that recurrent layers can drop, whichever they are.
         kinds: for each leaf of the layout, the index of its cache.
@@ -113,6 +114,7 @@ class Pool:
     ) -> None:
         self._model = weakref.ref(model)
         self.architecture = type(model).__module__
+        self.host = host_of(model)
         self.version = version or version_of(model)
         self.ranks = ranks
         self.layout = layout

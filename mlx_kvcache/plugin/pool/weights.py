@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..hosts.mlx_lm import configuration_of
+from ..hosts.layout import configuration_of
 from ..hosts.observe import PerModel
 
 NUMBERS = 1024

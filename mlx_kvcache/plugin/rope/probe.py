@@ -18,11 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from ...cells.visibility import Chunk
 from ...rope import RopeShift
-from ..hosts.mlx_lm import Entry, Layout, Leaf, configuration_of, layout_of, logits_of
+from ..hosts.host import logits_of
+from ..hosts.layout import Entry, Layout, Leaf, configuration_of, host_of, layout_of
 from ..hosts.observe import PerModel
 from ..ranks import ALONE, Ranks
 from .rebase import Rotation, Scheme, Slot
@@ -81,12 +81,12 @@ Stored = tuple[mx.array, mx.array] | None
 
 def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> tuple[mx.array, list[Stored]]:
     """Return the logits of a few tokens, and what each leaf has stored."""
-    leaves: list[Any] = []
+    leaves, caches = list[Any](), host_of(model).caches
 
     def stand_in(entry: Entry) -> Any:
         if not isinstance(entry, Leaf):
-            return mlx_lm_cache.CacheList(*map(stand_in, entry))
-        leaves.append(mlx_lm_cache.ArraysCache(entry.slots) if entry.rule is None else _Probe(offset))
+            return caches.CacheList(*map(stand_in, entry))
+        leaves.append(caches.ArraysCache(entry.slots) if entry.rule is None else _Probe(offset))
         return leaves[-1]
 
     with ranks.together(f"look for rotations, {offset} tokens away"):

@@ -28,7 +28,7 @@ from ...errors import CacheError, CacheFullError, NotSupportedError
 from ..cache_options import check_options, reusable
 from ..entries.nested import entries_of
 from ..forward.batch_rows import TokenRows
-from ..hosts.mlx_lm import logits_of
+from ..hosts.host import logits_of
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
 

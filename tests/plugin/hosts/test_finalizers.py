@@ -10,7 +10,7 @@ SETUP = """
     import gc, sys
     import mlx.core as mx
     mx.set_default_device(mx.cpu)
-    from mlx_lm.models import llama
+    from mlx_lm.models import base, llama
     from mlx_kvcache.plugin import attach, detach, make_prompt_cache
     from mlx_kvcache.plugin.hosts import handles
     from tests.plugin.tiny import tiny_llama
@@ -69,7 +69,7 @@ ENDS = """
     assert len(seen) > 150, len(seen)
     assert type(model) is llama.Model, type(model)
     assert not handles._users[llama.__name__]
-    assert llama.scaled_dot_product_attention is handles._original
+    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
     assert sys.modules["mlx_lm.models.cache"].make_prompt_cache.__module__ == "mlx_lm.models.cache"
     print("all is put back")
 """

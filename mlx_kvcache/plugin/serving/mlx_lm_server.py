@@ -1,4 +1,4 @@
-"""Patches mlx-lm's server and `BatchGenerator` so that a request that cannot be served fails alone.
+"""Patches mlx-lm's tools, so that in its server a request that cannot be served fails alone.
 
 mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The patches
 check a request while mlx-lm can still answer it with an error: the model must be supported, and the prompt
@@ -13,6 +13,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.server import APIHandler, ResponseGenerator
 
 from ...errors import CacheError, CacheFullError
+from ..files import save_for_mlx_lm
 from ..forward.batch_rows import Rows
 from . import mlx_lm_store
 
@@ -173,6 +175,20 @@ def _status(error: BaseException | None, otherwise: int = 404) -> int:
         return 500
     return 400 if isinstance(error, (CacheError, EmptyPromptError)) else otherwise
 
+
+def save_prompt_cache(file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None = None) -> None:
+    """Replaces `save_prompt_cache` of mlx-lm, which would write quantized windows as if they were floats."""
+    if mlx_lm_store.is_ours(cache):
+        path = Path(file_name)
+        # MLX adds this suffix to a name that has none.
+        save_for_mlx_lm(path if path.suffix else path.with_suffix(".safetensors"), cache, metadata)
+    else:
+        _original_save(file_name, cache, metadata or {})
+
+
+_original_save = mlx_lm_cache.save_prompt_cache
+FUNCTIONS = {"save_prompt_cache": (_original_save, save_prompt_cache)}
+"""Functions of mlx-lm that modules import by name, each with its replacement."""
 
 _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (mlx_lm_cache.LRUPromptCache, "fetch_nearest_cache", mlx_lm_store.fetch_nearest_cache),
