@@ -17,6 +17,7 @@ from ..hosts.host import joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
+from ..rope.axes import Relative
 from .forward import Columns, newest
 
 
@@ -83,6 +84,8 @@ def _in_place(
 
 def _of_rows(rows: Divisible, members: Sequence[int], columns: Columns, argument: Any) -> Any:
     """An argument of the model's call, cut to these members and columns."""
+    if isinstance(argument, Relative):
+        return argument.part(members, *columns)
     if is_cache(argument):
         return [entry.served_by(rows) for entry in argument]
     if isinstance(argument, mx.array) and argument.ndim >= 2:

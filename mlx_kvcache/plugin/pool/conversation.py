@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -110,6 +111,10 @@ class Conversation:
             raise
         self.pool.free_dropped()
 
+    def next_position(self, tokens: int) -> int:
+        """The position that the model is told for a token of text after some tokens."""
+        return tokens + self.head.lead + self.head.deltas.at(tokens)
+
     def fork(self) -> Conversation:
         """Return another conversation with the same tokens. Copies no arrays."""
         self.check_open()
@@ -157,7 +162,7 @@ class Conversation:
             NotSupportedError: the positions of the later tokens cannot be changed, the next token would see
                 tokens that the cache does not hold, or recurrent states cannot be changed in this way.
         """
-        pool, scheme, gap = self.pool, self.pool.scheme, end - begin
+        pool, scheme = self.pool, self.pool.scheme
         refusal = scheme.refusal
         if pool.has_states:
             if recurrent == "refuse":
@@ -175,7 +180,7 @@ class Conversation:
             return
         plan = self._plan_head(begin, end, recurrent)
         pool.ranks.ready()
-        if self.head.lead + gap > FARTHEST and pool.can_move_states:
+        if self.head.lead + end - begin > FARTHEST and pool.can_move_states:
             # After planning once, so that a removal that is refused changes nothing.
             self._renormalize()
             plan = self._plan_head(begin, end, recurrent)
@@ -243,7 +248,8 @@ class Conversation:
     def _plan_head(self, begin: int, end: int, recurrent: Recurrent) -> Plan:
         """Plan a removal that re-bases the tokens before it."""
         pool, scheme, lead = self.pool, self.pool.scheme, self.head.lead
-        new_lead = lead + end - begin
+        deltas, gap = self.head.deltas.without(begin, end)
+        new_lead = lead + gap
         plans = self._plan_states(begin, end, recurrent)
         pieces = {}
         for kind, cache in pool.positional():
@@ -254,16 +260,17 @@ class Conversation:
             rebase = HeadRebase(scheme, source, lead, new_lead, self.head.pieces.get(kind, ()), codecs)
             plans.append(cache._plan_edit(removal, rebase))
             pieces[kind] = rebase.pieces
-        return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces), gaps=1)])
+        return JointPlan([*plans, HeadPlan(self, Head(new_lead, pieces, deltas), gaps=1)])
 
     def _plan_tail(self, begin: int, end: int, recurrent: Recurrent) -> Plan:
         """Plan a removal that re-bases the tokens after it."""
-        rebase = self._by(begin - end)
+        deltas, gap = self.head.deltas.without(begin, end)
+        rebase = self._by(-gap)
         plans = self._plan_states(begin, end, recurrent)
         for _, cache in self.pool.positional():
             removal = remove_range(cache._table, self.sequence, begin, end, cache._rule)
             plans.append(cache._plan_edit(removal, rebase))
-        return JointPlan([*plans, HeadPlan(self, self.head, gaps=1)])
+        return JointPlan([*plans, HeadPlan(self, replace(self.head, deltas=deltas), gaps=1)])
 
     def _renormalize(self) -> None:
         """Re-base all keys so that offsets equal positions again."""
@@ -273,7 +280,7 @@ class Conversation:
             for _, cache in self.pool.positional()
             if cache._table[self.sequence].spans
         ]
-        self.pool.apply(JointPlan([*plans, HeadPlan(self, Head())]))
+        self.pool.apply(JointPlan([*plans, HeadPlan(self, Head(deltas=self.head.deltas))]))
 
     def _by(self, offset: int) -> Rebase:
         rotations = self.pool.scheme.rotations

@@ -40,6 +40,7 @@ from ..hosts.layout import Layout, Leaf, host_of
 from ..hosts.mixers import Mixers, watch
 from ..hosts.observe import PerModel, observe
 from ..ranks import ALONE, Ranks
+from ..rope.axes import axes_of
 from ..rope.probe import scheme_of
 from ..rope.rebase import Scheme
 from .weights import Version, version_of
@@ -89,6 +90,7 @@ class Pool:
     Attributes:
         architecture: the module of the model's class.
         host: the library that the model comes from.
+        axes: how the model takes positions on several axes; None if it does not.
         caches: one for each of the layout's rules.
         rewind: the number of newest tokens that recurrent layers can drop, whichever they are.
         kinds: for each leaf of the layout, the index of its cache.
@@ -115,6 +117,7 @@ class Pool:
         self._model = weakref.ref(model)
         self.architecture = type(model).__module__
         self.host = host_of(model)
+        self.axes = axes_of(model)
         self.version = version or version_of(model)
         self.ranks = ranks
         self.layout = layout

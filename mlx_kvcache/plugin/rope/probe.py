@@ -25,6 +25,7 @@ from ..hosts.host import logits_of
 from ..hosts.layout import Entry, Layout, Leaf, configuration_of, host_of, layout_of
 from ..hosts.observe import PerModel
 from ..ranks import ALONE, Ranks
+from .axes import ARGUMENT, axes_of
 from .rebase import Rotation, Scheme, Slot
 
 TOKENS = 7
@@ -90,7 +91,9 @@ def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> tuple[m
         return leaves[-1]
 
     with ranks.together(f"look for rotations, {offset} tokens away"):
-        logits = logits_of(model, mx.arange(1, TOKENS + 1)[None], [*map(stand_in, layout.entries)])
+        axes = axes_of(model)
+        told = {ARGUMENT: axes.plain([offset], TOKENS)} if axes else {}
+        logits = logits_of(model, mx.arange(1, TOKENS + 1)[None], [*map(stand_in, layout.entries)], **told)
     stored = [getattr(leaf, "stored", None) for leaf in leaves]
     # One call for both: in a pipeline, evaluating keys first would not send what the next rank waits for.
     mx.eval(logits, stored)
@@ -111,6 +114,7 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     layout = layout_of(model)
     distance = _near(layout)
     with _recorded() as shifts:
+        shifts += _unrecorded(model)
         logits, stored = _run(model, layout, 0, ranks)
         near_logits, near_stored = _run(model, layout, distance, ranks)
     with _recorded() as far_shifts:
@@ -201,6 +205,22 @@ def _stand_in(original: Any) -> Any:
         return original(a, dims, **options)
 
     return rope
+
+
+def _unrecorded(model: nn.Module) -> list[RopeShift]:
+    """Return rotations that modules may apply without `mx.fast.rope`, from their inverse frequencies."""
+    found: dict[int, mx.array] = {}
+    for module in model.modules():
+        for name in ("inv_freq", "_inv_freq"):
+            array = getattr(module, name, None)
+            if isinstance(array, mx.array) and array.ndim == 1:
+                found[id(array)] = array
+    every = [1.0 / array.astype(mx.float32) for array in found.values()]
+    return [
+        RopeShift(2 * freqs.size, None, traditional, 1.0, freqs)
+        for freqs in every
+        for traditional in (False, True)
+    ]
 
 
 def _explanation(

@@ -18,6 +18,7 @@ from ...cells.spans import Spans
 from ...quantization import Codecs
 from ...rope import RopeShift
 from ...storage.codec import Lane, Plain, as_stored, copied
+from .axes import NO_DELTAS, Deltas
 
 Slot = Literal[0, 1]
 """Index of one of a layer's two arrays: keys (0) or values (1)."""
@@ -101,6 +102,8 @@ class Head:
     """The model's offset minus the number of tokens."""
     pieces: dict[int, Pieces] = field(default_factory=dict)
     """The original arrays, for each of the pool's caches."""
+    deltas: Deltas = NO_DELTAS
+    """How far positions are from offsets because of pictures."""
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -110,7 +113,8 @@ class Head:
     def cut(self, length: int) -> Head:
         """Return the head of the first `length` tokens."""
         cut = {kind: [piece.cut(0, length) for piece in own] for kind, own in self.pieces.items()}
-        return Head(self.lead, {kind: tuple(filter(None, own)) for kind, own in cut.items()})
+        kept = {kind: tuple(filter(None, own)) for kind, own in cut.items()}
+        return Head(self.lead, kept, self.deltas.cut(length))
 
 
 class HeadRebase:

@@ -1,0 +1,207 @@
+"""Positions of models whose tokens have a position on each of several axes (M-RoPE).
+
+Such a model (Qwen2-VL and others) gives each token of a picture a time, a row and a column, and text the same
+number on all axes. The text after a picture goes on at the largest number so far, so positions are not the
+number of tokens before. The model keeps the difference on its module, one for all conversations. Here each
+conversation keeps its own, and every call of the model is told the positions of its tokens.
+
+Source: "Qwen2-VL", arXiv:2409.12191, section 2.1.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import NotSupportedError
+
+AXES = 3
+ARGUMENT = "position_ids"
+_PICTURES = ("image_grid_thw", "video_grid_thw")
+_PROBED = 5
+"""Number of tokens of which a model is asked the positions. Differs from `AXES`."""
+
+
+class Axes(NamedTuple):
+    """How a model takes positions: with shape (axes, B, n), or (B, n, axes) if `is_last`."""
+
+    is_last: bool
+
+    def plain(self, starts: Sequence[int], n: int) -> mx.array:
+        """Positions of n tokens of text in each row."""
+        rows = mx.array(list(starts), mx.int32)[:, None] + mx.arange(n, dtype=mx.int32)
+        return mx.stack([rows] * AXES, axis=-1 if self.is_last else 0)
+
+    def argument(self, positions: NDArray[np.int64]) -> mx.array:
+        """Positions (axes, B, n) as the model takes them."""
+        return mx.array(np.moveaxis(positions, 0, -1) if self.is_last else positions, mx.int32)
+
+    def read(self, argument: mx.array) -> NDArray[np.int64]:
+        """An argument of the model as positions (axes, B, n)."""
+        array = np.array(argument).astype(np.int64)
+        if array.ndim == 2:
+            return np.stack([array] * AXES)
+        return np.moveaxis(array, -1, 0) if self.is_last else array
+
+
+def axes_of(model: nn.Module) -> Axes | None:
+    """Return how a model takes positions on several axes; None if it does not.
+
+    Raises:
+        NotSupportedError: the model keeps positions on its module, but cannot be told them.
+    """
+    if not hasattr(model, "_rope_deltas"):
+        return None
+    index = getattr(model, "get_rope_index", None)
+    if index is None:
+        raise NotSupportedError(
+            f"{type(model).__module__} keeps positions on its module, in _rope_deltas, but has no "
+            "get_rope_index to find them by, so that several conversations would share them"
+        )
+    try:
+        positions, _ = index(mx.arange(_PROBED)[None])
+    except AttributeError:
+        # A language model without the configuration of its vision tower can still be told positions.
+        return Axes(is_last=False)
+    return Axes(is_last=positions.shape[1] == _PROBED and positions.ndim == AXES)
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """How far positions are from the numbers of tokens before them, in one conversation.
+
+    Attributes:
+        steps: (number of tokens, difference from there on), in order; the difference is 0 before the first.
+        inside: numbers of tokens after which a picture is not complete, in order.
+    """
+
+    steps: tuple[tuple[int, int], ...] = ()
+    inside: tuple[int, ...] = ()
+
+    def at(self, tokens: int) -> int:
+        """The difference of the next token's position from the number of tokens."""
+        index = bisect.bisect_right(self.steps, tokens, key=lambda step: step[0])
+        return self.steps[index - 1][1] if index else 0
+
+    def cut(self, length: int) -> Deltas:
+        """The differences within the first `length` tokens."""
+        if not self.steps:
+            return self
+        return Deltas(
+            tuple(step for step in self.steps if step[0] <= length),
+            tuple(tokens for tokens in self.inside if tokens < length),
+        )
+
+    def grown(self, tokens: int, relative: NDArray[np.int64]) -> Deltas:
+        """Append the positions (axes, n) of the next n tokens, relative to where text would go on."""
+        steps, inside, ahead = list(self.steps), list(self.inside), 0
+        first = self.at(tokens)
+        for i, column in enumerate(relative.T):
+            if (column != ahead).any():
+                inside.append(tokens + i)
+            ahead = max(ahead, int(column.max()) + 1)
+            delta = first + ahead - (i + 1)
+            if delta != (steps[-1][1] if steps else 0):
+                steps.append((tokens + i + 1, delta))
+        return Deltas(tuple(steps), tuple(inside))
+
+    def without(self, begin: int, end: int) -> tuple[Deltas, int]:
+        """Remove the tokens [begin, end).
+
+        Returns:
+            The differences that remain, and by how much positions move.
+
+        Raises:
+            NotSupportedError: a part of a picture would remain.
+        """
+        if not self.steps:
+            return self, end - begin
+        for border in (begin, end):
+            if border in self.inside:
+                raise NotSupportedError(
+                    f"cannot remove [{begin}, {end}): position {border} is inside a picture; remove whole "
+                    "pictures"
+                )
+        more, gap = self.at(end) - self.at(begin), end - begin
+        kept = [step for step in self.steps if step[0] <= begin]
+        for tokens, delta in self.steps:
+            if tokens > end and delta - more != (kept[-1][1] if kept else 0):
+                kept.append((tokens - gap, delta - more))
+        inside = [own if own < begin else own - gap for own in self.inside if not begin <= own < end]
+        return Deltas(tuple(kept), tuple(inside)), gap + more
+
+
+NO_DELTAS = Deltas()
+
+
+class Relative(NamedTuple):
+    """Positions (axes, B, n) of a call's tokens, relative to the position that text would get there.
+
+    Columns of padding have -1.
+    """
+
+    array: NDArray[np.int64]
+
+    def part(self, rows: Sequence[int], begin: int, end: int) -> Relative:
+        """Those of some rows and columns, relative to their own beginning."""
+        chosen = self.array[:, list(rows)]
+        before = np.array([_after(chosen[:, row, :begin]) for row in range(len(rows))])
+        return Relative(chosen[..., begin:end] - before[:, None])
+
+
+def relative_of(
+    model: Any,
+    axes: Axes,
+    tokens: Sequence[int],
+    expected: Sequence[int],
+    columns: Sequence[tuple[int, int]],
+    n: int,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Relative | None:
+    """Return what a call says about the positions of its n columns; None if it says nothing.
+
+    Positions may be those of a whole prompt, of which the call computes a part.
+
+    Args:
+        tokens: the number of tokens before the call, of each row.
+        expected: the position of the next token of each row, as if no tokens had been removed.
+        columns: the columns of each row that are tokens.
+    """
+    given = kwargs.get(ARGUMENT)
+    if isinstance(given, Relative):
+        return given
+    if given is None and kwargs.get("inputs_embeds") is not None:
+        # Some models leave them here while they compute the embeddings of a prompt with pictures.
+        given = getattr(model, "_position_ids", None)
+    if given is None and any(kwargs.get(name) is not None for name in _PICTURES):
+        inputs = next(value for value in (*args, kwargs.get("inputs")) if isinstance(value, mx.array))
+        given, _ = model.get_rope_index(inputs, *(kwargs.get(name) for name in _PICTURES), kwargs.get("mask"))
+    if given is None:
+        return None
+    positions = axes.read(given)
+    length, relative = positions.shape[-1], np.full((AXES, len(tokens), n), -1, np.int64)
+    if positions.shape[1] != len(tokens) or length < n:
+        return None
+    for row, (before, (first, stop)) in enumerate(zip(tokens, columns, strict=True)):
+        own = positions[:, row]
+        if length > n and length >= before + n:
+            # Of the whole prompt, of which the cache holds the first tokens.
+            begin = _after(own[:, :before]) if before else 0
+            relative[:, row] = own[:, before : before + n] - begin
+        elif first < stop:
+            own = own[:, first:stop]
+            relative[:, row, first:stop] = own - (expected[row] if own[:, 0].min() else 0)
+    return Relative(relative)
+
+
+def _after(positions: NDArray[np.int64]) -> int:
+    """The position of text after these (axes, n)."""
+    return int(positions.max(initial=-1)) + 1
