@@ -131,6 +131,14 @@ class KeyValueLayer(Layer):
         return stored(self.rows.conversation, self.leaf)
 
     @property
+    def state(self) -> Any:
+        """See `Layer.state`. Where a host's models read the history here, during a call it is the history."""
+        forward = self.rows.forward
+        if forward and forward.written[self.leaf.index] and self.rows.pool.host.keeps_numbers_apart:
+            return self.keys_and_values()
+        return super().state
+
+    @property
     def keys(self) -> mx.array | None:
         """The buffer of the newest keys. Assigning an array of the same shape replaces it."""
         pair = self._newest_pair()

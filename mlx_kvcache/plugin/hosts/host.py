@@ -101,13 +101,17 @@ class Host:
         """
         known = self._entries.get(ours)
         if known is None:
+            theirs = getattr(self.caches, ours.__name__)
             names: dict[str, Any] = dict.fromkeys(self.not_answered, _Absent())
+            if not hasattr(theirs, "make_mask"):
+                # Models make a mask of another kind if there is no such method.
+                names["make_mask"] = _Absent()
             names |= {"__module__": ours.__module__, "__qualname__": ours.__qualname__}
             if self.keeps_numbers_apart:
                 names["meta_state"] = property(
                     lambda own: self.meta_state(type(own).__name__, own.saved_state)
                 )
-            known = type(ours.__name__, (ours, getattr(self.caches, ours.__name__)), names)
+            known = type(ours.__name__, (ours, theirs), names)
             self._entries[ours] = known
         return known
 

@@ -92,7 +92,7 @@ class Deltas:
 
     def cut(self, length: int) -> Deltas:
         """The differences within the first `length` tokens."""
-        if not self.steps:
+        if self == NO_DELTAS:
             return self
         return Deltas(
             tuple(step for step in self.steps if step[0] <= length),
@@ -121,7 +121,7 @@ class Deltas:
         Raises:
             NotSupportedError: a part of a picture would remain.
         """
-        if not self.steps:
+        if self == NO_DELTAS:
             return self, end - begin
         for border in (begin, end):
             if border in self.inside:

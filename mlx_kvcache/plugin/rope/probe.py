@@ -114,14 +114,20 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     layout = layout_of(model)
     distance = _near(layout)
     with _recorded() as shifts:
-        shifts += _unrecorded(model)
         logits, stored = _run(model, layout, 0, ranks)
-        near_logits, near_stored = _run(model, layout, distance, ranks)
+        try:
+            near_logits, near_stored = _run(model, layout, distance, ranks)
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+            if not ranks.is_alone:
+                raise
+            refusal = f"the model does not run from position {distance} of an empty cache: {error}"
+            return Scheme((None,) * len(stored), False, refusal)
     with _recorded() as far_shifts:
         far = {beyond: _run(model, layout, beyond, ranks)[0] for beyond in _beyond(model)}
+    unrecorded = _unrecorded(model)
     try:
         rotations = tuple(
-            _layer_rotation(index, shifts, distance, first, second)
+            _layer_rotation(index, [*shifts, *unrecorded], distance, first, second)
             for index, (first, second) in enumerate(zip(stored, near_stored, strict=True))
         )
         if set(map(_key, far_shifts)) - set(map(_key, shifts)):
@@ -135,6 +141,10 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
         _difference(logits, others) <= max(10 * _EXACT[mx.float32], 3 * noise) + beyond * 2**-22
         for beyond, others in far.items()
     )
+    own = {_key(rotation.shift) for rotation in rotations if rotation}
+    if not ahead and own & set(map(_key, unrecorded)):
+        # It is not known whether such a rotation changes with the length.
+        return Scheme((None,) * len(stored), False, "its output depends on positions, not on distances only")
     return Scheme(rotations, ahead)
 
 

@@ -1,0 +1,107 @@
+"""Positions on several axes: what a conversation keeps, against positions that are counted afresh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_kvcache import NotSupportedError
+from mlx_kvcache.plugin.rope.axes import Axes, Deltas, Relative, axes_of, relative_of
+
+Item = tuple[int, int, int, int]
+"""A token: the number of its picture, or -1 for text, and its place in the picture."""
+TEXT: Item = (-1, 0, 0, 0)
+
+
+def positions_of(items: list[Item]) -> tuple[np.ndarray[Any, Any], int]:
+    """The positions (axes, n) of the tokens as a model counts them, and that of text after them."""
+    found, free, base, before = [], 0, 0, -1
+    for picture, *place in items:
+        if picture < 0 or picture != before:
+            base = free
+        found.append([base + step for step in place])
+        free, before = max(free, max(found[-1]) + 1), picture
+    return np.array(found, np.int64).reshape(-1, 3).T, free
+
+
+def picture(number: int, frames: int, height: int, width: int) -> list[Item]:
+    return [(number, t, h, w) for t in range(frames) for h in range(height) for w in range(width)]
+
+
+PIECES = st.one_of(
+    st.integers(1, 5).map(lambda n: [TEXT] * n),
+    st.tuples(st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)).map(
+        lambda own: picture(*own)
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_edits_against_counting(data: st.DataObject) -> None:
+    items: list[Item] = []
+    deltas = Deltas()
+    for _ in range(data.draw(st.integers(1, 6))):
+        act = data.draw(st.sampled_from(["append", "append", "cut", "remove"]))
+        if act == "append":
+            new = items + [
+                item for piece in data.draw(st.lists(PIECES, min_size=1, max_size=3)) for item in piece
+            ]
+            positions, _ = positions_of(new)
+            # A block may end inside a picture.
+            border = data.draw(st.integers(len(items), len(new)))
+            for first, stop in ((len(items), border), (border, len(new))):
+                _, free = positions_of(new[:first])
+                deltas = deltas.grown(first, positions[:, first:stop] - free)
+            items = new
+        elif act == "cut":
+            length = data.draw(st.integers(0, len(items)))
+            items, deltas = items[:length], deltas.cut(length)
+        elif items:
+            begin = data.draw(st.integers(0, len(items) - 1))
+            end = data.draw(st.integers(begin + 1, len(items)))
+            before, after = positions_of(items[:begin])[1], positions_of(items[:end])[1]
+            try:
+                left, moved = deltas.without(begin, end)
+            except NotSupportedError:
+                assert any(own in deltas.inside for own in (begin, end))
+                continue
+            assert moved == after - before
+            items, deltas = items[:begin] + items[end:], left
+        for tokens in range(len(items) + 1):
+            assert deltas.at(tokens) == positions_of(items[:tokens])[1] - tokens
+
+
+def test_positions_of_a_whole_prompt_are_cut_to_the_call() -> None:
+    axes, items = Axes(is_last=False), [TEXT] * 3 + picture(0, 1, 2, 2) + [TEXT] * 4
+    positions, _ = positions_of(items)
+    whole = axes.argument(positions[:, None])
+    for begin, end in ((0, 11), (0, 5), (5, 9), (8, 11)):
+        columns = [(0, end - begin)]
+        told = relative_of(None, axes, [begin], [0], columns, end - begin, (), {"position_ids": whole})
+        assert told is not None
+        expected = positions[:, begin:end] - positions_of(items[:begin])[1]
+        assert (told.array[:, 0] == expected).all()
+
+
+def test_parts_of_a_call() -> None:
+    items = [TEXT] * 2 + picture(0, 2, 1, 2) + [TEXT] * 2
+    positions, _ = positions_of(items)
+    told = Relative(np.stack([positions, positions], axis=1))
+    for begin in range(len(items)):
+        part = told.part([1], begin, len(items))
+        assert (part.array[:, 0] == positions[:, begin:] - positions_of(items[:begin])[1]).all()
+
+
+def test_a_model_that_cannot_be_told() -> None:
+    class Hidden:
+        _rope_deltas = None
+
+    with pytest.raises(NotSupportedError, match="several conversations would share"):
+        axes_of(Hidden())  # type: ignore[arg-type]
+    assert axes_of(mx) is None  # type: ignore[arg-type]
