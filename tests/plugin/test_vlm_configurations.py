@@ -10,13 +10,16 @@ import pytest
 from mlx_vlm.models.cache import make_prompt_cache
 
 from tests.plugin.configurations import VOCABULARY, module_of
-from tests.plugin.configurations.vlm import build_language_model
-from tests.plugin.configurations.vlm_modules import language_modules
-from tests.plugin.configurations.vlm_tables import (
+from tests.plugin.configurations.vlm import (
     VLM_CONFIGURATIONS,
     VLM_DIFFERS_IN_BLOCKS,
     VLM_NOT_BUILT,
     VLM_STAY_NARROW,
+    VLM_WHOLE,
+    build_language_model,
+    build_vlm,
+    language_modules,
+    picture,
 )
 
 TOKENS = [(7 * i + i * i + i // 7) % VOCABULARY for i in range(23)]
@@ -71,3 +74,17 @@ def test_language_model_runs(name: str) -> None:
     # More than a window in one block, and more than a window token by token.
     parts = run(model, TOKENS, [13] + [1] * 10)
     assert (deviation(parts, whole) < TOLERANCE) == (name not in VLM_DIFFERS_IN_BLOCKS)
+
+
+@pytest.mark.parametrize("name", sorted(VLM_WHOLE))
+def test_whole_model_sees_the_picture(name: str) -> None:
+    model = build_vlm(name)
+    first, second = (
+        model(**picture(name, seed), cache=make_prompt_cache(model.language_model)).logits for seed in (0, 1)
+    )
+    inputs = picture(name)
+    assert first.shape == (*inputs["input_ids"].shape, VOCABULARY)
+    assert mx.isfinite(first).all().item()
+    assert deviation(second[:, -1], first[:, -1]) > 0.05
+    features = model.get_input_embeddings(**inputs)
+    assert features.inputs_embeds.shape[:2] == inputs["input_ids"].shape

@@ -22,7 +22,7 @@ from tests.plugin.configurations.common import (
     table,
 )
 from tests.plugin.configurations.tables import CONFIGURATIONS
-from tests.plugin.configurations.vlm_modules import language_modules
+from tests.plugin.configurations.vlm.modules import language_modules
 
 # mlx-vlm's names of modules of mlx-lm.
 _RENAMED = {
@@ -37,8 +37,7 @@ _FROM_MLX_LM: dict[str, Configuration] = {
     if _RENAMED.get(module_of(name), module_of(name)) in language_modules()
 }
 
-# mlx-vlm passes a vision model's language model less than mlx-lm's: it has a `TextConfig` with fewer
-# defaults, and the rotary angles have sections for the time, height and width of a position.
+# The rotary angles of many vision models have sections for the time, height and width of a position.
 _LLAMA = dense.FULL_ATTENTION["llama"]
 _QWEN2 = dense.FULL_ATTENTION["qwen2"]
 _SECTIONS = {"type": "default", "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -68,11 +67,11 @@ _TEXT: dict[str, Configuration] = table(
             "o_lora_rank": 16,
             "scoring_func": "sqrtsoftplus",
             "num_hash_layers": 1,
-            # Layers without compression, and with it by 4, where eight blocks are chosen, and by 128.
+            # Layers without compression, and with it by 4, where four windows are chosen, and by 128.
             "compress_ratios": [0, 4, 128, 4],
             "index_n_heads": 4,
-            "index_head_dim": 24,
-            "index_topk": 8,
+            "index_head_dim": 32,
+            "index_topk": 4,
         },
         # Without n-grams, whose hashes come from a tokenizer.
         "deepseek_v41": experts.COMPRESSED["deepseek_v41"] | {"engram_layer_ids": []},
@@ -163,11 +162,7 @@ _VISION: dict[str, Configuration] = table(
         "falcon_ocr": {},
         "falcon_perception": {},
         "fastvlm": {},
-        "gemma3n": {"rope_theta": 10000.0}
-        | wrappers.WRAPPERS["gemma3n"]["text_config"]
-        | {
-            "intermediate_size": [96] * 6,
-        },
+        "gemma3n": wrappers.WRAPPERS["gemma3n"]["text_config"] | {"intermediate_size": [96] * 6},
         "glm4v": {"partial_rotary_factor": 0.5, "rope_scaling": _PARTIAL_SECTIONS},
         "glm4v_moe": EXPERTS | {"partial_rotary_factor": 0.5, "rope_scaling": _PARTIAL_SECTIONS},
         "glm5_next": EXPERTS
@@ -314,6 +309,6 @@ VLM_DIFFERS_IN_BLOCKS: dict[str, str] = {
     "deepseek_v4": "the first window that a call compresses does not overlap the window before it",
     "falcon_perception": "without a mask, which its `Model` makes, all tokens of a block see each other",
     "gemma3n": "layers that share K and V rotate their queries by the length after the block",
-    "mllama": "without a picture, cross-attention divides the queries in two, and takes them for K and V",
+    "mllama": "without a picture, the tokens of a block attend to halves of each other's queries",
     "unlimited_ocr": "the first single token ends the prompt: later ones share a ring of eight cells",
 }

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from tests.plugin.configurations.build import randomize
 from tests.plugin.configurations.common import VOCABULARY, Configuration, module_of
-from tests.plugin.configurations.vlm_tables import VLM_CONFIGURATIONS
+from tests.plugin.configurations.vlm.tables import VLM_CONFIGURATIONS
 from tests.plugin.configurations.wide import widened
 
 # What language models read of the configuration of the vision model around them.
@@ -32,14 +32,16 @@ def build_language_model(name: str, seed: int = 0, is_wide: bool = False) -> nn.
     """The language model of a configuration, or of it with heads of 32, with random float32 weights."""
     package = f"mlx_vlm.models.{module_of(name)}"
     language = importlib.import_module(f"{package}.language")
-    if name == "deepseek_v41":  # rounds to eight bits, where tiny differences become large ones
-        importlib.import_module(f"{package}.fakequant").DISABLE = True
+    config = importlib.import_module(f"{package}.config")
     # Some models write into the dictionaries that they are given.
     configuration = copy.deepcopy(VLM_CONFIGURATIONS[name])
-    config = importlib.import_module(f"{package}.config")
-    own = widened(configuration) if is_wide else configuration
-    model: nn.Module = language.LanguageModel(*_arguments(language.LanguageModel, config, own))
-    if name == "jina_vlm":  # whose `Model` adds the head
+    if is_wide:
+        configuration = widened(configuration)
+    if name == "deepseek_v41":  # rounds to eight bits, where tiny differences become large ones
+        rounding: Any = importlib.import_module(f"{package}.fakequant")
+        rounding.DISABLE = True
+    model: nn.Module = language.LanguageModel(*_arguments(language.LanguageModel, config, configuration))
+    if name == "jina_vlm":  # its `Model` adds the head
         model.lm_head = nn.Linear(model.config.hidden_size, VOCABULARY, bias=False)
     randomize(model, seed)
     model.eval()
