@@ -73,6 +73,8 @@ def _answer(pool: Pool, question: str) -> Any:
         if key not in findings.answers:
             scratch = Pool(model, pool.layout, [REWIND] * len(pool.caches), None, pool.ranks, version)
             scratch.ask = _answer
+            if question != "forms":
+                scratch.forms = pool.forms
             # Forms and calls are known without computing anything.
             scratch.is_scratch = question in ("forms", "mixers")
             if question not in ("batching", "mixes"):
@@ -100,6 +102,7 @@ def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
             )
             raise NotSupportedError(f"{module} does not run on {where}: {error!r}") from error
         written |= {index for index, is_written in enumerate(rows.written_last) if is_written}
+        pool.forms = dict.fromkeys(written)
     leaves = (pool.leaves[index] for index in sorted(written))
     forms = {leaf.index: _form(pool, leaf) if leaf.rule else None for leaf in leaves}
     return forms, pool.mirrored

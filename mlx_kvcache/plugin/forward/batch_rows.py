@@ -127,6 +127,9 @@ class Rows(Caller):
 
     def offset(self, leaf: int) -> Any:
         """The RoPE offset of a leaf's next token: an int, or for a batch an array (B,) that never changes."""
+        if leaf not in self.pool.forms:
+            # The model never writes it, such as cross-attention without a picture.
+            return mx.zeros(len(self.conversations), mx.int32) if self.is_batch else 0
         if self._offsets is None:
             self._offsets = self._find_offsets()
         forward = self.forward

@@ -30,14 +30,19 @@ _PROBED = 5
 
 
 class Axes(NamedTuple):
-    """How a model takes positions: with shape (axes, B, n), or (B, n, axes) if `is_last`."""
+    """How a model takes positions: with shape (axes, B, n), or (B, n, axes) if `is_last`.
+
+    Attributes:
+        is_flat: whether it takes those of text with shape (B, n).
+    """
 
     is_last: bool
+    is_flat: bool
 
     def plain(self, starts: Sequence[int], n: int) -> mx.array:
         """Positions of n tokens of text in each row."""
         rows = mx.array(list(starts), mx.int32)[:, None] + mx.arange(n, dtype=mx.int32)
-        return mx.stack([rows] * AXES, axis=-1 if self.is_last else 0)
+        return rows if self.is_flat else mx.stack([rows] * AXES, axis=-1 if self.is_last else 0)
 
     def argument(self, positions: NDArray[np.int64]) -> mx.array:
         """Positions (axes, B, n) as the model takes them."""
@@ -69,8 +74,9 @@ def axes_of(model: nn.Module) -> Axes | None:
         positions, _ = index(mx.arange(_PROBED)[None])
     except AttributeError:
         # A language model without the configuration of its vision tower can still be told positions.
-        return Axes(is_last=False)
-    return Axes(is_last=positions.shape[1] == _PROBED and positions.ndim == AXES)
+        return Axes(is_last=False, is_flat=True)
+    is_flat = positions.ndim == 2
+    return Axes(not is_flat and positions.shape[1] == _PROBED, is_flat)
 
 
 @dataclass(frozen=True)

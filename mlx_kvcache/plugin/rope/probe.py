@@ -12,7 +12,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,10 @@ class _Probe:
         self.keys, self.values = self.stored = keys, values
         return keys, values
 
+    @property
+    def state(self) -> Stored:
+        return self.stored
+
     def keys_and_values(self) -> Stored:
         return self.stored
 
@@ -80,14 +84,24 @@ class _Probe:
 Stored = tuple[mx.array, mx.array] | None
 
 
-def _run(model: nn.Module, layout: Layout, offset: int, ranks: Ranks) -> tuple[mx.array, list[Stored]]:
-    """Return the logits of a few tokens, and what each leaf has stored."""
+def _run(
+    model: nn.Module, layout: Layout, offset: int, ranks: Ranks, unwritten: Container[int] = ()
+) -> tuple[mx.array, list[Stored]]:
+    """Return the logits of a few tokens, and what each leaf has stored.
+
+    Args:
+        unwritten: leaves that the model never writes, whose offset stays 0.
+    """
     leaves, caches = list[Any](), host_of(model).caches
 
     def stand_in(entry: Entry) -> Any:
         if not isinstance(entry, Leaf):
             return caches.CacheList(*map(stand_in, entry))
-        leaves.append(caches.ArraysCache(entry.slots) if entry.rule is None else _Probe(offset))
+        leaves.append(
+            caches.ArraysCache(entry.slots)
+            if entry.rule is None
+            else _Probe(0 if len(leaves) in unwritten else offset)
+        )
         return leaves[-1]
 
     with ranks.together(f"look for rotations, {offset} tokens away"):
@@ -115,15 +129,16 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     distance = _near(layout)
     with _recorded() as shifts:
         logits, stored = _run(model, layout, 0, ranks)
+        unwritten = {index for index, own in enumerate(stored) if own is None}
         try:
-            near_logits, near_stored = _run(model, layout, distance, ranks)
+            near_logits, near_stored = _run(model, layout, distance, ranks, unwritten)
         except (ValueError, RuntimeError, AttributeError, TypeError) as error:
             if not ranks.is_alone:
                 raise
             refusal = f"the model does not run from position {distance} of an empty cache: {error}"
             return Scheme((None,) * len(stored), False, refusal)
     with _recorded() as far_shifts:
-        far = {beyond: _run(model, layout, beyond, ranks)[0] for beyond in _beyond(model)}
+        far = {beyond: _run(model, layout, beyond, ranks, unwritten)[0] for beyond in _beyond(model)}
     unrecorded = _unrecorded(model)
     try:
         rotations = tuple(

@@ -78,7 +78,7 @@ def test_edits_against_counting(data: st.DataObject) -> None:
 
 
 def test_positions_of_a_whole_prompt_are_cut_to_the_call() -> None:
-    axes, items = Axes(is_last=False), [TEXT] * 3 + picture(0, 1, 2, 2) + [TEXT] * 4
+    axes, items = Axes(is_last=False, is_flat=False), [TEXT] * 3 + picture(0, 1, 2, 2) + [TEXT] * 4
     positions, _ = positions_of(items)
     whole = axes.argument(positions[:, None])
     for begin, end in ((0, 11), (0, 5), (5, 9), (8, 11)):
