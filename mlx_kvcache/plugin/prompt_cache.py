@@ -22,6 +22,7 @@ from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversa
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
 from .forward.batch_rows import Rows
+from .hosts.host import name_of
 from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
 from .ranks import ranks_of
@@ -255,12 +256,12 @@ class PromptCache(list[Any]):
             conversation.close()
 
     def __repr__(self) -> str:
-        module = self.pool.architecture.rpartition(".")[2]
+        name = name_of(self.pool.architecture)
         try:
             held = f"{self.position} tokens, capacity={self.capacity}, {size_of(self.nbytes)}"
         except CacheError:
             held = "closed"
-        return f"PromptCache({held}, {module})"
+        return f"PromptCache({held}, {name})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         return self.fork()

@@ -21,13 +21,15 @@ from ..storage.buffers import Form
 from .entries.nested import entries_of
 from .forward.batch_rows import Rows, TokenRows
 from .forward.forward import newest
-from .hosts.host import logits_of
+from .hosts.host import logits_of, name_of
 from .hosts.layout import Leaf
 from .hosts.mixers import Mixers, find
 from .hosts.observe import PerModel
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Batching, Pool
 from .pool.weights import Version
+from .rope.probe import beyond
+from .rope.rebase import Head
 
 LENGTHS = (5, 2)
 """Lengths in tokens of the rows that are tested."""
@@ -35,12 +37,14 @@ TRIED = (3, 5, 6, 8)
 """Positions at which states are computed again."""
 REWIND = 6
 """How many tokens the caches of the trial can drop."""
-BY_COLUMN = frozenset({"minimax_m3_vl"})
-"""Models that select blocks of thousands of keys by column index, which padding changes."""
+BY_COLUMN = frozenset({"minimax_m3_vl", "longcat_flash_sparse"})
+"""Models that select keys by column index, which padding changes, once there are many."""
 SAME = 0.05
 """Largest difference of equal states, as a fraction of their root mean square; allows for 16 bits."""
 NOISE = 0.1
 """Largest difference of equal logits, as a fraction of their standard deviation; allows for 16 bits."""
+EXACT = 0.01
+"""The same in 32 bits."""
 
 
 class _Findings:
@@ -90,7 +94,7 @@ def _answer(pool: Pool, question: str) -> Any:
 
 
 def _written(pool: Pool) -> tuple[dict[int, Form | None], set[int]]:
-    rows = _rows(pool, 1)
+    rows = _rows(pool)
     cache, module = entries_of(rows), pool.architecture
     written: set[int] = set()
     for n in (2, 1):
@@ -124,7 +128,8 @@ def _form(pool: Pool, leaf: Leaf) -> Form:
 
 def _batching(pool: Pool) -> Batching:
     """Compare the logits of two rows of unequal length in one input with those of each alone."""
-    alone = [_rows(pool, 1) for _ in LENGTHS]
+    leads = _leads(pool)
+    alone = [_rows(pool, lead) for lead in leads]
     text = mx.arange(1, max(LENGTHS) + 1)[None]
     expected = mx.concatenate(
         [
@@ -135,14 +140,15 @@ def _batching(pool: Pool) -> Batching:
     block = mx.broadcast_to(text, (len(LENGTHS), text.shape[1]))
     ways: tuple[Batching, ...] = ("ragged", "gathered")
     for way in ways:
-        if way == "gathered" and pool.architecture.rpartition(".")[2] in BY_COLUMN:
+        if way == "gathered" and name_of(pool.architecture) in BY_COLUMN:
             continue
-        together = _rows(pool, len(LENGTHS))
+        together = _rows(pool, *leads)
         together.padding = together.padding.prepared(None, LENGTHS, None)
         pool.__dict__["batching"] = way
         try:
             found = _logits(together, block, mx.array(LENGTHS)[:, None])
-            if found.shape == expected.shape and _difference(found, expected) <= NOISE:
+            noise = EXACT if expected.dtype == mx.float32 else NOISE
+            if found.shape == expected.shape and _difference(found, expected) <= noise:
                 return way
         except Exception:  # noqa: BLE001, S112  # the model does not support such rows
             continue
@@ -156,8 +162,10 @@ def _mixes(pool: Pool) -> bool:
     if pool.layout.is_recurrent or pool.batching != "ragged":
         return False
     texts = [list(range(1, length + 3)) for length in LENGTHS]
-    expected = mx.concatenate([_run(_rows(pool, 1), text)[:, -1] for text in texts])
-    conversations = [Conversation(pool, Limits()) for _ in LENGTHS]
+    leads = _leads(pool)
+    alone = [_rows(pool, lead) for lead in leads]
+    expected = mx.concatenate([_run(rows, text)[:, -1] for rows, text in zip(alone, texts, strict=True)])
+    conversations = _rows(pool, *leads).conversations
     steps = [
         [text[:length] for text, length in zip(texts, LENGTHS, strict=True)],
         [text[-2:] for text in texts],
@@ -182,7 +190,7 @@ def _has_states(pool: Pool) -> bool:
 
 def _mixers(pool: Pool) -> dict[int, Mixers]:
     """Find the modules that compute the states of recurrent layers, if they are known for all layers."""
-    cache = entries_of(_rows(pool, 1))
+    cache = entries_of(_rows(pool))
     found = find(pool.living_model, lambda n: pool.living_model(mx.zeros((1, n), mx.int32), cache=cache))
     needed = {leaf.index for leaf in pool.leaves if leaf.rule is None and leaf.index in pool.forms}
     return found if found.keys() >= needed else {}
@@ -211,11 +219,11 @@ def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
     """
     text = list(range(1, 10))
     parts = text[:7], text[7:8], text[8:]
-    expected = [_states(pool, _rows(pool, 1), text[:end]) for end in TRIED]
-    plain = _rows(pool, 1)
+    expected = [_states(pool, _rows(pool), text[:end]) for end in TRIED]
+    plain = _rows(pool)
     logits = mx.concatenate([_run(plain, part) for part in parts], axis=1)
     pool.__dict__["mixers"] = pool.watch_mixers(mixers)
-    rows = _rows(pool, 1)
+    rows = _rows(pool)
     found = mx.concatenate([_run(rows, part) for part in parts], axis=1)
     if not _difference(found, logits) <= NOISE:
         yield "calls of the modules that compute recurrent states cannot be divided"
@@ -274,8 +282,23 @@ def _logits(rows: Rows, block: mx.array, token: mx.array) -> mx.array:
     return _run(rows, token)[:, -1]
 
 
-def _rows(pool: Pool, n: int) -> Rows:
-    return Rows(pool, [Conversation(pool, Limits()) for _ in range(n)], is_batch=n > 1)
+def _leads(pool: Pool) -> list[int]:
+    """Offsets at which the rows of a batch begin: far apart if the output depends on more than distances.
+
+    Otherwise a model that computes all rows as if they were at the first one's position would not show.
+    """
+    scheme, leads = pool.scheme, [0] * len(LENGTHS)
+    if not scheme.ahead and not scheme.refusal:
+        leads[-1] = max(beyond(pool.living_model), default=0)
+    return leads
+
+
+def _rows(pool: Pool, *leads: int) -> Rows:
+    """Rows of empty conversations whose offsets begin at these numbers."""
+    conversations = [Conversation(pool, Limits()) for _ in leads or (0,)]
+    for conversation, lead in zip(conversations, leads, strict=False):
+        conversation.head = Head(lead)
+    return Rows(pool, conversations, is_batch=len(leads) > 1)
 
 
 def _difference(a: mx.array, b: mx.array) -> float:

@@ -60,7 +60,7 @@ from ..hosts.host import found_logits, joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
-from ..rope.axes import ARGUMENT, Relative, relative_of
+from ..rope.axes import ARGUMENT, Relative, forget_positions, relative_of
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
 from .forward import Columns, Form, Forward, Padding, cuts_of
 from .row_groups import groups, is_one_input, run_apart
@@ -374,6 +374,7 @@ class Rows(Caller):
     ) -> Relative | None:
         """What a call says about the positions of its tokens on several axes; None if it says nothing."""
         if self.pool.axes is None:
+            forget_positions(self.pool.living_model, kwargs)
             return None
         tokens = self.positions
         expected = [

@@ -178,6 +178,11 @@ def _split(name: str, state: Any) -> tuple[Any, Any]:
     return (keys, values), tuple(map(str, rest)) if rest else ""
 
 
+def name_of(module: str) -> str:
+    """The short name of a model, from the module that defines it, such as mlx_vlm.models.llama.language."""
+    return next((part for part in reversed(module.split(".")) if part != "language"), module)
+
+
 def found_logits(output: Any) -> mx.array | None:
     """Return the logits in a model's output, or None if it has none."""
     logits = output if isinstance(output, mx.array) else getattr(output, "logits", None)

@@ -79,6 +79,15 @@ def axes_of(model: nn.Module) -> Axes | None:
     return Axes(not is_flat and positions.shape[1] == _PROBED, is_flat)
 
 
+def forget_positions(model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Drop what a model that is not told positions has kept of another conversation's prompt.
+
+    A prompt's embeddings come with positions that the model has kept just before.
+    """
+    if getattr(model, "_position_ids", None) is not None and kwargs.get("inputs_embeds") is None:
+        model._position_ids = None
+
+
 @dataclass(frozen=True)
 class Deltas:
     """How far positions are from the numbers of tokens before them, in one conversation.

@@ -138,7 +138,7 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
             refusal = f"the model does not run from position {distance} of an empty cache: {error}"
             return Scheme((None,) * len(stored), False, refusal)
     with _recorded() as far_shifts:
-        far = {beyond: _run(model, layout, beyond, ranks, unwritten)[0] for beyond in _beyond(model)}
+        far = {place: _run(model, layout, place, ranks, unwritten)[0] for place in beyond(model)}
     unrecorded = _unrecorded(model)
     try:
         rotations = tuple(
@@ -153,8 +153,8 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     rounded = _EXACT.get(logits.dtype, _ROUNDED)
     ahead = noise <= 10 * rounded and all(
         # Float32 angles have an error of about distance * 2**-24.
-        _difference(logits, others) <= max(10 * _EXACT[mx.float32], 3 * noise) + beyond * 2**-22
-        for beyond, others in far.items()
+        _difference(logits, others) <= max(10 * _EXACT[mx.float32], 3 * noise) + place * 2**-22
+        for place, others in far.items()
     )
     own = {_key(rotation.shift) for rotation in rotations if rotation}
     if not ahead and own & set(map(_key, unrecorded)):
@@ -280,7 +280,7 @@ def _near(layout: Layout) -> int:
     return math.lcm(*chunks) if chunks else NEAR
 
 
-def _beyond(model: nn.Module) -> list[int]:
+def beyond(model: nn.Module) -> list[int]:
     """Return positions just above each possible threshold in the configuration, and one far above all."""
     found = sorted({n for n in _thresholds(configuration_of(model)) if NEAR < n <= 1 << 20})
     return [n + NEAR for n in found] + [2 * n + 1 for n in found[-1:]]

@@ -28,7 +28,7 @@ from ...errors import CacheError, CacheFullError, NotSupportedError
 from ..cache_options import check_options, reusable
 from ..entries.nested import entries_of
 from ..forward.batch_rows import TokenRows
-from ..hosts.host import logits_of
+from ..hosts.host import logits_of, name_of
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
 
@@ -202,7 +202,7 @@ class Many:
         return len(self._sequences)
 
     def __repr__(self) -> str:
-        n, module = len(self), type(self._model).__module__.rpartition(".")[2]
+        n, module = len(self), name_of(type(self._model).__module__)
         return f"Many({n} sequence{'s' * (n != 1)}, tokens_per_step={self._most}, {module})"
 
     def add(
