@@ -313,7 +313,8 @@ def test_text_without_end(name: str, farthest: int, monkeypatch: pytest.MonkeyPa
         size = 8 if begin % 64 else 32
         ours, expected = logits_of(model, cache, block, size), logits_of(model, reference, block, size)
         assert cache.position == held
-        assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
+        # The angles of the reference, whose offsets go on, have an error of offset * 2**-24.
+        assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT + begin * 2**-26
     has_begun_again = cache._conversation.head.lead < 300
     assert has_begun_again == (farthest == 300 and name != "bailing_hybrid")
     assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
