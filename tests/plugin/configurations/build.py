@@ -48,6 +48,8 @@ _WITHOUT_EXPERTS = {"interleave_moe_layer_step": 99, "first_k_dense_replace": 99
 
 def build(name: str, seed: int = 0, is_wide: bool = False, is_dense: bool = False) -> nn.Module:
     """The model of a configuration, or of it with wider heads or no experts, with random float32 weights."""
+    # Some arrays, such as biases, are only moved a little from what the model draws.
+    mx.random.seed(seed)
     module = importlib.import_module(f"mlx_lm.models.{module_of(name)}")
     # Some models write into the dictionaries that they are given.
     configuration = copy.deepcopy(CONFIGURATIONS[name])

@@ -8,6 +8,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from tests.plugin.configurations.build import randomize
@@ -30,6 +31,7 @@ _AROUND: Configuration = {
 
 def build_language_model(name: str, seed: int = 0, is_wide: bool = False) -> nn.Module:
     """The language model of a configuration, or of it with heads of 32, with random float32 weights."""
+    mx.random.seed(seed)
     package = f"mlx_vlm.models.{module_of(name)}"
     language = importlib.import_module(f"{package}.language")
     config = importlib.import_module(f"{package}.config")

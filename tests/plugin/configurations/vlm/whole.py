@@ -134,6 +134,7 @@ VLM_WHOLE: dict[str, Whole] = {
 
 def build_vlm(name: str, seed: int = 0) -> nn.Module:
     """mlx-vlm's `Model` with random float32 weights, in evaluation mode."""
+    mx.random.seed(seed)
     package = f"mlx_vlm.models.{name}"
     whole = VLM_WHOLE[name]
     config = importlib.import_module(f"{package}.config")
