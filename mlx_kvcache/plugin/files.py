@@ -24,7 +24,7 @@ from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedErr
 from ..persist.atomic import replacing
 from ..persist.container import NotOursError, accessing, faults_of
 from ..persist.files import Opened, Prepared, evaluate, open_file, prepare
-from ..persist.schema import decode_codec, decode_lane, encode_lane, integer, listing, mapping
+from ..persist.schema import LARGEST, decode_codec, decode_lane, encode_lane, integer, listing, mapping
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain, index_of
 from .cache_options import Storage, by_layer, new_conversation, options_of
@@ -38,6 +38,7 @@ from .pool.conversation import Conversation, Limits
 from .pool.pool import Pool
 from .pool.weights import fingerprint, first_form, is_first_form, version_of
 from .ranks import ALONE, Ranks, ranks_of
+from .rope.axes import NO_DELTAS, Deltas
 from .rope.rebase import Head, Piece, Slot
 
 _RANKS = "ranks"
@@ -211,7 +212,8 @@ def _encode_head(head: Head, arrays: dict[str, mx.array]) -> dict[str, Any]:
                 encode_lane(lane, arrays, f"{_HEAD}.{len(pieces)}.{leaf}.{slot}")
                 lanes.append([leaf, slot, lane.codec if isinstance(lane, Packed) else None])
             pieces.append({"kind": kind, "span": [piece.begin, piece.end, piece.lead], "lanes": lanes})
-    return {"lead": head.lead, "pieces": pieces}
+    deltas = {"steps": head.deltas.steps, "inside": head.deltas.inside} if head.deltas != NO_DELTAS else None
+    return {"lead": head.lead, "pieces": pieces} | ({"deltas": deltas} if deltas else {})
 
 
 def _decode_head(told: Any, arrays: Mapping[str, mx.array], pool: Pool) -> Head:
@@ -235,7 +237,22 @@ def _decode_head(told: Any, arrays: Mapping[str, mx.array], pool: Pool) -> Head:
             name, size = f"{_HEAD}.{index}.{leaf}.{slot}", (heads, end - begin, dims[own])
             lanes[leaf, own] = decode_lane(arrays, name, size, dtypes[own], decode_codec(codec))
         pieces[kind] = (*pieces.get(kind, ()), Piece(begin, end, lead, lanes))
-    return Head(integer(head.get("lead"), "head.lead"), pieces)
+    return Head(integer(head.get("lead"), "head.lead"), pieces, _decode_deltas(head.get("deltas")))
+
+
+def _decode_deltas(told: Any) -> Deltas:
+    """Reads how far positions are from offsets because of pictures; files without pictures have none."""
+    if told is None:
+        return NO_DELTAS
+    steps = []
+    for step in listing(mapping(told, "deltas").get("steps"), "deltas.steps"):
+        tokens, delta = listing(step, "a step of deltas")
+        steps.append((integer(tokens, "tokens of a step"), integer(delta, "a delta", low=-LARGEST)))
+    inside = [integer(tokens, "deltas.inside") for tokens in listing(told.get("inside"), "deltas.inside")]
+    for numbers in ([tokens for tokens, _ in steps], inside):
+        if numbers != sorted(set(numbers)):
+            raise ValueError("corrupt file: the positions of pictures are not in order")
+    return Deltas(tuple(steps), tuple(inside))
 
 
 def _adopt(conversation: Conversation, foreign: Foreign) -> None:

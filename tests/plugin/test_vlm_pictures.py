@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_vlm.generate import generate_step
 from mlx_vlm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from tests.plugin.configurations.vlm import VLM_WHOLE, build_vlm, picture
+from tests.plugin.configurations.vlm.whole import IMAGE
 from tests.plugin.running import difference
 
 NAMES = [name for name in VLM_WHOLE if name != "mllama"]
@@ -102,3 +105,116 @@ def test_two_pictures_in_one_batch(name: str) -> None:
     ]
     for row, (seed, text) in enumerate(((0, MORE[:3]), (1, MORE[:5]))):
         assert_equal(mx.concatenate([own[row] for own in found]), fresh(name, seed, text)[1][-3:])
+
+
+def cut_to_one_layer(model: Any) -> Any:
+    """In one layer, keys and values depend on their own tokens only, so that a removal is exact."""
+    inner = model.language_model.model
+    inner.layers = inner.layers[:1]
+    return model
+
+
+@pytest.mark.parametrize("overflow", ["offsets run ahead", "offsets begin again"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_removal_around_a_picture(name: str, overflow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text before it, text after it, and the picture itself; never a part of it."""
+    if overflow == "offsets begin again":
+        monkeypatch.setattr("mlx_kvcache.plugin.pool.conversation.FARTHEST", 3)
+    model = cut_to_one_layer(build_vlm(name))
+    prompt = picture(name)
+    tokens: list[int] = prompt["input_ids"][0].tolist()
+    places = [i for i, token in enumerate(tokens) if token == IMAGE]
+    begin, end, total = places[0], places[-1] + 1, len(tokens)
+
+    def asked(kept: list[int]) -> mx.array:
+        """The logits of what follows these tokens of the prompt."""
+        cache = make_theirs(model.language_model)
+        for state in ("_rope_deltas", "_position_ids"):
+            if hasattr(model.language_model, state):
+                setattr(model.language_model, state, None)
+        text = mx.array([[tokens[i] for i in kept]])
+        if begin in kept:
+            prefill(model, cache, prompt | {"input_ids": text})
+        else:
+            model.language_model(text, cache=cache)
+        return decode(model, cache, MORE)
+
+    for gone in ((1, 3), (end + 2, end + 5), (begin, end), (begin - 2, end + 1)):
+        cache = make_prompt_cache(model)
+        prefill(model, cache, prompt)
+        cache.remove(*gone)
+        kept = [i for i in range(total) if not gone[0] <= i < gone[1]]
+        fork = cache.fork()
+        assert_equal(decode(model, cache, MORE), asked(kept))
+        fork.remove(0, 1)
+        assert_equal(decode(model, fork, MORE), asked(kept[1:]))
+    if make_prompt_cache(model).pool.axes:
+        with pytest.raises(NotSupportedError, match="is inside a picture"):
+            full = make_prompt_cache(model)
+            prefill(model, full, prompt)
+            full.remove(1, begin + 1)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5", "gemma3", "llava"])
+def test_a_saved_picture(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    cache = make_prompt_cache(model)
+    prefill(model, cache, picture(name))
+    cache.save(tmp_path / "picture")
+    loaded = PromptCache.load(tmp_path / "picture", model)
+    expected = decode(model, cache, MORE)
+    assert_equal(decode(model, loaded, MORE), expected)
+
+
+def test_a_picture_in_the_second_turn() -> None:
+    """Its positions go on where the text before it ended."""
+    name = "qwen2_vl"
+    model: Any = model_of(name)
+    first, second = picture(name, 0), picture(name, 1)
+    cache = make_prompt_cache(model)
+    prefill(model, cache, first)
+    ours = prefill(model, cache, second)
+    both = {
+        key: mx.concatenate([first[key], second[key]], axis=key == "input_ids")
+        for key in first
+        if key != "mask"
+    }
+    expected = prefill(model, make_theirs(model.language_model), both | {"mask": None})
+    assert_equal(ours, expected[first["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "mllama", "qwen3_5"])
+def test_a_prompt_in_small_blocks(name: str) -> None:
+    """As mlx-vlm's `generate_step` divides it, and with the states of cross-attention that it passes on."""
+    model: Any = build_vlm(name)
+    prompt = picture(name)
+    model_lm, cache = model.language_model, make_prompt_cache(model)
+
+    def generated(cache: list[Any]) -> list[int]:
+        given = {
+            key: value for key, value in prompt.items() if key not in ("input_ids", "pixel_values", "mask")
+        }
+        steps = generate_step(
+            prompt["input_ids"],
+            model,
+            prompt["pixel_values"],
+            prompt["mask"],
+            max_tokens=6,
+            prefill_step_size=4,
+            prompt_cache=cache,
+            **given,
+        )
+        return [token for token, _ in steps]
+
+    assert generated(cache) == generated(make_theirs(model_lm))
+    assert cache.position == prompt["input_ids"].shape[1] + 6
+
+
+def test_a_batch_whose_pictures_cannot_be_divided() -> None:
+    """Arrays that are not one for each row or column stop a call that would have to divide them."""
+    name = "qwen3_vl"
+    model: Any = model_of(name)
+    cache = make_prompt_cache(model, capacity=8, overflow="shift")
+    with pytest.raises(NotSupportedError, match="call the model for one row or block at a time"):
+        prefill(model, cache, picture(name))
+    assert cache.position == 0

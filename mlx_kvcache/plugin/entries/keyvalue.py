@@ -162,6 +162,10 @@ class KeyValueLayer(Layer):
     def is_trimmable(self) -> bool:
         return True
 
+    def empty(self) -> bool:
+        """Whether nothing is stored, as in a layer that the model never writes."""
+        return super().empty() or self.leaf.index not in self.rows.pool.forms
+
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> KeyValueLayer:
         """Quantize the keys and values of all layers, unless they are quantized already.
 

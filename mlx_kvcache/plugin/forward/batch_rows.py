@@ -63,7 +63,7 @@ from ..pool.pool import Pool
 from ..rope.axes import ARGUMENT, Relative, forget_positions, relative_of
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
 from .forward import Columns, Form, Forward, Padding, cuts_of
-from .row_groups import groups, is_one_input, run_apart
+from .row_groups import groups, indivisible, is_one_input, is_undivided, run_apart
 
 
 class Rows(Caller):
@@ -620,8 +620,11 @@ def _columns(n: int, block: slice, argument: Any) -> Any:
     """An argument of the model's call, cut to some of its n columns."""
     if isinstance(argument, Relative):
         return argument.part(range(argument.array.shape[1]), block.start, block.stop)
-    is_by_column = isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n
-    return argument[:, block] if is_by_column else argument
+    if is_cache(argument) or is_undivided(argument):
+        return argument
+    if isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n:
+        return argument[:, block]
+    raise indivisible(argument, (1, n))
 
 
 class TokenRows(Rows):

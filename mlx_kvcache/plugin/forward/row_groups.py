@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ...arguments import class_of
+from ...errors import NotSupportedError
 from ..hosts.host import joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
@@ -62,7 +64,7 @@ def run_apart(
     for members in together.values():
         first, stop = columns[members[0]]
         some = rows.subset(members)
-        given = functools.partial(_of_rows, some, members, (first, stop))
+        given = functools.partial(_of_rows, some, members, (first, stop), (len(columns), n))
         named = {name: given(value) for name, value in kwargs.items()}
         outputs.append(some.run(rows.pool.living_model, call, tuple(map(given, args)), named))
     return joined(outputs, lambda arrays: _in_place(arrays, list(together.values()), columns, n))
@@ -82,15 +84,38 @@ def _in_place(
     return mx.concatenate([found.get(row, mx.zeros_like(like)) for row in range(len(columns))])
 
 
-def _of_rows(rows: Divisible, members: Sequence[int], columns: Columns, argument: Any) -> Any:
-    """An argument of the model's call, cut to these members and columns."""
+def _of_rows(
+    rows: Divisible, members: Sequence[int], columns: Columns, shape: tuple[int, int], argument: Any
+) -> Any:
+    """An argument of the model's call, whose input has this shape, cut to these members and columns."""
     if isinstance(argument, Relative):
         return argument.part(members, *columns)
     if is_cache(argument):
         return [entry.served_by(rows) for entry in argument]
-    if isinstance(argument, mx.array) and argument.ndim >= 2:
-        return argument[mx.array(list(members)), columns[0] : columns[1]]
-    return argument
+    if is_undivided(argument):
+        return argument
+    if isinstance(argument, mx.array) and argument.shape[0] == shape[0]:
+        own = argument[mx.array(list(members))]
+        if argument.ndim == 1 or argument.shape[1] != shape[1]:
+            return own
+        return own[:, columns[0] : columns[1]]
+    raise indivisible(argument, shape)
+
+
+def is_undivided(argument: Any) -> bool:
+    """Whether an argument of a call is the same for all of its rows and columns."""
+    if isinstance(argument, (list, tuple)):
+        return all(map(is_undivided, argument))
+    return not isinstance(argument, mx.array) or not argument.ndim
+
+
+def indivisible(argument: Any, shape: tuple[int, ...]) -> NotSupportedError:
+    """The error of a call that must be divided, with an argument that cannot be."""
+    found = f"of shape {argument.shape}" if isinstance(argument, mx.array) else class_of(argument)
+    return NotSupportedError(
+        f"the rows or blocks of this call must be computed one after another, and an argument {found} cannot "
+        f"be divided like the input of shape {shape}: call the model for one row or block at a time"
+    )
 
 
 def _form(rows: Divisible, row: int) -> tuple[object, ...]:
