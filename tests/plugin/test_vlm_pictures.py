@@ -204,7 +204,7 @@ def test_a_prompt_in_small_blocks(name: str) -> None:
             prompt_cache=cache,
             **given,
         )
-        return [token for token, _ in steps]
+        return [int(token) for token, _ in steps]
 
     assert generated(cache) == generated(make_theirs(model_lm))
     assert cache.position == prompt["input_ids"].shape[1] + 6
