@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..caches.recurrent import Arrays
+from ..cells.visibility import Chunk
 from ..errors import NotSupportedError
 from ..storage.buffers import Form
 from .entries.nested import entries_of
@@ -288,7 +289,9 @@ def _leads(pool: Pool) -> list[int]:
     Otherwise a model that computes all rows as if they were at the first one's position would not show.
     """
     scheme, leads = pool.scheme, [0] * len(LENGTHS)
-    if not scheme.ahead and not scheme.refusal:
+    has_chunks = any(isinstance(rule, Chunk) for rule in pool.layout.rules)
+    # The borders of chunks depend on the offset.
+    if not scheme.ahead and not scheme.refusal and not has_chunks:
         leads[-1] = max(beyond(pool.living_model), default=0)
     return leads
 

@@ -93,13 +93,13 @@ def test_a_cache_of_another_package_that_has_a_known_name() -> None:
 
 
 def test_a_layer_that_the_model_never_writes() -> None:
-    """Its place stays empty, and forwards are complete without it."""
+    """Its place stays empty and its offset 0, as in mlx-lm; forwards are complete without it."""
     model = tiny_llama()
     model.make_cache = lambda: [KVCache() for _ in range(4)]
     cache = make_prompt_cache(model)
     logits_of(model, cache, [1, 2, 3])
     assert cache.position == 3
-    assert [layer.offset for layer in cache] == [3] * 4
+    assert [layer.offset for layer in cache] == [3, 3, 3, 0]
     for layer in cache[:3]:
         layer.update_and_fetch(mx.zeros((1, 2, 1, 8)), mx.zeros((1, 2, 1, 8)))
     assert cache.position == 4
