@@ -23,6 +23,7 @@ from mlx_kvcache.plugin.forward.forward import newest
 from mlx_kvcache.plugin.hosts.layout import layout_of
 from mlx_kvcache.plugin.pool import conversation
 from tests.plugin.configurations import CONFIGURATIONS, build
+from tests.plugin.forgetful import Forgetful
 from tests.plugin.running import difference, logits_of
 
 REFUSED = {"deepseek_v41"}
@@ -264,28 +265,6 @@ def test_checkpoints_are_bounded_in_bytes() -> None:
             logits_of(model, cache, TEXT[begin : begin + 10])
     held = [sum(cache.can_resume(p) for p in range(1, 120)) for cache in (free, bounded)]
     assert held == [11, 3]
-
-
-class Forgetful:
-    """Keys and values of the newest tokens, of which a shift drops the oldest by hand. Offsets go on."""
-
-    def __init__(self) -> None:
-        self.offset = 0
-        self.pair: list[mx.array] = []
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.offset += keys.shape[2]
-        new = [keys, values]
-        before = self.pair or [array[:, :, :0] for array in new]
-        self.pair = [mx.concatenate([*own], axis=2) for own in zip(before, new, strict=True)]
-        return self.pair[0], self.pair[1]
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        held = self.pair[0].shape[2] if self.pair else 0
-        return mx.arange(held + n)[None] <= held + mx.arange(n)[:, None]
-
-    def forget(self, n: int) -> None:
-        self.pair = [array[:, :, n:] for array in self.pair]
 
 
 @pytest.mark.parametrize("farthest", [1 << 16, 300])

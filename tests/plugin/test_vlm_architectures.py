@@ -6,17 +6,25 @@ computing the text that remains afresh.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_vlm.models.cache import ArraysCache, KVCache
 from mlx_vlm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
-from tests.plugin.configurations.vlm import VLM_CONFIGURATIONS, VLM_DIFFERS_IN_BLOCKS, build_language_model
+from tests.plugin.configurations.vlm import (
+    VLM_CONFIGURATIONS,
+    VLM_DIFFERS_IN_BLOCKS,
+    VLM_STAY_NARROW,
+    build_language_model,
+)
+from tests.plugin.forgetful import Forgetful
 from tests.plugin.running import difference
 
 REFUSED = {
@@ -92,6 +100,42 @@ def test_one_conversation_and_a_batch(name: str) -> None:
         more = [(TEXT, OTHER)[row][40 + i] for i in range(3)]
         expected = theirs(model, name, before + more, len(before))[len(before) :]
         assert_equal(mx.concatenate([own[row] for own in found]), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forgetting_and_fewer_bits(name: str) -> None:
+    """Keys and values in 8 bits, a full cache that shifts, and a removal of the oldest tokens."""
+    model = build_language_model(name, is_wide=name not in VLM_STAY_NARROW)
+    sizes = () if name in VLM_DIFFERS_IN_BLOCKS else (5, 13, 1, 7)
+    cache = make_prompt_cache(model, rewind=32)
+    expected = run(model, cache, TEXT[:32], *sizes)
+    if name not in VLM_STAY_NARROW and any(leaf.rule for leaf in cache.pool.leaves):
+        packed = make_prompt_cache(model, kv_bits=8, kv_group_size=32)
+        error = mx.abs(run(model, packed, TEXT[:32], *sizes) - expected).max(axis=-1)
+        # Of most tokens: a rounded key may send a token to another expert.
+        assert mx.median(error) <= 0.5 * mx.std(expected)
+        assert packed.nbytes < cache.nbytes
+    if refusal := cache.pool.scheme.refusal:
+        with pytest.raises(NotSupportedError, match=re.escape(refusal)):
+            cache.remove(0, 9, recurrent="keep")
+        assert cache.position == 32
+        return
+    shifted = make_prompt_cache(model, capacity=24, overflow="shift")
+    run(model, shifted, TEXT[:32], *sizes)
+    assert shifted.position <= 24 and shifted.gaps
+    cache.remove(0, 9, recurrent="keep")
+    assert cache.position == 23
+    theirs = make_theirs(model)
+    if cache.pool.scheme.ahead and all(type(own) in (KVCache, ArraysCache) for own in theirs):
+        reference = [Forgetful() if type(own) is KVCache else own for own in theirs]
+        for own in ("_rope_deltas", "_position_ids"):
+            if hasattr(model, own):
+                setattr(model, own, None)
+        run(model, reference, TEXT[:32], *sizes)
+        for each in reference:
+            if isinstance(each, Forgetful):
+                each.forget(9)
+        assert_equal(run(model, cache, OTHER[:6], *sizes[:1]), run(model, reference, OTHER[:6], *sizes[:1]))
 
 
 @pytest.mark.parametrize("name", REFUSED)
