@@ -55,12 +55,12 @@ def build(name: str, seed: int = 0, is_wide: bool = False, is_dense: bool = Fals
         configuration.get("text_config", configuration).update(_WITHOUT_EXPERTS)
     arguments = module.ModelArgs.from_dict(widened(configuration) if is_wide else configuration)
     model: nn.Module = module.Model(arguments)
-    _randomize(model, seed)
+    randomize(model, seed)
     model.eval()
     return model
 
 
-def _randomize(model: nn.Module, seed: int) -> None:
+def randomize(model: nn.Module, seed: int) -> None:
     """Draw all weights anew, norms and biases too: those of one and zero hide faults."""
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
     model.update(tree_map_with_path(lambda path, array: _draw(path, array, next(keys)), model.parameters()))
@@ -76,6 +76,8 @@ _FORGETTING = {
     "w_lora.lora.2.bias": (-3.0, 0.3),
     "recurrent_param": (-4.0, 0.3),
 }
+# Scales of whole matrices, which start at zero in limite.
+_SCALES = {"o_scale", "post_lambda_attn", "qkv_scale"}
 # The shares of the token before in each of RWKV's inputs.
 _SHIFT = re.compile(r"\.x_[rwkvag]$")
 
@@ -90,6 +92,8 @@ def _draw(path: str, array: mx.array, key: mx.array) -> mx.array:
     for ending, (mean, deviation) in _FORGETTING.items():
         if path.endswith("." + ending):
             return mean + deviation * noise
+    if path.rpartition(".")[2] in _SCALES:
+        return 1.0 + 0.1 * noise
     if _SHIFT.search(path):
         return 0.5 + 0.2 * noise
     owner = path.removesuffix(".weight")

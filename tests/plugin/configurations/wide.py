@@ -26,6 +26,8 @@ _WIDTHS = {
 """Entries that make heads wider."""
 _FACTORS = {"long_factor", "short_factor"}
 """One number for each pair of rotated features."""
+_SECTIONS = {"mrope_section", "xdrope_section"}
+"""The numbers of pairs that the parts of a position rotate."""
 
 STAY_NARROW = {"afm7", "phixtral", "plamo2"}
 """Their heads are of a fixed size, or follow from others of these entries."""
@@ -43,4 +45,6 @@ def _widened(name: str, value: Any) -> Any:
         return value * (4 if value == 8 else 2)
     if name in _FACTORS:
         return [factor for factor in value for _ in range(16 // len(value))]
+    if name in _SECTIONS:
+        return [2 * pairs for pairs in value]
     return widened(value)
