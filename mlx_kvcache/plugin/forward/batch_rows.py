@@ -54,7 +54,7 @@ from ...arguments import whole
 from ...caches.plan import JointPlan
 from ...errors import CacheError
 from ...quantization import Quantization
-from ..hosts.host import found_logits
+from ..hosts.host import found_logits, joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
@@ -380,7 +380,7 @@ class Rows(Caller):
         call: Call,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> mx.array:
+    ) -> Any:
         """Call the model on blocks of columns, one after another, and join the outputs."""
         outputs, before = [], self._is_divided
         self._is_divided = True
@@ -391,7 +391,7 @@ class Rows(Caller):
                 outputs.append(self.run(model, call, tuple(map(block, args)), named))
         finally:
             self._is_divided = before
-        return mx.concatenate(outputs, axis=1)
+        return joined(outputs, lambda parts: mx.concatenate(parts, axis=1))
 
     def can_resume(self, position: int) -> bool:
         """Whether every rank can resume the only conversation at `position`."""
