@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_vlm.models import gemma3, qwen2_vl
-from mlx_vlm.models.llama import ModelConfig
 
 from tests.folders import written
 from tests.plugin.configurations.build import randomize
