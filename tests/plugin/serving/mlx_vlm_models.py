@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_vlm.models import gemma3, qwen2_vl
+from mlx_vlm.models import gemma3, lfm2, qwen2_vl
 
 from tests.folders import written
 from tests.plugin.configurations.build import randomize
@@ -80,6 +80,30 @@ def tiny_qwen2_vl() -> nn.Module:
         vision_start_token_id=PICTURE - 2, vocab_size=VOCABULARY, eos_token_id=[END],
     )  # fmt: skip
     return _random(qwen2_vl.Model(config))
+
+
+def tiny_lfm2() -> nn.Module:
+    """Recurrent layers around full attention, for text only."""
+    config = lfm2.ModelConfig(
+        model_type="lfm2",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        conv_bias=False,
+        conv_L_cache=3,
+        block_dim=32,
+        block_ff_dim=64,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        full_attn_idxs=[1],
+        rope_theta=10000.0,
+    )
+    return _random(lfm2.Model(config))
 
 
 def pictures_of(model: nn.Module, *seeds: int) -> dict[str, mx.array]:
