@@ -391,7 +391,7 @@ class Rows(Caller):
                 outputs.append(self.run(model, call, tuple(map(block, args)), named))
         finally:
             self._is_divided = before
-        return joined(outputs, lambda parts: mx.concatenate(parts, axis=1))
+        return joined(outputs, lambda arrays: mx.concatenate(arrays, axis=1))
 
     def can_resume(self, position: int) -> bool:
         """Whether every rank can resume the only conversation at `position`."""
