@@ -18,10 +18,11 @@ from tests.plugin.serving.mlx_vlm_models import (
     text_folder,
     tiny_gemma3,
     tiny_lfm2,
+    tiny_qwen2_vl,
 )
 from tests.plugin.serving.mlx_vlm_running import watched
 
-MODELS = [tiny_gemma3, tiny_lfm2]
+MODELS = [tiny_gemma3, tiny_lfm2, tiny_qwen2_vl]
 
 
 @pytest.fixture(scope="module")
