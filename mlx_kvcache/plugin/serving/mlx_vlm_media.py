@@ -63,6 +63,10 @@ class Request(NamedTuple):
         more = list(tokens[n:]) if len(self.key) == n else []
         return list(self.key[: len(tokens)]) + more
 
+    def is_text(self, position: int) -> bool:
+        """Whether no picture follows a position."""
+        return all(end <= position for _, end in self.pictures)
+
     def before(self, position: int) -> int:
         """The newest position <= `position` that is not inside a picture."""
         return next((first for first, end in self.pictures if first < position < end), position)

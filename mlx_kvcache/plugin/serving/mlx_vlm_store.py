@@ -99,7 +99,8 @@ class Coordinator(APCCoordinator):  # type: ignore[misc]
                 point = cache.resume_point(inside)
                 cache.rewind_to(point)
             # Recurrent layers of an empty cache may be told where to leave a checkpoint.
-            if (point or cache.pool.layout.is_recurrent) and suffix_is_text_only(point):
+            is_text = suffix_is_text_only(point) or (request is not None and request.is_text(point))
+            if is_text and (point or cache.pool.layout.is_recurrent):
                 self._count(**({"hits": 1, "matched_tokens": point} if point else {"misses": 1}))
                 return {
                     "matched_blocks": [],
@@ -262,12 +263,14 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
     if len(tokens) < 2:
         return None
     is_cut = not any(inputs.get(name) is not None for name in _UNSLICED)
+    # Without them, the model would compute positions from the part of the prompt that it is given.
+    is_cut &= inputs.get("position_ids") is not None or not hasattr(self.model, "_position_ids")
     names = ("kv_bits", "kv_key_bits", "kv_value_bits", "kv_key_scheme", "kv_value_scheme")
     options = {name: getattr(self, name) for name in (*names, "kv_group_size", "kv_quant_scheme")}
     return self.apc.lookup(
         tokens,
         extra_hash=self._apc_extra_hash(inputs),
-        suffix_is_text_only=lambda point: is_cut or self._apc_suffix_is_text_only(tokens, point),
+        suffix_is_text_only=lambda point: is_cut,
         options=options,
     )
 
