@@ -16,7 +16,7 @@ from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.generate.common import PromptCacheState
 from mlx_vlm.server.generation import ResponseGenerator
 
-from . import mlx_vlm_batch, mlx_vlm_media, mlx_vlm_server, mlx_vlm_store
+from . import mlx_vlm_batch, mlx_vlm_drafts, mlx_vlm_media, mlx_vlm_server, mlx_vlm_store
 from .mlx_vlm_batch import rows_of
 
 _KEY = "_key_of_mlx_kvcache"
@@ -72,6 +72,17 @@ FUNCTIONS: dict[str, tuple[Any, Any]] = {
     "generate_step": (mlx_vlm_media.original_step, mlx_vlm_media.generate_step),
     "semantic_extra_hash": (mlx_vlm_media.original_hash, mlx_vlm_media.semantic_extra_hash),
     "classify_layer_for_apc": (mlx_vlm_store.original_classify, mlx_vlm_store.classify_layer),
+    "start_speculative_cache": (mlx_vlm_drafts.original_start, mlx_vlm_drafts.start_speculative_cache),
+    "make_speculative_prompt_cache": (
+        mlx_vlm_drafts.original_make_cache,
+        mlx_vlm_drafts.make_speculative_prompt_cache,
+    ),
+    "_dflash_verify": (mlx_vlm_drafts.original_verify, mlx_vlm_drafts.dflash_verify),
+    "_dflash_verify_greedy": (mlx_vlm_drafts.original_verify_greedy, mlx_vlm_drafts.dflash_verify_greedy),
+    "validate_drafter_compatibility": (
+        mlx_vlm_drafts.original_validate,
+        mlx_vlm_drafts.validate_drafter_compatibility,
+    ),
     "APCCoordinator": (mlx_vlm_store.APCCoordinator, mlx_vlm_store.coordinator),
 }
 """Functions of mlx-vlm that modules import by name, each with its replacement."""
