@@ -72,6 +72,9 @@ def run(*arguments: object, text: str | None = None) -> str:
         ("--sinks 4 generate", "--sinks needs --overflow shift and --capacity N"),
         ("--capacity 8 --overflow shift --sinks 8 generate", "--sinks must be below --capacity 8, got 8"),
         ("generates", "invalid choice: 'generates'"),
+        ("--host mlx_vlm generate", "--host: invalid choice: 'mlx_vlm'"),
+        ("--host mlx-vlm cache_prompt", "mlx-vlm has no command cache_prompt; .* generate, chat, server"),
+        ("--host mlx-vlm server --capacity 64", "put --capacity before server: .* go to mlx-vlm"),
     ],
 )
 def test_options_that_are_wrong(

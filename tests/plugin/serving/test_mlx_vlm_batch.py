@@ -1,0 +1,162 @@
+"""mlx-vlm's `BatchGenerator` on an attached model: rows of unequal lengths that join and leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_vlm
+import pytest
+from mlx_vlm.generate.ar import BatchGenerator, batch_generate
+
+from mlx_kvcache import CacheFullError, NotSupportedError
+from mlx_kvcache.plugin import attach
+from tests.plugin.serving.mlx_vlm_models import (
+    pictures_of,
+    prompt,
+    text_folder,
+    tiny_gemma3,
+    tiny_lfm2,
+    tiny_qwen2_vl,
+)
+from tests.plugin.serving.mlx_vlm_running import watched
+
+MODELS = [tiny_gemma3, tiny_lfm2, tiny_qwen2_vl]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[nn.Module, Any]:
+    folder = text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
+    model, processor = mlx_vlm.load(str(folder))
+    return model, processor
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    made: nn.Module = request.param()
+    return made
+
+
+class Generating:
+    """A `BatchGenerator`, and the replies so far."""
+
+    def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
+        self._model = model
+        self.generator = BatchGenerator(model.language_model, processor, stop_tokens=set(), **options)
+        self.replies: dict[int, list[int]] = {}
+
+    def insert(self, *prompts: list[int], pictures: tuple[int, ...] = (), **more: Any) -> list[int]:
+        inputs = []
+        for tokens in prompts:
+            ids, mask = mx.array([tokens]), mx.ones((1, len(tokens)), mx.int32)
+            media = pictures_of(self._model, *pictures)
+            features = self._model.get_input_embeddings(ids, mask=mask, **media).to_dict()
+            inputs.append({name: value for name, value in features.items() if value is not None})
+        uids: list[int] = self.generator.insert(list(prompts), prompt_kwargs=inputs, **more)
+        return uids
+
+    def step(self, n: int = 1) -> None:
+        for _ in range(n):
+            for response in self.generator.next()[1]:
+                self.replies.setdefault(response.uid, []).append(response.token)
+
+    def finish(self) -> dict[int, list[int]]:
+        while self.generator.has_work:
+            self.step()
+        self.generator.close()
+        return self.replies
+
+
+def alone(model: nn.Module, processor: Any, tokens: list[int], n: int) -> list[int]:
+    """The greedy reply with mlx-vlm's own caches, without a batch."""
+    run = Generating(model, processor, max_tokens=n)
+    run.insert(tokens)
+    [reply] = run.finish().values()
+    return reply
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}, {"kv_bits": 8}], ids=str)
+def test_batch_generate(loaded: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
+    model, processor = loaded
+    prompts = ["Once upon a time", "There were " + " ".join(f"word{i}" for i in range(30)), "Hi"]
+    expected = batch_generate(model, processor, prompts=prompts, max_tokens=8, **options).texts
+    with attach(model), watched() as calls:
+        assert batch_generate(model, processor, prompts=prompts, max_tokens=8, **options).texts == expected
+    assert calls[-1][2:] == (True, "kv_bits" in options)
+    assert calls[-1].rows == 3
+
+
+def test_rows_join_and_leave(model: nn.Module, loaded: tuple[nn.Module, Any]) -> None:
+    processor = loaded[1]
+    prompts = [prompt(n) for n in (9, 30, 5, 17, 12)]
+    lengths = [12, 4, 9, 9, 6]
+    expected = [alone(model, processor, *pair) for pair in zip(prompts, lengths, strict=True)]
+    with attach(model), watched() as calls:
+        run = Generating(model, processor, prefill_batch_size=2, completion_batch_size=5)
+        ids = run.insert(*prompts[:2], max_tokens=lengths[:2])
+        run.step(4)
+        ids += run.insert(prompts[2], prompts[3], max_tokens=lengths[2:4])
+        run.step(3)
+        [removed] = run.insert(prompt(11), max_tokens=50)
+        ids += run.insert(prompts[4], max_tokens=lengths[4])
+        run.step(2)
+        assert run.generator.remove(removed)
+        replies = run.finish()
+    assert [replies[uid] for uid in ids] == expected
+    assert max(call.rows for call in calls) >= 3
+
+
+def test_one_row_and_then_more(loaded: tuple[nn.Module, Any]) -> None:
+    """mlx-vlm makes no batch for a single prompt; another row joins it all the same."""
+    model, processor = loaded
+    prompts = [prompt(9), prompt(20)]
+    expected = [alone(model, processor, tokens, 10) for tokens in prompts]
+    with attach(model), watched() as calls:
+        run = Generating(model, processor, prefill_batch_size=1, max_tokens=10)
+        ids = run.insert(prompts[0])
+        run.step(4)
+        ids += run.insert(prompts[1])
+        replies = run.finish()
+    assert [replies[uid] for uid in ids] == expected
+    assert [call.is_batch for call in calls][:2] == [False, False]
+    assert calls[-1].is_batch
+
+
+def test_a_prompt_that_does_not_fit_changes_nothing(loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = loaded
+    expected = alone(model, processor, prompt(9), 8)
+    with attach(model, capacity=20):
+        run = Generating(model, processor, max_tokens=8)
+        [uid] = run.insert(prompt(9))
+        run.step(2)
+        with pytest.raises(CacheFullError, match=r"21 cells needed.*20 tokens and leaves no room"):
+            run.insert(prompt(5), prompt(20))
+        [longer] = run.insert(prompt(12), max_tokens=100)
+        replies = run.finish()
+    assert replies[uid] == expected
+    assert len(replies[longer]) == 20 - 12
+    assert replies.keys() == {uid, longer}
+
+
+def test_turboquant_is_refused_by_name(loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = loaded
+    with attach(model):
+        run = Generating(model, processor, kv_bits=3.5)
+        run.insert(prompt(9), prompt(5))
+        with pytest.raises(NotSupportedError, match="turboquant"):
+            run.finish()
+
+
+def test_detached_models_use_mlx_vlms_batches_again(loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = loaded
+    with attach(model):
+        pass
+    with watched() as calls:
+        run = Generating(model, processor, max_tokens=4)
+        run.insert(prompt(9), prompt(5))
+        run.step(2)
+        [kind] = {type(entry).__module__ for entry in run.generator._generation_batch.prompt_cache}
+        run.finish()
+    assert kind == "mlx_vlm.models.cache"
+    assert not calls

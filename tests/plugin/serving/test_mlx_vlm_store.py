@@ -1,0 +1,188 @@
+"""mlx-vlm's prefix cache (APC) on attached models: what requests share, and what they must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_vlm
+import pytest
+from mlx_vlm import apc
+from mlx_vlm.server import generation
+
+from mlx_kvcache.plugin import attach
+from tests.plugin.serving.mlx_vlm_models import (
+    pictures_of,
+    prompt,
+    text_folder,
+    tiny_gemma3,
+    tiny_lfm2,
+    tiny_qwen2_vl,
+)
+from tests.plugin.serving.mlx_vlm_running import Reply, replied
+
+Ask = Callable[..., Reply]
+"""Replies to a prompt with pictures."""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[nn.Module, Any]:
+    folder = text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
+    model, processor = mlx_vlm.load(str(folder))
+    return model, processor
+
+
+@contextmanager
+def streaming(model: nn.Module, processor: Any, manager: apc.APCManager | None, **more: Any) -> Iterator[Ask]:
+    """Requests by `stream_generate`."""
+
+    def ask(tokens: Sequence[int], *pictures: int, tenant: str | None = None) -> Reply:
+        return replied(model, processor, tokens, *pictures, apc_manager=manager, apc_tenant=tenant, **more)
+
+    yield ask
+
+
+@contextmanager
+def batching(model: nn.Module, processor: Any, manager: apc.APCManager | None, **more: Any) -> Iterator[Ask]:
+    """Requests by the server's `ResponseGenerator`."""
+    prompts: list[dict[str, mx.array]] = []
+    resources = model, processor, model.config
+    with (
+        patch.object(generation, "load_model_resources", lambda *_: resources),
+        patch.object(generation, "prepare_inputs", lambda _, *, prompts, **__: dict(by_number[int(prompts)])),
+    ):
+        by_number = prompts
+        server = generation.ResponseGenerator("model", apc_manager=manager, **more)
+        server.wait_until_ready()
+
+        def ask(tokens: Sequence[int], *pictures: int, tenant: str | None = None) -> Reply:
+            mask = mx.ones((1, len(tokens)), mx.int32)
+            media = pictures_of(model, *pictures)
+            prompts.append({"input_ids": mx.array([tokens]), "attention_mask": mask, **media})
+            mx.eval(prompts[-1])
+            args = generation.GenerationArguments(max_tokens=8, temperature=0.0, tenant_id=tenant)
+            _, answer = server.generate(str(len(prompts) - 1), args=args)
+            parts = list(answer)
+            return Reply([part.token for part in parts], parts[-1].cached_tokens)
+
+        try:
+            yield ask
+        finally:
+            server.stop_and_join()
+
+
+WAYS = [streaming, batching]
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
+def way(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl, tiny_lfm2], ids=lambda make: make.__name__)
+def test_turns_and_branches(make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = make(), loaded[1]
+    first = prompt(40)
+    turns = [first, first + prompt(60)[50:], first[:25] + prompt(90)[60:], first]
+    with way(model, processor, None) as ask:
+        expected = [ask(tokens).tokens for tokens in turns]
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model), way(model, processor, manager) as ask:
+        replies = [ask(tokens) for tokens in turns]
+        counts = manager.stats_snapshot()
+        manager.clear()
+        assert manager.stats_snapshot()["stored_conversations"] == 0
+    assert [reply.tokens for reply in replies] == expected
+    assert [reply.cached for reply in replies] == [0, 40, 25, 39]
+    assert counts["matched_tokens"] == 40 + 25 + 39
+    assert counts["lookups_hit"] == 3
+    assert counts["stored_conversations"]
+    assert counts["resident_bytes"]
+    # Nothing is in mlx-vlm's own store.
+    assert not counts["pool_used"]
+    assert not manager._exact_cache
+
+
+@pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl], ids=lambda make: make.__name__)
+def test_pictures_are_told_apart(
+    make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]
+) -> None:
+    """Requests share what comes before the first picture that differs, and nothing after it."""
+    model, processor = make(), loaded[1]
+    one, two = prompt(12, -1, 20), prompt(12, -1, 20, -1, 9)
+    requests: list[tuple[list[int], tuple[int, ...]]] = [
+        (one, (1,)),
+        (one, (2,)),
+        (one + prompt(60)[50:], (2,)),
+        (two, (1, 2)),
+        (two, (1, 3)),
+        (two, (2, 1)),
+        (two + prompt(70)[60:], (1, 3)),
+    ]
+    with way(model, processor, None) as ask:
+        expected = [ask(tokens, *pictures).tokens for tokens, pictures in requests]
+    assert len({tuple(tokens) for tokens in expected[:2]}) == 2
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model), way(model, processor, manager) as ask:
+        replies = [ask(tokens, *pictures) for tokens, pictures in requests]
+    assert [reply.tokens for reply in replies] == expected
+    # Only Qwen's embeddings are cut before a picture, and only where they have been computed.
+    is_cut = make is tiny_qwen2_vl and way is batching
+    before = [0, 13, 37, 37, 38, 37, len(two)]
+    after = [0, 0, len(one), 0, 0, 0, len(two)]
+    assert [reply.cached for reply in replies] == (before if is_cut else after)
+
+
+def test_tenants_share_nothing(way: Any, loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = loaded
+    tokens = prompt(30)
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model), way(model, processor, manager) as ask:
+        cached = [ask(tokens, tenant=tenant).cached for tenant in ("a", "b", "a", None)]
+    assert cached == [0, 0, 29, 0]
+
+
+def test_quantized_conversations_are_found_by_quantized_requests(
+    way: Any, loaded: tuple[nn.Module, Any]
+) -> None:
+    model, processor = loaded
+    tokens = prompt(30)
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model):
+        with way(model, processor, manager, kv_bits=8, quantized_kv_start=0) as ask:
+            assert [ask(tokens).cached for _ in range(2)] == [0, 29]
+        with way(model, processor, manager) as ask:
+            assert [ask(tokens).cached for _ in range(2)] == [0, 29]
+
+
+def test_the_budget_evicts(loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = loaded
+    manager = apc.APCManager(num_blocks=4, overrides={"memory_max_gb": 100_000 / 2**30})
+    with attach(model), streaming(model, processor, manager) as ask:
+        for i in range(8):
+            ask(prompt(60 + i)[i:])
+        counts = manager.stats_snapshot()
+    assert counts["evictions"]
+    assert counts["resident_bytes"] <= 100_000
+
+
+def test_conversations_outlive_the_manager(loaded: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    model, processor = loaded
+    cached = []
+    with attach(model):
+        for _ in range(2):
+            manager = apc.APCManager(num_blocks=4, disk=apc.DiskBlockStore(tmp_path))
+            with streaming(model, processor, manager) as ask:
+                cached.append(ask(prompt(30)).cached)
+            manager.close()
+    assert cached == [0, 29]
+
+
+def test_a_self_check_finds_no_fault(loaded: tuple[nn.Module, Any]) -> None:
+    with attach(loaded[0]):
+        assert apc.self_check_model_apc(loaded[0]).ok
