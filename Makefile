@@ -30,7 +30,7 @@ demo: $(VENV)/demo  ## chat with SmolLM2 and see its cache; without a terminal, 
 
 # Two processes of one thread each: threads of OpenBLAS wait for each other by spinning.
 test: check     ## all checks and tests
-	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/dev  ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm import utils
 from mlx_lm.models import llama
 from mlx_lm.utils import save_config, save_model
 
@@ -38,3 +42,18 @@ def saved(folder: Path, model: nn.Module, configuration: dict[str, Any], tokeniz
     save_config(configuration, folder / "config.json")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def tokenizers_read_once() -> Iterator[None]:
+    """Inside, mlx-lm reads the tokenizer of each folder once: all else about a small model is quicker."""
+    read, known = utils.load_tokenizer, dict[str, Any]()
+
+    def load_tokenizer(folder: Path, *args: Any, **kwargs: Any) -> Any:
+        key = repr((folder, args, kwargs))
+        if key not in known:
+            known[key] = read(folder, *args, **kwargs)
+        return known[key]
+
+    with patch.object(utils, "load_tokenizer", load_tokenizer):
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -158,6 +158,9 @@ def plain(value: Any) -> Any:
     return value
 
 
+Before = Callable[[Subject, Any], Any] | None
+
+
 class Call:
     """A call to interrupt, and what comes before it."""
 
@@ -165,7 +168,7 @@ class Call:
         self,
         name: str,
         call: Callable[[Subject, Any], Any],
-        before: Callable[[Subject, Any], Any] | None = None,
+        before: Before = None,
     ) -> None:
         self.name = name
         self.call = call
@@ -279,31 +282,32 @@ SUBJECTS = [
 ]
 
 
-def prepared(subject: Subject, call: Call) -> Any:
+def prepared(subject: Subject, before: Before) -> Any:
     cache = subject.filled()
-    if call.before:
-        call.before(subject, cache)
+    if before:
+        before(subject, cache)
     return cache
 
 
-def between_batches(subject: Subject, cache: Any) -> Any:
-    """What is seen when the batch under way is over, but for the layer that has been chosen."""
+@lru_cache(maxsize=8)
+def seen_before(subject: Subject, before: Before) -> tuple[Any, Any]:
+    """What is seen of a prepared cache; and, but for the chosen layer, once the batch under way is over."""
+    cache = prepared(subject, before)
+    seen = subject.seen(cache)
     for leaf in subject.leaves(cache):
         setattr(leaf, "_step" if hasattr(leaf, "_step") else "_pass", None)
-    return subject.seen(cache)[0][1:]
+    return seen, subject.seen(cache)[0][1:]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_all_or_nothing(subject: Subject, call: Call) -> None:
-    before = subject.seen(prepared(subject, call))
-    forgotten = between_batches(subject, prepared(subject, call))
-    whole = prepared(subject, call)
-    call.call(subject, whole)
+    before, forgotten = seen_before(subject, call.before)
+    whole = prepared(subject, call.before)
+    chosen = places(partial(call.call, subject, whole), NTH, SUBJECTS.index(subject))
     after = subject.seen(whole)
-    counted = prepared(subject, call)
-    for at in places(lambda: call.call(subject, counted), NTH, SUBJECTS.index(subject)):
-        cache = prepared(subject, call)
+    for at in chosen:
+        cache = prepared(subject, call.before)
         tracer = Tracer(at)
         assert tracer.run(partial(call.call, subject, cache))
         place = tracer.places[at]

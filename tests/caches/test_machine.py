@@ -79,6 +79,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.serial = 0
+        self.steps = 0
         self.cache: Any = self.kind.make(self.shift)
         self.hook_fails = False
         quantization = STORES[self.store]
@@ -95,7 +96,9 @@ class Machine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 2**32))
     def step(self, seed: int) -> None:
         next(self.calls)
-        random = Random(seed)
+        self.steps += 1
+        # Hypothesis begins with zeros alone, which would be the same call again and again.
+        random = Random(seed or f"{self.kind}, {self.store}, {self.steps}")
         calls = [self.forward, self.remove, self.copy_prefix, self.restore, self.reserve]
         random.choices(calls, [12, 6, 3, 1, 1])[0](random)
 
@@ -287,8 +290,7 @@ def test_equals_the_oracle(kind: Kind, store: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            # The first is the simplest: the same call again and again.
-            max_examples=1 + seeds,
+            max_examples=seeds,
             stateful_step_count=STEPS,
             deadline=None,
             derandomize=True,
@@ -297,4 +299,4 @@ def test_equals_the_oracle(kind: Kind, store: str) -> None:
         ),
     )
     # Hypothesis ends a run early now and then.
-    assert next(calls) >= 0.9 * STEPS * (1 + seeds), "runs were cut short"
+    assert next(calls) >= 0.9 * STEPS * seeds, "runs were cut short"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import pytest
 
-from tests.folders import written
+from tests.folders import tokenizers_read_once, written
+
+
+@pytest.fixture(autouse=True, scope="package")
+def shared_tokenizers() -> Iterator[None]:
+    with tokenizers_read_once():
+        yield
 
 
 @pytest.fixture(scope="session")

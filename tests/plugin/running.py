@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,15 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
+from tests.plugin.configurations import build
+
 Cache = list[Any]
+
+
+@cache
+def model_of(name: str, is_wide: bool = False) -> nn.Module:
+    """The model of a configuration for all tests that leave it as it is: built and tried once."""
+    return build(name, is_wide=is_wide)
 
 
 def logits_of(model: nn.Module, cache: Cache, tokens: list[int], block: int | None = None) -> mx.array:
@@ -22,11 +31,11 @@ def logits_of(model: nn.Module, cache: Cache, tokens: list[int], block: int | No
     return mx.concatenate(parts)
 
 
-def greedy(model: nn.Module, prompt: list[int], n: int) -> list[int]:
-    """By mlx-lm's own caches, token by token, which is exact everywhere."""
+def greedy(model: nn.Module, prompt: list[int], n: int, block: int = 1) -> list[int]:
+    """By mlx-lm's own caches, token by token, which is exact everywhere, or in blocks."""
     cache, tokens = make_theirs(model), list[int]()
-    for token in prompt:
-        logits = model(mx.array([[token]]), cache=cache)
+    for start in range(0, len(prompt), block):
+        logits = model(mx.array([prompt[start : start + block]]), cache=cache)
     for _ in range(n):
         best: int = mx.argmax(logits[0, -1]).tolist()  # type: ignore[assignment]
         tokens.append(best)

@@ -17,8 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
-from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS
+from tests.plugin.running import difference, logits_of, model_of
 
 REFUSED = {"deepseek_v41": "layer 0 of mlx_lm.models.deepseek_v41 uses .*LayerCache"}
 NAMES = [name for name in CONFIGURATIONS if name not in REFUSED]
@@ -26,11 +26,6 @@ TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 OTHER = [88 - token for token in TEXT]
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
-
-
-@lru_cache(maxsize=2)
-def model_of(name: str) -> nn.Module:
-    return build(name)
 
 
 @lru_cache(maxsize=8)

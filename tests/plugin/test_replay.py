@@ -24,7 +24,7 @@ from mlx_kvcache.plugin.hosts.layout import layout_of
 from mlx_kvcache.plugin.pool import conversation
 from tests.plugin.configurations import CONFIGURATIONS, build
 from tests.plugin.forgetful import Forgetful
-from tests.plugin.running import difference, logits_of
+from tests.plugin.running import difference, logits_of, model_of
 
 REFUSED = {"deepseek_v41"}
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(150)]
@@ -32,11 +32,6 @@ IS_WHOLE = "REPLAY_WHOLE" in os.environ
 """Whether to try each position and each draft, which takes minutes."""
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
-
-
-@lru_cache(maxsize=2)
-def model_of(name: str) -> nn.Module:
-    return build(name)
 
 
 def is_recurrent(name: str) -> bool:

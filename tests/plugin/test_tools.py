@@ -148,18 +148,9 @@ def test_a_bound_on_a_hybrid() -> None:
 
 
 def test_batch_generate_on_the_chat_model(chat_model: tuple[nn.Module, Any]) -> None:
-    """Eight prompts of unequal length: the texts of eight single generations."""
+    """Four prompts of unequal length: the texts of four single generations."""
     model, tokenizer = chat_model
-    subjects = (
-        "Italy",
-        "the country of Japan",
-        "Peru",
-        "France",
-        "Egypt",
-        "Spain in Europe",
-        "India",
-        "Kenya",
-    )
+    subjects = ("Italy", "the country of Japan", "Peru", "Spain in Europe")
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"What is the capital of {subject}?"}], add_generation_prompt=True

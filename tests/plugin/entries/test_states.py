@@ -19,8 +19,8 @@ from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
-from tests.plugin.configurations import CONFIGURATIONS, build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.configurations import CONFIGURATIONS
+from tests.plugin.running import difference, logits_of, model_of
 
 NAMES = [name for name in CONFIGURATIONS if name != "deepseek_v41"]
 KINDS = ["llama", "llama:window", "gemma3_text", "gpt_oss", "llama4", "deepseek_v3", "deepseek_v32"]
@@ -30,11 +30,6 @@ TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 BORDERS = (1, 7, 8, 9, 16, 17)
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
-
-
-@lru_cache(maxsize=2)
-def model_of(name: str, is_wide: bool = False) -> nn.Module:
-    return build(name, is_wide=is_wide)
 
 
 def leaves_of(entries: Any) -> Iterator[Any]:

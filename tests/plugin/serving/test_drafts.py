@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
@@ -22,7 +21,7 @@ from mlx_kvcache.plugin import Generated, Many, PromptCache, generate_many, make
 from mlx_kvcache.plugin.serving.many import _Drafter
 from tests.interrupts import Planted, Tracer, places
 from tests.plugin.configurations import build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.running import difference, logits_of, model_of
 from tests.plugin.serving.test_many import collected
 
 NAMES = ["llama", "gemma2", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "mamba2", "rwkv7", "falcon_h1"]
@@ -40,11 +39,6 @@ PROMPTS = [RANDOM, PERIODIC, LOOPS, [9]]
 PHRASE = list(range(20, 34))
 SCRIPT = [token for j in range(MOST, -1, -1) for token in [60 + j, *PHRASE[: 2 + j]]] + [58, 59]
 """After the prompt PHRASE, each run's first two tokens find the run before, of which j tokens come again."""
-
-
-@lru_cache(maxsize=2)
-def model_of(name: str) -> nn.Module:
-    return build(name)
 
 
 class Scripted:
@@ -109,7 +103,7 @@ def assert_goes_on(name: str, cache: PromptCache, text: list[int]) -> None:
 def test_texts_are_those_of_plain_decoding(name: str) -> None:
     """Four sequences at once, of which some repeat themselves and others do not."""
     many = Many(model_of(name), draft_tokens=MOST)
-    assert texts_of(many, 60) == plain(name, 60)
+    assert texts_of(many, 40) == plain(name, 40)
     assert 0 < many.accepted < many.drafted
     # The likeliest tokens of all.
     texts = [collected(generate_many(model_of(name), PROMPTS, 20, draft_tokens=most)) for most in (0, MOST)]
@@ -161,7 +155,7 @@ def test_sequences_join_and_leave_at_any_step(name: str) -> None:
         for ticket, own in collected(many.step()).items():
             tokens.setdefault(tickets[ticket], []).extend(own)
     assert len(many) == 0
-    assert tokens == {row: own[: 16 + 8 * row] for row, own in plain(name, 60).items()}
+    assert tokens == {row: own[: 16 + 8 * row] for row, own in plain(name, 40).items()}
     assert many.accepted
 
 
@@ -183,7 +177,7 @@ def test_a_call_has_no_more_than_tokens_per_step(per_step: int) -> None:
     model.model.embed_tokens = counted
     texts = collected([*results, *(result for own in steps(many) for result in own)])
     assert max(sizes) == per_step
-    assert texts == {i: own[:30] for i, own in plain("llama", 60).items()}
+    assert texts == {i: own[:30] for i, own in plain("llama", 40).items()}
     assert bool(many.accepted) == (per_step > 1)
 
 
@@ -252,11 +246,11 @@ def test_quantized(name: str, after: int) -> None:
 @pytest.mark.parametrize("rewind", [0, 1, 2, 4])
 def test_no_more_than_the_cache_can_go_back(name: str, rewind: int) -> None:
     many = Many(model_of(name), draft_tokens=MOST, rewind=rewind, checkpoints=0, checkpoint_bytes=0)
-    many.add(PERIODIC, max_tokens=60, sampler=few)
+    many.add(PERIODIC, max_tokens=40, sampler=few)
     results = list(steps(many))
     assert max(map(len, results)) <= max(1, rewind)
     assert bool(many.accepted) == (rewind > 1)
-    assert collected(result for own in results for result in own)[0] == plain(name, 60)[1]
+    assert collected(result for own in results for result in own)[0] == plain(name, 40)[1]
 
 
 def test_a_model_whose_states_cannot_be_computed_again() -> None:
@@ -265,7 +259,7 @@ def test_a_model_whose_states_cannot_be_computed_again() -> None:
     pool = make_prompt_cache(model).pool
     pool.__dict__["mixers"] = {}
     many = Many(model, draft_tokens=MOST)
-    assert texts_of(many, 60) == plain("mamba2", 60)
+    assert texts_of(many, 40) == plain("mamba2", 40)
     assert many.drafted == 0
 
 
@@ -278,7 +272,7 @@ def test_a_loaded_cache(name: str, tmp_path: Path) -> None:
     logits_of(model, saved, PERIODIC[:-2])
     saved.save(path, format="mlx-lm" if is_theirs else "mlx_kvcache")
     many = Many(model, draft_tokens=MOST)
-    assert texts_of(many, 60, [PERIODIC[-2:]], cache=PromptCache.load(path, model))[0] == plain(name, 60)[1]
+    assert texts_of(many, 40, [PERIODIC[-2:]], cache=PromptCache.load(path, model))[0] == plain(name, 40)[1]
     assert many.accepted
 
 
@@ -348,7 +342,7 @@ def test_a_step_in_which_the_model_raises_is_made_again(name: str) -> None:
             assert not many.step()
         model.model.norm = norm
         results += many.step()
-    assert collected(results) == {i: own[:40] for i, own in plain(name, 60).items()}
+    assert collected(results) == plain(name, 40)
     assert many.accepted
 
 
@@ -365,12 +359,12 @@ def test_a_sampler_that_raises_inside_a_run(name: str) -> None:
         return few(logprobs)
 
     many, results = Many(model_of(name), draft_tokens=MOST), list[Generated]()
-    many.add(PERIODIC, max_tokens=60, sampler=few)
-    many.add(PERIODIC, max_tokens=60, sampler=sampler)
+    many.add(PERIODIC, max_tokens=40, sampler=few)
+    many.add(PERIODIC, max_tokens=40, sampler=sampler)
     while len(many):
         with suppress(Planted):
             results += many.step()
-    assert collected(results) == dict.fromkeys(range(2), plain(name, 60)[1])
+    assert collected(results) == dict.fromkeys(range(2), plain(name, 40)[1])
     assert many.accepted
 
 
@@ -385,10 +379,10 @@ def test_a_cache_that_is_closed_inside_a_run(at: int) -> None:
             cache.close()
         return scripted(logprobs)
 
-    many.add(RANDOM, max_tokens=60, sampler=few)
-    many.add(PHRASE, max_tokens=60, cache=cache, sampler=sampler)
+    many.add(RANDOM, max_tokens=40, sampler=few)
+    many.add(PHRASE, max_tokens=40, cache=cache, sampler=sampler)
     results = [result for own in steps(many) for result in own]
-    assert collected(results)[0] == plain("llama", 60)[0]
+    assert collected(results)[0] == plain("llama", 40)[0]
     closed = [result for result in results if result.ticket == 1]
     assert [one.token for one in closed if one.token is not None][: at + 1] == SCRIPT[: at + 1]
     assert closed[-1].finish == "closed"
