@@ -429,7 +429,7 @@ def save_for_mlx_lm(path: Path, cache: Sequence[Any], metadata: dict[str, str] |
 
     Raises:
         CacheFileError: the file cannot be written.
-        NotSupportedError: mlx-lm is not installed.
+        NotSupportedError: mlx-lm is not installed, or its version cannot read such a file.
     """
     if not MLX_LM.is_installed:
         raise NotSupportedError(f"cannot write {path} in mlx-lm's format: mlx-lm is not installed")

@@ -59,7 +59,7 @@ def without(
     """mlx-lm's caches less the tokens [begin, end), the later keys rotated by hand."""
     result = []
     for layer in cache:
-        keys, values = layer.keys_and_values()
+        keys, values = (array[:, :, : layer.offset] for array in (layer.keys, layer.values))
         tail = keys[:, :, end:].astype(mx.float32)
         # As (tokens, heads, 1, dim) every token is rotated by the same amount.
         turned = mx.fast.rope(

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
+import mlx_lm.server
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base, llama
@@ -25,7 +25,7 @@ PROMPT = mx.array([3, 14, 15, 92, 65])
 
 def bound() -> list[object]:
     """What mlx-lm's modules call make_prompt_cache."""
-    names = ("models.cache", "generate")
+    names = ("models.cache", "server")
     return [sys.modules[f"mlx_lm.{name}"].make_prompt_cache for name in names]
 
 
@@ -37,7 +37,7 @@ def test_attach_and_detach_are_counted() -> None:
     first, second, never = tiny_llama(), tiny_llama(), tiny_llama()
 
     def make(model: nn.Module) -> Any:
-        return sys.modules["mlx_lm.generate"].make_prompt_cache(model)
+        return sys.modules["mlx_lm.server"].make_prompt_cache(model)
 
     attach(first, capacity=50)
     attach(second)
@@ -65,7 +65,7 @@ def test_generating_gives_the_same_tokens() -> None:
 def test_max_kv_size_is_honoured() -> None:
     model = tiny_llama()
     with attach(model):
-        made = sys.modules["mlx_lm.generate"].make_prompt_cache(model, 20)
+        made = sys.modules["mlx_lm.server"].make_prompt_cache(model, 20)
         assert (made.capacity, made._conversation.limits.overflow, made._conversation.limits.sinks) == (
             20,
             "shift",
@@ -112,7 +112,7 @@ def test_the_model_and_its_module_are_put_back() -> None:
     others = set(ragged._users[llama.__name__])
     model = tiny_llama()
     with attach(model):
-        cache = sys.modules["mlx_lm.generate"].make_prompt_cache(model)
+        cache = sys.modules["mlx_lm.server"].make_prompt_cache(model)
         assert type(model) is not llama.Model
         assert isinstance(model, llama.Model)
         assert llama.scaled_dot_product_attention is ragged.attending(base.scaled_dot_product_attention)

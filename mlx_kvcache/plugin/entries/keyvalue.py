@@ -131,28 +131,22 @@ class KeyValueLayer(Layer):
         return stored(self.rows.conversation, self.leaf)
 
     @property
-    def state(self) -> Any:
-        """See `Layer.state`. Where a host's models read the history here, during a call it is the history."""
-        forward = self.rows.forward
-        if forward and forward.written[self.leaf.index] and self.rows.pool.host.keeps_numbers_apart:
-            return self.keys_and_values()
-        return super().state
+    def keys(self) -> Any:
+        """The keys that are stored, in order of position.
 
-    @property
-    def keys(self) -> mx.array | None:
-        """The buffer of the newest keys. Assigning an array of the same shape replaces it."""
-        pair = self._newest_pair()
-        return alias(pair.keys.arrays[0]) if pair else None
+        During a forward, and for a batch, this is a buffer instead, in which cells of other caches may lie: a
+        model reads and assigns it only to have arrays evaluated.
+        """
+        return self._read(0)
 
     @keys.setter
     def keys(self, array: mx.array) -> None:
         self._replace("keys", array)
 
     @property
-    def values(self) -> mx.array | None:
-        """The buffer of the newest values. Assigning an array of the same shape replaces it."""
-        pair = self._newest_pair()
-        return alias(pair.values.arrays[0]) if pair else None
+    def values(self) -> Any:
+        """The values; see `keys`."""
+        return self._read(1)
 
     @values.setter
     def values(self, array: mx.array) -> None:
@@ -187,6 +181,14 @@ class KeyValueLayer(Layer):
         packed, cell_bytes = self._cache._table.packed, buffers.form.cell_bytes
         spans = (span for spans in self._spans() for span in spans)
         return sum(span.length * cell_bytes(span.segment in packed) for span in spans)
+
+    @property
+    def state(self) -> Any:
+        """See `Layer.state`. After a write in a forward, the history: models of mlx-lm 0.31 read it here."""
+        forward = self.rows.forward
+        if self.rows.pool.host.keeps_numbers_apart and forward and forward.written[self.leaf.index]:
+            return self.keys_and_values()
+        return super().state
 
     @property
     def saved_state(self) -> Any:
@@ -244,13 +246,33 @@ class KeyValueLayer(Layer):
         self.rows.check_open()
         return [self._cache._table[conversation.sequence].spans for conversation in self.rows.conversations]
 
+    def _read(self, slot: int) -> Any:
+        """Keys (slot 0) or values (1); see `keys`."""
+        rows = self.rows
+        if rows.forward is None and not rows.is_batch:
+            state = self.saved_state if isinstance(self, QuantizedKVCache) else self.plain_state
+            return state[slot]
+        pair = self._newest_pair()
+        return alias((pair.keys, pair.values)[slot].arrays[0]) if pair else None
+
     def _newest_pair(self) -> Pair | None:
-        """The newest buffers of the first row. Models assign to them only to have them evaluated."""
+        """The newest buffers of the first row."""
         buffers = self._cache._store.layers.get(self.leaf.index)
         spans = next((spans for spans in self._spans() if spans), None)
         return buffers.pairs.get(spans[-1].segment) if buffers and spans else None
 
     def _replace(self, slot: str, array: mx.array) -> None:
+        """Replace a buffer by an array of the same shape and content, as models do in a forward.
+
+        Raises:
+            CacheError: no forward is under way.
+            ValueError: the array has another shape.
+        """
+        if self.rows.forward is None:
+            raise CacheError(
+                f"cannot assign {slot} of layer {self.leaf.name}: other caches may share its cells; use "
+                "update_and_fetch, trim, or make_prompt_cache for a new cache"
+            )
         pair = self._newest_pair()
         lane: Lane | None = getattr(pair, slot, None)
         shape = lane.arrays[0].shape if lane else None

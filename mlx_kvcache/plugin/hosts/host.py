@@ -87,11 +87,15 @@ class Host:
 
     def state(self, name: str, state: Any) -> Any:
         """The `state` of the host's class `name`, from that of mlx-lm 0.32."""
-        return _split(name, state)[0] if self.keeps_numbers_apart else state
+        return _arrays_of(name, state) if self.keeps_numbers_apart else state
 
     def meta_state(self, name: str, state: Any) -> Any:
-        """The `meta_state` of the host's class `name`, if it has any, from a state of mlx-lm 0.32."""
-        return _split(name, state)[1]
+        """The `meta_state` of the host's class `name`, from a state of mlx-lm 0.32; "" if it has none.
+
+        Raises:
+            NotSupportedError: the host could not tell from it at which position a chunk ends.
+        """
+        return _numbers_of(name, state) if self.keeps_numbers_apart else ""
 
     def entry(self, ours: type[T]) -> type[T]:
         """The subclass of an entry that is also an instance of the host's class of the same name.
@@ -156,26 +160,35 @@ class _Absent:
         raise AttributeError(f"{owner.__name__} of mlx_kvcache has no such attribute")
 
 
-def _split(name: str, state: Any) -> tuple[Any, Any]:
-    """Divide a state of mlx-lm 0.32 into arrays and numbers, as mlx-lm 0.31 and mlx-vlm do."""
+def _arrays_of(name: str, state: Any) -> Any:
+    """The arrays in a state of mlx-lm 0.32, which are a state of mlx-lm 0.31 and of mlx-vlm."""
     if name == "CacheList":
-        children = [(child, *_split(child, own)) for own, child in state]
-        names, states, numbers = ([*column] for column in zip(*children, strict=True))
-        return states, (names, numbers)
+        return [_arrays_of(child, own) for own, child in state]
     if not isinstance(state, tuple):
         # Of a batch, or of a quantized window: arrays only.
-        return state, ""
-    if name == "ArraysCache":
-        return state[0], ""
-    keys, values, *rest = state
-    if name == "KVCache":
-        rest = []
-    elif name == "RotatingKVCache":
-        offset, keep, max_size, index = rest
-        rest = [keep, max_size, offset, index]
+        return state
+    return state[0] if name == "ArraysCache" else state[:2]
+
+
+def _numbers_of(name: str, state: Any) -> Any:
+    """The numbers in a state of mlx-lm 0.32, as a `meta_state` of mlx-lm 0.31 and of mlx-vlm."""
+    if name == "CacheList":
+        return [child for _, child in state], [_numbers_of(child, own) for own, child in state]
+    if not isinstance(state, tuple) or name in ("ArraysCache", "KVCache"):
+        return ""
+    numbers = state[2:]
+    if name == "RotatingKVCache":
+        offset, keep, max_size, index = numbers
+        numbers = keep, max_size, offset, index
     elif name == "ChunkedKVCache":
-        rest = rest[1:]
-    return (keys, values), tuple(map(str, rest)) if rest else ""
+        _, *numbers = numbers
+        if numbers[1]:
+            raise NotSupportedError(
+                f"cannot describe chunks that start at position {numbers[1]}: caches of this host take the "
+                "number of keys for the position of the next token; save with format='mlx_kvcache', or use "
+                "mlx-lm 0.32"
+            )
+    return tuple(map(str, numbers))
 
 
 def name_of(module: str) -> str:

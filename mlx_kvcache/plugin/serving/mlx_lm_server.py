@@ -122,19 +122,17 @@ def share_request(self: Any, request: Any) -> Any:
     return shared
 
 
-def run_generate(self: Any) -> None:
-    """Replaces `ResponseGenerator._run_generate`: continues with new requests after an exception."""
+def generate(self: Any) -> None:
+    """Replaces `ResponseGenerator._generate`: continues with new requests after an exception."""
     while True:
         try:
-            self._generate()
+            _originals["_generate"](self)
             return
         except Exception as error:
             waiting = list(_under_way.pop(self, ()))
             if not waiting:
                 # Not caused by a request; for example, the model cannot be loaded.
-                logging.exception("mlx_lm.server cannot generate")
-                self._generation_failed = True
-                return
+                raise
             logging.exception("ending %s requests in progress", len(waiting))
             reason = f"{type(error).__name__}: {error}"
         for queue in waiting:
@@ -196,7 +194,7 @@ _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (BatchGenerator, "insert_segments", insert_segments),
     (ResponseGenerator, "_tokenize", tokenize),
     (ResponseGenerator, "_share_request", share_request),
-    (ResponseGenerator, "_run_generate", run_generate),
+    (ResponseGenerator, "_generate", generate),
     (APIHandler, "_set_completion_headers", set_completion_headers),
     (APIHandler, "handle_completion", handle_completion),
 )

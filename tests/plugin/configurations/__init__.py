@@ -8,6 +8,8 @@ from tests.plugin.configurations.tables import (
     CONFIGURATIONS,
     DIFFERS_IN_BLOCKS,
     DIFFERS_WITHOUT_CACHE,
+    FAULTY,
+    MISSING,
     UNBUILDABLE,
 )
 from tests.plugin.configurations.wide import STAY_NARROW
@@ -16,6 +18,8 @@ __all__ = [
     "CONFIGURATIONS",
     "DIFFERS_IN_BLOCKS",
     "DIFFERS_WITHOUT_CACHE",
+    "FAULTY",
+    "MISSING",
     "STAY_NARROW",
     "UNBUILDABLE",
     "VOCABULARY",

@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, CacheFullError
-from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from tests.plugin.configurations import build
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
@@ -129,3 +129,28 @@ def test_input_of_another_number_of_rows() -> None:
         with pytest.raises(ValueError, match=message):
             model(mx.array(tokens, mx.int32), cache=cache)
     assert cache.position == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "llama:window", "gemma3_text", "deepseek_v3"])
+def test_keys_are_those_of_the_tokens(name: str) -> None:
+    """Whichever cells they are in: tools take the first `offset` of them, as of mlx-lm's own caches."""
+    model = build(name)
+    one, two = make_prompt_cache(model), make_prompt_cache(model)
+    for cache, begin in ((one, 0), (two, 3), (one, 5), (two, 7)):
+        logits_of(model, cache, TEXT[begin : begin + 5])
+    for cache in (one, two, two.fork(), PromptCache(one[0].merge([two[0], one[0]]).extract(1).rows)):
+        for layer in cache:
+            keys, values = layer.plain_state[:2]
+            assert mx.array_equal(layer.keys, keys) and mx.array_equal(layer.values, values)
+            with pytest.raises(CacheError, match=r"cannot assign keys of layer .* may share its cells"):
+                layer.keys = keys + 1
+    again = make_prompt_cache(model)
+    logits_of(model, again, [*TEXT[3:8], *TEXT[7:12]], 5)
+    assert difference(logits_of(model, two, [5]), logits_of(model, again, [5])) <= 1e-5
+
+
+def test_quantized_keys_are_as_mlx_lm_holds_them() -> None:
+    model = tiny_llama(head_dim=32)
+    cache = make_prompt_cache(model, kv_bits=8, kv_group_size=32)
+    logits_of(model, cache, TEXT[:6])
+    assert [array.shape for array in cache[0].keys] == [(1, 2, 6, 8), (1, 2, 6, 1), (1, 2, 6, 1)]

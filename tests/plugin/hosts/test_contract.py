@@ -13,7 +13,9 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import attach, make_prompt_cache
-from tests.plugin.running import logits_of
+from mlx_kvcache.plugin.hosts.mlx_lm import MLX_LM
+from tests.plugin.configurations import build
+from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
 
 
@@ -103,3 +105,44 @@ def test_a_layer_that_the_model_never_writes() -> None:
     for layer in cache[:3]:
         layer.update_and_fetch(mx.zeros((1, 2, 1, 8)), mx.zeros((1, 2, 1, 8)))
     assert cache.position == 4
+
+
+of_0_31 = pytest.mark.skipif(not MLX_LM.keeps_numbers_apart, reason="since 0.32 caches have no meta_state")
+TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(30)]
+
+
+def theirs_of(cache: Any) -> list[Any]:
+    """mlx-lm's own caches of the same state."""
+    return [
+        getattr(mlx_lm_cache, type(entry).__name__).from_state(entry.state, entry.meta_state)
+        for entry in cache
+    ]
+
+
+@of_0_31
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "kv_group_size": 32}], ids=["float", "packed"])
+@pytest.mark.parametrize("name", ["llama", "llama:window", "gemma3_text", "lfm2", "falcon_h1", "deepseek_v3"])
+def test_states_of_0_31_load_into_its_own_classes(name: str, options: dict[str, Any]) -> None:
+    model = build(name, is_wide=True)
+    is_window = name in ("llama:window", "gemma3_text")
+    if options and (is_window or name == "deepseek_v3"):
+        pytest.skip("mlx-lm 0.31 cannot quantize a window, or keys that are part of the values")
+    cache = make_prompt_cache(model, **options)
+    for position in range(1, 18):
+        logits_of(model, cache, TEXT[position - 1 : position])
+        expected = logits_of(model, cache.fork(), TEXT[position : position + 1])
+        found = logits_of(model, theirs_of(cache), TEXT[position : position + 1])
+        assert difference(found, expected) <= (2e-2 if options else 1e-4) * mx.std(expected)
+
+
+@of_0_31
+def test_chunks_whose_position_0_31_would_not_know() -> None:
+    """It takes the number of keys for the position, which is right in the first chunk only."""
+    model = build("llama4")
+    cache = make_prompt_cache(model)
+    logits_of(model, cache, TEXT[:5])
+    assert [entry.offset for entry in theirs_of(cache)] == [5] * len(cache)
+    logits_of(model, cache, TEXT[5:11])
+    with pytest.raises(NotSupportedError, match="chunks that start at position 8"):
+        theirs_of(cache)
+    mx.eval([entry.state for entry in cache])

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import CacheError, CacheFileError
 from mlx_kvcache.plugin import PromptCache, attach, make_prompt_cache
+from mlx_kvcache.plugin.hosts.mlx_lm import MLX_LM
 from mlx_kvcache.plugin.hosts.mlx_lm_files import read_foreign
 from tests.plugin.configurations import DIFFERS_IN_BLOCKS, build
 from tests.plugin.files.make import path_of
@@ -215,6 +216,7 @@ def test_numbers_that_cannot_be(place: str, value: int, message: str, tmp_path: 
         read_foreign(theirs_with(place, value, tmp_path))
 
 
+@pytest.mark.skipif(MLX_LM.keeps_numbers_apart, reason="mlx-lm 0.31 does not save caches that are empty")
 def test_caches_that_have_read_nothing(tmp_path: Path) -> None:
     path = tmp_path / "empty.safetensors"
     save_prompt_cache(

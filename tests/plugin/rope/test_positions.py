@@ -6,6 +6,8 @@ removal it must answer as if the removed tokens had never been there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -105,15 +107,17 @@ def test_a_latent_carries_its_rotation_in_the_values() -> None:
     assert [(r.slots, r.start, r.shift.dims) for r in rotations if r] == [((1,), 0, 8)] * 2
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        tiny_gpt2(),
-        tiny_llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=32),
-    ],
-    ids=["learned", "dynamic"],
-)
-def test_what_is_not_understood_is_refused(model: nn.Module) -> None:
+def dynamic() -> nn.Module:
+    try:
+        return tiny_llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=32)
+    except ValueError as error:
+        # mlx-lm 0.31 does not have it.
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("made", [tiny_gpt2, dynamic], ids=["learned", "dynamic"])
+def test_what_is_not_understood_is_refused(made: Callable[[], nn.Module]) -> None:
+    model = made()
     cache = make_prompt_cache(model)
     before = logits_of(model, cache, TEXT[:20])
     with pytest.raises(NotSupportedError, match=r"\[4, 8\) of 20 tokens"):
