@@ -90,13 +90,13 @@ def maybe_quantize_kv_cache(
 
     Raises NotSupportedError if the keys and values cannot be quantized as asked.
     """
-    schemes = kv_quant_scheme, kv_key_bits, kv_value_bits, kv_key_scheme, kv_value_scheme
+    split = kv_key_bits, kv_value_bits, kv_key_scheme, kv_value_scheme
     rows = rows_of(prompt_cache)
     if rows is None:
-        original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits, *schemes)
+        given = kv_quant_scheme, *split
+        original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits, *given)
     elif kv_bits is not None:
-        scheme, *others = schemes
-        bits = _bits(kv_bits, *others, kv_group_size, scheme)
+        bits = _bits(kv_bits, kv_quant_scheme, kv_group_size, *split)
         if rows.pool.quantization is None and max(rows.positions) >= quantized_kv_start:
             _quantize(rows, Storage(bits, kv_group_size))
             prompt_cache[:] = entries_of(rows)
@@ -119,9 +119,8 @@ def quantize(
     """
     if kv_bits is None:
         return
-    bits = _bits(
-        kv_bits, kv_key_bits, kv_value_bits, kv_key_scheme, kv_value_scheme, kv_group_size, kv_quant_scheme
-    )
+    split = kv_key_bits, kv_value_bits, kv_key_scheme, kv_value_scheme
+    bits = _bits(kv_bits, kv_quant_scheme, kv_group_size, *split)
     count = len(rows.pool.layout.entries)
     in_float = [i for i in range(count) if not mlx_vlm_cache.should_quantize_kv_layer(i, count)]
     _quantize(rows, Storage(bits, kv_group_size, in_float))
@@ -135,12 +134,12 @@ def _quantize(rows: Rows, storage: Storage) -> None:
 
 def _bits(
     kv_bits: float,
+    scheme: str,
+    group_size: int,
     key_bits: float | None,
     value_bits: float | None,
     key_scheme: str | None,
     value_scheme: str | None,
-    group_size: int,
-    scheme: str,
 ) -> Any:
     """The widths of keys and values. Raises NotSupportedError if they are not quantized uniformly."""
     policy = from_legacy(kv_bits, scheme, group_size, key_bits, value_bits, key_scheme, value_scheme)

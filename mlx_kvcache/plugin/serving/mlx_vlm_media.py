@@ -195,7 +195,7 @@ def prepare_generation_inputs(
     prepared = original_prepare(model, processor, prompt, image, audio, video, kwargs)
     tokens, pixels, _, others = prepared
     if tokens is not None and tokens.shape[0] == 1:
-        note(model, tokens.flatten().tolist(), {**others, "pixel_values": pixels}, kwargs)
+        note(model, _flat(tokens), {**others, "pixel_values": pixels}, kwargs)
     else:
         forget()
     return prepared
@@ -215,12 +215,18 @@ def semantic_extra_hash(**kwargs: Any) -> int:
 
 def generate_step(input_ids: mx.array, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces `generate_step`: also records which cache the request under way is generated with."""
-    cache, request = kwargs.get("prompt_cache"), getattr(_now, "request", None)
+    cache: Any = kwargs.get("prompt_cache")
+    request: Request | None = getattr(_now, "request", None)
     if is_cache(cache):
-        tokens = tuple(input_ids.flatten().tolist())
+        tokens = tuple(_flat(input_ids))
         if request and request.tokens[-len(tokens) :] == tokens:
             _under_way[cache[0].rows] = request
         else:
             _under_way.pop(cache[0].rows, None)
     forget()
     return original_step(input_ids, model, *args, **kwargs)
+
+
+def _flat(tokens: mx.array) -> list[int]:
+    listed: Any = tokens.flatten().tolist()
+    return list(listed)

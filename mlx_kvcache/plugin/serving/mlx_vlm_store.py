@@ -51,12 +51,16 @@ _stores: weakref.WeakKeyDictionary[Any, list[tuple[Pool, SessionPool]]] = weakre
 
 def coordinator(manager: Any, model: Any) -> Any:
     """Replaces `APCCoordinator`: makes this package's for an attached model."""
-    language_model = getattr(model, "language_model", model)
-    is_ours = manager is not None and is_cache(fresh(language_model))
-    return (Coordinator if is_ours else APCCoordinator)(manager, model)
+    rows = None if manager is None else rows_of(fresh(getattr(model, "language_model", model)))
+    if rows is None:
+        return APCCoordinator(manager, model)
+    made = Coordinator(manager, model)
+    # Each rank would evict different conversations.
+    made.enabled = rows.pool.ranks.is_alone
+    return made
 
 
-class Coordinator(APCCoordinator):  # type: ignore[misc]
+class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
     """Looks up and stores the prefixes of an attached model's prompts."""
 
     # Of mlx-vlm's two strategies, this one stores what is computed without cutting prompts into steps.
@@ -155,7 +159,7 @@ class Coordinator(APCCoordinator):  # type: ignore[misc]
         rows = rows_of(prompt_cache)
         if rows is None:
             return False
-        salt, key, _ = self._key_of(token_ids, extra_hash)
+        salt, key = self._key_of(token_ids, extra_hash)[:2]
         fork = PromptCache(rows.extracted(batch_idx or 0))
         try:
             if fork.position > len(key):
@@ -191,18 +195,16 @@ class Coordinator(APCCoordinator):  # type: ignore[misc]
     def _empty(self, options: Mapping[str, Any] | None, request: Request | None = None) -> list[PromptCache]:
         """Empty caches like those that the caller may go on with, the preferred one first."""
         language_model = getattr(self.model, "language_model", self.model)
+        made: Any = fresh(language_model)
         if options is not None:
-            made: Any = fresh(language_model)
             mlx_vlm_batch.quantize(made._rows, **{"kv_bits": None, **options})
             return [PromptCache(made._rows)]
-        made = fresh(language_model)
-        if request is None or request.options.get("kv_bits") is None:
+        asked = request.options if request else {}
+        if asked.get("kv_bits") is None:
             return [made]
         packed: Any = fresh(language_model)
-        given = {"quantized_kv_start": 0, "kv_group_size": 64} | {
-            name: value for name, value in request.options.items() if value is not None
-        }
-        mlx_vlm_batch.maybe_quantize_kv_cache(packed, **(given | {"quantized_kv_start": 0}))
+        whole = {"kv_group_size": 64, **asked, "quantized_kv_start": 0}
+        mlx_vlm_batch.maybe_quantize_kv_cache(packed, **whole)
         return [packed, made]
 
     def _store_of(self, rows: Rows) -> SessionPool:
@@ -215,7 +217,7 @@ class Coordinator(APCCoordinator):  # type: ignore[misc]
                 options["kv_bits"] = by_layer(options["kv_bits"])
             disk = self.manager.disk
             found = make_session_pool(
-                rows.pool.model,
+                rows.pool.living_model,
                 max_bytes=self.manager.memory_max_bytes,
                 folder=disk and disk.dir / FOLDER,
                 folder_bytes=(disk and disk.max_bytes) or 1 << 62,

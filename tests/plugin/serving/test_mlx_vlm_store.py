@@ -54,9 +54,8 @@ def batching(model: nn.Module, processor: Any, manager: apc.APCManager | None, *
     resources = model, processor, model.config
     with (
         patch.object(generation, "load_model_resources", lambda *_: resources),
-        patch.object(generation, "prepare_inputs", lambda _, *, prompts, **__: dict(by_number[int(prompts)])),
+        patch.object(generation, "prepare_inputs", lambda _, **given: dict(prompts[int(given["prompts"])])),
     ):
-        by_number = prompts
         server = generation.ResponseGenerator("model", apc_manager=manager, **more)
         server.wait_until_ready()
 
