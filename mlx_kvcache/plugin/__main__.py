@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from ..errors import CacheError, CacheFullError
 from ..quantization import GROUP_SIZES, WIDTHS
 from .attach import attach_all
+from .hosts.mlx_lm import MLX_LM
 
 COMMANDS = ("generate", "chat", "server", "cache_prompt")
 PROGRAM = "python -m mlx_kvcache.plugin"
@@ -42,6 +43,8 @@ def main() -> None:
         parser.error("--sinks needs --overflow shift and --capacity N")
     if sinks and sinks >= capacity:
         parser.error(f"--sinks must be below --capacity {capacity}, got {sinks}")
+    if not MLX_LM.is_installed:
+        sys.exit(f"{PROGRAM} {command}: mlx-lm is not installed: pip install mlx-lm")
     # attach_all replaces names in modules that are already imported, so the command is imported first.
     tool = importlib.import_module(f"mlx_lm.{command}")
     for name in _misplaced(parser, tool, arguments):
