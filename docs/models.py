@@ -42,10 +42,10 @@ PAGE = Path(__file__).parent / "models.md"
 INTRODUCTION = """\
 # Models
 
-What the plug-in supports on each architecture of {hosts}. `make models` finds this out by running small
-configurations with random weights. Tests compare each of them with the logits of its library's own caches:
-prefill in one block and in uneven blocks, decoding past every window and chunk border, rewinding, forking,
-and batches of rows of unequal length.
+What the plug-in supports on each architecture of {hosts}.
+`make models` finds this out by running small configurations with random weights. Tests compare each of them
+with the logits of its library's own caches: prefill in one block and in uneven blocks, decoding past every
+window and chunk border, rewinding, forking, and batches of rows of unequal length.
 
 - **Layers**: the number of layers of each kind. *full*: full attention; *window n*, *chunk n*: a sliding
   window or chunks of n tokens, as in the small configuration; *state*: a recurrent layer.
@@ -99,8 +99,7 @@ class Part:
 PARTS = (
     Part(
         MLX_LM,
-        "**{passing} of {modules}** model modules run on its caches. `tests/plugin/test_architectures.py`\n"
-        "compares them.",
+        "**{passing} of {modules}** model modules run; `tests/plugin/test_architectures.py` compares them.",
         CONFIGURATIONS,
         build,
         STAY_NARROW,
@@ -110,16 +109,15 @@ PARTS = (
     ),
     Part(
         MLX_VLM,
-        "**{passing} of {modules}** modules with a language model run on its caches.\n"
-        "`tests/plugin/test_vlm_architectures.py` compares the language models, and "
-        "`tests/plugin/test_vlm_pictures.py`\nwhole models with pictures in the prompt (see "
-        "[Pictures in the prompt](guides/images.md)).",
+        "**{passing} of {modules}** modules with a language model run; `tests/plugin/test_vlm_architectures.py` "
+        "compares\nthem. `tests/plugin/test_vlm_pictures.py` compares whole models with "
+        "[pictures in the prompt](guides/images.md).",
         VLM_CONFIGURATIONS,
         build_language_model,
         VLM_STAY_NARROW,
         language_modules(),
         VLM_NOT_BUILT,
-        "These models cannot run on the machine that made this page, or do not generate text token by token.",
+        "These modules have no small configuration, for the reasons given.",
     ),
 )
 
