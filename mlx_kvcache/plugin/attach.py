@@ -141,10 +141,11 @@ def _make_cache(model: nn.Module) -> list[Any]:
 
 def _bind_all() -> None:
     """Installs our functions in hosts while any model is attached, and theirs otherwise. Takes no lock."""
-    while True:
+    # When the process ends, modules go before the last models.
+    while not sys.is_finalizing():
         is_attached = bool(_attached or _all_models)
         for host in HOSTS:
-            if host.package in sys.modules:
+            if sys.modules.get(host.package):
                 _bind("make_prompt_cache", host, host.make_prompt_cache, _dispatch, is_attached)
                 tools = importlib.import_module(_TOOLS[host], __package__)
                 for name, (theirs, ours) in tools.FUNCTIONS.items():
