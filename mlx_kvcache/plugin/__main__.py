@@ -20,14 +20,7 @@ from ..errors import CacheError, CacheFullError
 from ..quantization import GROUP_SIZES, WIDTHS
 from .attach import attach_all
 from .hosts.layout import HOSTS
-from .hosts.mlx_lm import MLX_LM
-from .hosts.mlx_vlm import MLX_VLM
 
-COMMANDS = {
-    MLX_LM.name: ("generate", "chat", "server", "cache_prompt"),
-    MLX_VLM.name: ("generate", "chat", "server"),
-}
-"""The commands of each host."""
 PROGRAM = "python -m mlx_kvcache.plugin"
 
 
@@ -44,8 +37,8 @@ def main() -> None:
     options = vars(parser.parse_args())
     name, command, arguments = (options.pop(key) for key in ("host", "command", "arguments"))
     host = next(host for host in HOSTS if host.name == name)
-    if command not in COMMANDS[name]:
-        parser.error(f"{name} has no command {command}; its commands are {', '.join(COMMANDS[name])}")
+    if command not in host.commands:
+        parser.error(f"{name} has no command {command}; its commands are {', '.join(host.commands)}")
     if not host.is_installed:
         parser.error(f"{name} is not installed: pip install {name}")
     capacity, sinks, is_shift = options["capacity"], options["sinks"], options["overflow"] == "shift"
@@ -101,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help=text)
     text = "start to quantize when a cache holds more than N tokens (default: 0)"
     add("--quantize-after", type=_whole, default=0, metavar="N", help=text)
-    commands = list(dict.fromkeys(command for own in COMMANDS.values() for command in own))
+    commands = list(dict.fromkeys(command for host in HOSTS for command in host.commands))
     add("command", choices=commands, help="command of the host; only mlx-lm has cache_prompt")
     add("arguments", nargs=argparse.REMAINDER, help="arguments of that command; --help lists them")
     return parser

@@ -24,12 +24,8 @@ from .entries.nested import CacheList
 from .hosts.host import Host
 from .hosts.layout import HOSTS, host_of, own_cache
 from .hosts.mlx_lm import MLX_LM
-from .hosts.mlx_vlm import MLX_VLM
 from .hosts.observe import PerModel, observe
 from .prompt_cache import make_prompt_cache
-
-_TOOLS = {MLX_LM: ".serving.mlx_lm_server", MLX_VLM: ".serving.mlx_vlm_tools"}
-"""For each host the module that patches its tools."""
 
 _all_models: list[tuple[Host, dict[str, Any]]] = []
 """The host and the options of each call of `attach_all`."""
@@ -147,7 +143,7 @@ def _bind_all() -> None:
         for host in HOSTS:
             if sys.modules.get(host.package):
                 _bind("make_prompt_cache", host, host.make_prompt_cache, _dispatch, is_attached)
-                tools = importlib.import_module(_TOOLS[host], __package__)
+                tools = importlib.import_module(host.tools, __package__)
                 for name, (theirs, ours) in tools.FUNCTIONS.items():
                     _bind(name, host, theirs, ours, is_attached)
                 tools.patch(is_attached)

@@ -20,8 +20,9 @@ from ..cells.visibility import Chunk
 from ..errors import NotSupportedError
 from ..storage.buffers import Form
 from .entries.nested import entries_of
-from .forward.batch_rows import Rows, TokenRows
+from .forward.batch_rows import Rows
 from .forward.forward import newest
+from .forward.token_rows import TokenRows
 from .hosts.host import logits_of, name_of
 from .hosts.layout import Leaf
 from .hosts.mixers import Mixers, find

@@ -44,13 +44,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ...arguments import whole
 from ...caches.plan import JointPlan
@@ -60,7 +58,8 @@ from ..hosts.host import found_logits, joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
-from ..rope.axes import ARGUMENT, Relative, forget_positions, relative_of
+from ..rope.axes import ARGUMENT, Relative
+from . import positions
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
 from .forward import Columns, Form, Forward, Padding, cuts_of
 from .row_groups import groups, indivisible, is_one_input, is_undivided, run_apart
@@ -334,7 +333,7 @@ class Rows(Caller):
         with self.pool.lock:
             n = self._length(args, kwargs)
             columns = self._columns_of(n)
-            relative = self._relative(columns, n, args, kwargs)
+            relative = positions.told_by(self, columns, n, args, kwargs)
             if relative is not None:
                 kwargs = {**kwargs, ARGUMENT: relative}
             block = self._block(columns, n)
@@ -353,11 +352,11 @@ class Rows(Caller):
                 heads = [conversation.head for conversation in self.conversations]
                 try:
                     self._begin(n, is_called=True)
-                    named = {**kwargs, **self._positions_told(columns, n, relative)}
+                    named = {**kwargs, **positions.argument(self, columns, n, relative)}
                     with unless_all_can(self.pool):
                         output = call(*args, **named)
                     if relative is not None:
-                        self._note_positions(columns, relative)
+                        positions.note(self, columns, relative)
                     self.finish(output)
                 except BaseException:
                     self.settle()
@@ -368,50 +367,6 @@ class Rows(Caller):
                 return output
 
             return forward_together(self, n, (*args, *kwargs.values()), called)
-
-    def _relative(
-        self, columns: Sequence[Columns], n: int, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Relative | None:
-        """What a call says about the positions of its tokens on several axes; None if it says nothing."""
-        if self.pool.axes is None:
-            forget_positions(self.pool.living_model, kwargs)
-            return None
-        tokens = self.positions
-        expected = [
-            before + conversation.head.deltas.at(before)
-            for before, conversation in zip(tokens, self.conversations, strict=True)
-        ]
-        model = self.pool.living_model
-        return relative_of(model, self.pool.axes, tokens, expected, columns, n, args, kwargs)
-
-    def _positions_told(
-        self, columns: Sequence[Columns], n: int, relative: Relative | None
-    ) -> dict[str, mx.array]:
-        """The argument that tells the model the positions of its tokens on several axes."""
-        if self.pool.axes is None:
-            return {}
-        if relative is None:
-            return {ARGUMENT: self.pool.axes.plain(self._first_positions(columns), n)}
-        assert self.forward is not None
-        pairs = zip(self.forward.begins, self.conversations, strict=True)
-        starts = [conversation.next_position(begin) for begin, conversation in pairs]
-        return {ARGUMENT: self.pool.axes.argument(relative.array + np.array(starts)[:, None])}
-
-    def _first_positions(self, columns: Sequence[Columns]) -> list[int]:
-        """The position of the first column of each row of the input, if its tokens are text."""
-        assert self.forward is not None
-        rows = zip(self.forward.begins, self.conversations, columns, strict=True)
-        return [conversation.next_position(begin) - first for begin, conversation, (first, _) in rows]
-
-    def _note_positions(self, columns: Sequence[Columns], relative: Relative) -> None:
-        """Keep how far the positions of these tokens are from those of text."""
-        assert self.forward is not None
-        for row, (conversation, (first, stop)) in enumerate(zip(self.conversations, columns, strict=True)):
-            own = relative.array[:, row, first:stop]
-            if (own != np.arange(stop - first)).any():
-                head = conversation.head
-                deltas = head.deltas.grown(self.forward.begins[row], own)
-                conversation.head = replace(head, deltas=deltas)
 
     def check_called_by(self, model: nn.Module) -> None:
         """Raise ValueError unless the caches belong to this model."""
@@ -625,46 +580,3 @@ def _columns(n: int, block: slice, argument: Any) -> Any:
     if isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n:
         return argument[:, block]
     raise indivisible(argument, (1, n))
-
-
-class TokenRows(Rows):
-    """Conversations whose next tokens form one input of shape (tokens, 1), without padding.
-
-    Args:
-        counts: the number of new tokens of each conversation.
-    """
-
-    def __init__(self, pool: Pool, conversations: Sequence[Conversation], counts: Sequence[int]) -> None:
-        super().__init__(pool, conversations, is_batch=True)
-        self._counts = list(counts)
-
-    @property
-    def _input_rows(self) -> int:
-        return sum(self._counts)
-
-    def _columns_of(self, n: int) -> list[Columns]:
-        return [(0, count) for count in self._counts]
-
-    @property
-    def _form(self) -> Form:
-        return "tokens"
-
-    def _first_positions(self, columns: Sequence[Columns]) -> list[int]:
-        assert self.forward is not None
-        found: list[int] = []
-        for begin, conversation, count in zip(
-            self.forward.begins, self.conversations, self._counts, strict=True
-        ):
-            first = conversation.next_position(begin)
-            found += range(first, first + count)
-        return found
-
-    def _find_offsets(self) -> tuple[Any, Any]:
-        offsets: list[int] = []
-        for position, conversation, count in zip(
-            self.positions, self.conversations, self._counts, strict=True
-        ):
-            first = position + conversation.head.lead
-            offsets += range(first, first + count)
-        before = mx.array(offsets, mx.int32)
-        return before, before + 1

@@ -155,6 +155,7 @@ class Forward:
         written: for each leaf, by index, whether it has written.
         asked: indices of the leaves that have asked for a mask.
         advanced: indices of the recurrences that have called `advance`.
+        is_by_token: whether `form` is "tokens".
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Forward:
         self.written = bytearray(len(pool.leaves))
         self.asked: set[int] = set()
         self.advanced: set[int] = set()
-        self._is_by_token = form == "tokens"
+        self.is_by_token = form == "tokens"
         self._is_full = all(span == (0, n) for span in columns)
         self._is_empty = all(first == stop for first, stop in columns)
         self._masks: dict[tuple[Rule, int], Mask] = {}
@@ -285,7 +286,7 @@ class Forward:
         """A recurrence's arrays (B, ...), as before this forward. The model replaces items of this list."""
         state = self._states.get(leaf.index)
         if state is None:
-            if self._is_by_token:
+            if self.is_by_token:
                 raise _no_arrays()
             if self._before is None:
                 recurrent = self.pool.recurrent
@@ -404,7 +405,7 @@ class Forward:
         """Drop padding: an array (B, heads, n, dim) of the model as (1, heads, tokens, dim)."""
         if self.is_single:
             return array
-        if self._is_by_token:
+        if self.is_by_token:
             return array.swapaxes(0, 2)
         if self._is_full:
             rows, heads, n, dim = array.shape
@@ -418,7 +419,7 @@ class Forward:
         """The reverse of `_tokens`, with zeros for padding."""
         if self.is_single:
             return tokens
-        if self._is_by_token:
+        if self.is_by_token:
             return tokens.swapaxes(0, 2)
         _, heads, _, dim = tokens.shape
         if self._is_full:
@@ -437,7 +438,7 @@ class Forward:
         """
         if self.is_single:
             return step.history(leaf.index, step.parts[0])
-        if self._is_by_token:
+        if self.is_by_token:
             raise _no_arrays()
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)
@@ -463,7 +464,7 @@ class Forward:
         if self.is_single:
             only = step.parts[0]
             return array_mask(rule, positions_of([(only.begin, only.end)]), positions_of(only.ranges))
-        if self._is_by_token:
+        if self.is_by_token:
             raise _no_arrays()
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)

@@ -38,6 +38,8 @@ class Host:
         versions: the versions that are known to work, for messages.
         functions: functions that the plug-in calls or replaces, with the parameters that it expects.
         not_answered: public attributes of the host's caches that entries need not define.
+        commands: the commands of the host that `python -m mlx_kvcache.plugin` can run.
+        tools: the module in `plugin/` that replaces functions of the host's tools.
         inner: the attribute of a whole model that holds its language model; None if models are not nested.
     """
 
@@ -45,6 +47,8 @@ class Host:
     package: str
     versions: str
     functions: Mapping[str, str]
+    commands: tuple[str, ...]
+    tools: str
     not_answered: frozenset[str] = frozenset()
     inner: str | None = None
     _entries: dict[type, type] = field(default_factory=dict)
@@ -181,7 +185,7 @@ def _numbers_of(name: str, state: Any) -> Any:
         offset, keep, max_size, index = numbers
         numbers = keep, max_size, offset, index
     elif name == "ChunkedKVCache":
-        _, *numbers = numbers
+        numbers = numbers[1:]
         if numbers[1]:
             raise NotSupportedError(
                 f"cannot describe chunks that start at position {numbers[1]}: caches of this host take the "

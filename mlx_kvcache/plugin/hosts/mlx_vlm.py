@@ -14,6 +14,8 @@ MLX_VLM = Host(
         "models.base.scaled_dot_product_attention": "queries keys values cache scale mask sinks",
         "generate.ar._make_cache": "model left_padding",
     },
+    commands=("generate", "chat", "server"),
+    tools=".serving.mlx_vlm_tools",
     not_answered=frozenset(
         {
             "from_state",

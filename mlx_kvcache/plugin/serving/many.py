@@ -27,7 +27,7 @@ from ...arguments import class_of, token_ids, whole
 from ...errors import CacheError, CacheFullError, NotSupportedError
 from ..cache_options import check_options, reusable
 from ..entries.nested import entries_of
-from ..forward.batch_rows import TokenRows
+from ..forward.token_rows import TokenRows
 from ..hosts.host import logits_of, name_of
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
