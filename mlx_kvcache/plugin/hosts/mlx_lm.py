@@ -30,6 +30,7 @@ MLX_LM = Host(
         "models.cache.PromptTrie.pop_prefixes": "self model tokens",
         # Called by models.
         "models.base.create_attention_mask": "h cache window_size return_array",
+        # Replaced in the modules of a model, so that each row of a batch attends to its own keys.
         "models.base.scaled_dot_product_attention": "queries keys values cache scale mask sinks",
     },
     commands=("generate", "chat", "server", "cache_prompt"),
