@@ -105,7 +105,7 @@ def test_heads_that_do_not_fit_are_refused_with_the_numbers(name: str) -> None:
 def test_batches(name: str) -> None:
     """Sequences of unequal length that generate together choose the tokens that each chooses alone."""
     model = model_of(name)
-    prompts = [TEXT[:17], TEXT[20:26], TEXT[30:41]]
+    prompts = [TEXT[:17], TEXT[20:26], TEXT[31:42]]
     options: dict[str, Any] = {"kv_bits": 8, "kv_group_size": GROUP}
     with attach(model, **options):
         generator = BatchGenerator(model, max_tokens=8)

@@ -56,7 +56,6 @@ FAULTY: dict[str, str] = {}
 if MLX_LM.version.startswith("0.31."):
     DIFFERS_WITHOUT_CACHE["falcon_h1"] = "without a cache only one layer runs"
     FAULTY = {
-        "deepseek_v32": "its indexer sums scores wrongly where a block has several rows",
         "gemma3n": "layers that share K and V rotate queries as if the block had been read already",
         "llama4": "a cache of chunks drops tokens by the length of its buffer",
     }

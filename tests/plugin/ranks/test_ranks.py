@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugin.configurations import build
 from tests.plugin.ranks import alike, disagreements
 from tests.plugin.ranks.launch import launch
-from tests.plugin.ranks.matrix import splittable
+from tests.plugin.ranks.matrix import splittable, ways
 
 
 def scenarios(module: object) -> list[str]:
@@ -29,8 +30,11 @@ def check(size: int, folder: Path, names: list[str]) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """They do what one process does, and what they are not to do all of them refuse."""
-    # A pipeline in which the send of the first rank hangs on a recurrence's state.
-    check(2, tmp_path, [*scenarios(alike), *scenarios(disagreements), "architecture=qwen3_next/pipeline"])
+    names = [*scenarios(alike), *scenarios(disagreements)]
+    if "pipeline" in ways(build("qwen3_next")):
+        # The send of the first rank hangs on a recurrence's state. mlx-lm 0.31 has no such model.
+        names.append("architecture=qwen3_next/pipeline")
+    check(2, tmp_path, names)
 
 
 def test_four_ranks(tmp_path: Path) -> None:
