@@ -67,8 +67,9 @@ def test_media_without_a_place_are_in_the_salt() -> None:
 
 
 def test_inputs_with_a_number_for_each_token_are_no_media() -> None:
-    inputs = {"attention_mask": mx.ones((1, 3)), "mm_token_type_ids": mx.zeros((1, 3))}
+    inputs = {"attention_mask": mx.ones((1, 3)), "kinds": mx.zeros((1, 3), mx.int32)}
     assert key(inputs, [1, 2, 3]) == key({}, [1, 2, 3])
+    assert key({"sound": mx.zeros((1, 3))}, [1, 2, 3]) != key({}, [1, 2, 3])
 
 
 def test_replies_keep_their_tokens() -> None:
