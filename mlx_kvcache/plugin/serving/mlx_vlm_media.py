@@ -154,7 +154,9 @@ def request_of(
 
 
 def _is_media(name: str, value: Any, length: int) -> bool:
-    """Whether an input may hold media: arrays, but not those with a number for each token."""
+    """Whether an input may hold media: of pictures anything, else arrays without a number for each token."""
+    if name.startswith(_PICTURES):
+        return value is not None
     if name in ("input_ids", "inputs_embeds", "mask", "attention_mask"):
         return False
     if isinstance(value, (list, tuple)):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_vlm import apc
-from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.generate.ar import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
 from ...errors import CacheError
 from ...sessions.prefix_cache import SessionPool
@@ -275,6 +276,65 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
         suffix_is_text_only=lambda point: is_cut,
         options=options,
     )
+
+
+original_generate = PromptProcessingBatch.generate
+original_step = GenerationBatch._step
+original_extend = GenerationBatch.extend
+original_filter = GenerationBatch.filter
+
+
+@dataclass
+class _Row:
+    """A row of a batch under way: its tokens in the cache, and how they are stored."""
+
+    coordinator: Coordinator
+    tokens: list[int]
+    extra_hash: int
+
+
+_rows: weakref.WeakKeyDictionary[Any, dict[int, _Row]] = weakref.WeakKeyDictionary()
+"""For each batch, its rows by mlx-vlm's number for them."""
+
+
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `PromptProcessingBatch.generate`: also notes which tokens the rows begin with."""
+    noted = {
+        uid: _Row(self._apc_coordinator, list(about["full_input_ids"]), about["extra_hash"])
+        for uid, about in zip(self.uids, self._apc_meta, strict=False)
+        if isinstance(self._apc_coordinator, Coordinator)
+    }
+    batch = original_generate(self, *args, **kwargs)
+    if isinstance(batch, GenerationBatch):
+        _rows[batch] = noted
+    return batch
+
+
+def step(self: Any) -> tuple[Any, ...]:
+    """Replaces `GenerationBatch._step`: also notes the tokens that the rows have taken in."""
+    found: tuple[Any, ...] = original_step(self)
+    noted = _rows.get(self)
+    if noted:
+        for uid, token in zip(self.uids, found[0], strict=True):
+            if uid in noted:
+                noted[uid].tokens.append(token)
+    return found
+
+
+def extend(self: Any, other: Any) -> None:
+    """Replaces `GenerationBatch.extend`: also takes over what is noted of the rows."""
+    original_extend(self, other)
+    _rows.setdefault(self, {}).update(_rows.pop(other, {}))
+
+
+def filter_rows(self: Any, keep: list[int]) -> None:
+    """Replaces `GenerationBatch.filter`: also stores the conversations that leave, with their replies."""
+    noted = _rows.get(self, {})
+    for index, uid in enumerate(self.uids):
+        row = noted.pop(uid, None) if index not in keep else None
+        if row is not None:
+            row.coordinator.commit(self.prompt_cache, row.tokens, batch_idx=index, extra_hash=row.extra_hash)
+    original_filter(self, keep)
 
 
 original_clear = APCManager.clear

@@ -44,6 +44,8 @@ def test_equal_patches_in_another_layout_are_another_picture() -> None:
 
 def test_where_rows_and_pictures_do_not_match_all_pictures_count() -> None:
     """Such as tiles, of which each picture has any number."""
+    sized = [key({"pixel_values": noise(2, 3, 8, 8), "image_sizes": [[8, n]] * 2}).key[2] for n in (6, 8)]
+    assert sized[0] != sized[1]
     tiles = noise(5, 3, 8, 8)
     one, other = key({"pixel_values": tiles}), key({"pixel_values": mx.concatenate([tiles[:4], tiles[:1]])})
     assert one.key[2] == one.key[5] != other.key[2]

@@ -107,6 +107,19 @@ def test_turns_and_branches(make: Callable[[], nn.Module], way: Any, loaded: tup
     assert not manager._exact_cache
 
 
+@pytest.mark.parametrize("make", [tiny_gemma3, tiny_lfm2], ids=lambda make: make.__name__)
+def test_replies_are_stored(make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]) -> None:
+    """The next turn reads neither the prompt nor the reply again."""
+    model, processor = make(), loaded[1]
+    tokens, cached = prompt(20), []
+    with attach(model), way(model, processor, apc.APCManager(num_blocks=4)) as ask:
+        for turn in range(3):
+            reply = ask(tokens)
+            cached.append(reply.cached)
+            tokens = tokens + reply.tokens[:-1] + prompt(30 + turn)[20:]
+    assert cached == [0, 20 + 7, 20 + 7 + 10 + 7]
+
+
 @pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl], ids=lambda make: make.__name__)
 def test_pictures_are_told_apart(
     make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]
