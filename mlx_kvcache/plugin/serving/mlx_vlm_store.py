@@ -161,20 +161,19 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         if rows is None:
             return False
         salt, key = self._key_of(token_ids, extra_hash)[:2]
-        fork = PromptCache(rows.extracted(batch_idx or 0))
         try:
+            fork = PromptCache(rows.extracted(batch_idx or 0))
             if fork.position > len(key):
                 fork.rewind_to(fork.resume_point(len(key)))
             position = fork.position
-            is_stored = not fork.gaps and self._store_of(rows).store(key[:position], fork, salt)
-        except CacheError as error:
+            if fork.gaps or not self._store_of(rows).store(key[:position], fork, salt):
+                return False
+        except (CacheError, ValueError) as error:
+            # The reply goes on without it.
             logging.warning("a conversation is not stored: %s", error)
-            is_stored = False
-        if is_stored:
-            self._count(stores=1, stored_tokens=position)
-        else:
-            fork.close()
-        return is_stored
+            return False
+        self._count(stores=1, stored_tokens=position)
+        return True
 
     def store_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
         """Does nothing: `commit` stores the checkpoints of recurrent layers, too."""
@@ -197,6 +196,9 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         """Empty caches like those that the caller may go on with, the preferred one first."""
         language_model = getattr(self.model, "language_model", self.model)
         made: Any = fresh(language_model)
+        if not is_cache(made):
+            # The model has been detached meanwhile.
+            return []
         if options is not None:
             mlx_vlm_batch.quantize(made._rows, **{"kv_bits": None, **options})
             return [PromptCache(made._rows)]
