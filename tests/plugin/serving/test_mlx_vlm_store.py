@@ -24,7 +24,7 @@ from tests.plugin.serving.mlx_vlm_models import (
     tiny_lfm2,
     tiny_qwen2_vl,
 )
-from tests.plugin.serving.mlx_vlm_running import Reply, replied
+from tests.plugin.serving.mlx_vlm_running import Generating, Reply, replied, watched
 
 Ask = Callable[..., Reply]
 """Replies to a prompt with pictures."""
@@ -148,6 +148,36 @@ def test_pictures_are_told_apart(
     before = [0, 13, 37, 37, 38, 37, len(two)]
     after = [0, 0, len(one), 0, 0, 0, len(two)]
     assert [reply.cached for reply in replies] == (before if is_cut else after)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}], ids=str)
+@pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl, tiny_lfm2], ids=lambda make: make.__name__)
+def test_rows_that_go_on_and_rows_that_begin(
+    make: Callable[[], nn.Module], options: dict[str, Any], loaded: tuple[nn.Module, Any]
+) -> None:
+    """Rows of one batch have stored prefixes of unequal lengths, or none."""
+    model, processor = make(), loaded[1]
+    stored = [prompt(30), prompt(70)[45:]]
+    rows = [stored[0] + prompt(60)[50:], prompt(99)[60:], stored[1][:17] + prompt(80)[70:], prompt(9)[3:]]
+    expected = []
+    for tokens in rows:
+        run = Generating(model, processor, max_tokens=6)
+        run.insert(tokens)
+        expected += run.finish().values()
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model), watched() as calls:
+        for tokens in stored:
+            run = Generating(model, processor, max_tokens=2, apc_manager=manager)
+            run.insert(tokens, salt=7)
+            run.finish()
+        batch = Generating(
+            model, processor, max_tokens=6, apc_manager=manager, prefill_batch_size=4, **options
+        )
+        ids = batch.insert(*rows, salt=7)
+        replies = batch.finish()
+    assert [replies[uid] for uid in ids] == expected
+    assert manager.stats.matched_tokens == 30 + 17
+    assert calls[-1].rows == 4
 
 
 def test_tenants_share_nothing(way: Any, loaded: tuple[nn.Module, Any]) -> None:
