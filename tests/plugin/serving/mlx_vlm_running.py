@@ -65,11 +65,18 @@ class Generating:
         self.generator = BatchGenerator(model.language_model, processor, stop_tokens=set(), **options)
         self.replies: dict[int, list[int]] = {}
 
-    def insert(self, *prompts: list[int], salt: int | None = None, **more: Any) -> list[int]:
-        """Add prompts without pictures. A `salt` stands for what mlx-vlm's server hashes."""
+    def insert(
+        self,
+        *prompts: list[int],
+        pictures: Sequence[Sequence[int]] = (),
+        salt: int | None = None,
+        **more: Any,
+    ) -> list[int]:
+        """Add prompts, each with random pictures. A `salt` stands for what mlx-vlm's server hashes."""
         inputs = []
-        for tokens in prompts:
-            features = self._model.get_input_embeddings(mx.array([tokens])).to_dict()
+        for index, tokens in enumerate(prompts):
+            media = pictures_of(self._model, *(pictures[index] if pictures else ()))
+            features = self._model.get_input_embeddings(mx.array([tokens]), **media).to_dict()
             inputs.append({name: value for name, value in features.items() if value is not None})
             if salt is not None:
                 inputs[-1]["_apc_semantic_hash"] = salt

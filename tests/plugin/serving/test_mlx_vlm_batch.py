@@ -20,7 +20,7 @@ from tests.plugin.serving.mlx_vlm_models import (
     tiny_lfm2,
     tiny_qwen2_vl,
 )
-from tests.plugin.serving.mlx_vlm_running import Generating, watched
+from tests.plugin.serving.mlx_vlm_running import Generating, replied, watched
 
 MODELS = [tiny_gemma3, tiny_lfm2, tiny_qwen2_vl]
 
@@ -75,6 +75,22 @@ def test_rows_join_and_leave(model: nn.Module, loaded: tuple[nn.Module, Any]) ->
         replies = run.finish()
     assert [replies[uid] for uid in ids] == expected
     assert max(call.rows for call in calls) >= 3
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}], ids=str)
+def test_rows_with_and_without_pictures(options: dict[str, Any], loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = tiny_qwen2_vl(), loaded[1]
+    rows = [prompt(12, -1, 20), prompt(7), prompt(3, -1, 4, -1, 6), prompt(25)]
+    pictures: list[tuple[int, ...]] = [(1,), (), (2, 3), ()]
+    expected = [replied(model, processor, *row[:1], *row[1]) for row in zip(rows, pictures, strict=True)]
+    with attach(model), watched() as calls:
+        run = Generating(model, processor, max_tokens=8, prefill_batch_size=2, **options)
+        ids = run.insert(*rows[:2], pictures=pictures[:2])
+        run.step(3)
+        ids += run.insert(*rows[2:], pictures=pictures[2:])
+        replies = run.finish()
+    assert [replies[uid] for uid in ids] == [reply.tokens for reply in expected]
+    assert max(call.rows for call in calls) == 4
 
 
 def test_one_row_and_then_more(loaded: tuple[nn.Module, Any]) -> None:
