@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +52,8 @@ def streaming(model: nn.Module, processor: Any, manager: apc.APCManager | None, 
 @contextmanager
 def batching(model: nn.Module, processor: Any, manager: apc.APCManager | None, **more: Any) -> Iterator[Ask]:
     """Requests by the server's `ResponseGenerator`."""
-    prompts: list[dict[str, mx.array]] = []
+    prompts: dict[int, dict[str, mx.array]] = {}
+    numbers = count()
     resources = model, processor, model.config
     with (
         patch.object(generation, "load_model_resources", lambda *_: resources),
@@ -62,10 +65,11 @@ def batching(model: nn.Module, processor: Any, manager: apc.APCManager | None, *
         def ask(tokens: Sequence[int], *pictures: int, tenant: str | None = None) -> Reply:
             mask = mx.ones((1, len(tokens)), mx.int32)
             media = pictures_of(model, *pictures)
-            prompts.append({"input_ids": mx.array([tokens]), "attention_mask": mask, **media})
-            mx.eval(prompts[-1])
+            number = next(numbers)
+            prompts[number] = {"input_ids": mx.array([tokens]), "attention_mask": mask, **media}
+            mx.eval(prompts[number])
             args = generation.GenerationArguments(max_tokens=8, temperature=0.0, tenant_id=tenant)
-            _, answer = server.generate(str(len(prompts) - 1), args=args)
+            _, answer = server.generate(str(number), args=args)
             parts = list(answer)
             return Reply([part.token for part in parts], parts[-1].cached_tokens)
 
@@ -142,6 +146,10 @@ def test_pictures_are_told_apart(
     manager = apc.APCManager(num_blocks=4)
     with attach(model), way(model, processor, manager) as ask:
         replies = [ask(tokens, *pictures) for tokens, pictures in requests]
+        if way is batching:
+            with ThreadPoolExecutor(len(requests)) as clients:
+                at_once = list(clients.map(lambda request: ask(request[0], *request[1]), requests))
+            assert [reply.tokens for reply in at_once] == expected
     assert [reply.tokens for reply in replies] == expected
     # Only Qwen's embeddings are cut before a picture, and only where they have been computed.
     is_cut = make is tiny_qwen2_vl and way is batching
