@@ -154,14 +154,17 @@ def request_of(
 
 
 def _is_media(name: str, value: Any, length: int) -> bool:
-    """Whether an input may hold media: arrays, but not those with a number for each token."""
+    """Whether an input may hold media: of pictures anything, else arrays without a number for each token."""
+    if name.startswith(_PICTURES):
+        return value is not None
     if name in ("input_ids", "inputs_embeds", "mask", "attention_mask"):
         return False
     if isinstance(value, (list, tuple)):
         return any(_is_media(name, part, length) for part in value)
     if not isinstance(value, (mx.array, np.ndarray)):
         return False
-    return name not in ar._SEQUENCE_ALIGNED_PROMPT_KWARGS and tuple(value.shape[-1:]) != (length,)
+    is_by_token = tuple(value.shape) in ((length,), (1, length)) and "float" not in str(value.dtype)
+    return name not in ar._SEQUENCE_ALIGNED_PROMPT_KWARGS and not is_by_token
 
 
 def _numbers(pictures: Mapping[str, Any], spans: Sequence[Span]) -> list[int]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _count_prompt_tokens
 
 from ...errors import CacheFullError
+from ..forward.batch_rows import Rows
 from .mlx_vlm_batch import fresh, room, rows_of
 from .mlx_vlm_media import forget, note
 
@@ -26,7 +28,7 @@ def initialize_model(self: Any) -> None:
     Raises NotSupportedError if the model does not run on these caches.
     """
     original_initialize(self)
-    fresh(self.model.language_model)
+    _empty_rows(self.model)
 
 
 def preprocess_request(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def validate_context_budget(
     """Replaces `ResponseGenerator.validate_context_budget`, which knows only the server's own limit."""
     original_validate(self, prompt, images, audio, args, videos)
     self.wait_until_ready()
-    rows = rows_of(fresh(self.model.language_model))
+    rows = _empty_rows(self.model)
     if rows is not None and rows.conversation.limits.capacity is not None:
         more = args.preprocessing_kwargs() if args else {}
         inputs = self._preprocess_request(prompt, images, audio, videos, **more)
@@ -62,3 +64,9 @@ def validate_context_budget(
             room(rows, _count_prompt_tokens(inputs))
         except CacheFullError as error:
             raise PromptTooLongError(str(error)) from error
+
+
+def _empty_rows(model: Any) -> Rows | None:
+    """The rows of an empty cache of an attached model; None for others."""
+    # Diffusion models generate in another way.
+    return None if is_diffusion_model(model) else rows_of(fresh(model.language_model))

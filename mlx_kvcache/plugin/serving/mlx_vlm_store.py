@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_vlm import apc
-from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.generate.ar import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
 from ...errors import CacheError
 from ...sessions.prefix_cache import SessionPool
@@ -160,20 +161,19 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         if rows is None:
             return False
         salt, key = self._key_of(token_ids, extra_hash)[:2]
-        fork = PromptCache(rows.extracted(batch_idx or 0))
         try:
+            fork = PromptCache(rows.extracted(batch_idx or 0))
             if fork.position > len(key):
                 fork.rewind_to(fork.resume_point(len(key)))
             position = fork.position
-            is_stored = not fork.gaps and self._store_of(rows).store(key[:position], fork, salt)
-        except CacheError as error:
+            if fork.gaps or not self._store_of(rows).store(key[:position], fork, salt):
+                return False
+        except (CacheError, ValueError) as error:
+            # The reply goes on without it.
             logging.warning("a conversation is not stored: %s", error)
-            is_stored = False
-        if is_stored:
-            self._count(stores=1, stored_tokens=position)
-        else:
-            fork.close()
-        return is_stored
+            return False
+        self._count(stores=1, stored_tokens=position)
+        return True
 
     def store_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
         """Does nothing: `commit` stores the checkpoints of recurrent layers, too."""
@@ -196,6 +196,9 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         """Empty caches like those that the caller may go on with, the preferred one first."""
         language_model = getattr(self.model, "language_model", self.model)
         made: Any = fresh(language_model)
+        if not is_cache(made):
+            # The model has been detached meanwhile.
+            return []
         if options is not None:
             mlx_vlm_batch.quantize(made._rows, **{"kv_bits": None, **options})
             return [PromptCache(made._rows)]
@@ -275,6 +278,65 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
         suffix_is_text_only=lambda point: is_cut,
         options=options,
     )
+
+
+original_generate = PromptProcessingBatch.generate
+original_step = GenerationBatch._step
+original_extend = GenerationBatch.extend
+original_filter = GenerationBatch.filter
+
+
+@dataclass
+class _Row:
+    """A row of a batch under way: its tokens in the cache, and how they are stored."""
+
+    coordinator: Coordinator
+    tokens: list[int]
+    extra_hash: int
+
+
+_rows: weakref.WeakKeyDictionary[Any, dict[int, _Row]] = weakref.WeakKeyDictionary()
+"""For each batch, its rows by mlx-vlm's number for them."""
+
+
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `PromptProcessingBatch.generate`: also notes which tokens the rows begin with."""
+    noted = {
+        uid: _Row(self._apc_coordinator, list(about["full_input_ids"]), about["extra_hash"])
+        for uid, about in zip(self.uids, self._apc_meta, strict=False)
+        if isinstance(self._apc_coordinator, Coordinator)
+    }
+    batch = original_generate(self, *args, **kwargs)
+    if isinstance(batch, GenerationBatch):
+        _rows[batch] = noted
+    return batch
+
+
+def step(self: Any) -> tuple[Any, ...]:
+    """Replaces `GenerationBatch._step`: also notes the tokens that the rows have taken in."""
+    found: tuple[Any, ...] = original_step(self)
+    noted = _rows.get(self)
+    if noted:
+        for uid, token in zip(self.uids, found[0], strict=True):
+            if uid in noted:
+                noted[uid].tokens.append(token)
+    return found
+
+
+def extend(self: Any, other: Any) -> None:
+    """Replaces `GenerationBatch.extend`: also takes over what is noted of the rows."""
+    original_extend(self, other)
+    _rows.setdefault(self, {}).update(_rows.pop(other, {}))
+
+
+def filter_rows(self: Any, keep: list[int]) -> None:
+    """Replaces `GenerationBatch.filter`: also stores the conversations that leave, with their replies."""
+    noted = _rows.get(self, {})
+    for index, uid in enumerate(self.uids):
+        row = noted.pop(uid, None) if index not in keep else None
+        if row is not None:
+            row.coordinator.commit(self.prompt_cache, row.tokens, batch_idx=index, extra_hash=row.extra_hash)
+    original_filter(self, keep)
 
 
 original_clear = APCManager.clear

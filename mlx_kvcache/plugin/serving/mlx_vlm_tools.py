@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_vlm import apc
 from mlx_vlm.generate import dispatch
-from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.generate.ar import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_vlm.generate.common import PromptCacheState
 from mlx_vlm.server.generation import ResponseGenerator
 
@@ -91,6 +91,10 @@ _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (BatchGenerator, "insert", mlx_vlm_batch.insert),
     (BatchGenerator, "_apc_extra_hash", mlx_vlm_store.extra_hash),
     (BatchGenerator, "_apc_pick_for", mlx_vlm_store.pick_for),
+    (PromptProcessingBatch, "generate", mlx_vlm_store.generate),
+    (GenerationBatch, "_step", mlx_vlm_store.step),
+    (GenerationBatch, "extend", mlx_vlm_store.extend),
+    (GenerationBatch, "filter", mlx_vlm_store.filter_rows),
     (apc.APCManager, "clear", mlx_vlm_store.clear),
     (apc.APCManager, "close", mlx_vlm_store.close),
     (apc.APCManager, "stats_snapshot", mlx_vlm_store.stats_snapshot),

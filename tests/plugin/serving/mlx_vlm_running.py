@@ -10,6 +10,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_vlm.generate import dispatch, stream_generate
+from mlx_vlm.generate.ar import BatchGenerator
 
 from mlx_kvcache.plugin.forward.batch_rows import Rows
 from tests.plugin.serving.mlx_vlm_models import pictures_of
@@ -54,3 +55,41 @@ def replied(model: nn.Module, processor: Any, tokens: Sequence[int], *pictures: 
     with patch.object(dispatch, "prepare_inputs", lambda *_, **__: dict(inputs)):
         results = list(stream_generate(model, processor, "", **{"max_tokens": 8, **options}))
     return Reply(results[-1].token_ids or [], results[-1].cached_tokens)
+
+
+class Generating:
+    """A `BatchGenerator`, and the replies so far."""
+
+    def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
+        self._model = model
+        self.generator = BatchGenerator(model.language_model, processor, stop_tokens=set(), **options)
+        self.replies: dict[int, list[int]] = {}
+
+    def insert(
+        self,
+        *prompts: list[int],
+        pictures: Sequence[Sequence[int]] = (),
+        salt: int | None = None,
+        **more: Any,
+    ) -> list[int]:
+        """Add prompts, each with random pictures. A `salt` stands for what mlx-vlm's server hashes."""
+        inputs = []
+        for index, tokens in enumerate(prompts):
+            media = pictures_of(self._model, *(pictures[index] if pictures else ()))
+            features = self._model.get_input_embeddings(mx.array([tokens]), **media).to_dict()
+            inputs.append({name: value for name, value in features.items() if value is not None})
+            if salt is not None:
+                inputs[-1]["_apc_semantic_hash"] = salt
+        uids: list[int] = self.generator.insert(list(prompts), prompt_kwargs=inputs, **more)
+        return uids
+
+    def step(self, n: int = 1) -> None:
+        for _ in range(n):
+            for response in self.generator.next()[1]:
+                self.replies.setdefault(response.uid, []).append(response.token)
+
+    def finish(self) -> dict[int, list[int]]:
+        while self.generator.has_work:
+            self.step()
+        self.generator.close()
+        return self.replies

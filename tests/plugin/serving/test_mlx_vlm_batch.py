@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_vlm
 import pytest
-from mlx_vlm.generate.ar import BatchGenerator, batch_generate
+from mlx_vlm.generate.ar import batch_generate
 
 from mlx_kvcache import CacheFullError, NotSupportedError
 from mlx_kvcache.plugin import attach
+from mlx_kvcache.plugin.serving.mlx_vlm_tools import _PATCHES, FUNCTIONS
 from tests.plugin.serving.mlx_vlm_models import (
-    pictures_of,
     prompt,
     text_folder,
     tiny_gemma3,
     tiny_lfm2,
     tiny_qwen2_vl,
 )
-from tests.plugin.serving.mlx_vlm_running import watched
+from tests.plugin.serving.mlx_vlm_running import Generating, replied, watched
 
 MODELS = [tiny_gemma3, tiny_lfm2, tiny_qwen2_vl]
 
@@ -36,36 +36,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[nn
 def model(request: pytest.FixtureRequest) -> nn.Module:
     made: nn.Module = request.param()
     return made
-
-
-class Generating:
-    """A `BatchGenerator`, and the replies so far."""
-
-    def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
-        self._model = model
-        self.generator = BatchGenerator(model.language_model, processor, stop_tokens=set(), **options)
-        self.replies: dict[int, list[int]] = {}
-
-    def insert(self, *prompts: list[int], pictures: tuple[int, ...] = (), **more: Any) -> list[int]:
-        inputs = []
-        for tokens in prompts:
-            ids, mask = mx.array([tokens]), mx.ones((1, len(tokens)), mx.int32)
-            media = pictures_of(self._model, *pictures)
-            features = self._model.get_input_embeddings(ids, mask=mask, **media).to_dict()
-            inputs.append({name: value for name, value in features.items() if value is not None})
-        uids: list[int] = self.generator.insert(list(prompts), prompt_kwargs=inputs, **more)
-        return uids
-
-    def step(self, n: int = 1) -> None:
-        for _ in range(n):
-            for response in self.generator.next()[1]:
-                self.replies.setdefault(response.uid, []).append(response.token)
-
-    def finish(self) -> dict[int, list[int]]:
-        while self.generator.has_work:
-            self.step()
-        self.generator.close()
-        return self.replies
 
 
 def alone(model: nn.Module, processor: Any, tokens: list[int], n: int) -> list[int]:
@@ -105,6 +75,22 @@ def test_rows_join_and_leave(model: nn.Module, loaded: tuple[nn.Module, Any]) ->
         replies = run.finish()
     assert [replies[uid] for uid in ids] == expected
     assert max(call.rows for call in calls) >= 3
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}], ids=str)
+def test_rows_with_and_without_pictures(options: dict[str, Any], loaded: tuple[nn.Module, Any]) -> None:
+    model, processor = tiny_qwen2_vl(), loaded[1]
+    rows = [prompt(12, -1, 20), prompt(7), prompt(3, -1, 4, -1, 6), prompt(25)]
+    pictures: list[tuple[int, ...]] = [(1,), (), (2, 3), ()]
+    expected = [replied(model, processor, *row[:1], *row[1]) for row in zip(rows, pictures, strict=True)]
+    with attach(model), watched() as calls:
+        run = Generating(model, processor, max_tokens=8, prefill_batch_size=2, **options)
+        ids = run.insert(*rows[:2], pictures=pictures[:2])
+        run.step(3)
+        ids += run.insert(*rows[2:], pictures=pictures[2:])
+        replies = run.finish()
+    assert [replies[uid] for uid in ids] == [reply.tokens for reply in expected]
+    assert max(call.rows for call in calls) == 4
 
 
 def test_one_row_and_then_more(loaded: tuple[nn.Module, Any]) -> None:
@@ -160,3 +146,22 @@ def test_detached_models_use_mlx_vlms_batches_again(loaded: tuple[nn.Module, Any
         run.finish()
     assert kind == "mlx_vlm.models.cache"
     assert not calls
+
+
+def test_nothing_stays_replaced(loaded: tuple[nn.Module, Any]) -> None:
+    def found() -> dict[tuple[str, str], Any]:
+        modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mlx_vlm"}
+        functions = {
+            (name, key): vars(module).get(key) for name, module in modules.items() for key in FUNCTIONS
+        }
+        methods = {(owner.__name__, key): getattr(owner, key) for owner, key, _ in _PATCHES}
+        return functions | methods
+
+    before = found()
+    with attach(loaded[0]):
+        during = found()
+    changed = {key for key, value in before.items() if value is not during[key]}
+    assert {key for _, key in changed} == {*FUNCTIONS, *(key for _, key, _ in _PATCHES)}
+    assert not {key for key, value in found().items() if before[key] not in (None, value)}
+    # What a package looks up in its modules was set there.
+    assert not {key for key, value in found().items() if value in [ours for _, ours in FUNCTIONS.values()]}

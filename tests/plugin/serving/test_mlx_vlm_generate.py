@@ -68,6 +68,11 @@ def test_a_cache_that_is_full_shifts(loaded: tuple[nn.Module, Any]) -> None:
         assert state.cache is not None
         assert result.generation_tokens == 8
         assert result.prompt_tokens > 32 >= state.cache.position
+        # It no longer holds the tokens that the next turn begins with.
+        again = mlx_vlm.generate(
+            model, processor, TEXT + " more", max_tokens=8, max_kv_size=32, prompt_cache_state=state
+        )
+        assert again.cached_tokens == 0
 
 
 @pytest.mark.parametrize(

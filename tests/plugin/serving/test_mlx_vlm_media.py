@@ -44,6 +44,8 @@ def test_equal_patches_in_another_layout_are_another_picture() -> None:
 
 def test_where_rows_and_pictures_do_not_match_all_pictures_count() -> None:
     """Such as tiles, of which each picture has any number."""
+    sized = [key({"pixel_values": noise(2, 3, 8, 8), "image_sizes": [[8, n]] * 2}).key[2] for n in (6, 8)]
+    assert sized[0] != sized[1]
     tiles = noise(5, 3, 8, 8)
     one, other = key({"pixel_values": tiles}), key({"pixel_values": mx.concatenate([tiles[:4], tiles[:1]])})
     assert one.key[2] == one.key[5] != other.key[2]
@@ -67,8 +69,9 @@ def test_media_without_a_place_are_in_the_salt() -> None:
 
 
 def test_inputs_with_a_number_for_each_token_are_no_media() -> None:
-    inputs = {"attention_mask": mx.ones((1, 3)), "mm_token_type_ids": mx.zeros((1, 3))}
+    inputs = {"attention_mask": mx.ones((1, 3)), "kinds": mx.zeros((1, 3), mx.int32)}
     assert key(inputs, [1, 2, 3]) == key({}, [1, 2, 3])
+    assert key({"sound": mx.zeros((1, 3))}, [1, 2, 3]) != key({}, [1, 2, 3])
 
 
 def test_replies_keep_their_tokens() -> None:
