@@ -19,7 +19,7 @@ MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.p
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test check fmt soak replay interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest docs fuzz peers coverage mutants clean
+.PHONY: help demo test check fmt soak replay interrupts soak-server soak-chat bench bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ demo: $(VENV)/demo  ## chat with SmolLM2 and see its cache; without a terminal, 
 
 # Two processes of one thread each: threads of OpenBLAS wait for each other by spinning.
 test: check     ## all checks and tests
-	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/dev  ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -106,7 +106,7 @@ pictures: $(VENV)/dev  ## draw the pictures in docs/
 screenshots: $(VENV)/dev  ## take the pictures of the chat in docs/, in a conversation with SmolLM2
 	$(RUN) -m docs.screenshots
 
-models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
+models: $(VENV)/dev  ## try every architecture of mlx-lm and mlx-vlm, and write docs/models.md
 	$(RUN) -m docs.models
 
 dist: $(VENV)/release  ## build the wheel and the sdist into dist/, and check what is in them
@@ -123,6 +123,9 @@ audit: $(VENV)/release  ## look for known holes in dependencies, write an SBOM, 
 
 test-lowest: $(VENV)/release  ## the tests with the lowest versions that pyproject.toml allows: core, then plug-in
 	.ci/test-lowest "$(abspath $(BIN))"
+
+test-hosts: $(VENV)/release  ## the plug-in's tests with mlx-lm 0.31.3, 0.32.0 and 0.32.2; HOSTS=0.31.3: one of them
+	.ci/test-hosts "$(abspath $(BIN))" "$(MODEL_WHEEL)"
 
 # MkDocs' theme announces its successor at every run, which would hide what matters.
 docs: $(VENV)/docs  ## build the documentation site into site/, warnings as errors, its links checked

@@ -1,7 +1,7 @@
-"""Runs a command of mlx-lm on the caches of this package.
+"""Runs a command of mlx-lm or mlx-vlm on the caches of this package.
 
 `python -m mlx_kvcache.plugin [options] generate|chat|server|cache_prompt ...` attaches the plug-in to every
-model that the command loads. Options before the command belong to this package, those after it to mlx-lm.
+model that the command loads. Options before the command belong to this package, those after it to the host.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import inspect
 import sys
 import traceback
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from ..errors import CacheError, CacheFullError
 from ..quantization import GROUP_SIZES, WIDTHS
 from .attach import attach_all
+from .hosts.layout import HOSTS
 from .hosts.mlx_lm import MLX_LM
+from .hosts.mlx_vlm import MLX_VLM
 
-COMMANDS = ("generate", "chat", "server", "cache_prompt")
+COMMANDS = {
+    MLX_LM.name: ("generate", "chat", "server", "cache_prompt"),
+    MLX_VLM.name: ("generate", "chat", "server"),
+}
+"""The commands of each host."""
 PROGRAM = "python -m mlx_kvcache.plugin"
 
 
@@ -32,10 +39,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """Parses the options of this package, attaches, and runs the command of mlx-lm."""
+    """Parses the options of this package, attaches, and runs the command of the host."""
     parser = _parser()
     options = vars(parser.parse_args())
-    command, arguments = options.pop("command"), options.pop("arguments")
+    name, command, arguments = (options.pop(key) for key in ("host", "command", "arguments"))
+    host = next(host for host in HOSTS if host.name == name)
+    if command not in COMMANDS[name]:
+        parser.error(f"{name} has no command {command}; its commands are {', '.join(COMMANDS[name])}")
+    if not host.is_installed:
+        parser.error(f"{name} is not installed: pip install {name}")
     capacity, sinks, is_shift = options["capacity"], options["sinks"], options["overflow"] == "shift"
     if is_shift and capacity is None:
         parser.error("--overflow shift needs --capacity N")
@@ -43,15 +55,13 @@ def main() -> None:
         parser.error("--sinks needs --overflow shift and --capacity N")
     if sinks and sinks >= capacity:
         parser.error(f"--sinks must be below --capacity {capacity}, got {sinks}")
-    if not MLX_LM.is_installed:
-        sys.exit(f"{PROGRAM} {command}: mlx-lm is not installed: pip install mlx-lm")
     # attach_all replaces names in modules that are already imported, so the command is imported first.
-    tool = importlib.import_module(f"mlx_lm.{command}")
-    for name in _misplaced(parser, tool, arguments):
-        parser.error(f"put {name} before {command}: options after the command go to mlx-lm")
-    sys.argv = [f"mlx_lm.{command}", *arguments]
+    tool = importlib.import_module(f"{host.package}.{command}")
+    for option in _misplaced(parser, tool, arguments):
+        parser.error(f"put {option} before {command}: options after the command go to {name}")
+    sys.argv = [f"{host.package}.{command}", *arguments]
     try:
-        attach_all(**options)
+        attach_all(host, **options)
         tool.main()
     except CacheFullError as error:
         sys.exit(f"{PROGRAM} {command}: {_full_message(error, options)}")
@@ -64,11 +74,15 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
-        description="Runs a command of mlx-lm on the caches of mlx_kvcache.",
+        description="Runs a command of mlx-lm or mlx-vlm on the caches of mlx_kvcache.",
         epilog="Example: python -m mlx_kvcache.plugin --capacity 4096 --overflow shift --sinks 4 "
         "generate --model PATH --prompt 'Hello'",
     )
     add = parser.add_argument
+    names = [host.name for host in HOSTS]
+    installed = next((host.name for host in HOSTS if host.is_installed), names[0])
+    text = f"the library of models and commands (default: {installed}, the first that is installed)"
+    add("--host", choices=names, default=installed, help=text)
     text = "maximum number of tokens in a cache (default: unlimited)"
     add("--capacity", type=partial(_whole, least=1), metavar="N", help=text)
     text = "when a cache is full: stop with an error (default), or remove the older half of its tokens"
@@ -87,22 +101,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help=text)
     text = "start to quantize when a cache holds more than N tokens (default: 0)"
     add("--quantize-after", type=_whole, default=0, metavar="N", help=text)
-    add("command", choices=COMMANDS, help="command of mlx-lm")
+    commands = list(dict.fromkeys(command for own in COMMANDS.values() for command in own))
+    add("command", choices=commands, help="command of the host; only mlx-lm has cache_prompt")
     add("arguments", nargs=argparse.REMAINDER, help="arguments of that command; --help lists them")
     return parser
 
 
 def _misplaced(parser: argparse.ArgumentParser, tool: ModuleType, arguments: list[str]) -> list[str]:
     """Returns the options after the command that only this package has."""
-    own, source = parser._option_string_actions.keys() - {"--help"}, inspect.getsource(tool)
+    own, source = parser._option_string_actions.keys() - {"--help"}, _source(tool)
     given = (argument.partition("=")[0] for argument in arguments)
     return [name for name in given if name.startswith("--") and name in own and f'"{name}"' not in source]
+
+
+def _source(tool: ModuleType) -> str:
+    """Returns the source of a command's module, or of all modules of its package."""
+    file = Path(inspect.getfile(tool))
+    files = sorted(file.parent.glob("*.py")) if hasattr(tool, "__path__") else [file]
+    return "".join(path.read_text(encoding="utf-8") for path in files)
 
 
 def _full_message(error: CacheFullError, options: dict[str, Any]) -> str:
     """Words a CacheFullError in terms of the command's options."""
     needed = error.capacity - error.free + error.needed
-    # --max-kv-size of mlx-lm replaces --capacity.
+    # --max-kv-size of the host replaces --capacity.
     bound = "--capacity" if error.capacity == options["capacity"] else "--max-kv-size"
     full = f"the cache needs room for at least {needed} tokens and {bound} is {error.capacity}: raise {bound}"
     if bound == "--capacity" and options["overflow"] == "error":
