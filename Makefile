@@ -106,7 +106,7 @@ pictures: $(VENV)/dev  ## draw the pictures in docs/
 screenshots: $(VENV)/dev  ## take the pictures of the chat in docs/, in a conversation with SmolLM2
 	$(RUN) -m docs.screenshots
 
-models: $(VENV)/dev  ## try every architecture of mlx-lm, and write docs/models.md
+models: $(VENV)/dev  ## try every architecture of mlx-lm and mlx-vlm, and write docs/models.md
 	$(RUN) -m docs.models
 
 dist: $(VENV)/release  ## build the wheel and the sdist into dist/, and check what is in them

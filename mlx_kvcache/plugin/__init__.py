@@ -1,4 +1,4 @@
-"""Plug-in for mlx-lm: runs its models and tools on the caches of this package."""
+"""Plug-in for mlx-lm and mlx-vlm: runs their models and tools on the caches of this package."""
 
 from .attach import attach, detach
 from .pool.inspection import Holding, holdings

@@ -1,7 +1,7 @@
-"""Prompt caches for mlx-lm models: `make_prompt_cache` and `PromptCache`.
+"""Prompt caches for models of mlx-lm and mlx-vlm: `make_prompt_cache` and `PromptCache`.
 
-A `PromptCache` is the cache list that mlx-lm passes to a model, with methods to rewind, edit, fork, save and
-load the conversation in it. A fork shares the keys and values of its origin in a pool of cells.
+A `PromptCache` is the cache list that a host passes to its model, with methods to rewind, edit, fork, save
+and load the conversation in it. A fork shares the keys and values of its origin in a pool of cells.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from .ranks import ranks_of
 
 
 class PromptCache(list[Any]):
-    """The cache of one conversation: a prompt cache of mlx-lm that can be rewound, edited, forked and saved.
+    """The cache of one conversation, which can be rewound, edited, forked and saved.
 
-    It is a list with one entry for each entry of the model's own cache. Positions count tokens from 0. A call
-    that raises changes nothing, but tokens that `overflow="shift"` removed to make room stay removed.
+    mlx-lm and mlx-vlm take it as `prompt_cache`. It is a list with one entry for each entry of the model's
+    own cache. Positions count tokens from 0. A call that raises changes nothing, but tokens that
+    `overflow="shift"` removed to make room stay removed.
 
     Attributes:
         tokens: the tokens that were saved with a loaded cache, or None.
@@ -149,7 +150,8 @@ class PromptCache(list[Any]):
             ValueError: begin and end are not in 0 <= begin <= end <= position, or recurrent is unknown.
             TypeError: begin or end is not a whole number.
             NotSupportedError: the model's keys cannot be re-based, its recurrent states cannot be changed in
-                this way, or a window would no longer hold tokens that the next token sees.
+                this way, a part of a picture would stay, or a window would no longer hold tokens that the
+                next token sees.
         """
         checked_recurrent(recurrent)
         position = self.position
@@ -299,10 +301,10 @@ def make_prompt_cache(
     quantize_after: int = 0,
     group: mx.distributed.Group | None = None,
 ) -> PromptCache:
-    """Makes a prompt cache for an mlx-lm model, with one entry for each entry of the model's own cache.
+    """Makes a prompt cache for a model, with one entry for each entry of the model's own cache.
 
     Args:
-        model: an mlx-lm model.
+        model: a model of mlx-lm or mlx-vlm. Of a whole vision model, the language model inside it is meant.
         capacity: the maximum number of tokens; None for no limit.
         overflow: what to do when the cache is full. "error" raises CacheFullError before anything is
             computed; "shift" keeps the first `sinks` tokens and removes the older half of the others.
@@ -326,7 +328,7 @@ def make_prompt_cache(
             refer to each rank's own cache list. None, or a group of one, compares nothing.
 
     Raises:
-        TypeError: model is not an mlx-lm model, or an option does not exist.
+        TypeError: model is not a model of mlx-lm or mlx-vlm, or an option does not exist.
         ValueError: an option is out of range, "shift" comes without a capacity, sinks come without "shift",
             or a head dimension is not a multiple of kv_group_size.
         NotSupportedError: the model has an unknown kind of layer or needs something of its cache that this

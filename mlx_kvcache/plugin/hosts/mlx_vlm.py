@@ -1,4 +1,8 @@
-"""Describes mlx-vlm, version 0.7."""
+"""Describes mlx-vlm, version 0.7.
+
+Its vision models are nested: a whole model computes the embeddings of a prompt with pictures, and calls the
+language model inside it with a cache list. Its text models have the same form.
+"""
 
 from __future__ import annotations
 

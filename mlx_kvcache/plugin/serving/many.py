@@ -155,7 +155,7 @@ class Many:
     """Generates for a changing set of sequences of one model (continuous batching).
 
     Args:
-        model: an mlx-lm model.
+        model: a model of mlx-lm or mlx-vlm.
         tokens_per_step: the maximum number of tokens in one call of the model.
         draft_tokens: the maximum number of tokens to draft for a sequence in each step: those that followed
             its 3 or 2 newest tokens where they occurred before, in its prompt or reply. They fill what

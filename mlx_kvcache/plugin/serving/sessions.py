@@ -1,4 +1,4 @@
-"""Makes a `SessionPool` for an mlx-lm model: a prefix cache in memory and, optionally, in a folder.
+"""Makes a `SessionPool` for a model: a prefix cache in memory and, optionally, in a folder.
 
 When the model's weights change, the pool drops its caches and continues with those files that were written
 with the new weights.

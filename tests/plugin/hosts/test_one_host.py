@@ -69,7 +69,7 @@ def test_a_host_without_the_other(host: str, missing: str, tmp_path: Path) -> No
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_commands_without_mlx_lm(tmp_path: Path) -> None:
+def test_a_command_without_its_host(tmp_path: Path) -> None:
     done = run(BLOCKED.format(missing="mlx_lm") + COMMAND, tmp_path)
     assert done.returncode == 2
     assert "error: mlx-lm is not installed: pip install mlx-lm" in done.stderr
