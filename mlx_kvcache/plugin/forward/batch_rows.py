@@ -58,8 +58,8 @@ from ..hosts.host import found_logits, joined
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
+from ..rope import axes
 from ..rope.axes import ARGUMENT, Relative
-from . import positions
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
 from .forward import Columns, Form, Forward, Padding, cuts_of
 from .row_groups import groups, indivisible, is_one_input, is_undivided, run_apart
@@ -333,7 +333,7 @@ class Rows(Caller):
         with self.pool.lock:
             n = self._length(args, kwargs)
             columns = self._columns_of(n)
-            relative = positions.told_by(self, columns, n, args, kwargs)
+            relative = axes.told_by(self, columns, n, args, kwargs)
             if relative is not None:
                 kwargs = {**kwargs, ARGUMENT: relative}
             block = self._block(columns, n)
@@ -352,11 +352,11 @@ class Rows(Caller):
                 heads = [conversation.head for conversation in self.conversations]
                 try:
                     self._begin(n, is_called=True)
-                    named = {**kwargs, **positions.argument(self, columns, n, relative)}
+                    named = {**kwargs, **axes.argument(self, columns, n, relative)}
                     with unless_all_can(self.pool):
                         output = call(*args, **named)
                     if relative is not None:
-                        positions.note(self, columns, relative)
+                        axes.note(self, columns, relative)
                     self.finish(output)
                 except BaseException:
                     self.settle()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -220,3 +220,52 @@ def relative_of(
 def _after(positions: NDArray[np.int64]) -> int:
     """The position of text after these (axes, n)."""
     return int(positions.max(initial=-1)) + 1
+
+
+def told_by(
+    rows: Any, columns: Sequence[tuple[int, int]], n: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Relative | None:
+    """What a call says about the positions of its n columns on several axes; None if it says nothing.
+
+    Args:
+        rows: the `Rows` of the call's input.
+    """
+    model, axes = rows.pool.living_model, rows.pool.axes
+    if axes is None:
+        forget_positions(model, kwargs)
+        return None
+    tokens = rows.positions
+    pairs = zip(rows.conversations, tokens, strict=True)
+    expected = [before + conversation.head.deltas.at(before) for conversation, before in pairs]
+    return relative_of(model, axes, tokens, expected, columns, n, args, kwargs)
+
+
+def argument(
+    rows: Any, columns: Sequence[tuple[int, int]], n: int, relative: Relative | None
+) -> dict[str, mx.array]:
+    """The argument that tells the model the positions of the forward's tokens; empty if it has one axis."""
+    axes, forward = rows.pool.axes, rows.forward
+    if axes is None:
+        return {}
+    assert forward is not None
+    pairs = zip(rows.conversations, forward.begins, strict=True)
+    starts = [conversation.next_position(begin) for conversation, begin in pairs]
+    if relative is not None:
+        return {ARGUMENT: axes.argument(relative.array + np.array(starts)[:, None])}
+    if forward.is_by_token:
+        every = [range(start, start + count) for start, (_, count) in zip(starts, columns, strict=True)]
+        return {ARGUMENT: axes.plain([position for own in every for position in own], n)}
+    return {
+        ARGUMENT: axes.plain([start - first for start, (first, _) in zip(starts, columns, strict=True)], n)
+    }
+
+
+def note(rows: Any, columns: Sequence[tuple[int, int]], relative: Relative) -> None:
+    """Keep how far the positions of the forward's tokens are from those of text."""
+    assert rows.forward is not None
+    for row, (conversation, (first, stop)) in enumerate(zip(rows.conversations, columns, strict=True)):
+        own = relative.array[:, row, first:stop]
+        if (own != np.arange(stop - first)).any():
+            head = conversation.head
+            deltas = head.deltas.grown(rows.forward.begins[row], own)
+            conversation.head = replace(head, deltas=deltas)
