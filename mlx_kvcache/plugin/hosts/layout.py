@@ -6,7 +6,7 @@ recurrent states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from itertools import count
@@ -87,17 +87,21 @@ def host_of(model: Any) -> Host:
     Raises:
         NotSupportedError: no host is installed.
     """
-    with own_make_cache(model) as make_cache:
-        entries = make_cache() if make_cache else []
-    for cls in (*type(model).__mro__, *(type(entry) for entry in entries[:1])):
-        for host in HOSTS:
-            if cls.__module__.partition(".")[0] == host.package:
-                return host
-    installed = next((host for host in HOSTS if host.is_installed), None)
-    if installed is None:
+    found = _defining(type(model).__mro__)
+    if found is None:
+        with own_make_cache(model) as make_cache:
+            found = _defining([type(entry) for entry in make_cache()[:1]] if make_cache else [])
+    found = found or next((host for host in HOSTS if host.is_installed), None)
+    if found is None:
         names = " or ".join(host.name for host in HOSTS)
         raise NotSupportedError(f"{class_of(model)} needs a host library: install {names}")
-    return installed
+    return found
+
+
+def _defining(classes: Iterable[type]) -> Host | None:
+    """Return the host that defines one of these classes."""
+    packages = [cls.__module__.partition(".")[0] for cls in classes]
+    return next((host for host in HOSTS if host.package in packages), None)
 
 
 def own_cache(model: nn.Module) -> list[Any]:
