@@ -218,3 +218,27 @@ def test_a_batch_whose_pictures_cannot_be_divided() -> None:
     with pytest.raises(NotSupportedError, match="call the model for one row or block at a time"):
         prefill(model, cache, picture(name))
     assert cache.position == 0
+
+
+def test_a_call_that_fails_after_a_picture_leaves_its_positions_out() -> None:
+    """Once in the model, and once as the forward ends."""
+    name = "qwen2_vl"
+    model: Any = build_vlm(name)
+    cache = make_prompt_cache(model)
+    prefill(model, cache, picture(name, 0))
+    expected, before = fresh(name, 0, MORE)[1], cache.position
+    rows, own = cache[0].rows, model.language_model.model.norm
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("stopped")
+
+    model.language_model.model.norm = failing
+    with pytest.raises(RuntimeError, match="stopped"):
+        prefill(model, cache, picture(name, 1))
+    model.language_model.model.norm = own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(rows), "finish", failing)
+        with pytest.raises(RuntimeError, match="stopped"):
+            prefill(model, cache, picture(name, 1))
+    assert cache.position == before
+    assert_equal(decode(model, cache, MORE), expected)

@@ -60,6 +60,7 @@ from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from ..rope import axes
 from ..rope.axes import ARGUMENT, Relative
+from ..rope.rebase import Head
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
 from .forward import Columns, Form, Forward, Padding, cuts_of
 from .row_groups import groups, indivisible, is_one_input, is_undivided, run_apart
@@ -333,7 +334,7 @@ class Rows(Caller):
         with self.pool.lock:
             n = self._length(args, kwargs)
             columns = self._columns_of(n)
-            relative = axes.told_by(self, columns, n, args, kwargs)
+            relative = axes.told_by(self, columns, n, args, kwargs) if self.pool.keeps_positions else None
             if relative is not None:
                 kwargs = {**kwargs, ARGUMENT: relative}
             block = self._block(columns, n)
@@ -349,20 +350,23 @@ class Rows(Caller):
                     return output
 
             def called() -> Any:
-                heads = [conversation.head for conversation in self.conversations]
+                heads: list[Head] = []
                 try:
                     self._begin(n, is_called=True)
-                    named = {**kwargs, **axes.argument(self, columns, n, relative)}
+                    named = kwargs
+                    if self.pool.axes is not None:
+                        named = {**kwargs, ARGUMENT: axes.argument(self, columns, n, relative)}
                     with unless_all_can(self.pool):
                         output = call(*args, **named)
                     if relative is not None:
+                        heads = [conversation.head for conversation in self.conversations]
                         axes.note(self, columns, relative)
                     self.finish(output)
                 except BaseException:
-                    self.settle()
-                    if relative is not None:
-                        for conversation, head in zip(self.conversations, heads, strict=True):
+                    if self.unfinished:
+                        for conversation, head in zip(self.conversations, heads, strict=False):
                             conversation.head = head
+                    self.settle()
                     raise
                 return output
 

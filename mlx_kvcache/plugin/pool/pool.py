@@ -91,6 +91,7 @@ class Pool:
         architecture: the module of the model's class.
         host: the library that the model comes from.
         axes: how the model takes positions on several axes; None if it does not.
+        keeps_positions: whether the model keeps positions of a conversation on its module.
         caches: one for each of the layout's rules.
         rewind: the number of newest tokens that recurrent layers can drop, whichever they are.
         kinds: for each leaf of the layout, the index of its cache.
@@ -118,6 +119,7 @@ class Pool:
         self.architecture = type(model).__module__
         self.host = host_of(model)
         self.axes = axes_of(model)
+        self.keeps_positions = self.axes is not None or hasattr(model, "_position_ids")
         self.version = version or version_of(model)
         self.ranks = ranks
         self.layout = layout

@@ -240,29 +240,22 @@ def told_by(
     return relative_of(model, axes, tokens, expected, columns, n, args, kwargs)
 
 
-def argument(
-    rows: Any, columns: Sequence[tuple[int, int]], n: int, relative: Relative | None
-) -> dict[str, mx.array]:
-    """The argument that tells the model the positions of the forward's tokens; empty if it has one axis."""
-    axes, forward = rows.pool.axes, rows.forward
-    if axes is None:
-        return {}
-    assert forward is not None
+def argument(rows: Any, columns: Sequence[tuple[int, int]], n: int, relative: Relative | None) -> mx.array:
+    """The argument that tells the model the positions of the tokens of the rows' forward."""
+    axes: Axes = rows.pool.axes
+    forward = rows.forward
     pairs = zip(rows.conversations, forward.begins, strict=True)
     starts = [conversation.next_position(begin) for conversation, begin in pairs]
     if relative is not None:
-        return {ARGUMENT: axes.argument(relative.array + np.array(starts)[:, None])}
-    if forward.is_by_token:
-        every = [range(start, start + count) for start, (_, count) in zip(starts, columns, strict=True)]
-        return {ARGUMENT: axes.plain([position for own in every for position in own], n)}
-    return {
-        ARGUMENT: axes.plain([start - first for start, (first, _) in zip(starts, columns, strict=True)], n)
-    }
+        return axes.argument(relative.array + np.array(starts)[:, None])
+    firsts: list[int] = []
+    for start, (first, stop) in zip(starts, columns, strict=True):
+        firsts += range(start, start + stop) if forward.is_by_token else [start - first]
+    return axes.plain(firsts, n)
 
 
 def note(rows: Any, columns: Sequence[tuple[int, int]], relative: Relative) -> None:
     """Keep how far the positions of the forward's tokens are from those of text."""
-    assert rows.forward is not None
     for row, (conversation, (first, stop)) in enumerate(zip(rows.conversations, columns, strict=True)):
         own = relative.array[:, row, first:stop]
         if (own != np.arange(stop - first)).any():
