@@ -18,6 +18,9 @@ if find_spec("mlx_lm") is None:
         "test_rope.py", "benchmarks", "chat", "docs", "examples", "fuzz", "plugin", "project",
         "test_api.py",
     ]  # fmt: skip
+# The lowest versions, and other versions of mlx-lm, are tested without mlx-vlm.
+if find_spec("mlx_vlm") is None:
+    collect_ignore_glob = ["plugin/test_vlm_*.py", "plugin/serving/test_mlx_vlm_*.py"]
 
 
 @pytest.fixture(params=["CPU", "GPU"])
