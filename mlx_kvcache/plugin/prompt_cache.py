@@ -192,8 +192,8 @@ class PromptCache(list[Any]):
             CacheFileError: the file cannot be written; an existing file is unchanged.
             ValueError: the number of tokens differs from `position`, or the format is unknown.
             TypeError: tokens is not a sequence of whole numbers.
-            NotSupportedError: format is "mlx-lm", and the cache belongs to a rank of a group or has chunks that
-                mlx-lm 0.31, which is installed, has no form for.
+            NotSupportedError: format is "mlx-lm", and the cache belongs to a rank of a group, or has chunks
+                that mlx-lm 0.31, which is installed, has no form for.
         """
         if format not in ("mlx_kvcache", "mlx-lm"):
             raise ValueError(f'format must be "mlx_kvcache" or "mlx-lm", got {format!r}')

@@ -177,7 +177,7 @@ def _numbers_of(name: str, state: Any) -> Any:
         offset, keep, max_size, index = numbers
         numbers = keep, max_size, offset, index
     elif name == "ChunkedKVCache":
-        _, *numbers = numbers
+        numbers = numbers[1:]
         if numbers[1]:
             raise NotSupportedError(
                 f"cannot describe chunks that start at position {numbers[1]}: caches of this host take the "
