@@ -4,7 +4,7 @@ from .attach import attach, detach
 from .pool.inspection import Holding, holdings
 from .prompt_cache import PromptCache, make_prompt_cache
 from .serving.many import Generated, Many, generate_many
-from .serving.sessions import make_session_pool
+from .serving.sessions import make_session_pool, picture_key
 
 __all__ = [
     "Generated",
@@ -17,4 +17,5 @@ __all__ = [
     "holdings",
     "make_prompt_cache",
     "make_session_pool",
+    "picture_key",
 ]

@@ -22,7 +22,7 @@ from .entries.arrays import ArraysCache
 from .entries.keyvalue import ChunkedKVCache, KVCache, RotatingKVCache
 from .entries.nested import CacheList
 from .hosts.host import Host
-from .hosts.layout import HOSTS, host_of, own_cache
+from .hosts.layout import HOSTS, host_of, language_model_of, own_cache
 from .hosts.mlx_lm import MLX_LM
 from .hosts.observe import PerModel, observe
 from .prompt_cache import make_prompt_cache
@@ -87,8 +87,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
 
 def detach(model: nn.Module) -> None:
     """Undoes the last `attach` of this model. Raises ValueError if the model is not attached."""
-    inner = host_of(model).language_model(model)
-    attached = _attached.get(inner)
+    attached = _attached.get(language_model_of(model))
     if not attached:
         raise ValueError(f"cannot detach: this {class_of(model)} is not attached")
     _, end_observation = attached.pop()

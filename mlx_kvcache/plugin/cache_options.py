@@ -18,7 +18,7 @@ from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
 from ..quantization import Bits, Quantization
-from .hosts.layout import Layout, Leaf, host_of, layout_of
+from .hosts.layout import Layout, Leaf, language_model_of, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Checkpoints, Pool, pool_for
 from .pool.weights import identity
@@ -152,7 +152,7 @@ def new_conversation(
     model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks = ALONE
 ) -> Conversation:
     """Makes an empty conversation of a model, on all ranks or on none. Raises as `make_prompt_cache`."""
-    model = host_of(model).language_model(model)
+    model = language_model_of(model)
     if not ranks.is_alone:
         # The options decide how the model is tried, so ranks compare them before they run it.
         ranks.agree(_described(model, limits, storage))

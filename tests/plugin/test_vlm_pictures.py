@@ -18,7 +18,7 @@ from mlx_vlm.generate import generate_step
 from mlx_vlm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin import PromptCache, make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool, picture_key
 from tests.plugin.configurations.vlm import VLM_WHOLE, build_vlm, picture
 from tests.plugin.configurations.vlm.whole import IMAGE
 from tests.plugin.running import difference
@@ -242,3 +242,40 @@ def test_a_call_that_fails_after_a_picture_leaves_its_positions_out() -> None:
             prefill(model, cache, picture(name, 1))
     assert cache.position == before
     assert_equal(decode(model, cache, MORE), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "llava"])
+def test_prefixes_with_pictures(name: str) -> None:
+    """Conversations share what comes before the first picture that differs, and nothing after it."""
+    model: Any = build_vlm(name)
+    pool = make_session_pool(model)
+
+    def asked(seed: int) -> int:
+        prompt = picture(name, seed)
+        key, salt = picture_key(model, prompt)
+        assert len(key) == prompt["input_ids"].shape[1]
+        with pool.open(key, salt) as session:
+            reused = session.reused
+            if reused:
+                rest: list[int] = prompt["input_ids"][0, reused:].tolist()
+                assert (IMAGE in rest) == (seed != 0)
+                if IMAGE in rest:
+                    session.cache.rewind_to(0)
+                    prefill(model, session.cache, prompt)
+                else:
+                    decode(model, session.cache, rest)
+            else:
+                prefill(model, session.cache, prompt)
+            assert_equal(decode(model, session.cache.fork(), MORE), fresh(name, seed, MORE)[1])
+            pool.store(key, session.cache.fork(), salt)
+        return reused
+
+    tokens: list[int] = picture(name)["input_ids"][0].tolist()
+    assert asked(0) == 0
+    assert asked(0) == len(tokens) - 1
+    assert asked(1) == tokens.index(IMAGE)
+    without = {key: value for key, value in picture(name).items() if key != "pixel_values"}
+    unknown, _ = picture_key(model, {"input_ids": without["input_ids"]})
+    assert unknown == tokens[: tokens.index(IMAGE)]
+    with pytest.raises(ValueError, match=r"got \(2, 3\)"):
+        picture_key(model, {"input_ids": mx.zeros((2, 3), mx.int32)})

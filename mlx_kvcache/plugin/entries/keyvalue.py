@@ -132,7 +132,7 @@ class KeyValueLayer(Layer):
 
     @property
     def keys(self) -> Any:
-        """The keys that are stored, in order of position.
+        """The keys that are stored, in order of position; None if there are none.
 
         During a forward, and for a batch, this is a buffer instead, in which cells of other caches may lie: a
         model reads and assigns it only to have arrays evaluated.
@@ -250,6 +250,8 @@ class KeyValueLayer(Layer):
         """Keys (slot 0) or values (1); see `keys`."""
         rows = self.rows
         if rows.forward is None and not rows.is_batch:
+            if not self.nbytes:
+                return None
             state = self.saved_state if isinstance(self, QuantizedKVCache) else self.plain_state
             return state[slot]
         pair = self._newest_pair()

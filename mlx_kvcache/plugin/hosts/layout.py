@@ -104,6 +104,11 @@ def _defining(classes: Iterable[type]) -> Host | None:
     return next((host for host in HOSTS if host.package in packages), None)
 
 
+def language_model_of(model: Any) -> Any:
+    """Return the part of a model that is called with a cache list: the model itself if it is not nested."""
+    return host_of(model).language_model(model)
+
+
 def own_cache(model: nn.Module) -> list[Any]:
     """Return the host's own cache list for a model, even while the model is attached."""
     with own_make_cache(model) as make_cache:

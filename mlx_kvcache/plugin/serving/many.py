@@ -29,6 +29,7 @@ from ..cache_options import check_options, reusable
 from ..entries.nested import entries_of
 from ..forward.token_rows import TokenRows
 from ..hosts.host import logits_of, name_of
+from ..hosts.layout import language_model_of
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
 
@@ -183,7 +184,7 @@ class Many:
                 "Many does not support ranks: they do not agree on which sequences join and leave; "
                 "pass no group, or generate with make_prompt_cache(group=...)"
             )
-        self._model = model
+        self._model = language_model_of(model)
         self._options = reusable(options)
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}

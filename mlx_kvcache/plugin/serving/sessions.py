@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,7 @@ from ...sessions.prefix_cache import SessionPool
 from ...sessions.session import Branch, Session
 from ..cache_options import Storage, check_options, options_of, reusable
 from ..files import loaded
+from ..hosts.layout import language_model_of
 from ..pool.conversation import Limits
 from ..pool.weights import fingerprint, version_of
 from ..prompt_cache import PromptCache, make_prompt_cache
@@ -61,7 +62,7 @@ def make_session_pool(
             "session pools are not supported with ranks: each rank would evict different conversations; "
             "pass no group"
         )
-    options = reusable(options)
+    model, options = language_model_of(model), reusable(options)
     # They override the options in files, so that all caches share a pool.
     all_options = Limits()._asdict() | Storage()._asdict() | options
 
@@ -83,6 +84,35 @@ def make_session_pool(
         return DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, namespace), prepare, load)
 
     return _ModelSessions(model, partial(make_prompt_cache, model, **options), max_bytes, max_stored, tier)
+
+
+def picture_key(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Return what a `SessionPool` needs to tell prompts with pictures apart: tokens, and a salt.
+
+    The placeholder tokens of a picture are the same for all pictures. Here they are replaced by a number made
+    from the picture's content, so that two prompts share what comes before the first picture that differs,
+    and nothing after it.
+
+    Args:
+        model: a model of mlx-vlm.
+        inputs: what mlx-vlm's `prepare_inputs` returns for one prompt: "input_ids" (1, n), "pixel_values" and
+            others.
+
+    Returns:
+        The tokens: those before the first picture only, if its content is not among the inputs; and the salt,
+        which stands for media that have no place among the tokens, such as audio.
+
+    Raises:
+        ValueError: the inputs are of several prompts.
+    """
+    from .mlx_vlm_media import placeholders, request_of  # mlx-vlm may not be installed
+
+    ids = inputs["input_ids"]
+    if ids.shape[0] != 1:
+        raise ValueError(f"input_ids must be of one prompt, with shape (1, n); got {tuple(ids.shape)}")
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    request = request_of(ids[0].tolist(), others, placeholders(model))
+    return list(request.key), request.salt
 
 
 class _ModelSessions(SessionPool):
