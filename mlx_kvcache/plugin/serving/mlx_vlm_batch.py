@@ -154,6 +154,12 @@ def _bits(
     return keys if keys == values else (keys, values)
 
 
+def asked(generator: Any) -> dict[str, Any]:
+    """The options for quantization of a `BatchGenerator`, which `quantize` takes."""
+    names = ("bits", "key_bits", "value_bits", "key_scheme", "value_scheme", "group_size", "quant_scheme")
+    return {f"kv_{name}": getattr(generator, f"kv_{name}") for name in names}
+
+
 def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
     """Replaces `BatchGenerator.insert`: inserts no prompt unless all fit the capacity.
 
@@ -161,6 +167,7 @@ def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
 
     Raises:
         CacheFullError: a prompt and one token of its reply exceed the capacity.
+        NotSupportedError, ValueError: the keys and values cannot be quantized as the generator's options ask.
     """
     before = self._unprocessed_sequences
     # mlx-vlm's own function adds to this list in place, then sorts a copy.
@@ -169,6 +176,7 @@ def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         uids: list[int] = original_insert(self, *args, **kwargs)
         rows = rows_of(fresh(self.model))
         if rows is not None:
+            quantize(rows, **asked(self))
             self._unprocessed_sequences = [
                 (uid, prompt, min(most, room(rows, len(prompt))), *more)
                 if uid in uids

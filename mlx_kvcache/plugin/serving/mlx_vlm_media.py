@@ -31,7 +31,7 @@ original_step = ar.generate_step
 original_hash = apc.semantic_extra_hash
 
 _FIRST = 1 << 62
-"""Numbers of pictures are above it, and tokens below. Files hold numbers below 1 << 63."""
+"""Numbers of pictures are above it, and tokens below. Files hold numbers from 0 to (1 << 63) - 1."""
 _PICTURES = ("pixel", "image", "video")
 """How the names of inputs that hold pictures and videos begin."""
 _OPTIONS = ("kv_", "quantized_kv_start")
@@ -143,7 +143,8 @@ def request_of(
     media = {name: value for name, value in inputs.items() if _is_media(name, value, len(tokens))}
     pictures = {name: value for name, value in media.items() if name.startswith(_PICTURES)}
     others = media if not spans else {name: media[name] for name in media.keys() - pictures.keys()}
-    key = list(tokens)
+    # Some processors mark pictures by negative tokens.
+    key = [token if token >= 0 else _FIRST + token for token in tokens]
     if spans and not pictures:
         # Such as a picture in inputs of other names: nothing tells it from others.
         del key[spans[0][0] :]

@@ -270,13 +270,11 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
     is_cut = not any(inputs.get(name) is not None for name in _UNSLICED)
     # Without them, the model would compute positions from the part of the prompt that it is given.
     is_cut &= inputs.get("position_ids") is not None or not hasattr(self.model, "_position_ids")
-    names = ("kv_bits", "kv_key_bits", "kv_value_bits", "kv_key_scheme", "kv_value_scheme")
-    options = {name: getattr(self, name) for name in (*names, "kv_group_size", "kv_quant_scheme")}
     return self.apc.lookup(
         tokens,
         extra_hash=self._apc_extra_hash(inputs),
         suffix_is_text_only=lambda point: is_cut,
-        options=options,
+        options=mlx_vlm_batch.asked(self),
     )
 
 
