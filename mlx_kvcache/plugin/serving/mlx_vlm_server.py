@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.nn as nn
 from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _count_prompt_tokens
 
@@ -68,5 +69,6 @@ def validate_context_budget(
 
 def _empty_rows(model: Any) -> Rows | None:
     """The rows of an empty cache of an attached model; None for others."""
+    inner = getattr(model, "language_model", None)
     # Diffusion models generate in another way.
-    return None if is_diffusion_model(model) else rows_of(fresh(model.language_model))
+    return rows_of(fresh(inner)) if isinstance(inner, nn.Module) and not is_diffusion_model(model) else None

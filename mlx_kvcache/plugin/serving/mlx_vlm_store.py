@@ -261,7 +261,7 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
 
     Their embeddings are computed already, and are cut together with the tokens.
     """
-    if not isinstance(self.apc, Coordinator):
+    if not isinstance(getattr(self, "apc", None), Coordinator):
         theirs: dict[str, Any] | None = original_pick(self, sequence)
         return theirs
     tokens, inputs = sequence[1], sequence[3] or {}
