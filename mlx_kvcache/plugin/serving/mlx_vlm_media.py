@@ -198,8 +198,8 @@ def prepare_generation_inputs(
     """Replaces `_prepare_generation_inputs`: also records the request."""
     prepared = original_prepare(model, processor, prompt, image, audio, video, kwargs)
     tokens, pixels, _, others = prepared
-    if tokens is not None and tokens.shape[0] == 1:
-        note(model, _flat(tokens), {**others, "pixel_values": pixels}, kwargs)
+    if isinstance(tokens, mx.array) and tokens.size == tokens.shape[-1]:
+        note(model, flat(tokens), {**others, "pixel_values": pixels}, kwargs)
     else:
         forget()
     return prepared
@@ -222,7 +222,7 @@ def generate_step(input_ids: mx.array, model: Any, *args: Any, **kwargs: Any) ->
     cache: Any = kwargs.get("prompt_cache")
     request: Request | None = getattr(_now, "request", None)
     if is_cache(cache):
-        tokens = tuple(_flat(input_ids))
+        tokens = tuple(flat(input_ids))
         if request and request.tokens[-len(tokens) :] == tokens:
             _under_way[cache[0].rows] = request
         else:
@@ -231,6 +231,7 @@ def generate_step(input_ids: mx.array, model: Any, *args: Any, **kwargs: Any) ->
     return original_step(input_ids, model, *args, **kwargs)
 
 
-def _flat(tokens: mx.array) -> list[int]:
+def flat(tokens: mx.array) -> list[int]:
+    """The tokens of a prompt (1, n) as a list."""
     listed: Any = tokens.flatten().tolist()
     return list(listed)

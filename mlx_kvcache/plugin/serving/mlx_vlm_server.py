@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _count_prompt_tokens
@@ -15,7 +16,7 @@ from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _co
 from ...errors import CacheFullError
 from ..forward.batch_rows import Rows
 from .mlx_vlm_batch import fresh, room, rows_of
-from .mlx_vlm_media import forget, note
+from .mlx_vlm_media import flat, forget, note
 
 original_initialize = ResponseGenerator._initialize_model
 original_preprocess = ResponseGenerator._preprocess_request
@@ -36,10 +37,10 @@ def preprocess_request(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Replaces `ResponseGenerator._preprocess_request`: also records the pictures of the request."""
     inputs: dict[str, Any] = original_preprocess(self, *args, **kwargs)
     tokens = inputs.get("input_ids")
-    if tokens is None or tokens.size != tokens.shape[-1]:
-        forget()
+    if isinstance(tokens, mx.array) and tokens.size == tokens.shape[-1]:
+        note(self.model, flat(tokens), inputs, {})
     else:
-        note(self.model, tokens.flatten().tolist(), inputs, {})
+        forget()
     return inputs
 
 
