@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _count_prompt_tokens
 
 from ...errors import CacheFullError
 from ..forward.batch_rows import Rows
-from .mlx_vlm_batch import fresh, room, rows_of
+from .mlx_vlm_batch import empty_rows, room
 from .mlx_vlm_media import flat, forget, note
 
 original_initialize = ResponseGenerator._initialize_model
@@ -70,6 +69,5 @@ def validate_context_budget(
 
 def _empty_rows(model: Any) -> Rows | None:
     """The rows of an empty cache of an attached model; None for others."""
-    inner = getattr(model, "language_model", None)
     # Diffusion models generate in another way.
-    return rows_of(fresh(inner)) if isinstance(inner, nn.Module) and not is_diffusion_model(model) else None
+    return None if is_diffusion_model(model) else empty_rows(getattr(model, "language_model", None))

@@ -25,7 +25,7 @@ from ..hosts.observe import is_cache
 from ..pool.pool import Pool
 from ..prompt_cache import PromptCache
 from . import mlx_vlm_batch
-from .mlx_vlm_batch import fresh, rows_of
+from .mlx_vlm_batch import empty_rows, fresh, rows_of
 from .mlx_vlm_media import Request, Salt, forget, placeholders, request_of
 from .sessions import make_session_pool
 
@@ -52,7 +52,7 @@ _stores: weakref.WeakKeyDictionary[Any, list[tuple[Pool, SessionPool]]] = weakre
 
 def coordinator(manager: Any, model: Any) -> Any:
     """Replaces `APCCoordinator`: makes this package's for an attached model."""
-    rows = None if manager is None else rows_of(fresh(getattr(model, "language_model", model)))
+    rows = None if manager is None else empty_rows(getattr(model, "language_model", model))
     if rows is None:
         return APCCoordinator(manager, model)
     made = Coordinator(manager, model)
