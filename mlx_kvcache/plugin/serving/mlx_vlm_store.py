@@ -270,12 +270,13 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
     is_cut = not any(inputs.get(name) is not None for name in _UNSLICED)
     # Without them, the model would compute positions from the part of the prompt that it is given.
     is_cut &= inputs.get("position_ids") is not None or not hasattr(self.model, "_position_ids")
-    return self.apc.lookup(
+    found: dict[str, Any] | None = self.apc.lookup(
         tokens,
         extra_hash=self._apc_extra_hash(inputs),
         suffix_is_text_only=lambda point: is_cut,
         options=mlx_vlm_batch.asked(self),
     )
+    return found
 
 
 original_generate = PromptProcessingBatch.generate

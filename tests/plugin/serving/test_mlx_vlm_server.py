@@ -115,15 +115,7 @@ def test_the_next_turn_reads_only_what_is_new(client: VisionClient) -> None:
     assert second.body["usage"]["prompt_tokens_details"]["cached_tokens"] >= read
 
 
-PLANTED = [
-    (Rows, "merged"),
-    (Rows, "extend"),
-    (Rows, "filter"),
-    (Rows, "extracted"),
-    (Rows, "prepare"),
-    (Rows, "run"),
-    (Pool, "plan_forward"),
-]
+PLANTED = [(Rows, "merged"), (Rows, "filter"), (Rows, "extracted"), (Pool, "plan_forward")]
 
 
 @pytest.mark.parametrize(("owner", "name"), PLANTED, ids=lambda value: getattr(value, "__name__", value))

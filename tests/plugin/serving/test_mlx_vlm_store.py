@@ -168,7 +168,7 @@ def test_rows_that_go_on_and_rows_that_begin(
     model, processor = make(), loaded[1]
     stored = [prompt(30), prompt(70)[45:]]
     rows = [stored[0] + prompt(60)[50:], prompt(99)[60:], stored[1][:17] + prompt(80)[70:], prompt(9)[3:]]
-    expected = []
+    expected: list[list[int]] = []
     for tokens in rows:
         run = Generating(model, processor, max_tokens=6)
         run.insert(tokens)
