@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.nn as nn
 from mlx_vlm.generate import ar, common
 from mlx_vlm.kv_quant import from_legacy
 from mlx_vlm.models import cache as mlx_vlm_cache
@@ -37,6 +38,11 @@ def fresh(model: Any) -> list[Any]:
     return made
 
 
+def empty_rows(model: Any) -> Rows | None:
+    """The rows of an empty cache of an attached model; None for others."""
+    return rows_of(fresh(model)) if isinstance(model, nn.Module) else None
+
+
 def make_cache(
     model: Any, left_padding: Sequence[int], kv_bits: float | None = None, *args: Any, **kwargs: Any
 ) -> list[Any]:
@@ -44,8 +50,7 @@ def make_cache(
 
     Raises NotSupportedError if the keys and values cannot be quantized as `kv_bits` and its like ask.
     """
-    cache = fresh(model)
-    rows = rows_of(cache)
+    rows = empty_rows(model)
     if rows is None:
         theirs: list[Any] = original_make_cache(model, left_padding, kv_bits, *args, **kwargs)
         return theirs
@@ -154,6 +159,12 @@ def _bits(
     return keys if keys == values else (keys, values)
 
 
+def asked(generator: Any) -> dict[str, Any]:
+    """The options for quantization of a `BatchGenerator`, which `quantize` takes."""
+    names = ("bits", "key_bits", "value_bits", "key_scheme", "value_scheme", "group_size", "quant_scheme")
+    return {f"kv_{name}": getattr(generator, f"kv_{name}") for name in names}
+
+
 def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
     """Replaces `BatchGenerator.insert`: inserts no prompt unless all fit the capacity.
 
@@ -161,14 +172,16 @@ def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
 
     Raises:
         CacheFullError: a prompt and one token of its reply exceed the capacity.
+        NotSupportedError, ValueError: the keys and values cannot be quantized as the generator's options ask.
     """
     before = self._unprocessed_sequences
     # mlx-vlm's own function adds to this list in place, then sorts a copy.
     self._unprocessed_sequences = list(before)
     try:
         uids: list[int] = original_insert(self, *args, **kwargs)
-        rows = rows_of(fresh(self.model))
+        rows = empty_rows(self.model)
         if rows is not None:
+            quantize(rows, **asked(self))
             self._unprocessed_sequences = [
                 (uid, prompt, min(most, room(rows, len(prompt))), *more)
                 if uid in uids

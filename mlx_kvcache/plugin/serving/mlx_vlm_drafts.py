@@ -18,7 +18,7 @@ from ...caches.plan import JointPlan
 from ...errors import NotSupportedError
 from ..forward.batch_rows import Rows
 from ..hosts.observe import is_cache
-from .mlx_vlm_batch import fresh
+from .mlx_vlm_batch import empty_rows
 
 original_start = cache_state.start_speculative_cache
 original_verify = dflash._dflash_verify
@@ -43,7 +43,7 @@ def check_kind(kind: str | None) -> None:
 def validate_drafter_compatibility(target_model: Any, draft_model: Any, draft_kind: str) -> None:
     """Replaces `validate_drafter_compatibility`: also refuses kinds that these caches do not support."""
     original_validate(target_model, draft_model, draft_kind)
-    if is_cache(fresh(getattr(target_model, "language_model", target_model))):
+    if empty_rows(getattr(target_model, "language_model", target_model)):
         check_kind(draft_kind)
 
 

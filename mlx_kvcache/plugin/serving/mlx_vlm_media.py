@@ -31,7 +31,7 @@ original_step = ar.generate_step
 original_hash = apc.semantic_extra_hash
 
 _FIRST = 1 << 62
-"""Numbers of pictures are above it, and tokens below. Files hold numbers below 1 << 63."""
+"""Numbers of pictures are above it, and tokens below. Files hold numbers from 0 to (1 << 63) - 1."""
 _PICTURES = ("pixel", "image", "video")
 """How the names of inputs that hold pictures and videos begin."""
 _OPTIONS = ("kv_", "quantized_kv_start")
@@ -143,7 +143,8 @@ def request_of(
     media = {name: value for name, value in inputs.items() if _is_media(name, value, len(tokens))}
     pictures = {name: value for name, value in media.items() if name.startswith(_PICTURES)}
     others = media if not spans else {name: media[name] for name in media.keys() - pictures.keys()}
-    key = list(tokens)
+    # Some processors mark pictures by negative tokens.
+    key = [token if token >= 0 else _FIRST + token for token in tokens]
     if spans and not pictures:
         # Such as a picture in inputs of other names: nothing tells it from others.
         del key[spans[0][0] :]
@@ -197,8 +198,8 @@ def prepare_generation_inputs(
     """Replaces `_prepare_generation_inputs`: also records the request."""
     prepared = original_prepare(model, processor, prompt, image, audio, video, kwargs)
     tokens, pixels, _, others = prepared
-    if tokens is not None and tokens.shape[0] == 1:
-        note(model, _flat(tokens), {**others, "pixel_values": pixels}, kwargs)
+    if isinstance(tokens, mx.array) and tokens.size == tokens.shape[-1]:
+        note(model, flat(tokens), {**others, "pixel_values": pixels}, kwargs)
     else:
         forget()
     return prepared
@@ -221,7 +222,7 @@ def generate_step(input_ids: mx.array, model: Any, *args: Any, **kwargs: Any) ->
     cache: Any = kwargs.get("prompt_cache")
     request: Request | None = getattr(_now, "request", None)
     if is_cache(cache):
-        tokens = tuple(_flat(input_ids))
+        tokens = tuple(flat(input_ids))
         if request and request.tokens[-len(tokens) :] == tokens:
             _under_way[cache[0].rows] = request
         else:
@@ -230,6 +231,7 @@ def generate_step(input_ids: mx.array, model: Any, *args: Any, **kwargs: Any) ->
     return original_step(input_ids, model, *args, **kwargs)
 
 
-def _flat(tokens: mx.array) -> list[int]:
+def flat(tokens: mx.array) -> list[int]:
+    """The tokens of a prompt (1, n) as a list."""
     listed: Any = tokens.flatten().tolist()
     return list(listed)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _count_prompt_tokens
 
 from ...errors import CacheFullError
 from ..forward.batch_rows import Rows
-from .mlx_vlm_batch import fresh, room, rows_of
-from .mlx_vlm_media import forget, note
+from .mlx_vlm_batch import empty_rows, room
+from .mlx_vlm_media import flat, forget, note
 
 original_initialize = ResponseGenerator._initialize_model
 original_preprocess = ResponseGenerator._preprocess_request
@@ -35,10 +36,10 @@ def preprocess_request(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Replaces `ResponseGenerator._preprocess_request`: also records the pictures of the request."""
     inputs: dict[str, Any] = original_preprocess(self, *args, **kwargs)
     tokens = inputs.get("input_ids")
-    if tokens is None or tokens.size != tokens.shape[-1]:
-        forget()
+    if isinstance(tokens, mx.array) and tokens.size == tokens.shape[-1]:
+        note(self.model, flat(tokens), inputs, {})
     else:
-        note(self.model, tokens.flatten().tolist(), inputs, {})
+        forget()
     return inputs
 
 
@@ -69,4 +70,4 @@ def validate_context_budget(
 def _empty_rows(model: Any) -> Rows | None:
     """The rows of an empty cache of an attached model; None for others."""
     # Diffusion models generate in another way.
-    return None if is_diffusion_model(model) else rows_of(fresh(model.language_model))
+    return None if is_diffusion_model(model) else empty_rows(getattr(model, "language_model", None))

@@ -25,7 +25,7 @@ from ..hosts.observe import is_cache
 from ..pool.pool import Pool
 from ..prompt_cache import PromptCache
 from . import mlx_vlm_batch
-from .mlx_vlm_batch import fresh, rows_of
+from .mlx_vlm_batch import empty_rows, fresh, rows_of
 from .mlx_vlm_media import Request, Salt, forget, placeholders, request_of
 from .sessions import make_session_pool
 
@@ -52,7 +52,7 @@ _stores: weakref.WeakKeyDictionary[Any, list[tuple[Pool, SessionPool]]] = weakre
 
 def coordinator(manager: Any, model: Any) -> Any:
     """Replaces `APCCoordinator`: makes this package's for an attached model."""
-    rows = None if manager is None else rows_of(fresh(getattr(model, "language_model", model)))
+    rows = None if manager is None else empty_rows(getattr(model, "language_model", model))
     if rows is None:
         return APCCoordinator(manager, model)
     made = Coordinator(manager, model)
@@ -261,7 +261,7 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
 
     Their embeddings are computed already, and are cut together with the tokens.
     """
-    if not isinstance(self.apc, Coordinator):
+    if not isinstance(getattr(self, "apc", None), Coordinator):
         theirs: dict[str, Any] | None = original_pick(self, sequence)
         return theirs
     tokens, inputs = sequence[1], sequence[3] or {}
@@ -270,14 +270,13 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
     is_cut = not any(inputs.get(name) is not None for name in _UNSLICED)
     # Without them, the model would compute positions from the part of the prompt that it is given.
     is_cut &= inputs.get("position_ids") is not None or not hasattr(self.model, "_position_ids")
-    names = ("kv_bits", "kv_key_bits", "kv_value_bits", "kv_key_scheme", "kv_value_scheme")
-    options = {name: getattr(self, name) for name in (*names, "kv_group_size", "kv_quant_scheme")}
-    return self.apc.lookup(
+    found: dict[str, Any] | None = self.apc.lookup(
         tokens,
         extra_hash=self._apc_extra_hash(inputs),
         suffix_is_text_only=lambda point: is_cut,
-        options=options,
+        options=mlx_vlm_batch.asked(self),
     )
+    return found
 
 
 original_generate = PromptProcessingBatch.generate

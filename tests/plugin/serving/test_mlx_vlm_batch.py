@@ -125,13 +125,25 @@ def test_a_prompt_that_does_not_fit_changes_nothing(loaded: tuple[nn.Module, Any
     assert replies.keys() == {uid, longer}
 
 
-def test_turboquant_is_refused_by_name(loaded: tuple[nn.Module, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"kv_bits": 3.5}, "turboquant"),
+        ({"kv_bits": 4, "kv_value_scheme": "turboquant"}, "turboquant"),
+        ({"kv_bits": 7}, "cannot quantize to 7 bits"),
+        ({"kv_bits": 8, "kv_group_size": 128}, r"head_dim 64 .* is not a multiple of group_size 128"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_supported_are_refused(
+    loaded: tuple[nn.Module, Any], options: dict[str, Any], told: str
+) -> None:
     model, processor = loaded
     with attach(model):
-        run = Generating(model, processor, kv_bits=3.5)
-        run.insert(prompt(9), prompt(5))
-        with pytest.raises(NotSupportedError, match="turboquant"):
-            run.finish()
+        run = Generating(model, processor, **options)
+        with pytest.raises((NotSupportedError, ValueError), match=told):
+            run.insert(prompt(9), prompt(5))
+        assert not run.generator.has_work
 
 
 def test_detached_models_use_mlx_vlms_batches_again(loaded: tuple[nn.Module, Any]) -> None:

@@ -81,6 +81,11 @@ def test_replies_keep_their_tokens() -> None:
     assert request.keys([9, *TOKENS]) is None
 
 
+def test_negative_tokens_are_numbers_that_files_hold() -> None:
+    request = key({}, [1, -1, -2, 3])
+    assert request.key == (1, (1 << 62) - 1, (1 << 62) - 2, 3)
+
+
 def test_positions_inside_a_picture() -> None:
     request = key({"pixel_values": noise(2, 3, 8, 8)})
     assert [request.before(position) for position in range(9)] == [0, 1, 2, 2, 4, 5, 5, 7, 8]

@@ -12,7 +12,9 @@ import mlx_vlm
 import pytest
 from mlx_vlm.prompt_utils import apply_chat_template
 
+from mlx_kvcache import CacheError
 from mlx_kvcache.plugin.forward.batch_rows import Rows
+from mlx_kvcache.plugin.pool.pool import Pool
 from tests.plugin.serving.mlx_vlm_clients import VisionClient, served
 from tests.plugin.serving.mlx_vlm_models import text_folder
 
@@ -111,3 +113,33 @@ def test_the_next_turn_reads_only_what_is_new(client: VisionClient) -> None:
     read = first.body["usage"]["prompt_tokens"]
     assert after["matched_tokens"] - before["matched_tokens"] >= read
     assert second.body["usage"]["prompt_tokens_details"]["cached_tokens"] >= read
+
+
+PLANTED = [(Rows, "merged"), (Rows, "filter"), (Rows, "extracted"), (Pool, "plan_forward")]
+
+
+@pytest.mark.parametrize(("owner", "name"), PLANTED, ids=lambda value: getattr(value, "__name__", value))
+def test_refusals_in_the_generating_thread(
+    client: VisionClient,
+    expected: dict[str, str],
+    owner: type,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever raises there, once: clients get a reply or an error, and the next ones get replies."""
+    original, planted = getattr(owner, name), ["once"]
+
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if planted:
+            planted.pop()
+            raise CacheError("planted")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, refusing)
+    with ThreadPoolExecutor(4) as clients:
+        for answer in clients.map(client.ask, [SHORT, LONGER, f"{SHORT} four", f"{name} {LONGER}"]):
+            assert answer.status in (200, 500)
+            assert answer.status == 200 or "planted" in answer.body["detail"]
+    planted.clear()
+    assert [reply(client.ask(text)) for text in (SHORT, LONGER)] == [expected[SHORT], expected[LONGER]]
+    assert client.health() == 200

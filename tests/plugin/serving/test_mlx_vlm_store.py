@@ -168,7 +168,7 @@ def test_rows_that_go_on_and_rows_that_begin(
     model, processor = make(), loaded[1]
     stored = [prompt(30), prompt(70)[45:]]
     rows = [stored[0] + prompt(60)[50:], prompt(99)[60:], stored[1][:17] + prompt(80)[70:], prompt(9)[3:]]
-    expected: list[Any] = []
+    expected: list[list[int]] = []
     for tokens in rows:
         run = Generating(model, processor, max_tokens=6)
         run.insert(tokens)
@@ -223,15 +223,16 @@ def test_the_budget_evicts(loaded: tuple[nn.Module, Any]) -> None:
 
 
 def test_conversations_outlive_the_manager(loaded: tuple[nn.Module, Any], tmp_path: Path) -> None:
-    model, processor = loaded
-    cached = []
+    """They are kept in mlx-vlm's folder, pictures too."""
+    model, processor = tiny_gemma3(), loaded[1]
+    tokens, cached = prompt(12, -1, 20), []
     with attach(model):
         for _ in range(2):
             manager = apc.APCManager(num_blocks=4, disk=apc.DiskBlockStore(tmp_path))
             with streaming(model, processor, manager) as ask:
-                cached.append(ask(prompt(30)).cached)
+                cached.append([ask(tokens, picture).cached for picture in (1, 2, 1)])
             manager.close()
-    assert cached == [0, 29]
+    assert cached == [[0, 0, len(tokens) - 1], [len(tokens) - 1] * 3]
 
 
 def test_a_self_check_finds_no_fault(loaded: tuple[nn.Module, Any]) -> None:
