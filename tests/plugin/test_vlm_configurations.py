@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -63,7 +64,15 @@ def test_every_language_module_has_its_place() -> None:
     assert set(VLM_DIFFERS_IN_BLOCKS) | VLM_STAY_NARROW <= set(VLM_CONFIGURATIONS)
 
 
-@pytest.mark.parametrize("name", sorted(VLM_CONFIGURATIONS))
+# All of them are run on both kinds of caches, and compared, by test_vlm_architectures.py.
+ALONE = (
+    VLM_CONFIGURATIONS
+    if os.environ.get("VLM_WHOLE")
+    else {**VLM_DIFFERS_IN_BLOCKS, "llama": "", "qwen2_vl": ""}
+)
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
 def test_language_model_runs(name: str) -> None:
     model = build_language_model(name)
     whole = run(model, TOKENS, [len(TOKENS)])
