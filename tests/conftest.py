@@ -55,3 +55,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     from tests.folders import written
 
     return written(tmp_path_factory.mktemp("models") / "tiny", tokenizer, layers=2)
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a random text model of mlx-vlm, and SmolLM2's tokenizer."""
+    from tests.plugin.serving.mlx_vlm_models import text_folder
+
+    return text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def vlm(vlm_folder: Path) -> tuple[nn.Module, Any]:
+    """This model and its processor, a tokenizer."""
+    import mlx_vlm
+
+    model, processor = mlx_vlm.load(str(vlm_folder))
+    return model, processor

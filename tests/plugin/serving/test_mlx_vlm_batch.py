@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import mlx.nn as nn
-import mlx_vlm
 import pytest
 from mlx_vlm.generate.ar import batch_generate
 
@@ -15,7 +14,6 @@ from mlx_kvcache.plugin import attach
 from mlx_kvcache.plugin.serving.mlx_vlm_tools import _PATCHES, FUNCTIONS
 from tests.plugin.serving.mlx_vlm_models import (
     prompt,
-    text_folder,
     tiny_gemma3,
     tiny_lfm2,
     tiny_qwen2_vl,
@@ -23,13 +21,6 @@ from tests.plugin.serving.mlx_vlm_models import (
 from tests.plugin.serving.mlx_vlm_running import Generating, replied, watched
 
 MODELS = [tiny_gemma3, tiny_lfm2, tiny_qwen2_vl]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[nn.Module, Any]:
-    folder = text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
-    model, processor = mlx_vlm.load(str(folder))
-    return model, processor
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
@@ -47,8 +38,8 @@ def alone(model: nn.Module, processor: Any, tokens: list[int], n: int) -> list[i
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}, {"kv_bits": 8}], ids=str)
-def test_batch_generate(loaded: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
-    model, processor = loaded
+def test_batch_generate(vlm: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
+    model, processor = vlm
     prompts = ["Once upon a time", "There were " + " ".join(f"word{i}" for i in range(30)), "Hi"]
     expected = batch_generate(model, processor, prompts=prompts, max_tokens=8, **options).texts
     with attach(model), watched() as calls:
@@ -57,8 +48,8 @@ def test_batch_generate(loaded: tuple[nn.Module, Any], options: dict[str, Any]) 
     assert calls[-1].rows == 3
 
 
-def test_rows_join_and_leave(model: nn.Module, loaded: tuple[nn.Module, Any]) -> None:
-    processor = loaded[1]
+def test_rows_join_and_leave(model: nn.Module, vlm: tuple[nn.Module, Any]) -> None:
+    processor = vlm[1]
     prompts = [prompt(n) for n in (9, 30, 5, 17, 12)]
     lengths = [12, 4, 9, 9, 6]
     expected = [alone(model, processor, *pair) for pair in zip(prompts, lengths, strict=True)]
@@ -78,8 +69,8 @@ def test_rows_join_and_leave(model: nn.Module, loaded: tuple[nn.Module, Any]) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}], ids=str)
-def test_rows_with_and_without_pictures(options: dict[str, Any], loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = tiny_qwen2_vl(), loaded[1]
+def test_rows_with_and_without_pictures(options: dict[str, Any], vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = tiny_qwen2_vl(), vlm[1]
     rows = [prompt(12, -1, 20), prompt(7), prompt(3, -1, 4, -1, 6), prompt(25)]
     pictures: list[tuple[int, ...]] = [(1,), (), (2, 3), ()]
     expected = [replied(model, processor, *row[:1], *row[1]) for row in zip(rows, pictures, strict=True)]
@@ -93,9 +84,9 @@ def test_rows_with_and_without_pictures(options: dict[str, Any], loaded: tuple[n
     assert max(call.rows for call in calls) == 4
 
 
-def test_one_row_and_then_more(loaded: tuple[nn.Module, Any]) -> None:
+def test_one_row_and_then_more(vlm: tuple[nn.Module, Any]) -> None:
     """mlx-vlm makes no batch for a single prompt; another row joins it all the same."""
-    model, processor = loaded
+    model, processor = vlm
     prompts = [prompt(9), prompt(20)]
     expected = [alone(model, processor, tokens, 10) for tokens in prompts]
     with attach(model), watched() as calls:
@@ -109,8 +100,8 @@ def test_one_row_and_then_more(loaded: tuple[nn.Module, Any]) -> None:
     assert calls[-1].is_batch
 
 
-def test_a_prompt_that_does_not_fit_changes_nothing(loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = loaded
+def test_a_prompt_that_does_not_fit_changes_nothing(vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = vlm
     expected = alone(model, processor, prompt(9), 8)
     with attach(model, capacity=20):
         run = Generating(model, processor, max_tokens=8)
@@ -136,9 +127,9 @@ def test_a_prompt_that_does_not_fit_changes_nothing(loaded: tuple[nn.Module, Any
     ids=str,
 )
 def test_options_that_are_not_supported_are_refused(
-    loaded: tuple[nn.Module, Any], options: dict[str, Any], told: str
+    vlm: tuple[nn.Module, Any], options: dict[str, Any], told: str
 ) -> None:
-    model, processor = loaded
+    model, processor = vlm
     with attach(model):
         run = Generating(model, processor, **options)
         with pytest.raises((NotSupportedError, ValueError), match=told):
@@ -146,8 +137,8 @@ def test_options_that_are_not_supported_are_refused(
         assert not run.generator.has_work
 
 
-def test_detached_models_use_mlx_vlms_batches_again(loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = loaded
+def test_detached_models_use_mlx_vlms_batches_again(vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = vlm
     with attach(model):
         pass
     with watched() as calls:
@@ -160,7 +151,7 @@ def test_detached_models_use_mlx_vlms_batches_again(loaded: tuple[nn.Module, Any
     assert not calls
 
 
-def test_nothing_stays_replaced(loaded: tuple[nn.Module, Any]) -> None:
+def test_nothing_stays_replaced(vlm: tuple[nn.Module, Any]) -> None:
     def found() -> dict[tuple[str, str], Any]:
         modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mlx_vlm"}
         functions = {
@@ -170,7 +161,7 @@ def test_nothing_stays_replaced(loaded: tuple[nn.Module, Any]) -> None:
         return functions | methods
 
     before = found()
-    with attach(loaded[0]):
+    with attach(vlm[0]):
         during = found()
     changed = {key for key, value in before.items() if value is not during[key]}
     assert {key for _, key in changed} == {*FUNCTIONS, *(key for _, key, _ in _PATCHES)}

@@ -11,23 +11,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mlx_kvcache.plugin import __main__
 from mlx_kvcache.plugin.attach import _all_models, _bind_all
 from tests.plugin.serving.clients import Client
-from tests.plugin.serving.mlx_vlm_models import text_folder
 from tests.plugin.serving.mlx_vlm_running import watched
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 VLM = [sys.executable, "-m", "mlx_kvcache.plugin", "--host", "mlx-vlm"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
 
 
 @pytest.fixture
@@ -41,10 +34,12 @@ def detached() -> Iterator[None]:
 
 @pytest.mark.usefixtures("detached")
 def test_generate_within_the_capacity_and_beyond(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    vlm_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(prompt: str) -> None:
-        command = f"--host mlx-vlm --capacity 64 generate --verbose --max-tokens 4 --model {folder} --prompt"
+        command = (
+            f"--host mlx-vlm --capacity 64 generate --verbose --max-tokens 4 --model {vlm_folder} --prompt"
+        )
         monkeypatch.setattr(sys, "argv", ["plugin", *command.split(), prompt])
         __main__.main()
 
@@ -67,14 +62,14 @@ def test_options_of_both_commands_belong_where_they_stand() -> None:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: object) -> Iterator[Client]:
+def serving(vlm_folder: Path, *arguments: object) -> Iterator[Client]:
     """A server in a process of its own."""
     command = [
         *VLM,
         *map(str, arguments),
         "server",
         "--model",
-        str(folder),
+        str(vlm_folder),
         "--host",
         "127.0.0.1",
         "--port",
@@ -90,9 +85,9 @@ def serving(folder: Path, *arguments: object) -> Iterator[Client]:
         process.communicate()
 
 
-def test_the_server(folder: Path) -> None:
-    with serving(folder, "--capacity", 64) as client:
-        assert client.chat("Hello", model=str(folder)).status == 200
-        refused = client.chat("one two three " * 60, model=str(folder))
+def test_the_server(vlm_folder: Path) -> None:
+    with serving(vlm_folder, "--capacity", 64) as client:
+        assert client.chat("Hello", model=str(vlm_folder)).status == 200
+        refused = client.chat("one two three " * 60, model=str(vlm_folder))
     assert refused.status == 400
     assert "capacity of 64" in json.dumps(refused.body)

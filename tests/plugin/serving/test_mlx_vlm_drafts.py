@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_vlm
 import pytest
 from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.speculative.drafters.qwen3_dflash.config import DFlashConfig
@@ -16,16 +15,15 @@ from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import attach
 from tests.plugin.configurations.build import randomize
-from tests.plugin.serving.mlx_vlm_models import VOCABULARY, prompt, text_folder, tiny_lfm2
+from tests.plugin.serving.mlx_vlm_models import VOCABULARY, prompt, tiny_lfm2
 from tests.plugin.serving.mlx_vlm_running import replied, watched
 
 BLOCK = 4
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
-    folder = text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
-    return mlx_vlm.load(str(folder))[1]
+def processor(vlm: tuple[nn.Module, Any]) -> Any:
+    return vlm[1]
 
 
 @pytest.fixture(scope="module")

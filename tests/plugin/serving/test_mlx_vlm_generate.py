@@ -14,21 +14,10 @@ from mlx_vlm.generate import PromptCacheState, stream_generate
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import attach, make_prompt_cache
-from tests.plugin.serving.mlx_vlm_models import prompt, text_folder, tiny_gemma3, tiny_qwen2_vl
+from tests.plugin.serving.mlx_vlm_models import prompt, tiny_gemma3, tiny_qwen2_vl
 from tests.plugin.serving.mlx_vlm_running import replied, watched
 
 TEXT = "Once upon a time there was a " + " ".join(f"word{i}" for i in range(20))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> tuple[nn.Module, Any]:
-    model, processor = mlx_vlm.load(str(folder))
-    return model, processor
 
 
 @pytest.fixture(scope="module", params=[tiny_gemma3, tiny_qwen2_vl])
@@ -47,8 +36,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_generate(loaded: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
-    model, processor = loaded
+def test_generate(vlm: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
+    model, processor = vlm
     expected = mlx_vlm.generate(model, processor, TEXT, max_tokens=8, **options).token_ids
     with attach(model), watched() as calls:
         result = mlx_vlm.generate(model, processor, TEXT, max_tokens=8, **options)
@@ -58,8 +47,8 @@ def test_generate(loaded: tuple[nn.Module, Any], options: dict[str, Any]) -> Non
     assert calls[-1].is_quantized == ("kv_bits" in options)
 
 
-def test_a_cache_that_is_full_shifts(loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = loaded
+def test_a_cache_that_is_full_shifts(vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = vlm
     state = PromptCacheState()
     with attach(model):
         result = mlx_vlm.generate(
@@ -78,14 +67,14 @@ def test_a_cache_that_is_full_shifts(loaded: tuple[nn.Module, Any]) -> None:
 @pytest.mark.parametrize(
     "options", [{"kv_bits": 3.5}, {"kv_bits": 8, "kv_quant_scheme": "turboquant"}], ids=str
 )
-def test_turboquant_is_refused_by_name(loaded: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
-    model, processor = loaded
+def test_turboquant_is_refused_by_name(vlm: tuple[nn.Module, Any], options: dict[str, Any]) -> None:
+    model, processor = vlm
     with attach(model), pytest.raises(NotSupportedError, match="turboquant"):
         mlx_vlm.generate(model, processor, TEXT, max_tokens=8, **options)
 
 
-def test_a_chat_reads_only_what_is_new(folder: Path) -> None:
-    chat = MLXVisionChat(str(folder), temperature=0.0, max_tokens=8, verbose=False)
+def test_a_chat_reads_only_what_is_new(vlm_folder: Path) -> None:
+    chat = MLXVisionChat(str(vlm_folder), temperature=0.0, max_tokens=8, verbose=False)
     replies, calls_of_turns = [], []
     for attached in (nullcontext, attach):
         chat.handle_command("/clear", "")
@@ -102,9 +91,9 @@ def test_a_chat_reads_only_what_is_new(folder: Path) -> None:
     assert second < first
 
 
-def test_pictures_are_told_apart(vision: nn.Module, loaded: tuple[nn.Module, Any]) -> None:
+def test_pictures_are_told_apart(vision: nn.Module, vlm: tuple[nn.Module, Any]) -> None:
     """Another picture with as many placeholders is not taken for the one of the last turn."""
-    processor = loaded[1]
+    processor = vlm[1]
     first = prompt(12, -1, 20)
     reply = replied(vision, processor, first, 1).tokens
     second = first + reply[:-1] + prompt(50)[40:]
@@ -120,9 +109,9 @@ def test_pictures_are_told_apart(vision: nn.Module, loaded: tuple[nn.Module, Any
     assert calls
 
 
-def test_a_state_that_is_filled_by_hand(loaded: tuple[nn.Module, Any]) -> None:
+def test_a_state_that_is_filled_by_hand(vlm: tuple[nn.Module, Any]) -> None:
     """Nothing tells which pictures it holds, so that it is not used."""
-    model, processor = loaded
+    model, processor = vlm
     tokens = prompt(30)
     expected = replied(model, processor, tokens)
     with attach(model):

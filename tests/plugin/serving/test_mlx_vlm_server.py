@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import mlx_vlm
 import pytest
 from mlx_vlm.prompt_utils import apply_chat_template
@@ -16,7 +17,6 @@ from mlx_kvcache import CacheError
 from mlx_kvcache.plugin.forward.batch_rows import Rows
 from mlx_kvcache.plugin.pool.pool import Pool
 from tests.plugin.serving.mlx_vlm_clients import VisionClient, served
-from tests.plugin.serving.mlx_vlm_models import text_folder
 
 CAPACITY = 128
 SHORT = "one two three"
@@ -25,14 +25,9 @@ TOO_LONG = " ".join(f"word {i}" for i in range(80))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> dict[str, str]:
+def expected(vlm: tuple[nn.Module, Any]) -> dict[str, str]:
     """What mlx-vlm generates with its own caches."""
-    model, processor = mlx_vlm.load(str(folder))
+    model, processor = vlm
     found = {}
     for text in (SHORT, LONGER):
         prompt = apply_chat_template(processor, model.config, [{"role": "user", "content": text}])
@@ -41,8 +36,8 @@ def expected(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def client(folder: Path, expected: dict[str, str]) -> Iterator[VisionClient]:
-    with served(folder, apc=True, capacity=CAPACITY) as client:
+def client(vlm_folder: Path, expected: dict[str, str]) -> Iterator[VisionClient]:
+    with served(vlm_folder, apc=True, capacity=CAPACITY) as client:
         yield client
 
 

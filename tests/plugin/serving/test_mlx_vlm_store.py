@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_vlm
 import pytest
 from mlx_vlm import apc
 from mlx_vlm.server import generation
@@ -21,7 +20,6 @@ from mlx_kvcache.plugin import attach
 from tests.plugin.serving.mlx_vlm_models import (
     pictures_of,
     prompt,
-    text_folder,
     tiny_gemma3,
     tiny_lfm2,
     tiny_qwen2_vl,
@@ -30,13 +28,6 @@ from tests.plugin.serving.mlx_vlm_running import Generating, Reply, replied, wat
 
 Ask = Callable[..., Reply]
 """Replies to a prompt with pictures."""
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[nn.Module, Any]:
-    folder = text_folder(tmp_path_factory.mktemp("models") / "text", tokenizer)
-    model, processor = mlx_vlm.load(str(folder))
-    return model, processor
 
 
 @contextmanager
@@ -88,8 +79,8 @@ def way(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl, tiny_lfm2], ids=lambda make: make.__name__)
-def test_turns_and_branches(make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = make(), loaded[1]
+def test_turns_and_branches(make: Callable[[], nn.Module], way: Any, vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = make(), vlm[1]
     first = prompt(40)
     turns = [first, first + prompt(60)[50:], first[:25] + prompt(90)[60:], first]
     with way(model, processor, None) as ask:
@@ -112,9 +103,9 @@ def test_turns_and_branches(make: Callable[[], nn.Module], way: Any, loaded: tup
 
 
 @pytest.mark.parametrize("make", [tiny_gemma3, tiny_lfm2], ids=lambda make: make.__name__)
-def test_replies_are_stored(make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]) -> None:
+def test_replies_are_stored(make: Callable[[], nn.Module], way: Any, vlm: tuple[nn.Module, Any]) -> None:
     """The next turn reads neither the prompt nor the reply again."""
-    model, processor = make(), loaded[1]
+    model, processor = make(), vlm[1]
     tokens, cached = prompt(20), []
     with attach(model), way(model, processor, apc.APCManager(num_blocks=4)) as ask:
         for turn in range(3):
@@ -125,11 +116,9 @@ def test_replies_are_stored(make: Callable[[], nn.Module], way: Any, loaded: tup
 
 
 @pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl], ids=lambda make: make.__name__)
-def test_pictures_are_told_apart(
-    make: Callable[[], nn.Module], way: Any, loaded: tuple[nn.Module, Any]
-) -> None:
+def test_pictures_are_told_apart(make: Callable[[], nn.Module], way: Any, vlm: tuple[nn.Module, Any]) -> None:
     """Requests share what comes before the first picture that differs, and nothing after it."""
-    model, processor = make(), loaded[1]
+    model, processor = make(), vlm[1]
     one, two = prompt(12, -1, 20), prompt(12, -1, 20, -1, 9)
     requests: list[tuple[list[int], tuple[int, ...]]] = [
         (one, (1,)),
@@ -162,10 +151,10 @@ def test_pictures_are_told_apart(
 @pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}], ids=str)
 @pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl, tiny_lfm2], ids=lambda make: make.__name__)
 def test_rows_that_go_on_and_rows_that_begin(
-    make: Callable[[], nn.Module], options: dict[str, Any], loaded: tuple[nn.Module, Any]
+    make: Callable[[], nn.Module], options: dict[str, Any], vlm: tuple[nn.Module, Any]
 ) -> None:
     """Rows of one batch have stored prefixes of unequal lengths, or none."""
-    model, processor = make(), loaded[1]
+    model, processor = make(), vlm[1]
     stored = [prompt(30), prompt(70)[45:]]
     rows = [stored[0] + prompt(60)[50:], prompt(99)[60:], stored[1][:17] + prompt(80)[70:], prompt(9)[3:]]
     expected: list[list[int]] = []
@@ -189,8 +178,8 @@ def test_rows_that_go_on_and_rows_that_begin(
     assert calls[-1].rows == 4
 
 
-def test_tenants_share_nothing(way: Any, loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = loaded
+def test_tenants_share_nothing(way: Any, vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = vlm
     tokens = prompt(30)
     manager = apc.APCManager(num_blocks=4)
     with attach(model), way(model, processor, manager) as ask:
@@ -199,9 +188,9 @@ def test_tenants_share_nothing(way: Any, loaded: tuple[nn.Module, Any]) -> None:
 
 
 def test_quantized_conversations_are_found_by_quantized_requests(
-    way: Any, loaded: tuple[nn.Module, Any]
+    way: Any, vlm: tuple[nn.Module, Any]
 ) -> None:
-    model, processor = loaded
+    model, processor = vlm
     tokens = prompt(30)
     manager = apc.APCManager(num_blocks=4)
     with attach(model):
@@ -211,8 +200,8 @@ def test_quantized_conversations_are_found_by_quantized_requests(
             assert [ask(tokens).cached for _ in range(2)] == [0, 29]
 
 
-def test_the_budget_evicts(loaded: tuple[nn.Module, Any]) -> None:
-    model, processor = loaded
+def test_the_budget_evicts(vlm: tuple[nn.Module, Any]) -> None:
+    model, processor = vlm
     manager = apc.APCManager(num_blocks=4, overrides={"memory_max_gb": 100_000 / 2**30})
     with attach(model), streaming(model, processor, manager) as ask:
         for i in range(8):
@@ -222,9 +211,9 @@ def test_the_budget_evicts(loaded: tuple[nn.Module, Any]) -> None:
     assert counts["resident_bytes"] <= 100_000
 
 
-def test_conversations_outlive_the_manager(loaded: tuple[nn.Module, Any], tmp_path: Path) -> None:
+def test_conversations_outlive_the_manager(vlm: tuple[nn.Module, Any], tmp_path: Path) -> None:
     """They are kept in mlx-vlm's folder, pictures too."""
-    model, processor = tiny_gemma3(), loaded[1]
+    model, processor = tiny_gemma3(), vlm[1]
     tokens, cached = prompt(12, -1, 20), []
     with attach(model):
         for _ in range(2):
@@ -235,6 +224,6 @@ def test_conversations_outlive_the_manager(loaded: tuple[nn.Module, Any], tmp_pa
     assert cached == [[0, 0, len(tokens) - 1], [len(tokens) - 1] * 3]
 
 
-def test_a_self_check_finds_no_fault(loaded: tuple[nn.Module, Any]) -> None:
-    with attach(loaded[0]):
-        assert apc.self_check_model_apc(loaded[0]).ok
+def test_a_self_check_finds_no_fault(vlm: tuple[nn.Module, Any]) -> None:
+    with attach(vlm[0]):
+        assert apc.self_check_model_apc(vlm[0]).ok
