@@ -133,7 +133,11 @@ class Host:
             NotSupportedError: they differ.
         """
         for path, parameters in self.functions.items():
-            found, known = self._parameters(path), parameters.split()
+            function, known = self._found(path), parameters.split()
+            if getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]:
+                # Another model is attached.
+                continue
+            found = list(inspect.signature(function).parameters) if callable(function) else []
             if found[: len(known)] != known:
                 raise self._unknown(f"{path} takes {found}, expected {known}")
         for theirs, ours in classes:
@@ -142,13 +146,18 @@ class Host:
             if extra:
                 raise self._unknown(f"{class_of(theirs)} has {', '.join(extra)}")
 
-    def _parameters(self, path: str) -> list[str]:
-        """The parameters of a function or method in the package; an empty list if there is none."""
-        package, module, *names = path.split(".")
-        found: Any = importlib.import_module(f"{self.package}.{package}.{module}")
-        for name in names:
-            found = getattr(found, name, None)
-        return list(inspect.signature(found).parameters) if callable(found) else []
+    def _found(self, path: str) -> Any:
+        """A function or method in the package; None if there is none."""
+        found: Any = importlib.import_module(self.package)
+        for name in path.split("."):
+            # A package may have a function of the name of its module.
+            is_module = isinstance(found, ModuleType) and hasattr(found, "__path__")
+            inner = f"{found.__name__}.{name}" if is_module else ""
+            if inner and importlib.util.find_spec(inner):
+                found = importlib.import_module(inner)
+            else:
+                found = getattr(found, name, None)
+        return found
 
     def _unknown(self, difference: str) -> NotSupportedError:
         return NotSupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +15,9 @@ from mlx_lm.models.cache import KVCache
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import attach, make_prompt_cache
 from mlx_kvcache.plugin.hosts.mlx_lm import MLX_LM
+from mlx_kvcache.plugin.hosts.mlx_vlm import MLX_VLM
 from tests.plugin.configurations import build
+from tests.plugin.configurations.vlm import build_language_model
 from tests.plugin.running import difference, logits_of
 from tests.plugin.tiny import tiny_llama
 
@@ -37,6 +40,20 @@ def test_a_function_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mlx_lm_cache.LRUPromptCache, "insert_cache")
     with pytest.raises(NotSupportedError, match=r"insert_cache takes \[\]"):
         attach(tiny_llama())
+
+
+def test_a_function_of_mlx_vlm_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of those that are replaced is looked at before anything is."""
+    monkeypatch.delattr("mlx_vlm.apc.APCManager.stats_snapshot")
+    told = r"mlx-vlm 0\.\d+\.\d+ is not supported: apc.APCManager.stats_snapshot takes \[\]"
+    with pytest.raises(NotSupportedError, match=told):
+        attach(build_language_model("llama"))
+
+
+def test_every_function_that_is_replaced_is_in_the_description() -> None:
+    described = {path.rpartition(".")[2] for path in MLX_VLM.functions}
+    tools = importlib.import_module("mlx_kvcache.plugin.serving.mlx_vlm_tools")
+    assert not {*tools.FUNCTIONS, *(name for _, name, _ in tools._PATCHES)} - described
 
 
 class Curious(nn.Module):

@@ -107,9 +107,9 @@ def text_of(answer: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def afresh(folder: Path) -> dict[str, Any]:
+def afresh(folder: Path) -> dict[Any, Any]:
     """The answers of a server that stores nothing."""
-    found: dict[str, Any] = {}
+    found: dict[Any, Any] = {}
     with served(folder) as client:
         for name, seed, system in (("one", 0, SYSTEM), ("other", 1, SYSTEM), ("edited", 0, OTHER_SYSTEM)):
             messages = begun(seed, system)
@@ -119,12 +119,12 @@ def afresh(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def client(folder: Path, afresh: dict[str, Any]) -> Iterator[VisionClient]:
+def client(folder: Path, afresh: dict[Any, Any]) -> Iterator[VisionClient]:
     with served(folder, apc=True) as client:
         yield client
 
 
-def test_a_chat_about_a_picture(client: VisionClient, afresh: dict[str, Any]) -> None:
+def test_a_chat_about_a_picture(client: VisionClient, afresh: dict[Any, Any]) -> None:
     """The second question computes its own tokens only. What comes after another picture, or after other
     text before the picture, is computed again.
     """
