@@ -17,7 +17,7 @@ import pytest
 from mlx_vlm.generate import generate_step
 from mlx_vlm.models.cache import make_prompt_cache as make_theirs
 
-from mlx_kvcache import NotSupportedError
+from mlx_kvcache import CacheFullError, NotSupportedError
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool, picture_key
 from tests.plugin.configurations.vlm import VLM_WHOLE, build_vlm, picture
 from tests.plugin.configurations.vlm.whole import IMAGE
@@ -279,3 +279,24 @@ def test_prefixes_with_pictures(name: str) -> None:
     assert unknown == tokens[: tokens.index(IMAGE)]
     with pytest.raises(ValueError, match=r"got \(2, 3\)"):
         picture_key(model, {"input_ids": mx.zeros((2, 3), mx.int32)})
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 8])
+def test_a_shift_takes_whole_pictures(sinks: int) -> None:
+    """The borders of what it removes move to the end of a picture. Its last token is at 11."""
+    model = cut_to_one_layer(build_vlm("qwen2_vl"))
+    prompt = picture("qwen2_vl")
+    tokens: list[int] = prompt["input_ids"][0].tolist()
+    end = max(i for i, token in enumerate(tokens) if token == IMAGE) + 1
+    cache = make_prompt_cache(model, capacity=len(tokens) + 2, overflow="shift", sinks=sinks)
+    prefill(model, cache, prompt)
+    text = (MORE * 8)[: 2 * len(tokens)]
+    decode(model, cache, text)
+    assert cache.gaps and cache.position <= len(tokens) + 2
+    deltas = cache._conversation.head.deltas
+    # All of the picture is there, behind the sinks that end inside it, or nothing of it.
+    assert len(deltas.inside) == (5 if tokens.index(IMAGE) < sinks < end else 0)
+    with pytest.raises(CacheFullError, match="sinks end inside a picture"):
+        small = make_prompt_cache(model, capacity=len(tokens), overflow="shift", sinks=8)
+        prefill(model, small, prompt)
+        model.language_model(mx.array([(MORE * 4)[: len(tokens) - 9]]), cache=small)

@@ -231,11 +231,18 @@ class Conversation:
         assert capacity is not None
         free, sinks = capacity - position, min(sinks, position)
         drop = max((position - sinks) // 2, n - free)
+        begin = self.head.deltas.border(sinks)
+        end = self.head.deltas.border(begin + drop)
+        if begin + n > capacity:
+            reason = (
+                f"cannot shift: the {sinks} sinks end inside a picture, which has {begin - sinks} more tokens"
+            )
+            raise CacheFullError(n, free, capacity, reason)
         try:
-            if sinks + drop < position:
-                self.remove(sinks, sinks + drop, recurrent="keep")
+            if end < position:
+                self.remove(begin, end, recurrent="keep")
             else:
-                self.pool.commit(self.plan_rewind(sinks, gaps=1))
+                self.pool.commit(self.plan_rewind(begin, gaps=1))
         except NotSupportedError as error:
             raise CacheFullError(n, free, capacity, f"cannot shift: {error}") from error
 

@@ -105,6 +105,12 @@ class Deltas:
         index = bisect.bisect_right(self.steps, tokens, key=lambda step: step[0])
         return self.steps[index - 1][1] if index else 0
 
+    def border(self, tokens: int) -> int:
+        """The first number of tokens >= `tokens` after which all pictures are complete."""
+        while tokens in self.inside:
+            tokens += 1
+        return tokens
+
     def cut(self, length: int) -> Deltas:
         """The differences within the first `length` tokens."""
         if self == NO_DELTAS:
