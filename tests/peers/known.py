@@ -10,7 +10,7 @@ KNOWN: dict[str, str] = {
         "the test asks for an instance of mlx-lm's own KVCache."
     ),
     "test_generate.py::TestGenerate::test_batch_max_kv_size_creates_rotating_cache": (
-        "of mlx-lm 0.31; the test asks for an instance of its own RotatingKVCache. Here max_kv_size is a capacity."
+        "of mlx-lm 0.31: the test asks for an instance of its own RotatingKVCache; here it is a capacity."
     ),
     "test_models.py::TestModels::test_deepseek_v41": (
         "the model caches in a class of its own, LayerCache, which is not supported: attach raises "
