@@ -234,10 +234,8 @@ class Conversation:
         begin = self.head.deltas.border(sinks)
         end = self.head.deltas.border(begin + drop)
         if begin + n > capacity:
-            reason = (
-                f"cannot shift: the {sinks} sinks end inside a picture, which has {begin - sinks} more tokens"
-            )
-            raise CacheFullError(n, free, capacity, reason)
+            rest = f"which has {begin - sinks} more tokens; raise the capacity, or use other sinks"
+            raise CacheFullError(n, free, capacity, f"the {sinks} sinks end inside a picture, {rest}")
         try:
             if end < position:
                 self.remove(begin, end, recurrent="keep")
