@@ -1,8 +1,8 @@
-"""Tests of mlx-lm that pass on its own caches and cannot pass on this package's, and why."""
+"""Tests of hosts that pass on their own caches and cannot pass on this package's, and why."""
 
 from __future__ import annotations
 
-KNOWN: dict[str, str] = {
+_MLX_LM = {
     "test_evaluate.py::TestMLXLM::test_loglikelihood_rolling_mixed_lengths_is_independent_of_batch_size": (
         "the test's model is a plain class without parameters or layers, for which attach raises TypeError."
     ),
@@ -17,12 +17,22 @@ KNOWN: dict[str, str] = {
         "the test asks for an instance of mlx-lm's own QuantizedKVCache."
     ),
 }
-"""Reasons by test: `file::class::name`. A fault of this package is mended, not listed."""
 
-TOO_LARGE = frozenset(
-    f"test_models.py::TestModels::test_{name}"
-    for name in ("cohere", "cohere2", "gpt_neox", "gptj", "phi3", "qwen")
-)
+_MLX_VLM: dict[str, str] = {}
+
+TOO_LARGE = {
+    "mlx-lm": frozenset(
+        f"test_models.py::TestModels::test_{name}"
+        for name in ("cohere", "cohere2", "gpt_neox", "gptj", "phi3", "qwen")
+    ),
+    "mlx-vlm": frozenset[str](),
+}
 """Tests that the attached run leaves out. They make models of up to 35 billion random weights and never
 compute them. A call on these caches starts to compute what it stores, because other threads may use it."""
-KNOWN |= dict.fromkeys(TOO_LARGE, "the model needs more memory than most machines have; see TOO_LARGE.")
+
+KNOWN = {
+    host: reasons
+    | dict.fromkeys(TOO_LARGE[host], "the model needs more memory than most machines have; see TOO_LARGE.")
+    for host, reasons in (("mlx-lm", _MLX_LM), ("mlx-vlm", _MLX_VLM))
+}
+"""Reasons by host and test: `file::class::name`. A fault of this package is mended, not listed."""
