@@ -29,9 +29,9 @@ def main() -> int:
     """Run the tests and report; 1 where this package's caches fail a test that the host's pass."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.peers",
-        description="Runs the tests of the installed mlx-lm or mlx-vlm twice: on its own caches, and with every "
-        "model attached to this package's. Fails if a test passes on the former and not on the latter, unless "
-        "tests/peers/known.py gives the reason. Names of models on the hub stand for SmolLM2.",
+        description="Runs the tests of the installed mlx-lm or mlx-vlm twice: on its own caches, and with "
+        "every model attached to this package's. Fails if a test passes on the former and not on the latter, "
+        "unless tests/peers/known.py gives the reason. Names of models on the hub stand for SmolLM2.",
     )
     parser.add_argument(
         "--host", choices=list(KNOWN), default="mlx-lm", help="whose tests (default: %(default)s)"

@@ -1,16 +1,23 @@
 """A pytest plugin: every model is attached, before a test has imported anything of the host.
 
+Tools of the host make caches of this package, and so does `make_cache` of every model of mlx-vlm, which its
+tests call themselves.
+
 The report tells how many prompt caches of this package were made, so that a run that made none is noticed.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
+import mlx.nn as nn
 import pytest
+
+from mlx_kvcache.plugin.hosts import observe
 from mlx_kvcache.plugin.hosts.layout import HOSTS
 
 from .compare import MADE
@@ -29,6 +36,25 @@ def _counted(*arguments: Any, **options: Any) -> Any:
     return cache
 
 
+def _make_cache_of_this_package(cls: type[nn.Module], **options: Any) -> None:
+    """Replace `make_cache` of a new class of models, as `attach` does for a single model."""
+    super(nn.Module, cls).__init_subclass__(**options)
+    own = vars(cls).get("make_cache")
+    if own is None or cls.__module__.partition(".")[0] != _host.package:
+        return
+
+    @functools.wraps(own)
+    def make_cache(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        is_asked = getattr(observe._asking, "model", None) is not None
+        if is_asked or arguments or options:
+            return own(self, *arguments, **options)
+        return _attach._dispatch(self)
+
+    cls.make_cache = make_cache  # type: ignore[attr-defined]
+
+
+if _host.name == "mlx-vlm":
+    nn.Module.__init_subclass__ = classmethod(_make_cache_of_this_package)  # type: ignore[assignment]
 _attach.make_prompt_cache = _counted
 _attach.attach_all(_host)
 

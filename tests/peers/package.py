@@ -1,6 +1,7 @@
-"""A pytest plugin: the folder in PEERS_TESTS is the package `tests` of the host, in which its tests import helpers.
+"""A pytest plugin: the folder in PEERS_TESTS is the package `tests` of the host.
 
-The rest of the host comes from its installed package, not from the checkout around that folder.
+Tests import helpers from there. The rest of the host is its installed package, not the checkout around that
+folder.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def tests_of(host: str, version: str, folder: Path, given: Path | None) -> Path:
     problem = "has no tests in its sdist" if given is None else f"has no tests (test_*.py) in {given}"
     if given is None or not any(given.glob("test_*.py")):
         raise Missing(
-            f"{host} {version} {problem}; pass --tests FOLDER, such as the folder mlx_vlm/tests of a checkout of "
-            "mlx-vlm's repository, at the same version if possible"
+            f"{host} {version} {problem}; pass --tests FOLDER, such as the folder mlx_vlm/tests of a "
+            "checkout of mlx-vlm's repository, at the same version if possible"
         )
     return given.absolute()
 

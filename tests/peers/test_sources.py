@@ -38,7 +38,9 @@ def test_a_distribution_without_tests_is_told(tmp_path: Path) -> None:
 def test_a_checkout_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(sources.Missing, match=r"mlx-vlm 1\.0 has no tests in its sdist; pass --tests FOLDER"):
         sources.tests_of("mlx-vlm", "1.0", tmp_path, None)
-    with pytest.raises(sources.Missing, match=r"mlx-vlm 1\.0 has no tests \(test_\*\.py\) in .*--tests FOLDER"):
+    with pytest.raises(
+        sources.Missing, match=r"mlx-vlm 1\.0 has no tests \(test_\*\.py\) in .*--tests FOLDER"
+    ):
         sources.tests_of("mlx-vlm", "1.0", tmp_path, tmp_path)
     (tmp_path / "test_a.py").touch()
     assert sources.tests_of("mlx-vlm", "1.0", tmp_path, tmp_path) == tmp_path
