@@ -40,7 +40,8 @@ def _make_cache_of_this_package(cls: type[nn.Module], **options: Any) -> None:
     """Replace `make_cache` of a new class of models, as `attach` does for a single model."""
     super(nn.Module, cls).__init_subclass__(**options)
     own = vars(cls).get("make_cache")
-    if own is None or cls.__module__.partition(".")[0] != _host.package:
+    # Drafters have one, too, but only models are attached.
+    if own is None or not cls.__module__.startswith(f"{_host.package}.models."):
         return
 
     @functools.wraps(own)
@@ -48,7 +49,7 @@ def _make_cache_of_this_package(cls: type[nn.Module], **options: Any) -> None:
         is_asked = getattr(observe._asking, "model", None) is not None
         if is_asked or arguments or options:
             return own(self, *arguments, **options)
-        return _attach._dispatch(self)
+        return _attach._dispatchers[_host](self)
 
     cls.make_cache = make_cache  # type: ignore[attr-defined]
 

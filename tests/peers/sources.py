@@ -56,7 +56,7 @@ def chosen(tests: Path, names: Sequence[str] | None) -> list[str]:
     """The names of the test files to run, all by default."""
     there = sorted(path.name for path in tests.glob("test_*.py"))
     if unknown := set(names or ()) - set(there):
-        raise Missing(f"there are no test files {sorted(unknown)}; there are {', '.join(there)}")
+        raise Missing(f"{tests} has no test files {sorted(unknown)}; it has {', '.join(there)}")
     return list(names or there)
 
 
