@@ -20,7 +20,7 @@ _MLX_LM = {
 
 _NO_MODULE = "the test's model is a plain class, for which attach raises TypeError."
 _NO_LAYERS = (
-    "the test's model is a SimpleNamespace without layers: attached, mlx-vlm's server and its check of drafters "
+    "the test's model is a SimpleNamespace without layers: attached, the server and the check of drafters "
     "first make a cache for the model."
 )
 _MLX_VLM = {
