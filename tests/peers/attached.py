@@ -36,7 +36,7 @@ def _counted(*arguments: Any, **options: Any) -> Any:
     return cache
 
 
-def _make_cache_of_this_package(cls: type[nn.Module], **options: Any) -> None:
+def _make_cache_of_this_package(cls: type[nn.Module], /, **options: Any) -> None:
     """Replace `make_cache` of a new class of models, as `attach` does for a single model."""
     super(nn.Module, cls).__init_subclass__(**options)
     own = vars(cls).get("make_cache")

@@ -20,12 +20,12 @@ _MLX_LM = {
 
 _MLX_VLM = {
     "test_models.py::TestCohereCompass::test_batched_padding_matches_single_rows": (
-        "the model takes the padding of a batch from `attention_mask` only where entries have `left_padding`, as "
-        "in mlx-vlm's own classes; the test does not declare it in `_make_cache`."
+        "the model takes a batch's padding from `attention_mask` only if entries have `left_padding`, as "
+        "those of mlx-vlm's batches have; the test does not pass it to `_make_cache`."
     ),
     "test_models.py::TestInklingMTP::test_rollback_restore_replay": (
-        "the model assigns to the `state` of its caches to drop what a drafter of kind mtp proposed; on these "
-        "caches, such drafters are refused."
+        "the model assigns to the `state` of its caches to drop what a drafter of kind mtp proposed; such "
+        "drafters are refused on these caches."
     ),
     "test_models.py::TestLongcatFlashNgramModel::test_native_loader_ngram_context_and_dual_cache": (
         "called with a cache, the whole model writes a recurrent state before its language model is called, "
@@ -53,7 +53,7 @@ _MLX_VLM = {
             for model in ("gemma4", "qwen35")
         ),
     ),
-    "the test copies caches by functions of mlx-vlm's prefix cache, which is replaced while a model is attached.",
+    "the test copies caches by functions of mlx-vlm's prefix cache, which is replaced for attached models.",
 )
 
 TOO_LARGE = {

@@ -57,9 +57,10 @@ def test_a_model_of_no_host_gets_the_caches_of_the_host_that_is_asked() -> None:
     class Own(nn.Module):
         layers = (None,)
 
+    own = Own()  # type: ignore[no-untyped-call]
     with attach(tiny_gpt2()):
         for caches in (mlx_lm_cache, mlx_vlm_cache):
-            assert [type(entry) for entry in caches.make_prompt_cache(Own())] == [caches.KVCache]
+            assert [type(entry) for entry in caches.make_prompt_cache(own)] == [caches.KVCache]
 
 
 def test_each_attach_needs_its_detach() -> None:
