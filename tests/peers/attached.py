@@ -40,8 +40,10 @@ def _make_cache_of_this_package(cls: type[nn.Module], /, **options: Any) -> None
     """Replace `make_cache` of a new class of models, as `attach` does for a single model."""
     super(nn.Module, cls).__init_subclass__(**options)
     own = vars(cls).get("make_cache")
-    # Drafters have one, too, but only models are attached.
-    if own is None or not cls.__module__.startswith(f"{_host.package}.models."):
+    module = f"{cls.__module__}."
+    # Drafters and diffusion models have one, too, but tools never ask for a prompt cache for these.
+    is_decoder = module.startswith("mlx_vlm.models.") and ".diffusion_gemma." not in module
+    if own is None or not is_decoder:
         return
 
     @functools.wraps(own)
