@@ -68,8 +68,8 @@ soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared wi
 fuzz: $(VENV)/proof  ## fuzz files, options and calls; FUZZ_SECONDS for each of nine targets, 300 by default
 	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
-peers: $(VENV)/peers  ## run mlx-lm's own tests on its caches and on these, and compare; FILES=test_server.py: not all
-	OPENBLAS_NUM_THREADS=1 $(RUN) -m tests.peers $(if $(FILES),--files $(FILES))
+peers: $(VENV)/peers  ## run a host's own tests on its caches and on these, and compare; HOST=mlx-vlm TESTS=folder FILES=test_server.py
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m tests.peers $(if $(findstring command,$(origin HOST)),--host $(HOST)) $(if $(TESTS),--tests $(TESTS)) $(if $(FILES),--files $(FILES))
 
 coverage: $(VENV)/dev  ## lines and branches of the package that tests run; fails below 97 %
 	OPENBLAS_NUM_THREADS=1 MACHINE_SEEDS=3 $(RUN) -m pytest -n 2 $(UNTRACED) --cov --cov-report=term-missing tests

@@ -7,6 +7,7 @@ host is compared with the functions and caches that this plug-in supports.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -118,20 +119,24 @@ def _options_of(model: nn.Module) -> dict[str, Any] | None:
     return every[-1] if every else None
 
 
-def _dispatch(model: nn.Module, max_kv_size: int | None = None) -> Any:
+def _dispatch(host: Host, model: nn.Module, max_kv_size: int | None = None) -> Any:
     """Replaces `make_prompt_cache` of a host while a model is attached."""
     chosen = _options_of(model)
     if chosen is None:
-        return host_of(model).make_prompt_cache(model, max_kv_size)
+        return host.make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:
         chosen = chosen | {"capacity": max_kv_size, "overflow": "shift", "sinks": min(4, max_kv_size - 1)}
     return make_prompt_cache(model, **chosen)
 
 
+_dispatchers = {host: functools.partial(_dispatch, host) for host in HOSTS}
+"""A model that is not attached gets what the host whose tool asks would make."""
+
+
 def _make_cache(model: nn.Module) -> list[Any]:
     """Replaces `make_cache` of an attached model, which every `make_prompt_cache` of a host calls first."""
     # A subclass of an attached model's class still calls this after the model is detached.
-    return _dispatch(model) if _attached.get(model) else own_cache(model)
+    return _dispatch(host_of(model), model) if _attached.get(model) else own_cache(model)
 
 
 def _bind_all() -> None:
@@ -141,7 +146,7 @@ def _bind_all() -> None:
         is_attached = bool(_attached or _all_models)
         for host in HOSTS:
             if sys.modules.get(host.package):
-                _bind("make_prompt_cache", host, host.make_prompt_cache, _dispatch, is_attached)
+                _bind("make_prompt_cache", host, host.make_prompt_cache, _dispatchers[host], is_attached)
                 tools = importlib.import_module(host.tools, __package__)
                 for name, (theirs, ours) in tools.FUNCTIONS.items():
                     _bind(name, host, theirs, ours, is_attached)

@@ -1,4 +1,4 @@
-"""Runs mlx-lm's own tests, on its caches and then on this package's, and compares.
+"""Runs the own tests of a host, mlx-lm or mlx-vlm, on its caches and then on this package's, and compares.
 
 python -m tests.peers --help
 """
@@ -18,21 +18,33 @@ from .compare import Run, compare, read
 from .known import KNOWN
 
 ROOT = Path(__file__).parents[2]
-PLUGINS = {"stock": ("tests.peers.hub",), "attached": ("tests.peers.hub", "tests.peers.attached")}
+PLUGINS = {
+    "stock": ("tests.peers.package", "tests.peers.hub"),
+    "attached": ("tests.peers.package", "tests.peers.hub", "tests.peers.attached"),
+}
 """The pytest plugins of each run, in the order in which they are loaded."""
 
 
 def main() -> int:
-    """Run the tests and report; 1 where this package's caches fail a test that mlx-lm's pass."""
-    installed = version("mlx-lm")
+    """Run the tests and report; 1 where this package's caches fail a test that the host's pass."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.peers",
-        description=f"Runs the tests of the installed mlx-lm ({installed}) twice: on its own caches, and "
-        "with every model attached to this package's. Fails if a test passes on the former and not on the "
-        "latter, unless tests/peers/known.py gives the reason. Names of models on the hub stand for SmolLM2.",
+        description="Runs the tests of the installed mlx-lm or mlx-vlm twice: on its own caches, and with "
+        "every model attached to this package's. Fails if a test passes on the former and not on the latter, "
+        "unless tests/peers/known.py gives the reason. Names of models on the hub stand for SmolLM2.",
     )
     parser.add_argument(
-        "--files", nargs="+", metavar="FILE", help="names of mlx-lm's test files, such as test_generate.py"
+        "--host", choices=list(KNOWN), default="mlx-lm", help="whose tests (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tests",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder of the tests: needed for mlx-vlm, whose sdist has none; "
+        "those of mlx-lm are downloaded by default",
+    )
+    parser.add_argument(
+        "--files", nargs="+", metavar="FILE", help="names of the host's test files, such as test_generate.py"
     )
     parser.add_argument(
         "--timeout", type=int, default=1800, help="seconds for each file of each run (default: %(default)s)"
@@ -41,7 +53,7 @@ def main() -> int:
         "--folder",
         type=Path,
         default=Path("build/peers"),
-        help="for mlx-lm's tests, the model and the results (default: %(default)s)",
+        help="for the downloaded tests, the model and the results (default: %(default)s)",
     )
     parser.add_argument(
         "--reuse-stock",
@@ -49,17 +61,19 @@ def main() -> int:
         help="take the results of an earlier stock run of the same files",
     )
     chosen = parser.parse_args()
+    host, installed = chosen.host, version(chosen.host)
     folder = chosen.folder.absolute()
     try:
-        tests = sources.tests_of(installed, folder)
+        tests = sources.tests_of(host, installed, folder, chosen.tests)
         names = sources.chosen(tests, chosen.files)
-        environment = os.environ | sources.environment(sources.model(folder), ROOT)
+        environment = os.environ | sources.environment(host, tests, sources.model(folder), ROOT)
     except sources.Missing as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    root = folder / "results" / f"{host}-{installed}"
     runs = {}
     for kind in PLUGINS:
-        results = folder / "results" / installed / kind
+        results = root / kind
         results.mkdir(parents=True, exist_ok=True)
         runs[kind] = Run()
         for name in names:
@@ -68,8 +82,8 @@ def main() -> int:
                 report.unlink(missing_ok=True)
                 _run(kind, tests / name, report, environment, chosen.timeout)
             runs[kind].add(read(report, name))
-    text, is_good = compare(runs["stock"], runs["attached"], KNOWN, set(names), set(chosen.files or ()))
-    sys.stdout.write(f"\nmlx-lm {installed}: {text}\nLogs are in {folder / 'results' / installed}.\n")
+    text, is_good = compare(runs["stock"], runs["attached"], KNOWN[host], set(names), set(chosen.files or ()))
+    sys.stdout.write(f"\n{host} {installed}: {text}\nLogs are in {root}.\n")
     return 0 if is_good else 1
 
 
@@ -85,7 +99,7 @@ def _run(kind: str, file: Path, report: Path, environment: dict[str, str], timeo
     begin, how = time.monotonic(), ""
     with report.with_suffix(".log").open("w", encoding="utf-8") as log:
         try:
-            # In a folder without mlx-lm's package, which Python would take instead of the installed one.
+            # In a folder without the host's package, which Python would take instead of the installed one.
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=timeout, stdout=log, stderr=log, check=False
             )

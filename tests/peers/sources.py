@@ -1,4 +1,4 @@
-"""What the runs need: mlx-lm's tests from its sdist, and a model that stands for those of the hub."""
+"""What the runs need: a host's tests, and a model that stands for those of the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,20 @@ class Missing(Exception):
     """Something that the runs need is not there."""
 
 
-def tests_of(version: str, folder: Path) -> Path:
+def tests_of(host: str, version: str, folder: Path, given: Path | None) -> Path:
+    """The folder with the tests of a host: the given one, or for mlx-lm that of its sdist."""
+    if given is None and host == "mlx-lm":
+        return _unpacked(version, folder)
+    problem = "has no tests in its sdist" if given is None else f"has no tests (test_*.py) in {given}"
+    if given is None or not any(given.glob("test_*.py")):
+        raise Missing(
+            f"{host} {version} {problem}; pass --tests FOLDER, such as the folder mlx_vlm/tests of a "
+            "checkout of mlx-vlm's repository, at the same version if possible"
+        )
+    return given.absolute()
+
+
+def _unpacked(version: str, folder: Path) -> Path:
     """The folder with the tests of a version of mlx-lm, downloaded and unpacked where it is missing."""
     tests = folder / f"mlx_lm-{version}" / "tests"
     if tests.exists():
@@ -43,7 +56,7 @@ def chosen(tests: Path, names: Sequence[str] | None) -> list[str]:
     """The names of the test files to run, all by default."""
     there = sorted(path.name for path in tests.glob("test_*.py"))
     if unknown := set(names or ()) - set(there):
-        raise Missing(f"mlx-lm has no test files {sorted(unknown)}; it has {', '.join(there)}")
+        raise Missing(f"{tests} has no test files {sorted(unknown)}; it has {', '.join(there)}")
     return list(names or there)
 
 
@@ -61,9 +74,10 @@ def model(folder: Path) -> Path:
     return path
 
 
-def environment(model: Path, root: Path) -> dict[str, str]:
+def environment(host: str, tests: Path, model: Path, root: Path) -> dict[str, str]:
     """Variables of both runs."""
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     # Threads of OpenBLAS wait for each other by spinning. Nothing is asked of the hub.
     fixed = {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return fixed | {"PEERS_MODEL": str(model), "PYTHONPATH": path}
+    own = {"PEERS_HOST": host, "PEERS_TESTS": str(tests), "PEERS_MODEL": str(model), "PYTHONPATH": path}
+    return fixed | own

@@ -21,7 +21,7 @@ def sdist(folder: Path, version: str, *names: str) -> None:
 
 def test_only_the_tests_are_unpacked(tmp_path: Path) -> None:
     sdist(tmp_path, "1.0", "mlx_lm/__init__.py", "tests/test_b.py", "tests/test_a.py", "tests/helper.py")
-    tests = sources.tests_of("1.0", tmp_path)
+    tests = sources.tests_of("mlx-lm", "1.0", tmp_path, None)
     assert sorted(path.name for path in tests.parent.rglob("*.py")) == ["helper.py", "test_a.py", "test_b.py"]
     assert sources.chosen(tests, None) == ["test_a.py", "test_b.py"]
     assert sources.chosen(tests, ["test_b.py"]) == ["test_b.py"]
@@ -32,4 +32,15 @@ def test_only_the_tests_are_unpacked(tmp_path: Path) -> None:
 def test_a_distribution_without_tests_is_told(tmp_path: Path) -> None:
     sdist(tmp_path, "1.0", "mlx_lm/__init__.py")
     with pytest.raises(sources.Missing, match=r"mlx-lm 1\.0 has no tests"):
-        sources.tests_of("1.0", tmp_path)
+        sources.tests_of("mlx-lm", "1.0", tmp_path, None)
+
+
+def test_a_checkout_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(sources.Missing, match=r"mlx-vlm 1\.0 has no tests in its sdist; pass --tests FOLDER"):
+        sources.tests_of("mlx-vlm", "1.0", tmp_path, None)
+    with pytest.raises(
+        sources.Missing, match=r"mlx-vlm 1\.0 has no tests \(test_\*\.py\) in .*--tests FOLDER"
+    ):
+        sources.tests_of("mlx-vlm", "1.0", tmp_path, tmp_path)
+    (tmp_path / "test_a.py").touch()
+    assert sources.tests_of("mlx-vlm", "1.0", tmp_path, tmp_path) == tmp_path

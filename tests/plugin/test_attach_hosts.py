@@ -11,6 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import gpt2, llama
+from mlx_vlm.models import cache as mlx_vlm_cache
 
 from mlx_kvcache.errors import NotSupportedError
 from mlx_kvcache.plugin import PromptCache, attach, detach, make_prompt_cache
@@ -50,6 +51,16 @@ def test_the_order_of_imports_does_not_matter(name: str) -> None:
         assert make_prompt_cache(model, capacity=7).capacity == 7
     assert hasattr(model, "make_cache") == had
     assert [type(entry) for entry in host.make_prompt_cache(model)] == own
+
+
+def test_a_model_of_no_host_gets_the_caches_of_the_host_that_is_asked() -> None:
+    class Own(nn.Module):
+        layers = (None,)
+
+    own = Own()  # type: ignore[no-untyped-call]
+    with attach(tiny_gpt2()):
+        for caches in (mlx_lm_cache, mlx_vlm_cache):
+            assert [type(entry) for entry in caches.make_prompt_cache(own)] == [caches.KVCache]
 
 
 def test_each_attach_needs_its_detach() -> None:
