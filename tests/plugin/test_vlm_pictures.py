@@ -166,6 +166,15 @@ def test_a_saved_picture(name: str, tmp_path: Path) -> None:
     assert_equal(decode(model, loaded, MORE), expected)
 
 
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """A prompt and another one after it as one."""
+    axes = {"input_ids": 1}
+    return {
+        key: value if value is None else mx.concatenate([value, second[key]], axis=axes.get(key, 0))
+        for key, value in first.items()
+    }
+
+
 def test_a_picture_in_the_second_turn() -> None:
     """Its positions go on where the text before it ended."""
     name = "qwen2_vl"
@@ -174,11 +183,7 @@ def test_a_picture_in_the_second_turn() -> None:
     cache = make_prompt_cache(model)
     prefill(model, cache, first)
     ours = prefill(model, cache, second)
-    both = {
-        key: mx.concatenate([first[key], second[key]], axis=key == "input_ids")
-        for key in first
-        if key != "mask"
-    }
+    both = joined(first, second)
     expected = prefill(model, make_theirs(model.language_model), both | {"mask": None})
     assert_equal(ours, expected[first["input_ids"].shape[1] :])
 
@@ -300,3 +305,26 @@ def test_a_shift_takes_whole_pictures(sinks: int) -> None:
         small = make_prompt_cache(model, capacity=len(tokens), overflow="shift", sinks=8)
         prefill(model, small, prompt)
         model.language_model(mx.array([(MORE * 4)[: len(tokens) - 9]]), cache=small)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_picture_in_the_second_turn_in_small_blocks(name: str, size: int) -> None:
+    """The positions that mlx-vlm computes for it count from its own beginning."""
+    model: Any = build_vlm(name)
+
+    def generated(caches: list[Any], prompts: list[dict[str, Any]], size: int) -> mx.array:
+        for prompt in prompts:
+            steps = generate_step(
+                prompt["input_ids"], model, prompt["pixel_values"], prompt["mask"], prompt_cache=caches,
+                max_tokens=2, prefill_step_size=size, image_grid_thw=prompt["image_grid_thw"],
+            )  # fmt: skip
+            logprobs: mx.array = next(iter(steps))[1]
+        return logprobs
+
+    first, second = picture(name, 0), picture(name, 1)
+    cache = make_prompt_cache(model)
+    prefill(model, cache, first)
+    both = joined(first, second)
+    expected = generated(make_theirs(model.language_model), [both], 512)
+    assert difference(generated(cache, [second], size), expected) <= EXACT * 10

@@ -59,7 +59,7 @@ from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from ..rope import axes
-from ..rope.axes import ARGUMENT, Relative
+from ..rope.axes import ARGUMENT, Prompt, Relative
 from ..rope.rebase import Head
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
 from .forward import Columns, Form, Forward, Padding, cuts_of
@@ -82,6 +82,7 @@ class Rows(Caller):
         padding: the padding of the coming inputs.
         edits: runs an edit once although every layer is told to make it.
         copies: the same for methods that return other rows.
+        prompt: what the last call was told of positions on several axes.
         written_last: for each leaf, whether it wrote in the last complete forward.
     """
 
@@ -99,6 +100,7 @@ class Rows(Caller):
         self.copies = Told(names, strict=False)
         self.is_called = False
         self._is_divided = False
+        self.prompt: Prompt | None = None
         self._offsets: tuple[Any, Any] | None = None
         self.written_last = bytearray()
 

@@ -11,7 +11,7 @@ Source: "Qwen2-VL", arXiv:2409.12191, section 2.1.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -177,50 +177,115 @@ class Relative(NamedTuple):
         return Relative(chosen[..., begin:end] - before[:, None])
 
 
+class Prompt:
+    """The positions of a prompt, of which calls compute parts.
+
+    Args:
+        given: the array, which calls for the next parts pass again.
+        begins: for each row, the number of tokens before the first call.
+
+    Attributes:
+        origins: for each row, the number of tokens before the first position of the array: 0 or that in
+            `begins`. None as long as it does not matter.
+    """
+
+    def __init__(self, given: mx.array, begins: list[int]) -> None:
+        self.given = given
+        self.begins = begins
+        self.origins: list[int | None] = [None] * len(begins)
+
+
+def prompt_of(
+    model: Any, tokens: list[int], known: Prompt | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Prompt | None:
+    """Return the positions that a call is told, on several axes; None if it is told none.
+
+    Args:
+        tokens: the number of tokens before the call, of each row.
+        known: what the call before was told.
+    """
+    given = kwargs.get(ARGUMENT)
+    if given is None and kwargs.get("inputs_embeds") is not None:
+        # Some models leave them here while they compute the embeddings of a prompt with pictures.
+        given = getattr(model, "_position_ids", None)
+    if given is None and any(kwargs.get(name) is not None for name in _PICTURES):
+        grids = (kwargs.get(name) for name in _PICTURES)
+        given, _ = model.get_rope_index(_inputs(args, kwargs), *grids, kwargs.get("mask"))
+    if given is None:
+        return None
+    if known and known.given is given and all(map(int.__le__, known.begins, tokens)):
+        return known
+    return Prompt(given, tokens)
+
+
 def relative_of(
-    model: Any,
     axes: Axes,
+    prompt: Prompt,
     tokens: Sequence[int],
     expected: Sequence[int],
     columns: Sequence[tuple[int, int]],
     n: int,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    inputs: mx.array | None,
+    marks: Collection[int],
 ) -> Relative | None:
-    """Return what a call says about the positions of its n columns; None if it says nothing.
+    """Return the positions of a call's n columns; None if the prompt's do not have their shape.
 
-    Positions may be those of a whole prompt, of which the call computes a part.
+    A tool gives the positions of a whole prompt, or of what follows the tokens in the cache, and for all of
+    it, or for the part that the call computes. The tokens that stand for pictures tell which.
 
     Args:
         tokens: the number of tokens before the call, of each row.
         expected: the position of the next token of each row, as if no tokens had been removed.
         columns: the columns of each row that are tokens.
+        inputs: the call's tokens (B, n).
+        marks: the tokens that stand for pictures.
     """
-    given = kwargs.get(ARGUMENT)
-    if isinstance(given, Relative):
-        return given
-    if given is None and kwargs.get("inputs_embeds") is not None:
-        # Some models leave them here while they compute the embeddings of a prompt with pictures.
-        given = getattr(model, "_position_ids", None)
-    if given is None and any(kwargs.get(name) is not None for name in _PICTURES):
-        inputs = next(value for value in (*args, kwargs.get("inputs")) if isinstance(value, mx.array))
-        given, _ = model.get_rope_index(inputs, *(kwargs.get(name) for name in _PICTURES), kwargs.get("mask"))
-    if given is None:
-        return None
-    positions = axes.read(given)
+    positions = axes.read(prompt.given)
     length, relative = positions.shape[-1], np.full((AXES, len(tokens), n), -1, np.int64)
     if positions.shape[1] != len(tokens) or length < n:
         return None
-    for row, (before, (first, stop)) in enumerate(zip(tokens, columns, strict=True)):
-        own = positions[:, row]
-        if length > n and length >= before + n:
-            # Of the whole prompt, of which the cache holds the first tokens.
-            begin = _after(own[:, :before]) if before else 0
-            relative[:, row] = own[:, before : before + n] - begin
-        elif first < stop:
+    ids = None if inputs is None else np.array(inputs)
+    for row, (first, stop) in enumerate(columns):
+        own, before = positions[:, row], tokens[row]
+        if length == n:
             own = own[:, first:stop]
-            relative[:, row, first:stop] = own - (expected[row] if own[:, 0].min() else 0)
+            relative[:, row, first:stop] = own - (expected[row] if before and own[:, :1].any() else 0)
+            continue
+        known = prompt.origins[row]
+        parts = {
+            origin: own[:, before - origin : before - origin + n] - _after(own[:, : before - origin])
+            for origin in ((0, prompt.begins[row]) if known is None else (known,))
+            if before - origin + n <= length
+        }
+        if not parts:
+            return None
+        fitting = [o for o, part in parts.items() if ids is None or _fits(part, ids[row], marks)]
+        if len(fitting) == 1:
+            prompt.origins[row] = fitting[0]
+        relative[:, row] = parts[(fitting or [*parts])[0]]
     return Relative(relative)
+
+
+def _fits(relative: NDArray[np.int64], ids: NDArray[Any], marks: Collection[int]) -> bool:
+    """Whether only tokens that stand for pictures have different positions on the axes."""
+    differ = (relative != relative[0]).any(axis=0)
+    return set(ids[differ].tolist()) <= set(marks)
+
+
+def _marks(model: Any) -> set[int]:
+    """The tokens that stand for pictures and videos, from a model's configuration."""
+    config = getattr(model, "config", None)
+    names = (f"{kind}_token_{which}" for kind in ("image", "video") for which in ("id", "index"))
+    found = (getattr(config, name, None) for name in names)
+    return {token for token in found if isinstance(token, int)}
+
+
+def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> mx.array | None:
+    """The tokens (B, n) among the arguments of a call."""
+    for value in (*args, *(kwargs.get(name) for name in ("inputs", "input_ids"))):
+        if isinstance(value, mx.array) and value.ndim == 2 and not mx.issubdtype(value.dtype, mx.floating):
+            return value
+    return None
 
 
 def _after(positions: NDArray[np.int64]) -> int:
@@ -240,10 +305,16 @@ def told_by(
     if axes is None:
         forget_positions(model, kwargs)
         return None
+    given = kwargs.get(ARGUMENT)
+    if isinstance(given, Relative):
+        return given
     tokens = rows.positions
+    rows.prompt = prompt_of(model, tokens, rows.prompt, args, kwargs)
+    if rows.prompt is None:
+        return None
     pairs = zip(rows.conversations, tokens, strict=True)
     expected = [before + conversation.head.deltas.at(before) for conversation, before in pairs]
-    return relative_of(model, axes, tokens, expected, columns, n, args, kwargs)
+    return relative_of(axes, rows.prompt, tokens, expected, columns, n, _inputs(args, kwargs), _marks(model))
 
 
 def argument(rows: Any, columns: Sequence[tuple[int, int]], n: int, relative: Relative | None) -> mx.array:

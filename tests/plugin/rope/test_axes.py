@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin.rope.axes import Axes, Deltas, Relative, axes_of, relative_of
+from mlx_kvcache.plugin.rope.axes import Axes, Deltas, Prompt, Relative, axes_of, relative_of
 
 Item = tuple[int, int, int, int]
 """A token: the number of its picture, or -1 for text, and its place in the picture."""
@@ -82,11 +82,32 @@ def test_positions_of_a_whole_prompt_are_cut_to_the_call() -> None:
     positions, _ = positions_of(items)
     whole = axes.argument(positions[:, None])
     for begin, end in ((0, 11), (0, 5), (5, 9), (8, 11)):
-        columns = [(0, end - begin)]
-        told = relative_of(None, axes, [begin], [0], columns, end - begin, (), {"position_ids": whole})
+        prompt = Prompt(whole, [0])
+        told = relative_of(axes, prompt, [begin], [0], [(0, end - begin)], end - begin, None, ())
         assert told is not None
         expected = positions[:, begin:end] - positions_of(items[:begin])[1]
         assert (told.array[:, 0] == expected).all()
+
+
+@pytest.mark.parametrize("before", [2, 6, 30])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_prompt_that_follows_others_in_small_blocks(before: int, is_whole: bool) -> None:
+    """Its positions count from its own beginning, or from that of the tokens before it."""
+    axes = Axes(is_last=False, is_flat=False)
+    items = [TEXT] * 8 + picture(0, 1, 2, 3) + [TEXT] * 5
+    earlier = [TEXT] * before
+    ids = [i + 1 if item == TEXT else 99 for i, item in enumerate(items)]
+    positions, _ = positions_of(earlier + items)
+    given = axes.argument((positions if is_whole else positions_of(items)[0])[:, None])
+    for size in (1, 3, 4, 7):
+        prompt = Prompt(given, [before])
+        for done in range(0, len(items) - size, size):
+            tokens = before + done
+            inputs = mx.array([ids[done : done + size]])
+            columns = [(0, size)]
+            told = relative_of(axes, prompt, [tokens], [0], columns, size, inputs, {99})
+            expected = positions[:, tokens : tokens + size] - positions_of((earlier + items)[:tokens])[1]
+            assert told is not None and (told.array[:, 0] == expected).all()
 
 
 def test_parts_of_a_call() -> None:
