@@ -80,8 +80,10 @@ def read(model: Any, cache: Any, text: mx.array, block: int) -> mx.array:
 
 
 def evaluate(cache: Any) -> None:
-    """Evaluate the keys and values of all layers."""
-    mx.eval([array for layer in cache for array in (layer.keys, layer.values)])
+    """Evaluate the keys and values of all layers where they are stored."""
+    ours = {id(layer.rows.pool): layer.rows.pool for layer in cache if hasattr(layer, "rows")}
+    theirs = [array for layer in cache if not hasattr(layer, "rows") for array in (layer.keys, layer.values)]
+    mx.eval([pool.buffers for pool in ours.values()], theirs)
 
 
 def contiguous(length: int, seed: int = 0, shape: Shape = SMOLLM2) -> list[KVCache]:
