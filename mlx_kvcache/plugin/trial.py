@@ -149,7 +149,7 @@ def _batching(pool: Pool) -> Batching:
         pool.__dict__["batching"] = way
         try:
             found = _logits(together, block, mx.array(LENGTHS)[:, None])
-            noise = EXACT if expected.dtype == mx.float32 else NOISE
+            noise = EXACT if found.dtype == mx.float32 else NOISE
             if found.shape == expected.shape and _difference(found, expected) <= noise:
                 return way
         except Exception:  # noqa: BLE001, S112  # the model does not support such rows
@@ -181,7 +181,7 @@ def _mixes(pool: Pool) -> bool:
             mx.eval(logits)
     except Exception:  # noqa: BLE001  # the model does not support such rows
         return False
-    found = mx.stack([logits[1, -1], logits[3, -1]]).astype(mx.float32)
+    found = mx.stack([logits[1, -1], logits[3, -1]])
     return _difference(found, expected) <= NOISE
 
 
@@ -245,7 +245,7 @@ def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
 def _run(rows: Rows, tokens: mx.array | list[int]) -> mx.array:
     """Return the logits (B, n, vocabulary) of tokens (B, n), or of a list of tokens of one row."""
     inputs = tokens if isinstance(tokens, mx.array) else mx.array([tokens])
-    logits = logits_of(rows.pool.living_model, inputs, entries_of(rows)).astype(mx.float32)
+    logits = logits_of(rows.pool.living_model, inputs, entries_of(rows))
     # Evaluated one by one: pipeline ranks would order the collectives of two calls differently.
     mx.eval(logits)
     return logits
@@ -307,5 +307,6 @@ def _rows(pool: Pool, *leads: int) -> Rows:
 
 def _difference(a: mx.array, b: mx.array) -> float:
     """Return the RMS difference divided by the standard deviation of b."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
     ratio: float = (mx.sqrt(mx.square(a - b).mean()) / mx.sqrt(mx.var(b))).tolist()  # type: ignore[assignment]
     return ratio

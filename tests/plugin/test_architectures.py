@@ -16,8 +16,8 @@ from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
-from mlx_kvcache.plugin import make_prompt_cache
-from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS
+from mlx_kvcache.plugin import make_prompt_cache, trial
+from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, build
 from tests.plugin.running import difference, logits_of, model_of
 
 REFUSED = {"deepseek_v41": "layer 0 of mlx_lm.models.deepseek_v41 uses .*LayerCache"}
@@ -118,3 +118,12 @@ def test_rows_of_unequal_length_in_one_batch(name: str) -> None:
 def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotSupportedError, match=REFUSED[name]):
         make_prompt_cache(model_of(name))
+
+
+def test_batches_in_16_bits_may_differ_by_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How exact the logits of a batch must be to be taken for those of its rows depends on their dtype."""
+    monkeypatch.setattr(trial, "EXACT", -1.0)
+    for dtype, way in ((mx.float32, "apart"), (mx.bfloat16, "ragged"), (mx.float16, "ragged")):
+        model = build("llama")
+        model.set_dtype(dtype)
+        assert make_prompt_cache(model).pool.batching == way

@@ -445,12 +445,17 @@ class Rows(Caller):
         (n,) = whole(None, n=n)
         with self.edit(f"trim {n} tokens"):
             before = self.positions
-            plans = [
-                conversation.plan_rewind(max(0, position - n))
-                for conversation, position in zip(self.conversations, before, strict=True)
-            ]
-            self.pool.commit(JointPlan(plans))
+            self._rewind_to([max(0, position - n) for position in before])
             return min(n, max(before, default=0))
+
+    def rewind_to(self, positions: Sequence[int]) -> None:
+        """Drop the tokens of each row from a position on. Raises as `trim`."""
+        with self.edit(f"rewind rows to {list(positions)}"):
+            self._rewind_to(positions)
+
+    def _rewind_to(self, positions: Sequence[int]) -> None:
+        pairs = zip(self.conversations, positions, strict=True)
+        self.pool.commit(JointPlan([conversation.plan_rewind(position) for conversation, position in pairs]))
 
     def prepare(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -200,6 +201,29 @@ class Conversation:
         if capacity is None or overflow == "error" or self.has_room(n) or n <= capacity - sinks:
             return None
         return max(1, (capacity - sinks) // 2)
+
+    def reply_room(self, prompt: int, ahead: int = 0) -> int:
+        """Return the maximum number of tokens in a reply to a prompt.
+
+        Args:
+            prompt: the number of new tokens in the prompt.
+            ahead: tokens computed beyond the reply, such as a draft model's.
+
+        Raises:
+            CacheFullError: there is no room for one.
+        """
+        capacity, overflow, *_ = self.limits
+        if capacity is None or overflow != "error":
+            return sys.maxsize
+        position = self.position
+        room = capacity - position - prompt - ahead
+        if room < 1:
+            hint = (
+                f"the prompt has {position + prompt} tokens and leaves no room for a reply; shorten it, "
+                'raise the capacity, or use overflow="shift"'
+            )
+            raise CacheFullError(prompt + ahead + 1, capacity - position, capacity, hint)
+        return room
 
     def check_room(self, n: int, early: bool) -> None:
         """Raise CacheFullError if n tokens do not fit and a shift cannot make room; see `make_room`."""

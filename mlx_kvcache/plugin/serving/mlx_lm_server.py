@@ -21,9 +21,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.server import APIHandler, ResponseGenerator
 
-from ...errors import CacheError, CacheFullError
+from ...errors import CacheError
 from ..files import save_for_mlx_lm
-from ..forward.batch_rows import Rows
 from . import mlx_lm_store
 
 _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakref.WeakKeyDictionary()
@@ -72,29 +71,8 @@ def insert_segments(
                         "a prompt cache cannot join this batch: its options differ from those of the running "
                         "sequences; make it with the same options, or insert it after these have ended"
                     )
-                most[i] = min(most[i], _room(rows, sum(map(len, prompt))))
+                most[i] = min(most[i], rows.conversation.reply_room(sum(map(len, prompt))))
     return _originals["insert_segments"](self, segments, most, caches, *args, **kwargs)
-
-
-def _room(rows: Rows, prompt: int, ahead: int = 0) -> int:
-    """The maximum number of tokens in a reply to a prompt. Raises CacheFullError if there is no room for one.
-
-    Args:
-        prompt: the number of new tokens in the prompt.
-        ahead: tokens computed beyond the reply, such as a draft model's.
-    """
-    capacity, overflow, *_ = rows.conversation.limits
-    if capacity is None or overflow != "error":
-        return sys.maxsize
-    [position] = rows.positions
-    room = capacity - position - prompt - ahead
-    if room < 1:
-        hint = (
-            f"the prompt has {position + prompt} tokens and leaves no room for a reply; shorten it, "
-            'raise the capacity, or use overflow="shift"'
-        )
-        raise CacheFullError(prompt + ahead + 1, capacity - position, capacity, hint)
-    return room
 
 
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -109,7 +87,7 @@ def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
     ahead = args.num_draft_tokens + 1 if len(models) > 1 else 0
     for model in models:
         for rows in mlx_lm_store.rows_of(mlx_lm_cache.make_prompt_cache(model)):
-            args.max_tokens = min(args.max_tokens, _room(rows, prompt, ahead))
+            args.max_tokens = min(args.max_tokens, rows.conversation.reply_room(prompt, ahead))
             rows.conversation.close()
     return result
 

@@ -6,7 +6,6 @@ functions make a batch of this package's caches instead, join batches, and limit
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from mlx_vlm.generate import ar, common
 from mlx_vlm.kv_quant import from_legacy
 from mlx_vlm.models import cache as mlx_vlm_cache
 
-from ...errors import CacheFullError, NotSupportedError
+from ...errors import NotSupportedError
 from ..cache_options import Storage, quantization_of
 from ..entries.nested import entries_of
 from ..forward.batch_rows import Rows
@@ -183,7 +182,7 @@ def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         if rows is not None:
             quantize(rows, **asked(self))
             self._unprocessed_sequences = [
-                (uid, prompt, min(most, room(rows, len(prompt))), *more)
+                (uid, prompt, min(most, rows.conversation.reply_room(len(prompt))), *more)
                 if uid in uids
                 else (uid, prompt, most, *more)
                 for uid, prompt, most, *more in self._unprocessed_sequences
@@ -192,22 +191,3 @@ def insert(self: Any, *args: Any, **kwargs: Any) -> list[int]:
     except BaseException:
         self._unprocessed_sequences = before
         raise
-
-
-def room(rows: Rows, prompt: int) -> int:
-    """The maximum number of tokens in a reply to a prompt of so many tokens, in an empty cache like this.
-
-    Raises CacheFullError if there is no room for one.
-    """
-    capacity, overflow, *_ = rows.conversation.limits
-    if capacity is None or overflow != "error":
-        return sys.maxsize
-    if prompt >= capacity:
-        raise CacheFullError(
-            prompt + 1,
-            capacity,
-            capacity,
-            f"the prompt has {prompt} tokens and leaves no room for a reply; shorten it, raise the capacity, "
-            'or use overflow="shift"',
-        )
-    return capacity - prompt

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm.speculative import cache_state, common, dflash, drafters, utils
 
-from ...caches.plan import JointPlan
 from ...errors import NotSupportedError
 from ..forward.batch_rows import Rows
 from ..hosts.observe import is_cache
@@ -75,7 +74,8 @@ class Round(cache_state.SpeculativeCacheTransaction):  # type: ignore[misc]
 
     def _end(self, lengths: Sequence[int]) -> None:
         ends = [begin + length for begin, length in zip(self._begins, lengths, strict=True)]
-        rewind(self._rows, ends)
+        if ends != self._rows.positions:
+            self._rows.rewind_to(ends)
         self._active = False
 
 
@@ -102,19 +102,6 @@ def dflash_verify_greedy(
         return original_verify_greedy(lm, verify_input, prompt_cache, target_layer_ids, sampler)
     output, state = dflash_verify(lm, verify_input, prompt_cache, target_layer_ids)
     return output.hidden_states, state, sampler(output.logits)
-
-
-def rewind(rows: Rows, positions: Sequence[int]) -> None:
-    """Drop the tokens of each row from a position on.
-
-    Raises NotSupportedError if a row cannot go back so far; no row has changed.
-    """
-    if list(positions) == rows.positions:
-        return
-    with rows.edit(f"rewind rows to {list(positions)}"):
-        pairs = zip(rows.conversations, positions, strict=True)
-        plans = [conversation.plan_rewind(position) for conversation, position in pairs]
-        rows.pool.commit(JointPlan(plans))
 
 
 def _listed(numbers: Any) -> list[int]:

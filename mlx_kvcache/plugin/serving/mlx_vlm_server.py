@@ -14,7 +14,7 @@ from mlx_vlm.server.generation import PromptTooLongError, ResponseGenerator, _co
 
 from ...errors import CacheFullError
 from ..forward.batch_rows import Rows
-from .mlx_vlm_batch import empty_rows, room
+from .mlx_vlm_batch import empty_rows
 from .mlx_vlm_media import flat, forget, note
 
 original_initialize = ResponseGenerator._initialize_model
@@ -62,7 +62,7 @@ def validate_context_budget(
         more = args.preprocessing_kwargs() if args else {}
         inputs = self._preprocess_request(prompt, images, audio, videos, **more)
         try:
-            room(rows, _count_prompt_tokens(inputs))
+            rows.conversation.reply_room(_count_prompt_tokens(inputs))
         except CacheFullError as error:
             raise PromptTooLongError(str(error)) from error
 
