@@ -43,6 +43,13 @@ def greedy(model: nn.Module, prompt: list[int], n: int, block: int = 1) -> list[
     return tokens
 
 
+def deviation(logits: mx.array, expected: mx.array) -> float:
+    """The largest difference, as a fraction of the standard deviation of what is expected."""
+    worst = (mx.abs(logits - expected).max() / mx.sqrt(mx.var(expected))).tolist()
+    assert isinstance(worst, float)
+    return worst
+
+
 def difference(a: mx.array, b: mx.array) -> float:
     worst = mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().tolist()
     assert isinstance(worst, float)

@@ -18,6 +18,7 @@ from tests.plugin.configurations import (
     model_modules,
     module_of,
 )
+from tests.plugin.running import deviation
 
 TOKENS = [(7 * i + i * i + i // 7) % VOCABULARY for i in range(40)]
 BLOCKS = [13, 5, 1, 1, 9, 2, 9]
@@ -35,12 +36,6 @@ def run(model: nn.Module, rows: list[list[int]], blocks: list[int]) -> mx.array:
         mx.eval(parts[-1])
         begin += size
     return mx.concatenate(parts, axis=1)
-
-
-def deviation(logits: mx.array, expected: mx.array) -> float:
-    worst = (mx.abs(logits - expected).max() / mx.sqrt(mx.var(expected))).tolist()
-    assert isinstance(worst, float)
-    return worst
 
 
 def test_every_model_module_has_its_place() -> None:

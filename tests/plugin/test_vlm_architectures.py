@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +28,7 @@ from tests.plugin.configurations.vlm import (
 from tests.plugin.forgetful import Forgetful
 from tests.plugin.running import difference
 
+pytestmark = pytest.mark.usefixtures("without_compiling")
 REFUSED = {
     "deepseek_v4": "PoolingCache",
     "deepseek_v41": "DeepseekV41Cache",
@@ -45,14 +45,6 @@ TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 OTHER = [88 - token for token in TEXT]
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
-
-
-@pytest.fixture(autouse=True)
-def without_compiling() -> Iterator[None]:
-    """A function takes up to seconds to compile for the CPU, and runs a few times here."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def run(model: nn.Module, cache: list[Any], tokens: list[int], *sizes: int) -> mx.array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,21 +21,12 @@ from tests.plugin.configurations.vlm import (
     language_modules,
     picture,
 )
+from tests.plugin.running import deviation
 
+pytestmark = pytest.mark.usefixtures("without_compiling")
 TOKENS = [(7 * i + i * i + i // 7) % VOCABULARY for i in range(23)]
 # Relative to the standard deviation of the logits.
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def without_compiling() -> Iterator[None]:
-    """A function takes up to seconds to compile for the CPU, and runs a few times here.
-
-    Compiled once for all lengths, `hy_v4` would also keep the place where it partitions scores.
-    """
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def run(model: nn.Module, tokens: list[int], blocks: list[int]) -> mx.array:
@@ -49,12 +39,6 @@ def run(model: nn.Module, tokens: list[int], blocks: list[int]) -> mx.array:
         mx.eval(parts[-1])
         begin += size
     return mx.concatenate(parts, axis=1)
-
-
-def deviation(logits: mx.array, expected: mx.array) -> float:
-    worst = (mx.abs(logits - expected).max() / mx.sqrt(mx.var(expected))).tolist()
-    assert isinstance(worst, float)
-    return worst
 
 
 def test_every_language_module_has_its_place() -> None:

@@ -6,7 +6,6 @@ its own, and of another copy of the model where it keeps something on its module
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,11 @@ from tests.plugin.configurations.vlm import VLM_WHOLE, build_vlm, picture
 from tests.plugin.configurations.vlm.whole import IMAGE
 from tests.plugin.running import difference
 
+pytestmark = pytest.mark.usefixtures("without_compiling")
 NAMES = [name for name in VLM_WHOLE if name != "mllama"]
 MORE = [17, 3, 88, 41, 60, 25]
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
-
-
-@pytest.fixture(autouse=True)
-def without_compiling() -> Iterator[None]:
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @lru_cache(maxsize=2)
