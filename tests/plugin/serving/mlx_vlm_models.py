@@ -31,6 +31,7 @@ def text_folder(folder: Path, tokenizer: Any) -> Path:
 
 def tiny_gemma3() -> nn.Module:
     """Sliding windows of 16 tokens, and pictures of 8 by 8 pixels."""
+    mx.random.seed(7)
     text = gemma3.TextConfig(
         model_type="gemma3",
         hidden_size=32,
@@ -61,6 +62,7 @@ def tiny_gemma3() -> nn.Module:
 
 def tiny_qwen2_vl() -> nn.Module:
     """Positions in three dimensions, and pictures of 16 patches."""
+    mx.random.seed(7)
     text = qwen2_vl.TextConfig(
         model_type="qwen2_vl",
         hidden_size=32,
@@ -84,6 +86,7 @@ def tiny_qwen2_vl() -> nn.Module:
 
 def tiny_lfm2() -> nn.Module:
     """Recurrent layers around full attention, for text only."""
+    mx.random.seed(7)
     config = lfm2.ModelConfig(
         model_type="lfm2",
         vocab_size=VOCABULARY,
