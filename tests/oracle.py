@@ -121,6 +121,24 @@ class Oracle:
                 raise CacheFullError(len(shared), 0, self.room)
         self._set(sequence, after)
 
+    def graft(self, source: int, begin: int, end: int, sequence: int) -> None:
+        given, old = self.streams.get(source, Stream()), self.streams.get(sequence, Stream())
+        end = min(end, given.end)
+        if begin >= end:
+            return
+        offset = old.end - begin
+        run = {p: cell for p, cell in given.held.items() if begin <= p < end}
+        if offset:
+            run = {p: Cell(cell.key + offset, cell.value) for p, cell in run.items()}
+        after = Stream(end + offset, old.held | {p + offset: cell for p, cell in run.items()})
+        needed = [p for p in range(after.end) if self._reachable(after.end, after.end, p)]
+        if any(p not in after.held for p in needed) or (offset and run and not self.shifts):
+            raise NotSupportedError("cannot append this range")
+        held = [stream.held.values() for stream in self.streams.values()]
+        if len({id(cell) for cells in [*held, run.values()] for cell in cells}) > self.room:
+            raise CacheFullError(len(run), 0, self.room)
+        self._set(sequence, after)
+
     def _set(self, sequence: int, stream: Stream) -> None:
         self.streams.pop(sequence, None)
         if stream.end:

@@ -69,6 +69,10 @@ class PlanningCache(ABC):
         """Plan to replace `dst` by at most `length` first tokens of `src`."""
 
     @abstractmethod
+    def _plan_graft(self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent) -> Plan:
+        """Plan a `graft`. The range lies inside the source, which is another sequence."""
+
+    @abstractmethod
     def _snapshot(self, sequence: int) -> Any:
         """Return a sequence's contents, for `_plan_restore` of a cache of the same kind."""
 
@@ -299,6 +303,42 @@ class PlanningCache(ABC):
             if end < begin:
                 raise ValueError(f"cannot remove [{begin}, {end}): end must be at least begin")
         self._plan_remove(sequence, begin, end, checked_recurrent(recurrent)).commit()
+
+    def graft(
+        self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent = "refuse"
+    ) -> None:
+        """Append the tokens [begin, end) of one sequence to another, whose next positions they get.
+
+        With `copy_prefix` and forward passes in between, this makes a sequence of parts of others. If the
+        positions change, the tokens are copied and the shift hook re-bases their keys once from what
+        is stored; otherwise both sequences share them. Keys and values stay as they were computed, after the
+        tokens that came before them in `source`. A range that reaches beyond the source's end is cut there.
+
+        Args:
+            source: the sequence that has the tokens. It does not change.
+            begin, end: the first position to take, and the one after the last.
+            sequence: the sequence to append to.
+            recurrent: what happens to recurrent states, which cannot be joined. "refuse" raises. "keep" goes
+                on with the source's state at `end`, which knows all that the source read up to there.
+
+        Raises:
+            ValueError: a number is negative, `begin` > `end`, `source` and `sequence` are the same, or
+                `recurrent` is neither "refuse" nor "keep".
+            NotSupportedError: keys need re-basing and the cache has no shift hook; the next token would see
+                something that is not held; or a recurrent cache is to refuse or has no state at `end`.
+            CacheFullError: there is no room for the copies.
+        """
+        self._check_ready()
+        source, begin, end, sequence = whole(source=source, begin=begin, end=end, sequence=sequence)
+        if source == sequence:
+            raise ValueError(f"cannot append tokens of sequence {source} to itself: copy it first")
+        if end < begin:
+            raise ValueError(f"cannot append [{begin}, {end}): end must be at least begin")
+        if checked_recurrent(recurrent) == "replay":
+            raise ValueError('recurrent must be "refuse" or "keep" to append tokens, got "replay"')
+        end = min(end, self._end(source))
+        if begin < end:
+            self._plan_graft(source, begin, end, sequence, recurrent).commit()
 
     def end(self, sequence: int) -> int:
         """Return the length of the sequence in tokens, which is its next token's position; 0 if unknown."""

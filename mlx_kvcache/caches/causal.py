@@ -17,8 +17,8 @@ from ..attend.part import Attending, check_queries
 from ..attend.sdpa import attend
 from ..attend.step import Step
 from ..batch import Batch, CacheConfig, CausalOptions
+from ..cells.edits import drop_tail, graft, remove_range
 from ..cells.placement import Placement, allocated_after, append, compact, place
-from ..cells.removal import drop_tail, remove_range
 from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
@@ -80,6 +80,8 @@ class Reservation:
         )
         return out.astype(given.queries.dtype)
 
+
+NO_HOOK = "need re-basing, and this cache has no shift hook; give it shift=rope_shift(...)"
 
 Shift = Callable[[int, mx.array, mx.array], mx.array]
 """(layer, keys (1, n_kv_heads, m, head_dim), offsets (m,) int32) -> keys at positions + offsets."""
@@ -153,14 +155,23 @@ class PositionalCache(KeyValueCache):
         if removal.moves and self._shift is None:
             raise NotSupportedError(
                 f"cannot remove [{begin}, {stop}) from sequence {sequence} of length {self._end(sequence)}: "
-                "the keys of later tokens need re-basing, and this cache has no shift hook; "
-                "give it shift=rope_shift(...)"
+                f"the keys of later tokens {NO_HOOK}"
             )
         return self._plan_edit(removal, partial(self._rebase, begin - stop))
 
-    def _plan_edit(self, removal: Placement, rebase: Rebase) -> Plan:
-        """Plan a removal, with lazy arrays for the tokens to re-base."""
-        return CellsPlan(self, removal, self._store.stage(removal, rebase))
+    def _plan_graft(self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent) -> Plan:
+        offset = self._end(sequence) - begin
+        joined = graft(self._table, source, begin, end, sequence, self._rule, offset)
+        if joined.moves and self._shift is None:
+            raise NotSupportedError(
+                f"cannot append [{begin}, {end}) of sequence {source} to sequence {sequence} of length "
+                f"{self._end(sequence)}: their keys {NO_HOOK}"
+            )
+        return self._plan_edit(joined, partial(self._rebase, offset))
+
+    def _plan_edit(self, edit: Placement, rebase: Rebase) -> Plan:
+        """Plan an edit, with lazy arrays for the tokens to re-base."""
+        return CellsPlan(self, edit, self._store.stage(edit, rebase))
 
     def _rebase(self, offset: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         assert self._shift is not None

@@ -95,6 +95,16 @@ class EncoderCache(StreamCache[Stream], KeyValueCache):
         entry = source.entry if source.entry and source.entry.position < end else None
         return StreamPlan(self, {dst: Stream(end, entry)})
 
+    def _plan_graft(self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent) -> Plan:
+        old, entry = self._streams.get(sequence, Stream(0, None)), self._streams[source].entry
+        offset = old.end - begin
+        if entry and begin <= entry.position < end:
+            # The newest encoder output is the one that a sequence has.
+            return StreamPlan(
+                self, {sequence: Stream(end + offset, entry._replace(position=entry.position + offset))}
+            )
+        return StreamPlan(self, {sequence: Stream(end + offset, old.entry)})
+
     def _set_causal(self, options: CausalOptions) -> None:
         """Check the options only: every token sees the whole encoder output."""
         options.check(len(self._under_way().batch))

@@ -103,6 +103,15 @@ class Cache(Protocol):
         says what happens to later recurrent states.
         """
 
+    def graft(
+        self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent = "refuse"
+    ) -> None:
+        """Append the tokens [begin, end) of sequence `source` to another sequence, at its next positions.
+
+        Their keys are re-based (RoPE) if their positions change. `recurrent` says what happens to recurrent
+        states: "refuse" or "keep".
+        """
+
     def end(self, sequence: int) -> int:
         """Return the length of the sequence in tokens, which is its next token's position; 0 if unknown."""
         ...

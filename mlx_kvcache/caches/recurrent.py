@@ -366,6 +366,25 @@ class RecurrentCache(StreamCache[Stream]):
         copied = source.cut(min(length, source.end), self._run) if source else None
         return StreamPlan(self, {dst: copied})
 
+    def _plan_graft(self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent) -> Plan:
+        asked = f"cannot append [{begin}, {end}) of sequence {source} to sequence {sequence}: "
+        if recurrent == "refuse":
+            raise NotSupportedError(
+                f"{asked}recurrent states cannot be joined; "
+                'recurrent="keep" goes on with the state of the source after these tokens'
+            )
+        given, old = self._streams[source], self._streams.get(sequence, EMPTY)
+        held = given.with_state(end, self._run)
+        if held is None:
+            raise NotSupportedError(
+                f"{asked}there is no state at position {end} of sequence {source}; "
+                f"the newest before it is at {given.newest_before(end)}"
+            )
+        new_end = old.end + end - begin
+        states = {**old.states, new_end: held.states.get(end, NOTHING)}
+        appended = Stream(new_end, states, True, old.inputs, None, old.marks, self._next_use())
+        return StreamPlan(self, {sequence: self._thinned(appended)})
+
     def _set_causal(self, options: CausalOptions) -> None:
         raise NotSupportedError(
             "set_causal on a recurrent cache: it has no mask, so no token can see later ones"

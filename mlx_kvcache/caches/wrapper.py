@@ -147,6 +147,10 @@ class WrapperCache(PlanningCache):
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         return JointPlan([child._plan_copy(src, dst, length) for child in self._children])
 
+    def _plan_graft(self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent) -> Plan:
+        children = self._children
+        return JointPlan([child._plan_graft(source, begin, end, sequence, recurrent) for child in children])
+
     def _snapshot(self, sequence: int) -> list[Any]:
         return [child._snapshot(sequence) for child in self._children]
 

@@ -25,6 +25,7 @@ from .forward.batch_rows import Rows
 from .hosts.host import name_of
 from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
+from .pool.splice import Splice, plan_splice, splice
 from .ranks import ranks_of
 
 
@@ -167,6 +168,54 @@ class PromptCache(list[Any]):
         else:
             with self._rows.edit(f"remove [{begin}, {stop})"):
                 self._conversation.remove(begin, stop, recurrent)
+
+    def splice(
+        self, before: Sequence[int], after: Sequence[int], min_run: int = 64, recompute: float = 0.0
+    ) -> Splice:
+        """Lets the cache go on to other tokens, and keeps what both have in common, wherever it moved.
+
+        Use it where a prompt changes before its end: text was removed, inserted or replaced. The cache goes
+        back to the common prefix. Every run of at least `min_run` equal tokens after it, in the same order,
+        is kept and joins as soon as the tokens before it are computed, with its keys re-based. So pass `rest`
+        of the result to the model, or to any tool of the host, as if nothing else were missing:
+
+        ```python
+        splice = cache.splice(old_tokens, new_tokens)
+        model(mx.array([splice.rest]), cache=cache)  # afterwards, the cache holds all of new_tokens
+        ```
+
+        At any time, the cache holds the first `position` tokens of `after`. What was computed after text that
+        is gone still knows that text, so logits differ slightly from those of a fresh computation.
+
+        Args:
+            before: the tokens that the cache holds.
+            after: the tokens to go on to. At least one of them is left to compute.
+            min_run: the least length of a run to keep after the common prefix.
+            recompute: how much of each such run to compute again, from its first token on: 0.0 to 1.0.
+
+        Returns:
+            What is kept, and what is to be computed. If the model's keys cannot be moved, only the prefix
+            is kept, and `refusal` says why.
+
+        Raises:
+            ValueError: `before` is not as long as the cache, `after` is empty, min_run is below 1, or
+                recompute is outside of 0.0 to 1.0.
+            TypeError: the tokens are not sequences of whole numbers.
+            CacheFullError: `after` exceeds the capacity.
+            CacheError: the rest of another splice has not been computed.
+        """
+        before, after = token_ids(before, "before"), token_ids(after, "after")
+        (min_run,) = whole(1, min_run=min_run)
+        if len(before) != self.position:
+            raise ValueError(f"before has {len(before)} tokens, but the cache holds {self.position}")
+        if not after:
+            raise ValueError("after has 0 tokens: at least 1 token is needed")
+        if not 0.0 <= recompute <= 1.0:
+            raise ValueError(f"recompute must be between 0.0 and 1.0, got {recompute}")
+        with self._rows.edit(f"splice {len(before)} tokens to {len(after)}"):
+            planned = plan_splice(self._conversation, before, after, min_run, recompute)
+            splice(self._conversation, after, planned)
+            return planned
 
     def fork(self) -> PromptCache:
         """Returns an independent cache with the same tokens. Shares keys and values; copies no array."""

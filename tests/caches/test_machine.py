@@ -99,8 +99,8 @@ class Machine(RuleBasedStateMachine):
         self.steps += 1
         # Hypothesis begins with zeros alone, which would be the same call again and again.
         random = Random(seed or f"{self.kind}, {self.store}, {self.steps}")
-        calls = [self.forward, self.remove, self.copy_prefix, self.restore, self.reserve]
-        random.choices(calls, [12, 6, 3, 1, 1])[0](random)
+        calls = [self.forward, self.remove, self.copy_prefix, self.graft, self.restore, self.reserve]
+        random.choices(calls, [12, 6, 3, 3, 1, 1])[0](random)
 
     def forward(self, random: Random) -> None:
         chosen = random.sample(range(SEQUENCES), random.choice([1, 1, 1, 2, 3]))
@@ -225,6 +225,19 @@ class Machine(RuleBasedStateMachine):
             ("copy", src, dst, length),
         )
         assert self.cache.nbytes <= arrays
+
+    def graft(self, random: Random) -> None:
+        source, sequence = random.sample(range(SEQUENCES), 2)
+        ends = self.oracles[0].end(source), self.oracles[0].end(sequence)
+        # Where the two are as long, positions do not move.
+        begin = min(ends) if random.random() < 0.3 else random.randint(0, ends[0])
+        end = begin + random.choice([0, 1, 2, 5, 100])
+        self.edit(
+            random,
+            lambda oracle: oracle.graft(source, begin, end, sequence),
+            lambda: self.cache.graft(source, begin, end, sequence),
+            ("graft", source, begin, end, sequence),
+        )
 
     def restore(self, random: Random) -> None:
         src, dst = random.sample(range(SEQUENCES), 2)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from random import Random
 from typing import NamedTuple
 
+from mlx_kvcache.cells.edits import drop_tail, remove_range
 from mlx_kvcache.cells.placement import Placed, Placement, allocated_after, compact, place
-from mlx_kvcache.cells.removal import drop_tail, remove_range
 from mlx_kvcache.cells.spans import FOREVER, Sequence, Spans, clip
 from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.cells.visibility import Rule, visible

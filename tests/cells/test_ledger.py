@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_kvcache.cells.edits import rebase_all
 from mlx_kvcache.cells.placement import DEAD, STEP
-from mlx_kvcache.cells.removal import rebase_all
 from mlx_kvcache.cells.spans import FOREVER
 from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 

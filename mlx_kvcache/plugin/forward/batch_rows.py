@@ -41,10 +41,8 @@ finalize, filter and extend change it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -54,16 +52,17 @@ from ...arguments import whole
 from ...caches.plan import JointPlan
 from ...errors import CacheError
 from ...quantization import Quantization
-from ..hosts.host import found_logits, joined
+from ..hosts.host import found_logits
 from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from ..rope import axes
-from ..rope.axes import ARGUMENT, Prompt, Relative
+from ..rope.axes import ARGUMENT, Prompt
 from ..rope.rebase import Head
+from . import blocks
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
-from .forward import Columns, Form, Forward, Padding, cuts_of
-from .row_groups import groups, indivisible, is_one_input, is_undivided, run_apart
+from .forward import Columns, Form, Forward, Padding
+from .row_groups import groups, is_one_input, needs_groups, run_apart
 
 
 class Rows(Caller):
@@ -77,6 +76,7 @@ class Rows(Caller):
     Attributes:
         forward: the forward under way, or None.
         is_called: whether a call of the model drives that forward.
+        is_divided: whether that call is one of the blocks of a longer one.
         interrupted: whether another user of the pool has undone a forward of these rows, and no layer has
             noticed yet.
         padding: the padding of the coming inputs.
@@ -99,7 +99,7 @@ class Rows(Caller):
         self.edits = Told(names, strict=True)
         self.copies = Told(names, strict=False)
         self.is_called = False
-        self._is_divided = False
+        self.is_divided = False
         self.prompt: Prompt | None = None
         self._offsets: tuple[Any, Any] | None = None
         self.written_last = bytearray()
@@ -167,6 +167,9 @@ class Rows(Caller):
         # The first access tries the model, so that its modules can be watched from the first call on.
         _ = self.pool.mixers
         self.settle()
+        for conversation in self.conversations:
+            if conversation.waiting:
+                conversation.join_waiting(early=is_called)
         columns = self._columns_of(n)
         # Only a model's call is known to attend to handles. Layers driven by hand return arrays.
         is_ragged = self._form == "tokens" or (is_called and self._may_be_ragged)
@@ -258,7 +261,7 @@ class Rows(Caller):
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
         # Others would only keep arrays of their states and inputs in memory.
-        self._last = forward if forward.is_repeatable else None
+        self._last = forward if forward.is_repeatable and not self.conversations[0].waiting else None
         logits = found_logits(output) if forward.n == 1 else None
         self.pool.compute_forward(forward.arrays() + ([] if logits is None else [logits]))
 
@@ -339,11 +342,10 @@ class Rows(Caller):
             relative = axes.told_by(self, columns, n, args, kwargs) if self.pool.keeps_positions else None
             if relative is not None:
                 kwargs = {**kwargs, ARGUMENT: relative}
-            block = self._block(columns, n)
-            edges = [*range(0, n, block), n] if block < n else self._edges(n)
+            edges = blocks.edges(self, columns, n)
             if len(edges) > 2:
-                return self._run_in_blocks(edges, model, call, args, kwargs)
-            if self.is_batch and (self.pool.layout.is_recurrent or self.pool.batching == "apart"):
+                return blocks.run(self, edges, model, call, args, kwargs)
+            if self.is_batch and needs_groups(self, columns):
                 self.settle()
                 together = groups(self, columns)
                 if together and not is_one_input(self, together, columns, n):
@@ -381,38 +383,6 @@ class Rows(Caller):
                 f"the prompt cache was made for another model, a {self.pool.architecture}, "
                 f"not for this {type(model).__module__}; make one by make_prompt_cache(model)"
             )
-
-    def _block(self, columns: Sequence[Columns], n: int) -> int:
-        """The number of columns, of n, that one forward should take."""
-        pairs = zip(self.conversations, columns, strict=True)
-        blocks = (conversation.block(stop - first) for conversation, (first, stop) in pairs)
-        return min(filter(None, blocks), default=n)
-
-    def _edges(self, n: int) -> list[int]:
-        """The columns at which to divide the call because modules cannot give recurrent states in between."""
-        if n == 1 or self._is_divided or not any(own.is_nested for own in self.pool.mixers.values()):
-            return [0, n]
-        return [0, *cuts_of(self.pool, self.conversations, self.positions, n), n]
-
-    def _run_in_blocks(
-        self,
-        edges: Sequence[int],
-        model: nn.Module,
-        call: Call,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Call the model on blocks of columns, one after another, and join the outputs."""
-        outputs, before = [], self._is_divided
-        self._is_divided = True
-        try:
-            for begin, end in pairwise(edges):
-                block = functools.partial(_columns, edges[-1], slice(begin, end))
-                named = {name: block(value) for name, value in kwargs.items()}
-                outputs.append(self.run(model, call, tuple(map(block, args)), named))
-        finally:
-            self._is_divided = before
-        return joined(outputs, lambda arrays: mx.concatenate(arrays, axis=1))
 
     def can_resume(self, position: int) -> bool:
         """Whether every rank can resume the only conversation at `position`."""
@@ -580,14 +550,3 @@ class Rows(Caller):
                 empty = "; pass at least 1 token" if not value.size else ""
                 raise ValueError(f"tokens must be an array (batch, n), got shape {value.shape}{empty}")
         raise ValueError("the model is called without tokens: pass an array (batch, n)")
-
-
-def _columns(n: int, block: slice, argument: Any) -> Any:
-    """An argument of the model's call, cut to some of its n columns."""
-    if isinstance(argument, Relative):
-        return argument.part(range(argument.array.shape[1]), block.start, block.stop)
-    if is_cache(argument) or is_undivided(argument):
-        return argument
-    if isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n:
-        return argument[:, block]
-    raise indivisible(argument, (1, n))

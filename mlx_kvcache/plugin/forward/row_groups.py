@@ -32,12 +32,24 @@ class Divisible(Caller, Protocol):
     def subset(self, members: Sequence[int]) -> Divisible: ...
 
 
+def needs_groups(rows: Divisible, columns: Sequence[Columns]) -> bool:
+    """Whether rows may not be able to share an input.
+
+    A row that tokens of a splice join in the middle of its new ones is divided, and others are not.
+    """
+    if rows.pool.layout.is_recurrent or rows.pool.batching == "apart":
+        return True
+    pairs = zip(rows.conversations, columns, strict=True)
+    return any(own.waiting and own.edges(stop - first) for own, (first, stop) in pairs)
+
+
 def groups(rows: Divisible, columns: Sequence[Columns]) -> dict[object, list[int]]:
     """Groups of rows that can share an input. Rows without tokens are left out."""
     found: dict[object, list[int]] = {}
     for row, (first, stop) in enumerate(columns):
         if first < stop:
-            own = row if rows.pool.batching == "apart" else _form(rows, row)
+            is_alone = rows.pool.batching == "apart" or rows.conversations[row].edges(stop - first)
+            own = row if is_alone else _form(rows, row)
             found.setdefault((first, stop, own), []).append(row)
     return found
 

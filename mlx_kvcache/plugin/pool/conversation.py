@@ -13,9 +13,10 @@ import mlx.core as mx
 from ...arguments import whole
 from ...caches.interface import Recurrent
 from ...caches.plan import JointPlan, Plan
-from ...cells.removal import rebase_all, remove_range
+from ...cells.edits import graft, rebase_all, remove_range
 from ...errors import CacheError, CacheFullError, NotSupportedError
 from ...storage.buffers import Rebase
+from ..rope.axes import NO_DELTAS
 from ..rope.rebase import Head, HeadRebase, rebased
 from .pool import Checkpoints, Pool
 
@@ -72,6 +73,15 @@ class Limits(NamedTuple):
         return Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
 
 
+class Graft(NamedTuple):
+    """The tokens [begin, end) of a conversation, which wait to join another one at `position`."""
+
+    position: int
+    source: Conversation
+    begin: int
+    end: int
+
+
 class Conversation:
     """A sequence of a pool with limits.
 
@@ -80,6 +90,9 @@ class Conversation:
     Attributes:
         gaps: how many times tokens were removed from before others. Tokens after a gap were computed
             while the removed ones were visible.
+        waiting: tokens of other conversations that join this one as soon as it has grown to their
+            positions, by rising position.
+        text: the tokens of a splice, from the first on; None if there was none.
     """
 
     def __init__(self, pool: Pool, limits: Limits) -> None:
@@ -89,6 +102,8 @@ class Conversation:
         self.limits = limits
         self.head = Head()
         self.gaps = 0
+        self.waiting: tuple[Graft, ...] = ()
+        self.text: tuple[int, ...] | None = None
         self._release = weakref.finalize(self, pool.drop, self.sequence)
 
     @property
@@ -122,6 +137,7 @@ class Conversation:
         other = Conversation(self.pool, self.limits)
         self.pool.copy(self.sequence, other.sequence)
         other.head, other.gaps = self.head, self.gaps
+        other.waiting, other.text = self.waiting, self.text
         return other
 
     def moved(self, pool: Pool) -> Conversation:
@@ -130,7 +146,8 @@ class Conversation:
         snapshots = [cache._snapshot(self.sequence) for cache in self.pool.caches]
         pool.restore(other.sequence, snapshots)
         pool.compute_all()
-        other.head, other.gaps = self.head, self.gaps
+        other.head, other.gaps, other.text = self.head, self.gaps, self.text
+        other.waiting = tuple(own._replace(source=own.source.moved(pool)) for own in self.waiting)
         return other
 
     def check_resume(self, position: int) -> None:
@@ -162,7 +179,13 @@ class Conversation:
         Raises:
             NotSupportedError: the positions of the later tokens cannot be changed, the next token would see
                 tokens that the cache does not hold, or recurrent states cannot be changed in this way.
+            CacheError: tokens of a splice wait to join.
         """
+        if self.waiting:
+            raise CacheError(
+                f"cannot remove [{begin}, {end}) of {self.position} tokens: tokens of a splice wait to join "
+                f"at position {self.waiting[0].position}; compute the rest of the splice first"
+            )
         pool, scheme = self.pool, self.pool.scheme
         refusal = scheme.refusal
         if pool.has_states:
@@ -186,6 +209,67 @@ class Conversation:
             self._renormalize()
             plan = self._plan_head(begin, end, recurrent)
         pool.apply(plan)
+
+    def check_joins(self, source: Conversation, position: int, begin: int, end: int) -> None:
+        """Raise NotSupportedError if tokens [begin, end) of another conversation cannot join at `position`.
+
+        Windows are not checked.
+        """
+        pool = self.pool
+        refusal: str | None = None
+        if pool.has_states:
+            refusal = "the model has recurrent layers, whose states cannot be joined"
+        elif self.head.deltas != NO_DELTAS or source.head.deltas != NO_DELTAS:
+            refusal = "one of them has pictures, whose tokens have positions of their own"
+        elif position + self.head.lead != begin + source.head.lead:
+            refusal = pool.scheme.refusal
+        if refusal:
+            raise NotSupportedError(
+                f"cannot append tokens [{begin}, {end}) of another conversation at position {position}: "
+                f"{refusal}"
+            )
+
+    def graft(self, source: Conversation, begin: int, end: int) -> None:
+        """Append the tokens [begin, end) of another conversation of the pool.
+
+        Their keys are re-based once from what is stored, or shared if their positions stay.
+
+        Raises:
+            NotSupportedError: the tokens cannot be moved, or a window lacks tokens that the next one sees.
+        """
+        self.check_joins(source, self.position, begin, end)
+        offset = self.position + self.head.lead - begin - source.head.lead
+        plans: list[Plan] = []
+        for _, cache in self.pool.positional():
+            own = graft(cache._table, source.sequence, begin, end, self.sequence, cache._rule, offset)
+            plans.append(cache._plan_edit(own, self._by(offset)))
+        self.pool.commit(JointPlan(plans))
+
+    def join_waiting(self, early: bool) -> None:
+        """Append the waiting tokens whose turn it is.
+
+        Args:
+            early: whether the offset may still change, because the model has not read it yet.
+        """
+        while self.waiting and self.waiting[0].position == self.position:
+            if not early:
+                raise CacheError(
+                    "tokens of a splice are about to join, but layers that are driven by hand may have read "
+                    "their offset already: call the model"
+                )
+            first, *others = self.waiting
+            with self.pool.ranks.together(f"join tokens to conversation {self.name}"):
+                self.graft(first.source, first.begin, first.end)
+            self.waiting = tuple(others)
+
+    def edges(self, n: int) -> list[int]:
+        """Return after how many of the next n tokens, fewer than all, others join."""
+        position, edges = self.position, list[int]()
+        for position_then, _, begin, end in self.waiting:
+            # Tokens that joined before count for positions, but are not among the n.
+            edges.append(position_then - position)
+            position += end - begin
+        return [edge for edge in dict.fromkeys(edges) if 0 < edge < n]
 
     def has_room(self, n: int) -> bool:
         """Whether n more tokens fit the capacity."""

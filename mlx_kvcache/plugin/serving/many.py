@@ -315,7 +315,11 @@ class Many:
                 if sequence.cache.pool is not self._pool:
                     raise CacheError("the cache has moved to another pool since it was added")
                 with sequence.cache._rows.edit(f"make room for {len(tokens)} tokens"):
-                    sequence.cache._conversation.make_room(len(tokens), early=True)
+                    conversation = sequence.cache._conversation
+                    conversation.join_waiting(early=True)
+                    # Other tokens may join after some of these.
+                    tokens = tokens[: min(conversation.edges(len(tokens)), default=len(tokens))]
+                    conversation.make_room(len(tokens), early=True)
             except CacheError as error:
                 finish: Finish = "full" if isinstance(error, CacheFullError) else "closed"
                 self._end(Generated(ticket, None, finish, error))

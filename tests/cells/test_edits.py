@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
+from mlx_kvcache.cells.edits import drop_tail, remove_range
 from mlx_kvcache.cells.placement import Placement
-from mlx_kvcache.cells.removal import drop_tail, remove_range
 from mlx_kvcache.cells.spans import Sequence, Span, Spans
 from mlx_kvcache.cells.table import CellTable
 from mlx_kvcache.cells.visibility import Causal, Chunk, Window

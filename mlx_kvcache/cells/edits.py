@@ -1,4 +1,7 @@
-"""Plans the removal and re-basing of tokens of a sequence, without changing the table."""
+"""Plans edits of sequences, without changing the table: removals, and tokens that join from elsewhere.
+
+Tokens that get other positions move to other cells, where their keys are re-based.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,34 @@ def rebase_all(table: CellTable, sequence: int, offset: int) -> Placement:
     placement = Placement()
     spans = _rebased(table, placement, sequence, spans, offset, (), is_before=False)
     placement.changes[sequence] = Sequence(end, spans)
+    return _checked(table, placement)
+
+
+def graft(
+    table: CellTable, source: int, begin: int, end: int, sequence: int, rule: Rule, offset: int
+) -> Placement:
+    """Plans to append the positions [begin, end) of `source` to another sequence.
+
+    They get the positions that follow the sequence's end. The range lies inside the source.
+
+    Args:
+        offset: what to add to their keys' positions (RoPE). With 0, the two sequences share cells.
+
+    Raises:
+        NotSupportedError: the next token would see a position that is not stored.
+        CacheFullError: there is no room for copies of the cells to re-base.
+    """
+    old, by = table[sequence], table[sequence].end - begin
+    run, new_end = moved(clip(table[source].spans, begin, end), by), end + by
+    if not resumable(rule, old.spans + run, new_end):
+        raise NotSupportedError(
+            f"cannot append [{begin}, {end}) of sequence {source} to sequence {sequence} of length "
+            f"{old.end}: the next token at {new_end} would see positions from "
+            f"{max(0, rule.lower(new_end))} on, and not all of these are stored"
+        )
+    placement = Placement()
+    run = _rebased(table, placement, sequence, run, offset, old.spans, is_before=False)
+    placement.changes[sequence] = Sequence(new_end, join(old.spans + run)) if new_end else None
     return _checked(table, placement)
 
 
