@@ -4,6 +4,6 @@ It works with any cache that has the methods of `session.Branch`, and does not d
 """
 
 from .prefix_cache import Counts, SessionPool
-from .session import Session
+from .session import Departure, Session
 
-__all__ = ["Counts", "Session", "SessionPool"]
+__all__ = ["Counts", "Departure", "Session", "SessionPool"]

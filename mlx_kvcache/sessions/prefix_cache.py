@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..arguments import class_of, size_of, token_ids, whole
 from ..errors import CacheError
 from ..persist.disk_cache import DiskTier, Kept
-from ..radix_tree import PrefixTree
-from .session import Branch, Session
+from ..radix_tree import PrefixTree, shared_length
+from .session import SALTS, Branch, Departure, Evicted, Reason, Session, departure
 
-__all__ = ["Counts", "Session", "SessionPool"]
+__all__ = ["Counts", "Departure", "Session", "SessionPool"]
 
 CANDIDATES = 32
 """The most stored caches that a lookup asks for their resume points."""
@@ -40,6 +40,7 @@ class Counts:
         from_disk, to_disk: caches that were loaded from files, and queued to be written to files.
         rejected: caches that could not be stored or used, by reason, and failures of the disk as "disk".
         disk_error: the message of the newest failure that is counted as `rejected["disk"]`.
+        departures: sessions that could not reuse all of a stored conversation, by `Departure.reason`.
     """
 
     hits: int = 0
@@ -50,6 +51,7 @@ class Counts:
     to_disk: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     disk_error: str = ""
+    departures: Counter[Reason] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -58,6 +60,18 @@ class _Stored:
     cache: Any
     salt: Hashable
     is_pinned: bool = False
+
+
+class _Nearest(NamedTuple):
+    """The cache that saves the most tokens, their number, and the closest stored conversation.
+
+    Of the closest one, the tokens and how many of them are shared: () and 0 if none shares any.
+    """
+
+    point: int = 0
+    found: _Stored | None = None
+    closest: tuple[int, ...] = ()
+    shared: int = 0
 
 
 def branches_off(shared: int, reused: int, length: int) -> bool:
@@ -102,6 +116,7 @@ class SessionPool:
             stored caches are evicted, so open sessions and pinned caches may exceed it.
         max_stored: the most stored caches.
         disk: stores evicted caches, and returns them later.
+        tokenizer: if given, its `decode` makes the text in which `Session.departure` shows tokens.
 
     Raises:
         ValueError: a limit is negative.
@@ -117,6 +132,7 @@ class SessionPool:
         max_bytes: int | None = None,
         max_stored: int | None = None,
         disk: DiskTier | None = None,
+        tokenizer: Any = None,
     ) -> None:
         whole(**{n: b for n, b in (("max_bytes", max_bytes), ("max_stored", max_stored)) if b is not None})
         if not callable(make):
@@ -133,9 +149,11 @@ class SessionPool:
         self._max_bytes = max_bytes
         self._max_stored = max_stored
         self._disk = disk
+        self._tokenizer = tokenizer
         self._trees: dict[Hashable, PrefixTree[_Stored]] = {}
         # The least recently used first. Replaced whole, because others iterate without the lock.
         self._stored: list[_Stored] = []
+        self._evicted = Evicted()
         self._lock = threading.RLock()
         self._cells: Any = None
 
@@ -156,16 +174,18 @@ class SessionPool:
         """The size of all caches in bytes, open sessions included."""
         return self._cells.nbytes if self._cells is not None else 0
 
-    def open(self, tokens: Sequence[int], salt: Hashable = None) -> Session:
+    def open(self, tokens: Sequence[int], salt: Hashable = None, store: bool = True) -> Session:
         """Open a session for a conversation, and reuse the longest stored prefix.
 
         Args:
             tokens: all token IDs of the conversation so far.
             salt: separates conversations that must not share a cache, such as those of different tenants,
                 or of different images with the same tokens.
+            store: whether closing the session stores its cache. False is for branches that are thrown away.
 
         Returns:
-            A session. Compute its `rest` with its `cache`, then close it.
+            A session. Compute its `rest` with its `cache`, then close it. Its `departure` tells why not more
+            was reused.
 
         Raises:
             ValueError: there are no tokens.
@@ -174,39 +194,61 @@ class SessionPool:
         tokens = token_ids(tokens)
         if not tokens:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
-        reused, shared, cache = self._forked(tokens, salt)
-        mark_turns(cache, shared, reused, len(tokens))
+        nearest, cache = self._forked(tokens, salt)
+        reused = nearest.point
+        mark_turns(cache, nearest.shared, reused, len(tokens))
+        departs = self._departure(tokens, salt, nearest)
         with self._lock:
             self.counts.hits += reused > 0
             self.counts.misses += reused == 0
             self.counts.reused += reused
+            self.counts.departures += Counter([departs.reason] if departs else [])
         self._cells = cache.pool
         self._evict()
-        return Session(self, cache, tokens, reused, salt)
+        return Session(self, cache, tokens, reused, salt, store, departs)
 
-    def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, int, Any]:
-        """Return a fork of the cache that saves the most tokens, or an empty cache.
-
-        Before it, their number, and the most tokens that any stored cache has in common.
-        """
+    def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[_Nearest, Any]:
+        """Return what was found, and a fork of the cache that saves the most tokens, or an empty cache."""
         while True:
-            reused, shared, found = self._nearest(tokens, salt)
-            kept = self._from_disk(tokens, salt, reused)
+            nearest = self._nearest(tokens, salt)
+            kept = self._from_disk(tokens, salt, nearest.point)
             if kept:
-                reused, found = kept.point, self._put(_Stored(kept.tokens, kept.cache, salt))
-            if found is None:
-                return 0, shared, self._make()
+                found = self._put(_Stored(kept.tokens, kept.cache, salt))
+                shared = shared_length(kept.tokens, tuple(tokens))
+                if shared >= nearest.shared:
+                    nearest = nearest._replace(closest=kept.tokens, shared=shared)
+                nearest = nearest._replace(point=kept.point, found=found)
+            if nearest.found is None:
+                return nearest, self._make()
             try:
-                cache = found.cache.fork()
-                cache.rewind_to(reused)
+                cache = nearest.found.cache.fork()
+                cache.rewind_to(nearest.point)
             except CacheError:
                 # Another thread has evicted the cache.
-                self._forget(found)
+                self._forget(nearest.found)
                 continue
             with self._lock:
-                if found in self._stored:
-                    self._stored = [*self._without(found), found]
-            return reused, shared, cache
+                if nearest.found in self._stored:
+                    self._stored = [*self._without(nearest.found), nearest.found]
+            return nearest, cache
+
+    def _departure(self, tokens: Sequence[int], salt: Hashable, nearest: _Nearest) -> Departure | None:
+        """Return why the nearest stored cache does not save more. Searches nothing if it saves all it can."""
+
+        def other_salts() -> list[int]:
+            with self._lock:
+                trees = list(islice((tree for own, tree in self._trees.items() if own != salt), SALTS))
+                return [common for tree in trees for common, _ in islice(tree.matches(tokens), 1)]
+
+        is_empty = not nearest.closest and salt not in self._trees
+        return departure(
+            tokens,
+            nearest.point,
+            None if is_empty else nearest.closest,
+            lambda: self._evicted.of(salt),
+            other_salts,
+            getattr(self._tokenizer, "decode", None),
+        )
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
@@ -298,18 +340,16 @@ class SessionPool:
         """Close all stored caches, including pinned ones. Files on disk stay."""
         for entry in self._stored:
             self._remove(entry)
+        self._evicted = Evicted()
 
-    def _nearest(self, tokens: Sequence[int], salt: Hashable) -> tuple[int, int, _Stored | None]:
-        """Return the longest prefix to resume from, the longest in common, and the cache to resume.
-
-        They are 0, 0 and None if there is none. At least one token is always left to compute.
-        """
-        best: tuple[int, _Stored | None] = (0, None)
-        shared = 0
+    def _nearest(self, tokens: Sequence[int], salt: Hashable) -> _Nearest:
+        """Return the longest prefix to resume from. At least one token is always left to compute."""
+        best = _Nearest()
         for common, entry in self._matches(tokens, salt):
-            shared = max(shared, common)
             most = min(common, len(tokens) - 1)
-            if most <= best[0]:
+            if common > best.shared:
+                best = best._replace(closest=entry.tokens, shared=common)
+            if most <= best.point:
                 break
             try:
                 point = entry.cache.resume_point(most)
@@ -317,9 +357,9 @@ class SessionPool:
                 # The caller closed the cache after storing it, or its model no longer exists.
                 self._forget(entry)
                 continue
-            if point > best[0]:
-                best = point, entry
-        return best[0], shared, best[1]
+            if point > best.point:
+                best = best._replace(point=point, found=entry)
+        return best
 
     def _from_disk(self, tokens: Sequence[int], salt: Hashable, reused: int) -> Kept | None:
         """Load the cache on disk that saves the most tokens, if they are more than `reused`."""
@@ -369,6 +409,7 @@ class SessionPool:
             self._to_disk(entry)
             if self._remove(entry):
                 self.counts.evicted += 1
+                self._evicted.add(entry.tokens, entry.salt)
 
     def _exceeds(self) -> bool:
         if self._max_stored is not None and len(self._stored) > self._max_stored:

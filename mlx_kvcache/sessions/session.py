@@ -1,13 +1,159 @@
-"""A session: an open conversation with its tokens and its prompt cache."""
+"""A session: an open conversation with its tokens and its prompt cache.
+
+Its `Departure` tells why it could not reuse more: where its prompt departs from the closest stored one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from array import array
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from ..arguments import token_ids, whole
 from ..caches.interface import Recurrent
 from ..errors import CacheError, NotSupportedError
+from ..radix_tree import shared_length
+
+Reason = Literal["first prompt", "departs", "cannot go back", "evicted", "other salt"]
+
+Decode = Callable[[list[int]], str]
+"""Turns tokens into text, like a tokenizer's `decode`."""
+
+AROUND = 8
+"""The number of tokens that a `Departure` shows on each side."""
+
+CLEARLY = 32
+"""How many more tokens an evicted conversation, or one with another salt, must share to be the reason."""
+
+EVICTED = 16
+"""The number of evicted conversations that are remembered by their tokens."""
+
+SALTS = 64
+"""The most salts in which a conversation that would have served is looked for."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Why a prompt could not reuse more, and where it departs from the closest stored conversation.
+
+    `str` tells it in a sentence.
+
+    Attributes:
+        reason: "first prompt": nothing with the prompt's salt is stored. "departs": the closest conversation
+            has other tokens from `position` on. "cannot go back": a layer with a window or a recurrent
+            state cannot resume where the tokens depart, only earlier. "evicted": a conversation that shared
+            more was evicted. "other salt": one that shares more is stored with another salt.
+        position: the number of leading tokens that the prompt shares with the closest conversation.
+        reused: the number of tokens that were reused.
+        lost: the number of tokens that the closest conversation could have saved in addition, if the prompt
+            had gone on as it does.
+        before: the last tokens before `position`, at most 8.
+        stored: the next tokens of the closest conversation, at most 8; none if it has another salt.
+        prompt: the next tokens of the prompt, at most 8.
+        decode: makes text of tokens in `str`; None shows their IDs.
+    """
+
+    reason: Reason
+    position: int
+    reused: int
+    lost: int
+    before: tuple[int, ...]
+    stored: tuple[int, ...]
+    prompt: tuple[int, ...]
+    decode: Decode | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        if self.reason == "first prompt":
+            return "no conversation is stored"
+        if self.reason == "other salt":
+            return f"{self.position} leading tokens of the prompt are stored with another salt only"
+        closest = "an evicted conversation" if self.reason == "evicted" else "the closest stored conversation"
+        if not self.position:
+            text = f"no stored conversation begins as the prompt does, with {self._text(self.prompt)}"
+        elif not self.stored:
+            text = f"the prompt shares {self.position} tokens with {closest}, which ends there"
+        elif not self.prompt:
+            text = f"the whole prompt is in {closest}"
+        else:
+            text = f"the prompt departs from {closest} at token {self.position}: it has "
+            text += f"{self._text(self.prompt)} instead of {self._text(self.stored)} after {self._text(self.before)}"
+        if self.reused < self.position and self.reason != "evicted":
+            text += f"; the cache can go back only to token {self.reused}"
+        return f"{text}; {self.lost} more tokens would have been reused" if self.lost > 0 else text
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        try:
+            return repr(self.decode(list(tokens))) if self.decode else str(list(tokens))
+        except Exception:  # noqa: BLE001  # numbers that stand for pictures are not tokens of the tokenizer
+            return str(list(tokens))
+
+
+class Evicted:
+    """Remembers the newest evicted conversations by their tokens, without their caches."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Hashable, array[int]]] = deque(maxlen=EVICTED)
+
+    def add(self, tokens: Sequence[int], salt: Hashable = None) -> None:
+        try:
+            self._kept.append((salt, array("q", tokens)))
+        except OverflowError:
+            # Numbers that stand for pictures may be longer than 64 bits.
+            return
+
+    def of(self, salt: Hashable) -> Iterator[tuple[int, ...]]:
+        """Return the tokens of those with a salt."""
+        return (tuple(tokens) for own, tokens in list(self._kept) if own == salt)
+
+
+def departure(
+    tokens: Sequence[int],
+    reused: int,
+    closest: Sequence[int] | None,
+    evicted: Callable[[], Iterable[tuple[int, ...]]] = list,
+    other_salts: Callable[[], Iterable[int]] = list,
+    decode: Decode | None = None,
+) -> Departure | None:
+    """Return why a prompt could not reuse more. None if it goes on from the whole closest conversation.
+
+    Args:
+        tokens: the prompt.
+        reused: the number of its tokens that are reused.
+        closest: the tokens of the stored conversation that shares the longest prefix; () if none shares a
+            token, and None if none is stored.
+        evicted, other_salts: called only if the prompt departs. They return the tokens of evicted
+            conversations, and the numbers of leading tokens that conversations with other salts share.
+        decode: makes the text of `str`.
+    """
+    at_most = len(tokens) - 1
+    if not at_most or (closest and reused >= min(at_most, len(closest))):
+        return None
+    reason: Reason = "first prompt" if closest is None else "departs"
+    prompt, nearest = tuple(tokens), tuple(closest or ())
+    shared = shared_length(nearest, prompt)
+    for gone in evicted():
+        common = shared_length(gone, prompt)
+        if common >= shared + CLEARLY:
+            reason, shared, nearest = "evicted", common, gone
+    common = max(other_salts(), default=0)
+    if common >= shared + CLEARLY:
+        reason, shared, nearest = "other salt", common, prompt[:common]
+    lost = min(at_most, len(nearest)) - reused
+    if reason == "departs" and 2 * (min(shared, at_most) - reused) > lost:
+        # More is lost before the position than after it.
+        reason = "cannot go back"
+    return Departure(
+        reason,
+        shared,
+        reused,
+        lost,
+        prompt[max(0, shared - AROUND) : shared],
+        nearest[shared : shared + AROUND],
+        prompt[shared : shared + AROUND],
+        decode,
+    )
 
 
 class Branch(Protocol):
@@ -48,15 +194,28 @@ class Session:
         reused: the number of leading tokens that were reused from the pool.
         rest: the tokens that remained to be computed when the session was opened, at least one.
         salt: the salt with which the cache is stored on close.
+        store: whether `close` stores the cache. It may be changed until then.
+        departure: why not more tokens were reused; None if the conversation goes on from a whole stored one.
     """
 
-    def __init__(self, pool: Keeper, cache: Any, tokens: Sequence[int], reused: int, salt: Hashable) -> None:
+    def __init__(
+        self,
+        pool: Keeper,
+        cache: Any,
+        tokens: Sequence[int],
+        reused: int,
+        salt: Hashable,
+        store: bool = True,
+        departure: Departure | None = None,
+    ) -> None:
         self.cache = cache
         self.tokens = list(tokens)
         self.reused = reused
         self.rest = self.tokens[reused:]
         self._pool = pool
         self.salt = salt
+        self.store = store
+        self.departure = departure
         self._gaps = cache.gaps
         self._is_open = True
 
@@ -147,6 +306,9 @@ class Session:
     def close(self, is_pinned: bool = False) -> None:
         """Return the cache to the pool, for later conversations. Closing again does nothing.
 
+        Everything that was computed is stored, also if the conversation ended early: of a prompt that was
+        read in part, this part. With `store` False, the cache is closed instead.
+
         Tokens in the cache beyond `tokens`, such as an end token that was not passed to `extend`, are
         dropped first. The cache is closed instead of stored if `overflow="shift"` or others removed tokens,
         or if it left the pool, such as by mlx-lm's `kv_bits`.
@@ -156,7 +318,9 @@ class Session:
         """
         if not self._is_open:
             return
-        if self.cache.gaps != self._gaps:
+        if not self.store:
+            self.cache.close()
+        elif self.cache.gaps != self._gaps:
             self._pool._reject("tokens have been taken out", self.cache)
         elif not self._pool._takes(self.cache):
             self._pool._reject("of another pool", self.cache)

@@ -48,7 +48,8 @@ def make_session_pool(
         max_bytes, max_stored: as in `SessionPool`.
         folder: a folder on a local file system; "~" is expanded, and a missing folder is created.
         folder_bytes: the maximum total size of the folder's files, in bytes.
-        tokenizer: if given, files saved with another tokenizer are not used.
+        tokenizer: if given, files saved with another tokenizer are not used, and `Session.departure` shows
+            tokens as text.
         options: options of `make_prompt_cache`.
 
     Raises:
@@ -83,7 +84,9 @@ def make_session_pool(
         namespace = hashlib.sha256(text.encode()).hexdigest()
         return DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, namespace), prepare, load)
 
-    return _ModelSessions(model, partial(make_prompt_cache, model, **options), max_bytes, max_stored, tier)
+    return _ModelSessions(
+        model, partial(make_prompt_cache, model, **options), max_bytes, max_stored, tier, tokenizer
+    )
 
 
 def picture_key(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[int], int]:
@@ -129,16 +132,17 @@ class _ModelSessions(SessionPool):
         max_bytes: int | None,
         max_stored: int | None,
         tier: Callable[[PromptCache], DiskTier | None],
+        tokenizer: Any,
     ) -> None:
         first = make()
-        super().__init__(make, max_bytes, max_stored, tier(first))
+        super().__init__(make, max_bytes, max_stored, tier(first), tokenizer)
         self._model = model
         self._tier = tier
         self._version = first.pool.version
 
-    def open(self, tokens: Sequence[int], salt: Hashable = None) -> Session:
+    def open(self, tokens: Sequence[int], salt: Hashable = None, store: bool = True) -> Session:
         self._renew()
-        return super().open(tokens, salt)
+        return super().open(tokens, salt, store)
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
