@@ -41,6 +41,10 @@ def main() -> None:
         parser.error(f"{name} has no command {command}; its commands are {', '.join(host.commands)}")
     if not host.is_installed:
         parser.error(f"{name} is not installed: pip install {name}")
+    if options["cache_reuse"] and name != "mlx-lm":
+        parser.error(f"--cache-reuse is for mlx-lm's server; {name} has none")
+    if options["cache_recompute"] and not options["cache_reuse"]:
+        parser.error("--cache-recompute needs --cache-reuse N")
     capacity, sinks, is_shift = options["capacity"], options["sinks"], options["overflow"] == "shift"
     if is_shift and capacity is None:
         parser.error("--overflow shift needs --capacity N")
@@ -94,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help=text)
     text = "start to quantize when a cache holds more than N tokens (default: 0)"
     add("--quantize-after", type=_whole, default=0, metavar="N", help=text)
+    text = "mlx-lm's server: if a prompt changes before its end, also reuse later runs of at least N tokens"
+    add("--cache-reuse", type=_whole, default=0, metavar="N", help=f"{text} (default: 0, do not)")
+    text = "how much of each such run to compute again, from its first token on: 0.0 to 1.0 (default: 0.0)"
+    add("--cache-recompute", type=_fraction, default=0.0, metavar="F", help=text)
     commands = list(dict.fromkeys(command for host in HOSTS for command in host.commands))
     add("command", choices=commands, help="command of the host; only mlx-lm has cache_prompt")
     add("arguments", nargs=argparse.REMAINDER, help="arguments of that command; --help lists them")
@@ -139,6 +147,16 @@ def _whole(text: str, least: int = 0) -> int:
         number = least - 1
     if number < least:
         raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text}")
+    return number
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be between 0.0 and 1.0, got {text}")
     return number
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..arguments import class_of
+from ..arguments import class_of, whole
 from ..errors import NotSupportedError
 from .cache_options import check_options, reusable
 from .entries.arrays import ArraysCache
@@ -26,7 +26,10 @@ from .hosts.host import Host
 from .hosts.layout import HOSTS, host_of, language_model_of, own_cache
 from .hosts.mlx_lm import MLX_LM
 from .hosts.observe import PerModel, observe
-from .prompt_cache import make_prompt_cache
+from .prompt_cache import PromptCache, make_prompt_cache
+
+SPLICING = {"cache_reuse": 0, "cache_recompute": 0.0}
+"""The options of `attach` that are not those of a cache, with their defaults."""
 
 _all_models: list[tuple[Host, dict[str, Any]]] = []
 """The host and the options of each call of `attach_all`."""
@@ -69,7 +72,10 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
 
     Args:
         model: a model of mlx-lm or mlx-vlm. Of a vision model, the language model inside it is attached.
-        options: those of `make_prompt_cache`.
+        options: those of `make_prompt_cache`, and for mlx-lm's server `cache_reuse` and `cache_recompute`. If
+            a prompt changes before its end, the server also reuses every later run of `cache_reuse` tokens
+            that a stored conversation has, and computes again this part of each: 0.0 to 1.0. Logits then
+            differ slightly from those of a fresh computation; see `PromptCache.splice`.
 
     Raises:
         TypeError, ValueError: as `make_prompt_cache`.
@@ -77,10 +83,9 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
     """
     host = host_of(model)
     check_contract(host)
-    check_options(options, "attach")
-    options = reusable(options)
+    options = _checked(options, "attach")
     model = host.language_model(model)
-    make_prompt_cache(model, **options).close()
+    _made(model, options).close()
     _attached.of(model).append((options, observe(model, _make_cache)))
     _bind_all()
     return Attachment(model)
@@ -105,9 +110,28 @@ def attach_all(host: Host = MLX_LM, **options: Any) -> None:
     if not host.is_installed:
         raise NotSupportedError(f"{host.name} is not installed: pip install {host.name}")
     check_contract(host)
-    check_options(options, "attach_all")
-    _all_models.append((host, reusable(options)))
+    _all_models.append((host, _checked(options, "attach_all")))
     _bind_all()
+
+
+def _checked(options: dict[str, Any], function: str) -> dict[str, Any]:
+    """The options, which can be used for several caches. Raises TypeError or ValueError if they are wrong."""
+    own = {name: options[name] for name in SPLICING if name in options}
+    others = {name: value for name, value in options.items() if name not in own}
+    check_options(others, function, tuple(SPLICING))
+    whole(**{name: own[name] for name in own if name == "cache_reuse"})
+    if not 0.0 <= own.get("cache_recompute", 0.0) <= 1.0:
+        raise ValueError(f"cache_recompute must be between 0.0 and 1.0, got {own['cache_recompute']}")
+    return reusable(others) | own
+
+
+def _made(model: nn.Module, options: dict[str, Any]) -> PromptCache:
+    """A cache with the options of `attach`."""
+    min_run, recompute = (options.get(name, default) for name, default in SPLICING.items())
+    if host_of(model) is MLX_LM:
+        set_splicing = importlib.import_module(".serving.mlx_lm_splice", __package__).set_splicing
+        set_splicing(model, min_run, recompute)
+    return make_prompt_cache(model, **{name: own for name, own in options.items() if name not in SPLICING})
 
 
 def _options_of(model: nn.Module) -> dict[str, Any] | None:
@@ -126,7 +150,7 @@ def _dispatch(host: Host, model: nn.Module, max_kv_size: int | None = None) -> A
         return host.make_prompt_cache(model, max_kv_size)
     if max_kv_size is not None:
         chosen = chosen | {"capacity": max_kv_size, "overflow": "shift", "sinks": min(4, max_kv_size - 1)}
-    return make_prompt_cache(model, **chosen)
+    return _made(model, chosen)
 
 
 _dispatchers = {host: functools.partial(_dispatch, host) for host in HOSTS}

@@ -187,6 +187,8 @@ class PromptCache(list[Any]):
         At any time, the cache holds the first `position` tokens of `after`. What was computed after text that
         is gone still knows that text, so logits differ slightly from those of a fresh computation.
 
+        A fork waits for the same runs. `end_splice` forgets them, and so does another splice.
+
         Args:
             before: the tokens that the cache holds.
             after: the tokens to go on to. At least one of them is left to compute.
@@ -202,7 +204,6 @@ class PromptCache(list[Any]):
                 recompute is outside of 0.0 to 1.0.
             TypeError: the tokens are not sequences of whole numbers.
             CacheFullError: `after` exceeds the capacity.
-            CacheError: the rest of another splice has not been computed.
         """
         before, after = token_ids(before, "before"), token_ids(after, "after")
         (min_run,) = whole(1, min_run=min_run)
@@ -216,6 +217,11 @@ class PromptCache(list[Any]):
             planned = plan_splice(self._conversation, before, after, min_run, recompute)
             splice(self._conversation, after, planned)
             return planned
+
+    def end_splice(self) -> None:
+        """Forgets what has not joined yet. The cache keeps its tokens, and any others may come next."""
+        with self._rows.edit("end the splice", is_sure=True):
+            self._conversation.waiting = ()
 
     def fork(self) -> PromptCache:
         """Returns an independent cache with the same tokens. Shares keys and values; copies no array."""

@@ -19,6 +19,7 @@ from ..errors import CacheError
 from ..persist.disk_cache import DiskTier, Kept
 from ..radix_tree import PrefixTree, shared_length
 from .session import SALTS, Branch, Departure, Evicted, Reason, Session, departure
+from .splicing import Spliced, Splicing, best_splice, spliced_salt
 
 __all__ = ["Counts", "Departure", "Session", "SessionPool"]
 
@@ -41,6 +42,7 @@ class Counts:
         rejected: caches that could not be stored or used, by reason, and failures of the disk as "disk".
         disk_error: the message of the newest failure that is counted as `rejected["disk"]`.
         departures: sessions that could not reuse all of a stored conversation, by `Departure.reason`.
+        spliced: sessions that kept tokens after a change of the prompt.
     """
 
     hits: int = 0
@@ -52,6 +54,7 @@ class Counts:
     rejected: Counter[str] = field(default_factory=Counter)
     disk_error: str = ""
     departures: Counter[Reason] = field(default_factory=Counter)
+    spliced: int = 0
 
 
 @dataclass(eq=False)
@@ -174,38 +177,83 @@ class SessionPool:
         """The size of all caches in bytes, open sessions included."""
         return self._cells.nbytes if self._cells is not None else 0
 
-    def open(self, tokens: Sequence[int], salt: Hashable = None, store: bool = True) -> Session:
+    def open(
+        self,
+        tokens: Sequence[int],
+        salt: Hashable = None,
+        store: bool = True,
+        splice: int = 0,
+        recompute: float = 0.0,
+    ) -> Session:
         """Open a session for a conversation, and reuse the longest stored prefix.
+
+        With `splice`, also reuse what comes after a change of the prompt: every run of so many tokens that
+        the closest stored conversation has in the same order. This is done where it saves at least `splice`
+        tokens. The logits then differ slightly from those of a fresh computation (see `PromptCache.splice`),
+        and the cache is stored apart: sessions that are opened without `splice` do not reuse it.
 
         Args:
             tokens: all token IDs of the conversation so far.
             salt: separates conversations that must not share a cache, such as those of different tenants,
                 or of different images with the same tokens.
             store: whether closing the session stores its cache. False is for branches that are thrown away.
+            splice: the least length of a run to reuse after a change; 0 for none.
+            recompute: how much of each such run to compute again, from its first token on: 0.0 to 1.0.
 
         Returns:
             A session. Compute its `rest` with its `cache`, then close it. Its `departure` tells why not more
             was reused.
 
         Raises:
-            ValueError: there are no tokens.
+            ValueError: there are no tokens, `splice` is negative, or `recompute` is not between 0.0 and 1.0.
             TypeError: `tokens` is not a sequence of whole numbers.
         """
-        tokens = token_ids(tokens)
+        tokens, (splice,) = token_ids(tokens), whole(splice=splice)
         if not tokens:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
+        if not 0.0 <= recompute <= 1.0:
+            raise ValueError(f"recompute must be between 0.0 and 1.0, got {recompute}")
         nearest, cache = self._forked(tokens, salt)
         reused = nearest.point
         mark_turns(cache, nearest.shared, reused, len(tokens))
         departs = self._departure(tokens, salt, nearest)
+        spliced = self._spliced(tokens, salt, reused, Splicing(splice, recompute)) if splice else None
+        if spliced:
+            cache.close()
+            cache, reused, salt = spliced.cache, spliced.plan.kept, spliced_salt(salt)
         with self._lock:
+            self.counts.spliced += spliced is not None
             self.counts.hits += reused > 0
             self.counts.misses += reused == 0
             self.counts.reused += reused
             self.counts.departures += Counter([departs.reason] if departs else [])
         self._cells = cache.pool
         self._evict()
-        return Session(self, cache, tokens, reused, salt, store, departs)
+        rest = spliced.plan.rest if spliced else tokens[reused:]
+        return Session(self, cache, tokens, reused, salt, store, departs, rest)
+
+    def _spliced(
+        self, tokens: Sequence[int], salt: Hashable, reused: int, splicing: Splicing
+    ) -> Spliced | None:
+        """Return the best splice, if it saves at least `min_run` more tokens than `reused`."""
+        if len(tokens) - 1 < reused + splicing.min_run:
+            return None
+        salts = salt, spliced_salt(salt)
+        kept = self._from_disk(tokens, salts[1], reused)
+        if kept:
+            self._put(_Stored(kept.tokens, kept.cache, salts[1]))
+        closest = [entry for own in salts for _, entry in self._matches(tokens, own)[:1]]
+        newest = [entry for entry in reversed(self._stored) if entry.salt in salts]
+        found = best_splice(
+            dict.fromkeys([*closest, *newest]), tokens, splicing, reused + splicing.min_run - 1
+        )
+        if found:
+            if found.plan.refusal:
+                self.counts.rejected["tokens cannot be moved"] += 1
+            with self._lock:
+                if found.stored in self._stored:
+                    self._stored = [*self._without(found.stored), found.stored]
+        return found
 
     def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[_Nearest, Any]:
         """Return what was found, and a fork of the cache that saves the most tokens, or an empty cache."""
@@ -282,6 +330,7 @@ class SessionPool:
             )
         if not tokens:
             return self._reject("empty", cache)
+        cache.end_splice()
         entry = self._put(_Stored(tuple(tokens), cache, salt, is_pinned))
         for common, other in self._matches(tokens[:-1], salt):
             is_prefix = common == len(other.tokens)

@@ -170,6 +170,8 @@ class Branch(Protocol):
     def resume_point(self, position: int) -> int: ...
     def rewind_to(self, position: int) -> None: ...
     def mark(self, position: int) -> bool: ...
+    def splice(self, before: Sequence[int], after: Sequence[int], min_run: int, recompute: float) -> Any: ...
+    def end_splice(self) -> None: ...
     def remove(self, begin: int, end: int | None = None, recurrent: Recurrent = "refuse") -> None: ...
     def fork(self) -> Any: ...
     def close(self) -> None: ...
@@ -191,8 +193,9 @@ class Session:
     Attributes:
         cache: the prompt cache, to pass to the model.
         tokens: the token IDs of the conversation, in the cache or still to be computed.
-        reused: the number of leading tokens that were reused from the pool.
-        rest: the tokens that remained to be computed when the session was opened, at least one.
+        reused: the number of tokens that were reused from the pool. They are the first ones, unless the
+            session was opened with `splice`.
+        rest: the tokens that remained to be computed when the session was opened, in order, at least one.
         salt: the salt with which the cache is stored on close.
         store: whether `close` stores the cache. It may be changed until then.
         departure: why not more tokens were reused; None if the conversation goes on from a whole stored one.
@@ -207,11 +210,12 @@ class Session:
         salt: Hashable,
         store: bool = True,
         departure: Departure | None = None,
+        rest: Sequence[int] | None = None,
     ) -> None:
         self.cache = cache
         self.tokens = list(tokens)
         self.reused = reused
-        self.rest = self.tokens[reused:]
+        self.rest = self.tokens[reused:] if rest is None else list(rest)
         self._pool = pool
         self.salt = salt
         self.store = store

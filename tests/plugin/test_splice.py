@@ -213,8 +213,15 @@ def test_while_tokens_wait() -> None:
     cache = read(ONE_LAYER, before)
     splice = cache.splice(before, after)
     logits_of(ONE_LAYER, cache, splice.rest[:2])
-    with pytest.raises(CacheError, match="rest of another splice"):
-        cache.splice(after[:32], before)
+    again = cache.fork()
+    other = again.splice(after[:32], [*after[:32], 5])
+    assert (other.kept, other.rest) == (32, [5])
+    logits = logits_of(ONE_LAYER, again, [5, 6, 7, 8])[-1]
+    assert difference(logits, fresh(ONE_LAYER, [*after[:32], 5, 6, 7, 8])) <= 2e-5
+    ended = cache.fork()
+    ended.end_splice()
+    ended.remove(0, 30)
+    assert difference(logits_of(ONE_LAYER, ended, after[32:36])[-1], fresh(ONE_LAYER, after[30:36])) <= 2e-5
     with pytest.raises(CacheError, match="wait to join"):
         cache.remove(0, 5)
     # Forks wait for the same tokens, and going back to before them changes nothing.

@@ -184,7 +184,8 @@ class Conversation:
         if self.waiting:
             raise CacheError(
                 f"cannot remove [{begin}, {end}) of {self.position} tokens: tokens of a splice wait to join "
-                f"at position {self.waiting[0].position}; compute the rest of the splice first"
+                f"at position {self.waiting[0].position}; compute the rest of the splice first, "
+                "or call end_splice"
             )
         pool, scheme = self.pool, self.pool.scheme
         refusal = scheme.refusal

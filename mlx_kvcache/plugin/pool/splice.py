@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ...alignment import Run, shared_runs
 from ...cells.spans import Span, clip, moved, resumable
-from ...errors import CacheError, CacheFullError, NotSupportedError
+from ...errors import CacheFullError, NotSupportedError
 from .conversation import Conversation, Graft
 
 
@@ -72,31 +72,27 @@ def splice(conversation: Conversation, after: Sequence[int], planned: Splice) ->
     """Make a planned splice: go back to the common prefix, and let the other runs wait to join.
 
     Raises:
-        CacheError: tokens of another splice still wait to join.
         CacheFullError: the tokens exceed the capacity.
     """
     capacity = conversation.limits.capacity
     if capacity is not None and len(after) > capacity:
         raise CacheFullError(len(after), capacity, capacity, "pass fewer tokens, or raise the capacity")
-    if conversation.waiting:
-        raise CacheError(
-            f"cannot splice: the rest of another splice has not been computed, which begins at position "
-            f"{conversation.position}; compute it first, or rewind to position 0"
-        )
     start = sum(run.length for run in planned.runs if run.is_prefix)
-    source, text = conversation.fork(), conversation.text
+    source = conversation.fork()
+    waiting, text = conversation.waiting, conversation.text
+    conversation.waiting = ()
     joining = [run for run in planned.runs if not run.is_prefix]
     try:
         conversation.rewind_to(start)
+        conversation.text = tuple(after) if joining else None
         if joining:
-            conversation.text = tuple(after)
             conversation.waiting = tuple(
                 Graft(run.after, source, run.before, run.before + run.length) for run in joining
             )
             conversation.join_waiting(early=True)
     except BaseException:
         conversation.pool.copy(source.sequence, conversation.sequence)
-        conversation.head, conversation.waiting, conversation.text = source.head, (), text
+        conversation.head, conversation.waiting, conversation.text = source.head, waiting, text
         raise
 
 

@@ -18,12 +18,13 @@ from queue import Queue
 from typing import Any
 
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import stream_generate as _original_stream
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.server import APIHandler, ResponseGenerator
 
 from ...errors import CacheError
 from ..files import save_for_mlx_lm
-from . import mlx_lm_store
+from . import mlx_lm_splice, mlx_lm_store
 
 _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakref.WeakKeyDictionary()
 """For each server, the queues on which clients wait for their replies."""
@@ -72,7 +73,29 @@ def insert_segments(
                         "sequences; make it with the same options, or insert it after these have ended"
                     )
                 most[i] = min(most[i], rows.conversation.reply_room(sum(map(len, prompt))))
+        segments = [_spliced(prompt, cache) for prompt, cache in zip(segments, caches, strict=True)]
     return _originals["insert_segments"](self, segments, most, caches, *args, **kwargs)
+
+
+def stream_generate(
+    model: Any, tokenizer: Any, prompt: Any, *args: Any, prompt_cache: Any = None, **kwargs: Any
+) -> Any:
+    """Replaces `stream_generate` of mlx-lm: computes what a splice has left of a prompt."""
+    if prompt_cache is not None and not isinstance(prompt, str):
+        pieces = _spliced([prompt], prompt_cache)
+        prompt = pieces[0] if len(pieces) == 1 else [token for piece in pieces for token in piece]
+    return _original_stream(model, tokenizer, prompt, *args, prompt_cache=prompt_cache, **kwargs)
+
+
+def _spliced(segments: Sequence[Any], cache: Sequence[Any]) -> Sequence[Any]:
+    """The pieces of a prompt that a splice leaves to compute, or the prompt if there is no splice.
+
+    mlx-lm's server takes as many tokens from the prompt's end.
+    """
+    pieces = [
+        piece for rows in mlx_lm_store.rows_of(cache) for piece in mlx_lm_splice.pieces(rows.conversation)
+    ]
+    return pieces if sum(map(len, pieces)) == sum(map(len, segments)) else segments
 
 
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -163,7 +186,10 @@ def save_prompt_cache(file_name: str, cache: Sequence[Any], metadata: dict[str, 
 
 
 _original_save = mlx_lm_cache.save_prompt_cache
-FUNCTIONS = {"save_prompt_cache": (_original_save, save_prompt_cache)}
+FUNCTIONS = {
+    "save_prompt_cache": (_original_save, save_prompt_cache),
+    "stream_generate": (_original_stream, stream_generate),
+}
 """Functions of mlx-lm that modules import by name, each with its replacement."""
 
 _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (

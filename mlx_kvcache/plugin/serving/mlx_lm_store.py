@@ -26,6 +26,7 @@ from ...radix_tree import PrefixTree
 from ...sessions.prefix_cache import branches_off, mark_turns
 from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
+from . import mlx_lm_splice
 
 LRUPromptCache = mlx_lm_cache.LRUPromptCache
 original_fetch = LRUPromptCache.fetch_nearest_cache
@@ -46,18 +47,38 @@ def note_models(store: Any, models: Iterable[Any]) -> None:
 def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
     """Replaces `LRUPromptCache.fetch_nearest_cache`: forks the cache that serves the longest prefix.
 
-    At least one token is left to compute, because sampling needs its logits.
+    At least one token is left to compute, because sampling needs its logits. Where prompts are spliced, the
+    cache may have joined runs from a stored one instead; see `mlx_lm_splice`.
     """
-    matches = islice(_indexed(self).matches(model, tokens), CANDIDATES)
+    index = _indexed(self)
+    matches = islice(index.matches(model, tokens), CANDIDATES)
     ours = [(common, entry.prompt_cache) for common, (_, entry) in matches if is_ours(entry.prompt_cache)]
-    if not ours:
-        fetched: tuple[list[Any] | None, list[int]] = original_fetch(self, model, tokens)
-        return fetched
     try:
-        return _forked(ours, tokens)
+        fetched = _forked(ours, tokens) if ours else original_fetch(self, model, tokens)
+        if mlx_lm_splice.splicing:
+            candidates, kept = _candidates(self, index, model, tokens), len(tokens) - len(fetched[1])
+            fetched = mlx_lm_splice.fetch_spliced(candidates, tokens, kept) or fetched
+        return fetched
     except CacheError as error:
         logging.warning("a stored prompt cache cannot be used, the prompt is computed again: %s", error)
         return None, tokens
+
+
+def _candidates(store: Any, index: Index, model: Any, tokens: list[int]) -> list[mlx_lm_splice.Stored]:
+    """Return stored conversations of this package that a prompt may be spliced from.
+
+    First those with the longest common prefix, then the newest.
+    """
+    keys = mlx_lm_splice.keys_of(model)
+    closest = [(key, found[0]) for key in keys for _, found in islice(index.matches(key, tokens), 1)]
+    newest = [own for lru in store._lru._lrus.values() for own in reversed(lru) if own[0] in keys]
+    found: dict[int, mlx_lm_splice.Stored] = {}
+    for key, held in [*closest, *newest]:
+        entries = index.get(key, held).prompt_cache
+        all_rows = rows_of(entries)
+        if len(all_rows) == 1 and all(isinstance(entry, Observable) for entry in entries):
+            found.setdefault(id(entries), mlx_lm_splice.stored(key, held, all_rows[0]))
+    return list(found.values())
 
 
 def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
@@ -78,6 +99,7 @@ def _forked(ours: list[tuple[int, list[Any]]], tokens: list[int]) -> tuple[list[
     for entry in fork:
         entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
     for rows in rows_of(fork):
+        rows.conversation.text = None
         mark_turns(rows, shared, point, len(tokens))
     return fork, tokens[point:]
 
@@ -96,6 +118,13 @@ def insert_cache(
     try:
         if any(rows.conversation.gaps for rows in rows_of(prompt_cache)):
             return
+        for rows in rows_of(prompt_cache):
+            if rows.conversation.text is not None:
+                model, tokens = (
+                    mlx_lm_splice.keys_of(model)[1],
+                    mlx_lm_splice.recorded(rows.conversation, tokens),
+                )
+                rows.conversation.waiting = ()
         for length, entry in index.prefixes(model, tokens):
             if is_ours(entry.prompt_cache) and resume_point(prompt_cache, length) == length:
                 _remove(self, model, tokens[:length])

@@ -140,9 +140,16 @@ class _ModelSessions(SessionPool):
         self._tier = tier
         self._version = first.pool.version
 
-    def open(self, tokens: Sequence[int], salt: Hashable = None, store: bool = True) -> Session:
+    def open(
+        self,
+        tokens: Sequence[int],
+        salt: Hashable = None,
+        store: bool = True,
+        splice: int = 0,
+        recompute: float = 0.0,
+    ) -> Session:
         self._renew()
-        return super().open(tokens, salt, store)
+        return super().open(tokens, salt, store, splice, recompute)
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
