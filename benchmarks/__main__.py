@@ -76,7 +76,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller runs, for a first look")
     parser.add_argument("--check", action="store_true", help="fail where a ratio misses its bound")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--model", help="tiny, smollm2 or a folder, where a benchmark runs a whole model")
+    parser.add_argument(
+        "--model", help="tiny, large, smollm2 or a folder, where a benchmark runs a whole model"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="a file for results, or a folder of such")
     chosen = parser.parse_args()
     if chosen.list:

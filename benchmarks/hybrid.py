@@ -63,7 +63,7 @@ def run(setting: Setting) -> Iterator[Row]:
     yield from _decoding(model, text, setting.of(120, 24))
 
 
-def hybrid(hidden: int) -> Any:
+def hybrid(hidden: int, layers: int = 12) -> Any:
     """Make a model of Qwen3-Next's kind: three layers in four are recurrent."""
     mx.random.seed(0)
     heads = hidden // 128
@@ -71,7 +71,7 @@ def hybrid(hidden: int) -> Any:
         qwen3_next.ModelArgs(
             model_type="qwen3_next",
             hidden_size=hidden,
-            num_hidden_layers=12,
+            num_hidden_layers=layers,
             full_attention_interval=4,
             intermediate_size=3 * hidden,
             num_attention_heads=heads,

@@ -15,6 +15,11 @@ from tests.plugin.running import difference
 Work = Callable[[], float]
 """Does the work once and returns the measured seconds."""
 
+EQUAL = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.1}
+"""How far results may differ by the rounding of their type, relative to the largest number."""
+MOST_SECONDS = 60.0
+"""The time that a pair of implementations may take for all rounds but one."""
+
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 
@@ -27,10 +32,14 @@ def speed(
         unit: "s", "ms" or "us".
         per: the number of parts of the work; times are reported for one part.
     """
+    start = time.perf_counter()
     peak = peak_of(ours), peak_of(theirs)
+    taken = time.perf_counter() - start
+    # A slow machine repeats less.
+    rounds = max(1, min(rounds, int(MOST_SECONDS / taken)))
     first: list[float] = []
     second: list[float] = []
-    for index in tqdm(range(rounds), desc=work, leave=False):
+    for index in tqdm(range(rounds), desc=work, leave=False, disable=None):
         # The order alternates, because the work before may slow down the first of a pair.
         for do, seconds in ((ours, first), (theirs, second))[:: 1 if index % 2 else -1]:
             seconds.append(do())
@@ -76,15 +85,16 @@ def peak_of(work: Callable[[], object]) -> int:
     return max(0, mx.get_peak_memory() - before)
 
 
-def check_equal(a: mx.array, b: mx.array, within: float = 1e-3) -> None:
+def check_equal(a: mx.array, b: mx.array, within: float | None = None) -> None:
     """Check that two implementations give the same result, without which their times mean nothing.
 
     Args:
-        within: the tolerance, relative to the largest number in `b`.
+        within: the tolerance, relative to the largest number in `b`; None for that of its type.
 
     Raises:
         RuntimeError: the results differ by more.
     """
+    within = EQUAL[b.dtype] if within is None else within
     found, largest = difference(a, b), difference(b, mx.zeros(()))
     # Negated so that NaN is an error, too.
     if not found <= within * largest:

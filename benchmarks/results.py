@@ -20,8 +20,19 @@ def path_of(out: Path) -> Path:
     return out / f"{name()}.json" if out.is_dir() else out
 
 
-def write(path: Path, benchmark: str, found: list[Row | Curve], seconds: float, is_quick: bool) -> None:
-    """Write one benchmark's results into a file, replacing its earlier results there."""
+def write(
+    path: Path,
+    benchmark: str,
+    found: list[Row | Curve],
+    seconds: float,
+    is_quick: bool,
+    failed: Mapping[str, str] | None = None,
+) -> None:
+    """Write one benchmark's results into a file, replacing its earlier results there.
+
+    Args:
+        failed: the tracebacks of what ended with an error, by its name.
+    """
     told: dict[str, Any] = {}
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -31,6 +42,7 @@ def write(path: Path, benchmark: str, found: list[Row | Curve], seconds: float, 
         "quick": is_quick,
         "seconds": round(seconds),
         "rows": [_compact(asdict(row)) for row in found if isinstance(row, Row)],
+        **({"failed": dict(failed)} if failed else {}),
         "curves": [asdict(curve) for curve in found if isinstance(curve, Curve)],
     }
     told[benchmark] = entry
