@@ -21,7 +21,7 @@ MLX_LM = Host(
         # Replaced while a model is attached.
         "models.cache.make_prompt_cache": "model max_kv_size",
         "models.cache.save_prompt_cache": "file_name cache metadata",
-        "generate.stream_generate": "model tokenizer prompt max_tokens draft_model kwargs",
+        "generate.stream_generate": "model tokenizer prompt",
         # Replaced, because the server's store asks whether a cache can be trimmed, but not by how much.
         "models.cache.LRUPromptCache.fetch_nearest_cache": "self model tokens",
         "models.cache.LRUPromptCache.insert_cache": "self model tokens prompt_cache cache_type",
