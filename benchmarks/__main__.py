@@ -33,6 +33,7 @@ from benchmarks import (
     results,
     saving,
     sessions,
+    splice,
     window,
 )
 from benchmarks.bounds import BOUNDS
@@ -59,6 +60,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "batches": batches.run,
     "many": many.run,
     "sessions": sessions.run,
+    "splice": splice.run,
     "packed": packed.run,
     "bits": bits.run,
     "saving": saving.run,
