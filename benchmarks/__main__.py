@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks import (
+    agent,
     batches,
     bits,
     chat,
@@ -61,6 +62,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "many": many.run,
     "sessions": sessions.run,
     "splice": splice.run,
+    "agent": agent.run,
     "packed": packed.run,
     "bits": bits.run,
     "saving": saving.run,
