@@ -154,5 +154,5 @@ def test_a_history_takes_the_tokens_that_were_generated() -> None:
     assert pool.retokenize([20, 21, 22, 3, 9, 23]) == [20, 21, 22, 1, 2, 9, 23]
     assert pool.retokenize([20, 21, 22, 3, 30]) == [20, 21, 22, 1, 2, 30]
     assert pool.retokenize(fresh, salt="another") == fresh
-    with pytest.raises(ValueError, match=r"retokenize needs a tokenizer .* the pool has Letters"):
+    with pytest.raises(ValueError, match=r"retokenize needs a tokenizer .* the pool has .*Letters"):
         pool_of().retokenize(fresh)
