@@ -98,6 +98,8 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
             store = self._store_of(made._rows)
             made.close()
             session = store.open(key, salt)
+            if session.departure:
+                logging.info("Reused %s of %s tokens: %s", session.reused, len(key), session.departure)
             cache, point = session.cache, session.reused
             inside = request.before(point) if request else point
             if inside < point:
