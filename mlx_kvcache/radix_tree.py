@@ -1,4 +1,4 @@
-"""A radix tree over tokens: finds the stored sequences that share the longest prefix with a given one.
+"""A radix tree over tokens: finds stored sequences that share the longest prefix, or text, with a given one.
 
 Each edge holds several tokens (D. R. Morrison, PATRICIA, JACM 1968).
 """
@@ -115,11 +115,13 @@ class PrefixTree(Generic[V]):
         above: list[tuple[_Node[V], tuple[int, ...], int, str]] = [(self._root, (), 0, "")]
         while above:
             node, before, k, ahead = above.pop()
-            i, border = 0, (0, 0)
+            i, border, window = 0, (0, 0), 16
             while i < len(node.edge) and k < len(given):
-                if not ahead and (same := shared_length(node.edge[i:], given[k : k + len(node.edge) - i])):
-                    i, k = i + same, k + same
+                if not ahead and (same := shared_length(node.edge[i : i + window], given[k : k + window])):
+                    # Runs of equal tokens may be long, but are copied to be compared.
+                    i, k, window = i + same, k + same, window * 4
                 else:
+                    window = 16
                     ahead, i = ahead + text_of(node.edge[i]), i + 1
                     while ahead and k < len(given) and ahead.startswith(text := text_of(given[k])):
                         ahead, k = ahead[len(text) :], k + 1

@@ -102,7 +102,7 @@ def _store_partial(batch: Any, uids: Iterable[int]) -> None:
         return
     # The others have computed nothing yet.
     running = {*batch._prompt_batch.uids, *batch._generation_batch.uids}
-    for uid in running.intersection(uids):
+    for uid in sorted(running.intersection(uids)):
         try:
             [(cache, tokens)] = batch.extract_cache([uid]).values()
             mlx_lm_store.insert_partial(server.prompt_cache, server.model_provider.model_key, tokens, cache)
@@ -171,7 +171,9 @@ def generate(self: Any) -> None:
                 # Not caused by a request; for example, the model cannot be loaded.
                 raise
             logging.exception("ending %s requests in progress", len(waiting))
-            for batch in [batch for batch, server in _servers.items() if server() is self]:
+            # The other ranks may have had no error, and would not take part.
+            own = () if self._is_distributed else [b for b, server in _servers.items() if server() is self]
+            for batch in own:
                 _store_partial(batch, [*batch._prompt_batch.uids, *batch._generation_batch.uids])
                 _servers.pop(batch)
             reason = f"{type(error).__name__}: {error}"

@@ -159,16 +159,21 @@ def insert_cache(
 def insert_partial(store: Any, model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
     """Store what was computed of a request that ended early.
 
-    After an error, the cache may hold more tokens than given, or fewer.
+    After an error, the cache may hold more tokens than given, or fewer. Does nothing if a stored cache serves
+    as much, so that short tries do not evict others.
     """
     if not is_ours(prompt_cache):
         return
     point = resume_point(prompt_cache, len(tokens))
+    key = list(tokens[:point])
+    matches = islice(_indexed(store).matches(model, key), CANDIDATES)
+    ours = (entry.prompt_cache for common, (_, entry) in matches if common == point)
+    if not point or any(is_ours(cache) and resume_point(cache, point) == point for cache in ours):
+        return
     behind = rows_of(prompt_cache)[0].positions[0] - point
-    if point:
-        for entry in prompt_cache:
-            entry.trim(behind)
-        store.insert_cache(model, list(tokens[:point]), prompt_cache)
+    for entry in prompt_cache:
+        entry.trim(behind)
+    store.insert_cache(model, key, prompt_cache)
 
 
 class Index:
