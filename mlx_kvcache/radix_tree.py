@@ -1,11 +1,11 @@
-"""A radix tree over tokens: finds the stored sequences that share the longest prefix with a given one.
+"""A radix tree over tokens: finds stored sequences that share the longest prefix, or text, with a given one.
 
 Each edge holds several tokens (D. R. Morrison, PATRICIA, JACM 1968).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -98,6 +98,45 @@ class PrefixTree(Generic[V]):
                 yield depth, found.value
             below += found.children.values()
         yield from reversed(above)
+
+    def retokenized(self, tokens: Sequence[int], text_of: Callable[[int], str]) -> list[int]:
+        """Returns tokens of the same text that begin with those of a stored sequence, as far as texts agree.
+
+        Both sequences must have a border between tokens where the stored tokens end, so the tokens after it
+        stay as they are. Returns the same tokens if no stored ones go further than they do.
+
+        Args:
+            text_of: the text of a token. Two sequences are the same text if their joined texts are equal.
+        """
+        given = tuple(tokens)
+        best, begin = 0, given[:0]
+        # Nodes to visit, with the tokens before them, the number of given tokens that are matched, and
+        # the text by which the stored tokens are ahead of these.
+        above: list[tuple[_Node[V], tuple[int, ...], int, str]] = [(self._root, (), 0, "")]
+        while above:
+            node, before, k, ahead = above.pop()
+            i, border, window = 0, (0, 0), 16
+            while i < len(node.edge) and k < len(given):
+                if not ahead and (same := shared_length(node.edge[i : i + window], given[k : k + window])):
+                    # Runs of equal tokens may be long, but are copied to be compared.
+                    i, k, window = i + same, k + same, window * 4
+                else:
+                    window = 16
+                    ahead, i = ahead + text_of(node.edge[i]), i + 1
+                    while ahead and k < len(given) and ahead.startswith(text := text_of(given[k])):
+                        ahead, k = ahead[len(text) :], k + 1
+                    if ahead and not (k < len(given) and text_of(given[k]).startswith(ahead)):
+                        break
+                if not ahead:
+                    border = k, i
+            else:
+                path = before + node.edge
+                above += [(child, path, k, ahead) for child in node.children.values()]
+            k, i = border
+            # Of two that go equally far, the given tokens are taken.
+            if k > best or (k == best and before + node.edge[:i] == given[:k]):
+                best, begin = k, before + node.edge[:i]
+        return [*begin, *given[best:]]
 
     def _path(self, tokens: Sequence[int]) -> list[_Node[V]]:
         """The nodes from the root to the value of exactly these tokens. Raises KeyError if there is none."""

@@ -43,3 +43,28 @@ def test_equals_a_list(seed: int) -> None:
         assert max(lengths, default=0) == best
         prefixes = {value for own, value in stored.items() if own == tokens[: len(own)]}
         assert prefixes <= {value for _, value in found}
+
+
+def test_the_text_of_a_stored_sequence_is_found_in_other_tokens() -> None:
+    """Random cuts of one text into tokens, against all ways to join a stored prefix with the given tokens."""
+    letters = "ab"
+    words = [a + b + c for a in letters for b in ("", *letters) for c in ("", *letters)]
+    rng = random.Random(7)
+    kept = 0
+    for _ in range(300):
+        tree: PrefixTree[int] = PrefixTree()
+        stored = [rng.choices(range(len(words)), k=rng.randrange(1, 7)) for _ in range(4)]
+        for i, tokens in enumerate(stored):
+            tree.put(tokens, i)
+        given = rng.choices(range(len(words)), k=rng.randrange(1, 9))
+        found = tree.retokenized(given, words.__getitem__)
+        assert "".join(words[t] for t in found) == "".join(words[t] for t in given)
+        borders = {"".join(words[t] for t in given[:k]): k for k in range(len(given) + 1)}
+        ways = [
+            (borders.get("".join(words[t] for t in own[:i]), -1), own[:i]) for own in stored for i in range(8)
+        ]
+        furthest = max(k for k, _ in ways)
+        expected = [own + given[k:] for k, own in ways if k == furthest]
+        assert found == given if given in expected else found in expected
+        kept += found != given
+    assert kept > 30

@@ -7,6 +7,7 @@ is a `DiskTier`.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -28,6 +29,9 @@ CANDIDATES = 32
 
 WORTH = 32
 """The fewest tokens that a checkpoint must save. It can take as many bytes as thousands of tokens' keys."""
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""The text of a token that stands for a byte."""
 
 
 @dataclass
@@ -91,6 +95,55 @@ def branches_off(shared: int, reused: int, length: int) -> bool:
     return shared < length and shared - reused >= WORTH
 
 
+class Tokenizer(Protocol):
+    """A tokenizer of Hugging Face's Transformers, or one like it."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...
+
+
+class Texts:
+    """The text of each token of a tokenizer, such that equal joined texts are the same text.
+
+    Special tokens and single bytes are a text of their own, which no other token has: a model that spells a
+    special token with letters has not generated it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._own = {
+            *getattr(tokenizer, "all_special_ids", ()),
+            *getattr(tokenizer, "added_tokens_decoder", ()),
+        }
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            try:
+                text = self._tokenizer.convert_ids_to_tokens(token)
+            except (IndexError, KeyError, OverflowError):
+                # A number that stands for a picture.
+                text = None
+            is_shared = isinstance(text, str) and token not in self._own and not BYTE.fullmatch(text)
+            self._known[token] = text if is_shared else f"\0{token}\0"
+        return self._known[token]
+
+    def retokenized(self, tokens: Sequence[int], tree: PrefixTree[Any]) -> list[int]:
+        """Return tokens of the same text that go on from a stored sequence as far as possible.
+
+        See `PrefixTree.retokenized`.
+        """
+        given = list(tokens)
+        found = tree.retokenized(given, self.__getitem__)
+        if found != given:
+            begin = shared_length(found, given)
+            end = -shared_length(found[:begin:-1], given[:begin:-1]) or None
+            decode = self._tokenizer.decode
+            if decode(found[begin:end]) != decode(given[begin:end]):
+                return given
+        return found
+
+
 class Markable(Protocol):
     """A cache that keeps checkpoints at marked positions."""
 
@@ -119,7 +172,8 @@ class SessionPool:
             stored caches are evicted, so open sessions and pinned caches may exceed it.
         max_stored: the most stored caches.
         disk: stores evicted caches, and returns them later.
-        tokenizer: if given, its `decode` makes the text in which `Session.departure` shows tokens.
+        tokenizer: if given, its `decode` makes the text in which `Session.departure` shows tokens, and
+            `retokenize` can be used.
 
     Raises:
         ValueError: a limit is negative.
@@ -153,6 +207,7 @@ class SessionPool:
         self._max_stored = max_stored
         self._disk = disk
         self._tokenizer = tokenizer
+        self._texts = Texts(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else None
         self._trees: dict[Hashable, PrefixTree[_Stored]] = {}
         # The least recently used first. Replaced whole, because others iterate without the lock.
         self._stored: list[_Stored] = []
@@ -297,6 +352,34 @@ class SessionPool:
             other_salts,
             getattr(self._tokenizer, "decode", None),
         )
+
+    def retokenize(self, tokens: Sequence[int], salt: Hashable = None) -> list[int]:
+        """Return tokens of the same text that reuse more: those that are stored, as far as the text agrees.
+
+        The tokens that a model generates are often not the ones that the tokenizer makes of their text. When
+        a chat template renders the history again, its tokens therefore depart from the stored ones although
+        its text does not. Call this before `open`.
+
+        Args:
+            tokens: all token IDs of the conversation so far, as the tokenizer makes them.
+            salt: see `open`.
+
+        Returns:
+            The tokens of a stored conversation up to a border between tokens of both, and after it the
+            given ones. The given ones if no stored conversation has more of the text than they do.
+
+        Raises:
+            ValueError: the pool has no tokenizer with `decode` and `convert_ids_to_tokens`.
+            TypeError: `tokens` is not a sequence of whole numbers.
+        """
+        tokens = token_ids(tokens)
+        if self._texts is None:
+            raise ValueError(
+                f"retokenize needs a tokenizer with decode and convert_ids_to_tokens, the pool has "
+                f"{class_of(self._tokenizer)}; pass tokenizer=... to the pool"
+            )
+        with self._lock:
+            return self._texts.retokenized(tokens, self._trees.get(salt, PrefixTree()))
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False

@@ -77,8 +77,9 @@ class Departure:
         elif not self.prompt:
             text = f"the whole prompt is in {closest}"
         else:
-            text = f"the prompt departs from {closest} at token {self.position}: it has "
-            text += f"{self._text(self.prompt)} instead of {self._text(self.stored)} after {self._text(self.before)}"
+            before, stored, prompt = map(self._text, (self.before, self.stored, self.prompt))
+            text = f"the prompt departs from {closest} at token {self.position}: "
+            text += f"it has {prompt} instead of {stored} after {before}"
         if self.reused < self.position and self.reason != "evicted":
             text += f"; the cache can go back only to token {self.reused}"
         return f"{text}; {self.lost} more tokens would have been reused" if self.lost > 0 else text

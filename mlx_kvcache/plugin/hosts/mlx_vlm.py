@@ -22,6 +22,7 @@ MLX_VLM = Host(
         "generate.ar.BatchGenerator._apc_extra_hash": "self prompt_kwargs",
         "generate.ar.BatchGenerator._apc_pick_for": "self sequence",
         "generate.ar.PromptProcessingBatch.generate": "self",
+        "generate.ar.PromptProcessingBatch.remove": "self uid",
         "generate.ar.GenerationBatch._step": "self",
         "generate.ar.GenerationBatch.extend": "self other",
         "generate.ar.GenerationBatch.filter": "self keep",

@@ -3,7 +3,8 @@
 mlx-lm's server generates for all clients in one thread; an exception in it ends the server. The patches
 check a request while mlx-lm can still answer it with an error: the model must be supported, and the prompt
 and a reply must fit the capacity. An exception during generation ends the requests in progress with an
-error, and the thread continues with new requests.
+error, and the thread continues with new requests. What was computed for requests that end early, by an
+error or because the client has left, is stored, so that the next try goes on from it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -23,11 +26,19 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.server import APIHandler, ResponseGenerator
 
 from ...errors import CacheError
+from ...radix_tree import shared_length
 from ..files import save_for_mlx_lm
 from . import mlx_lm_splice, mlx_lm_store
 
 _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakref.WeakKeyDictionary()
 """For each server, the queues on which clients wait for their replies."""
+
+
+_generating = threading.local()
+"""In a thread that generates, `server` refers to the server whose request it has tokenized last."""
+
+_servers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""The server of each batch."""
 
 
 class EmptyPromptError(ValueError):
@@ -54,6 +65,9 @@ def insert_segments(
         CacheFullError: a prompt and one token of its reply exceed the capacity.
         ValueError: a cache belongs to another pool than the others.
     """
+    server = getattr(_generating, "server", None)
+    if server is not None:
+        _servers[self] = server
     caches = list(caches or [None] * len(segments))
     most = list(max_tokens or [self.max_tokens] * len(segments))
     # Otherwise mlx-lm's own function raises an error.
@@ -98,9 +112,35 @@ def _spliced(segments: Sequence[Any], cache: Sequence[Any]) -> Sequence[Any]:
     return pieces if sum(map(len, pieces)) == sum(map(len, segments)) else segments
 
 
+def remove(self: Any, uids: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+    """Replaces `BatchGenerator.remove`: stores what was computed for clients of a server that have left."""
+    _store_partial(self, uids)
+    return _originals["remove"](self, uids, *args, **kwargs)
+
+
+def _store_partial(batch: Any, uids: Iterable[int]) -> None:
+    """Store what a server's batch has computed for some of its requests."""
+    server = _servers.get(batch, lambda: None)()
+    if server is None:
+        return
+    # The others have computed nothing yet.
+    running = {*batch._prompt_batch.uids, *batch._generation_batch.uids}
+    for uid in sorted(running.intersection(uids)):
+        try:
+            [(cache, tokens)] = batch.extract_cache([uid]).values()
+            mlx_lm_store.insert_partial(server.prompt_cache, server.model_provider.model_key, tokens, cache)
+        except Exception:
+            # The batch may be in any state after an error. The other requests go on.
+            logging.exception("a request that has ended early is not stored")
+
+
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-    """Replaces `ResponseGenerator._tokenize`: also checks the request; the client gets the error."""
-    result = _originals["_tokenize"](self, tokenizer, request, args)
+    """Replaces `ResponseGenerator._tokenize`: also checks the request; the client gets the error.
+
+    If the prompt's text is stored in other tokens, such as those that were generated, takes these.
+    """
+    _generating.server = weakref.ref(self)
+    result = _retokenized(self, tokenizer, _originals["_tokenize"](self, tokenizer, request, args))
     prompt = len(result[0])
     if not prompt:
         raise EmptyPromptError("the prompt is empty: at least 1 token is needed")
@@ -113,6 +153,25 @@ def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
             args.max_tokens = min(args.max_tokens, rows.conversation.reply_room(prompt, ahead))
             rows.conversation.close()
     return result
+
+
+def _retokenized(server: Any, tokenizer: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The result of `_tokenize` with stored tokens of the same text; see `SessionPool.retokenize`.
+
+    It begins with the prompt, and the segments into which the prompt is divided.
+    """
+    prompt, segments, *rest = result
+    if any(hasattr(vision, "cache_key") for vision in rest):
+        return result
+    tokens = mlx_lm_store.retokenized(server.prompt_cache, server.model_provider.model_key, prompt, tokenizer)
+    begin = shared_length(tokens, prompt)
+    end = shared_length(tokens[:begin:-1], prompt[:begin:-1])
+    borders = list(accumulate(map(len, segments[:-1])))
+    if tokens == prompt or any(begin < border < len(prompt) - end for border in borders):
+        return result
+    more = len(tokens) - len(prompt)
+    edges = [0, *(border + more * (border > begin) for border in borders), len(tokens)]
+    return (tokens, [tokens[a:b] for a, b in pairwise(edges)], *rest)
 
 
 def share_request(self: Any, request: Any) -> Any:
@@ -135,6 +194,11 @@ def generate(self: Any) -> None:
                 # Not caused by a request; for example, the model cannot be loaded.
                 raise
             logging.exception("ending %s requests in progress", len(waiting))
+            # The other ranks may have had no error, and would not take part.
+            own = () if self._is_distributed else [b for b, server in _servers.items() if server() is self]
+            for batch in own:
+                _store_partial(batch, [*batch._prompt_batch.uids, *batch._generation_batch.uids])
+                _servers.pop(batch)
             reason = f"{type(error).__name__}: {error}"
         for queue in waiting:
             # A new exception, because the original one refers to the thread's frames with caches and models.
@@ -196,6 +260,7 @@ _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (mlx_lm_cache.LRUPromptCache, "fetch_nearest_cache", mlx_lm_store.fetch_nearest_cache),
     (mlx_lm_cache.LRUPromptCache, "insert_cache", mlx_lm_store.insert_cache),
     (BatchGenerator, "insert_segments", insert_segments),
+    (BatchGenerator, "remove", remove),
     (ResponseGenerator, "_tokenize", tokenize),
     (ResponseGenerator, "_share_request", share_request),
     (ResponseGenerator, "_generate", generate),

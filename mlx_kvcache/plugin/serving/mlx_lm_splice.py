@@ -84,12 +84,14 @@ def pieces(conversation: Conversation) -> list[list[int]]:
     return [piece for piece in [*found, list(text[position:])] if piece]
 
 
-def recorded(conversation: Conversation, tokens: Sequence[int]) -> list[int]:
-    """Return the tokens of a cache, given those that mlx-lm has recorded for it."""
+def recorded(
+    conversation: Conversation, model: Hashable, tokens: Sequence[int]
+) -> tuple[Hashable, list[int]]:
+    """Return the key and the tokens of a cache, given those that mlx-lm has recorded for it."""
     text = conversation.text
     if text is None:
-        return list(tokens)
-    if len(tokens) < len(text):
-        # The prompt is under way.
-        return list(text[: conversation.position])
-    return [*text, *tokens[len(text) :]]
+        return model, list(tokens)
+    # A prompt that is under way lacks what has joined.
+    is_read = len(tokens) >= len(text)
+    found = [*text, *tokens[len(text) :]] if is_read else list(text[: conversation.position])
+    return spliced_salt(model), found

@@ -5,7 +5,8 @@ only so far, and a recurrent layer further back only to checkpoints. With these 
 
 - a lookup resumes a fork of a stored cache at the newest position that all its layers support, and marks
   where the prompt branches off, so that recurrent layers leave a checkpoint there;
-- storing a cache keeps those shorter prefixes that the new cache cannot roll back to.
+- storing a cache keeps those shorter prefixes that the new cache cannot roll back to;
+- a prompt that could not reuse all of a stored one is logged with the place where the two depart.
 
 Caches of other packages are stored and found as in mlx-lm.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -23,7 +25,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
 from ...radix_tree import PrefixTree
-from ...sessions.prefix_cache import branches_off, mark_turns
+from ...sessions.prefix_cache import Texts, branches_off, mark_turns
+from ...sessions.session import Evicted, Reason, departure
 from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
 from . import mlx_lm_splice
@@ -39,9 +42,32 @@ _loaded: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKe
 """The models that are loaded now, by store. Stores of unknown models have no entry."""
 
 
+_texts: weakref.WeakKeyDictionary[Any, Texts] = weakref.WeakKeyDictionary()
+"""The texts of tokens, by tokenizer."""
+
+_tokenizers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""The tokenizer of the prompts that each store has last been asked for."""
+
+
 def note_models(store: Any, models: Iterable[Any]) -> None:
     """Set the models that a store serves. Caches of other models are dropped at the next access."""
     _loaded[store] = [weakref.ref(model) for model in models]
+
+
+def retokenized(store: Any, model: Any, tokens: list[int], tokenizer: Any) -> list[int]:
+    """Return tokens of the same text that reuse more; see `SessionPool.retokenize`.
+
+    Also notes the tokenizer, so that `fetch_nearest_cache` logs text.
+    """
+    _tokenizers[store] = weakref.ref(tokenizer)
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokens
+    texts = _texts.get(tokenizer)
+    if texts is None:
+        texts = _texts[tokenizer] = Texts(tokenizer)
+    for key in mlx_lm_splice.keys_of(model) if mlx_lm_splice.splicing else (model,):
+        tokens = texts.retokenized(tokens, _indexed(store).tree(key))
+    return tokens
 
 
 def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
@@ -51,17 +77,44 @@ def fetch_nearest_cache(self: Any, model: Any, tokens: list[int]) -> tuple[list[
     cache may have joined runs from a stored one instead; see `mlx_lm_splice`.
     """
     index = _indexed(self)
-    matches = islice(index.matches(model, tokens), CANDIDATES)
+    matches = list(islice(index.matches(model, tokens), CANDIDATES))
     ours = [(common, entry.prompt_cache) for common, (_, entry) in matches if is_ours(entry.prompt_cache)]
-    try:
-        fetched = _forked(ours, tokens) if ours else original_fetch(self, model, tokens)
-        if mlx_lm_splice.splicing:
-            candidates, kept = _candidates(self, index, model, tokens), len(tokens) - len(fetched[1])
-            fetched = mlx_lm_splice.fetch_spliced(candidates, tokens, kept) or fetched
-        return fetched
-    except CacheError as error:
-        logging.warning("a stored prompt cache cannot be used, the prompt is computed again: %s", error)
-        return None, tokens
+    fetched: tuple[list[Any] | None, list[int]]
+    if ours:
+        try:
+            fetched = _forked(ours, tokens)
+        except CacheError as error:
+            logging.warning("a stored prompt cache cannot be used, the prompt is computed again: %s", error)
+            return None, tokens
+    else:
+        fetched = original_fetch(self, model, tokens)
+    reused = len(tokens) - len(fetched[1])
+    _log_departure(self, index, model, tokens, reused, matches)
+    if mlx_lm_splice.splicing:
+        candidates = _candidates(self, index, model, tokens)
+        fetched = mlx_lm_splice.fetch_spliced(candidates, tokens, reused) or fetched
+    return fetched
+
+
+def _log_departure(
+    store: Any, index: Index, model: Any, tokens: list[int], reused: int, matches: list[tuple[int, Any]]
+) -> None:
+    """Log where a prompt departs from the closest stored one, if it could not reuse all of it."""
+    closest = matches[0][1][0] if matches else ()
+    tokenizer = _tokenizers.get(store, lambda: None)()
+    found = departure(
+        tokens,
+        reused,
+        closest if index.tree(model) else None,
+        lambda: index.evicted.of(model),
+        decode=getattr(tokenizer, "decode", None),
+    )
+    if found:
+        index.departures[found.reason] += 1
+        n = index.departures[found.reason]
+        logging.info(
+            "Reused %s of %s tokens: %s (%s, %s so far)", reused, len(tokens), found, found.reason, n
+        )
 
 
 def _candidates(store: Any, index: Index, model: Any, tokens: list[int]) -> list[mlx_lm_splice.Stored]:
@@ -119,12 +172,8 @@ def insert_cache(
         if any(rows.conversation.gaps for rows in rows_of(prompt_cache)):
             return
         for rows in rows_of(prompt_cache):
-            if rows.conversation.text is not None:
-                model, tokens = (
-                    mlx_lm_splice.keys_of(model)[1],
-                    mlx_lm_splice.recorded(rows.conversation, tokens),
-                )
-                rows.conversation.waiting = ()
+            model, tokens = mlx_lm_splice.recorded(rows.conversation, model, tokens)
+            rows.conversation.waiting = ()
         for length, entry in index.prefixes(model, tokens):
             if is_ours(entry.prompt_cache) and resume_point(prompt_cache, length) == length:
                 _remove(self, model, tokens[:length])
@@ -136,10 +185,40 @@ def insert_cache(
         index.keeps_prefixes = False
 
 
+def insert_partial(store: Any, model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
+    """Store what was computed of a request that ended early.
+
+    After an error, the cache may hold more tokens than given, or fewer. Does nothing if a stored cache serves
+    as much, so that short tries do not evict others.
+    """
+    if not is_ours(prompt_cache):
+        return
+    own = model
+    for rows in rows_of(prompt_cache):
+        own, tokens = mlx_lm_splice.recorded(rows.conversation, model, tokens)
+    point = resume_point(prompt_cache, len(tokens))
+    key = list(tokens[:point])
+    matches = islice(_indexed(store).matches(own, key), CANDIDATES)
+    ours = (entry.prompt_cache for common, (_, entry) in matches if common == point)
+    if not point or any(is_ours(cache) and resume_point(cache, point) == point for cache in ours):
+        return
+    behind = rows_of(prompt_cache)[0].positions[0] - point
+    for entry in prompt_cache:
+        entry.trim(behind)
+    store.insert_cache(model, key, prompt_cache)
+
+
 class Index:
-    """Replaces mlx-lm's `PromptTrie`, whose search takes time quadratic in the prompt's length."""
+    """Replaces mlx-lm's `PromptTrie`, whose search takes time quadratic in the prompt's length.
+
+    Attributes:
+        departures: prompts that could not reuse all of a stored one, by `Departure.reason`.
+        evicted: the prompts that mlx-lm has evicted.
+    """
 
     def __init__(self) -> None:
+        self.departures: Counter[Reason] = Counter()
+        self.evicted = Evicted()
         # Whether `pop_prefixes` removes nothing.
         self.keeps_prefixes = False
         self._trees: dict[Any, PrefixTree[tuple[list[int], Any]]] = {}
@@ -151,7 +230,16 @@ class Index:
     def get(self, model: Any, tokens: list[int]) -> Any:
         return self._trees[model].get(tokens)[1]
 
+    def tree(self, model: Any) -> PrefixTree[tuple[list[int], Any]]:
+        """Return the tree of a model. It is empty, and is not kept, if nothing is stored."""
+        return self._trees.get(model) or PrefixTree()
+
     def pop(self, model: Any, tokens: list[int]) -> Any:
+        """Remove a prompt that mlx-lm evicts."""
+        self.evicted.add(tokens, model)
+        return self.remove(model, tokens)
+
+    def remove(self, model: Any, tokens: list[int]) -> Any:
         _, value = self._trees[model].pop(tokens)
         if not self._trees[model]:
             del self._trees[model]
@@ -159,8 +247,7 @@ class Index:
 
     def matches(self, model: Any, tokens: list[int]) -> Iterator[tuple[int, tuple[list[int], Any]]]:
         """Yield (length of the shared prefix, (tokens, value)); see `PrefixTree.matches`."""
-        tree = self._trees.get(model)
-        return tree.matches(tokens) if tree else iter(())
+        return self.tree(model).matches(tokens)
 
     def prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
         """Return the length and the value of each stored proper prefix of these tokens."""
@@ -169,7 +256,7 @@ class Index:
 
     def pop_prefixes(self, model: Any, tokens: list[int]) -> list[tuple[int, Any]]:
         prefixes = [] if self.keeps_prefixes else self.prefixes(model, tokens)
-        return [(length, self.pop(model, tokens[:length])) for length, _ in prefixes]
+        return [(length, self.remove(model, tokens[:length])) for length, _ in prefixes]
 
     def search(self, model: Any, tokens: list[int]) -> Any:
         """Search as `PromptTrie.search` does. It ignores prefixes of one token."""
@@ -240,7 +327,7 @@ def _is_stale(rows: Rows, live: list[Any] | None) -> bool:
 
 
 def _remove(store: Any, model: Any, tokens: list[int]) -> None:
-    entry = store._trie.pop(model, tokens)
+    entry = store._trie.remove(model, tokens)
     store._n_bytes -= entry.nbytes
     store._n_bytes_by_type[entry.cache_type] -= entry.nbytes
     store._lru.remove(model, tokens)

@@ -98,6 +98,8 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
             store = self._store_of(made._rows)
             made.close()
             session = store.open(key, salt)
+            if session.departure:
+                logging.info("Reused %s of %s tokens: %s", session.reused, len(key), session.departure)
             cache, point = session.cache, session.reused
             inside = request.before(point) if request else point
             if inside < point:
@@ -280,6 +282,7 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
 
 
 original_generate = PromptProcessingBatch.generate
+original_remove = PromptProcessingBatch.remove
 original_step = GenerationBatch._step
 original_extend = GenerationBatch.extend
 original_filter = GenerationBatch.filter
@@ -309,6 +312,16 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(batch, GenerationBatch):
         _rows[batch] = noted
     return batch
+
+
+def remove(self: Any, uid: int) -> None:
+    """Replaces `PromptProcessingBatch.remove`: also stores what was read of a prompt that is cancelled."""
+    index = self.uids.index(uid)
+    about = self._apc_meta[index] if self._apc_meta else None
+    if about is not None and isinstance(self._apc_coordinator, Coordinator):
+        tokens, extra = about["full_input_ids"], about["extra_hash"]
+        self._apc_coordinator.commit(self.prompt_cache, tokens, batch_idx=index, extra_hash=extra)
+    original_remove(self, uid)
 
 
 def step(self: Any) -> tuple[Any, ...]:

@@ -92,6 +92,7 @@ _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (BatchGenerator, "_apc_extra_hash", mlx_vlm_store.extra_hash),
     (BatchGenerator, "_apc_pick_for", mlx_vlm_store.pick_for),
     (PromptProcessingBatch, "generate", mlx_vlm_store.generate),
+    (PromptProcessingBatch, "remove", mlx_vlm_store.remove),
     (GenerationBatch, "_step", mlx_vlm_store.step),
     (GenerationBatch, "extend", mlx_vlm_store.extend),
     (GenerationBatch, "filter", mlx_vlm_store.filter_rows),

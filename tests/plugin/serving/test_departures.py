@@ -129,3 +129,30 @@ def test_what_was_read_before_cancel_serves_the_next_try() -> None:
     assert [one.ticket for one in many.step()] == [ticket, other]
     logits = logits_of(MODEL, again.cache, again.rest)[-1]
     assert mx.allclose(logits, logits_of(MODEL, make_prompt_cache(MODEL), TEXT[:100])[-1], atol=1e-4)
+
+
+class Pieces(Letters):
+    """Two letters of one token each, and a token for both; 9 is special and spelled like two others."""
+
+    all_special_ids = (9,)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return {1: "a", 2: "b", 3: "ab", 9: "ab"}.get(token, chr(200 + token))
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.convert_ids_to_tokens(token) for token in tokens)
+
+
+def test_a_history_takes_the_tokens_that_were_generated() -> None:
+    pool = SessionPool(lambda: make_prompt_cache(MODEL), tokenizer=Pieces())
+    stored(pool, [20, 21, 22, 1, 2, 1, 2, 23])
+    fresh = [20, 21, 22, 3, 3, 23, 24, 25]
+    assert pool.open(fresh).reused == 3
+    tokens = pool.retokenize(fresh)
+    assert tokens == [20, 21, 22, 1, 2, 1, 2, 23, 24, 25]
+    assert (pool.open(tokens).reused, pool.open(tokens).departure) == (8, None)
+    assert pool.retokenize([20, 21, 22, 3, 9, 23]) == [20, 21, 22, 1, 2, 9, 23]
+    assert pool.retokenize([20, 21, 22, 3, 30]) == [20, 21, 22, 1, 2, 30]
+    assert pool.retokenize(fresh, salt="another") == fresh
+    with pytest.raises(ValueError, match=r"retokenize needs a tokenizer .* the pool has .*Letters"):
+        pool_of().retokenize(fresh)

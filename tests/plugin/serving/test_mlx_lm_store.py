@@ -86,6 +86,18 @@ def test_what_is_stored_is_not_changed_by_its_use(model: nn.Module) -> None:
         assert_serves(model, store, TEXT[:39] + tail, least=30)
 
 
+def test_what_ended_early_is_stored_as_far_as_it_was_computed(model: nn.Module) -> None:
+    store = LRUPromptCache()
+    for computed, tokens in ((TEXT[:20], TEXT[:40]), (TEXT[:34], TEXT[:33])):
+        reuse.insert_partial(store, "key", tokens, filled(model, computed))
+        assert_serves(model, store, TEXT[:60], least=min(len(computed), len(tokens)))
+    n = len(store)
+    reuse.insert_partial(store, "key", TEXT[:32], filled(model, TEXT[:32]))
+    assert len(store) == n
+    reuse.insert_partial(store, "key", TEXT[:9], mlx_lm_cache.make_prompt_cache(model))
+    assert len(store) == n
+
+
 def test_a_draft_models_caches_behind(model: nn.Module) -> None:
     draft = tiny_llama()
     with attach(draft):

@@ -227,3 +227,29 @@ def test_conversations_outlive_the_manager(vlm: tuple[nn.Module, Any], tmp_path:
 def test_a_self_check_finds_no_fault(vlm: tuple[nn.Module, Any]) -> None:
     with attach(vlm[0]):
         assert apc.self_check_model_apc(vlm[0]).ok
+
+
+@pytest.mark.parametrize("make", [tiny_gemma3, tiny_lfm2], ids=lambda make: make.__name__)
+def test_a_prompt_that_is_cancelled_is_kept_as_far_as_it_was_read(
+    make: Callable[[], nn.Module], vlm: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, tokens = make(), vlm[1], prompt(40)
+    apply, cancelled = generation.ResponseGenerator._apply_cancellations, list[int]()
+
+    def cancelling(self: Any, batch: Any, active: Any) -> None:
+        reading = batch and batch._prompt_batch
+        if reading and reading._processed_prompt_columns >= 16 and not cancelled:
+            cancelled.extend(reading.uids)
+            self._cancel(reading.uids[0])
+        apply(self, batch, active)
+
+    with batching(model, processor, None) as ask:
+        expected = ask(tokens).tokens
+    monkeypatch.setattr(generation.ResponseGenerator, "_apply_cancellations", cancelling)
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model), batching(model, processor, manager, prefill_step_size=8) as ask:
+        with pytest.raises(IndexError):
+            ask(tokens)
+        assert cancelled
+        reply = ask(tokens)
+    assert (reply.tokens, reply.cached) == (expected, 16)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from socketserver import _SocketWriter  # type: ignore[attr-defined]
 from typing import Any
 
 import pytest
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import lfm2, mamba2
+from mlx_lm.server import GenerationContext, TimeBudget
 
 from mlx_kvcache import CacheError
 from mlx_kvcache.plugin.entries.base import Layer
@@ -212,6 +218,96 @@ def test_refusals_in_the_generating_thread(
         planted = 2
         assert [client.complete(prompt).text for prompt in (SHORT, LONG)] == expected
         assert client.health() == 200
+
+
+def one_step(budget: object) -> Iterator[None]:
+    """A `TimeBudget` of one step."""
+    return iter((None,))
+
+
+def cached(answer: Answer) -> int:
+    """The number of the prompt's tokens that were reused."""
+    return int(answer.body["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try goes on from the blocks that were read."""
+    left = threading.Event()
+    read, write, stop = BatchGenerator.next, _SocketWriter.write, GenerationContext.stop
+
+    def following(self: Any) -> Any:
+        if self._prompt_batch.tokens and len(self._prompt_batch.tokens[0]) >= 32:
+            assert left.wait(60)
+        return read(self)
+
+    def broken(self: Any, data: Any) -> int:
+        if b"keepalive 32/" in bytes(data):
+            raise BrokenPipeError("the client has left")
+        return int(write(self, data))
+
+    def stopped(self: Any) -> None:
+        stop(self)
+        left.set()
+
+    monkeypatch.setattr(TimeBudget, "__iter__", one_step)
+    with served(tiny, "--prefill-step-size", 16) as client:
+        expected = client.complete(LONG + " a").text
+        monkeypatch.setattr(BatchGenerator, "next", following)
+        monkeypatch.setattr(_SocketWriter, "write", broken)
+        monkeypatch.setattr(GenerationContext, "stop", stopped)
+        with client.open("/v1/completions", {"prompt": "The " + LONG, "stream": True}) as reply:
+            assert b"keepalive 16/" in reply.read()
+        assert cached(client.complete("The " + LONG)) == 48
+        assert client.complete(LONG + " a").text == expected
+
+
+def test_an_error_loses_nothing_that_was_computed(
+    tiny: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the blocks of the request that it ends, nor the reply of another."""
+    [letter] = tokenizer.encode("e", add_special_tokens=False)
+    step = BatchGenerator.next
+
+    def failing(self: Any) -> Any:
+        if self._prompt_batch.tokens and len(self._prompt_batch.tokens[0]) >= 48:
+            raise RuntimeError("planted")
+        return step(self)
+
+    monkeypatch.setattr(TimeBudget, "__iter__", one_step)
+    with served(tiny, "--prefill-step-size", 16) as client:
+        with monkeypatch.context() as planted:
+            planted.setattr(BatchGenerator, "next", failing)
+            body = {"prompt": SHORT, "max_tokens": 1000, "stream": True, "logit_bias": {str(letter): 100.0}}
+            with client.open("/v1/completions", body) as reply:
+                lines = iter(reply.readline, b"")
+                assert sum(b'"text": "e"' in line for line in islice(lines, 40)) > 9
+                assert client.complete(LONG).status == 500
+                assert b"planted" in b"".join(lines)
+        assert cached(client.complete(LONG)) == 48
+        n = len(tokenizer.encode(SHORT))
+        assert cached(client.complete(SHORT + 9 * "e")) == n + 8
+
+
+def test_a_history_takes_the_tokens_that_were_generated(
+    tiny: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reply of single letters, whose text the tokenizer cuts otherwise, is not read again."""
+    [letter] = tokenizer.encode("e", add_special_tokens=False)
+    text = "e" * 24
+    assert len(tokenizer.encode(text, add_special_tokens=False)) < 24
+    messages = [{"role": "system", "content": "Spell."}, {"role": "user", "content": "Now."}]
+    with served(tiny) as client, caplog.at_level("INFO"):
+        answer = client.converse(messages, max_tokens=24, logit_bias={str(letter): 100.0})
+        assert answer.body["choices"][0]["message"]["content"] == text
+        n = answer.body["usage"]["prompt_tokens"]
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Again."}]
+        assert cached(client.converse(messages)) == n + 24
+        assert not [line for line in caplog.messages if line.startswith("Reused") and "departs" in line]
+        messages[1]["content"] = "Later."
+        assert cached(client.converse(messages)) < n
+        [line] = [line for line in caplog.messages if line.startswith("Reused") and "departs" in line]
+        assert "'Later." in line
+        assert "instead of 'Now." in line
 
 
 def test_clients_that_leave(tiny: Path) -> None:
