@@ -221,7 +221,7 @@ LESS = ("going on", "rewinding", "forks", "equal rows", "unequal rows", "shared 
 
 def _llama(**changes: Any) -> nn.Module:
     mx.random.seed(0)
-    return llama.Model(
+    model: nn.Module = llama.Model(
         llama.ModelArgs(
             model_type="llama",
             hidden_size=256,
@@ -236,6 +236,7 @@ def _llama(**changes: Any) -> nn.Module:
             **changes,
         )
     )
+    return model
 
 
 def _windowed() -> nn.Module:

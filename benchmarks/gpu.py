@@ -110,7 +110,7 @@ class Run:
             print(f"\n{name}", flush=True)
             start, found, failed = self._passed(), list[Row | Curve](), dict[str, str]()
             share = 2 * (self._seconds - start) / (len(TIMES) - index)
-            rows: Iterator[Any] = benchmark.run(setting)  # type: ignore[attr-defined]
+            rows: Iterator[Any] = benchmark.run(setting)
             try:
                 # A next row may take twice as long as the one before it.
                 while self._passed() < self._seconds and self._passed() - start < share:
