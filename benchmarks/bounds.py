@@ -15,12 +15,14 @@ class Bound(NamedTuple):
         quick: the bound for a quick run, wide enough for a busy machine; None for no bound.
         of_value: whether the bound is on the row's value instead of its ratio.
         reason: why the bound is not met, if known.
+        is_of_blas: whether on a CPU its BLAS alone decides if the bound is met.
     """
 
     limit: float
     quick: float | None = None
     of_value: bool = False
     reason: str = ""
+    is_of_blas: bool = False
 
     def limit_of(self, is_quick: bool) -> float | None:
         """The bound for this kind of run, or None."""
@@ -97,22 +99,22 @@ BOUNDS = COUNTS | {
     "chat.started": Bound(5.0, of_value=True, reason=LOADING),
     "chat.key": Bound(50.0, of_value=True),
     "decode.model.256": Bound(1.0, 0.85, reason=NOISE),
-    "decode.model.1024": Bound(1.0, reason=SHORT),
+    "decode.model.1024": Bound(1.0, reason=SHORT, is_of_blas=True),
     "decode.model.2048": Bound(1.0, 0.85),
     "decode.model.4096": Bound(1.0),
     "decode.model.16384": Bound(1.0),
     "decode.model.256.bare": Bound(0.97, 0.85),
-    "decode.model.1024.bare": Bound(0.97, reason=SHORT),
+    "decode.model.1024.bare": Bound(0.97, reason=SHORT, is_of_blas=True),
     "decode.model.2048.bare": Bound(0.97, 0.85),
     "decode.model.4096.bare": Bound(0.97),
     "decode.model.16384.bare": Bound(0.97),
     "decode.attention.256": Bound(1.0, 0.85),
-    "decode.attention.1024": Bound(1.0, reason=SHORT),
+    "decode.attention.1024": Bound(1.0, reason=SHORT, is_of_blas=True),
     "decode.attention.2048": Bound(1.0, 0.85),
     "decode.attention.4096": Bound(1.0),
     "decode.attention.16384": Bound(1.0),
     "decode.attention.256.bare": Bound(0.97, 0.75, reason=SMALL),
-    "decode.attention.1024.bare": Bound(0.97, reason=SHORT),
+    "decode.attention.1024.bare": Bound(0.97, reason=SHORT, is_of_blas=True),
     "decode.attention.2048.bare": Bound(0.97, 0.85),
     "decode.attention.4096.bare": Bound(0.97),
     "decode.attention.16384.bare": Bound(0.97),
@@ -121,8 +123,8 @@ BOUNDS = COUNTS | {
     "growth.512": Bound(1.13, 1.13, of_value=True),
     "growth.64": Bound(1.13, of_value=True),
     "growth.1": Bound(1.13, of_value=True),
-    "window.decode": Bound(1.0, 0.85, reason=SHORT),
-    "window.plugin": Bound(1.0, 0.85, reason=SHORT),
+    "window.decode": Bound(1.0, 0.85, reason=SHORT, is_of_blas=True),
+    "window.plugin": Bound(1.0, 0.85, reason=SHORT, is_of_blas=True),
     "window.rewind": Bound(100, 20),
     "edits.remove": Bound(50, 10),
     "hybrid.rollback": Bound(1 / 0.35, 1.5),
