@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,9 +299,11 @@ def checks(is_quick: bool) -> Iterator[Check]:
                 if kind == "full" or name in LESS:
                     key = f"agreement.{kind}.{name}.{number}".replace(" ", "_")
                     work = f"{name}, {kind}, {number}"
-                    yield Check(
-                        key, work, lambda k=key, w=work, f=find, m=models: compared(k, w, f(m), m.dtype)
-                    )  # type: ignore[misc]
+                    yield Check(key, work, partial(_checked, key, work, find, models))
+
+
+def _checked(key: str, work: str, find: Logits, models: Models) -> Row:
+    return compared(key, work, find(models), models.dtype)
 
 
 def compared(key: str, work: str, found: Found, dtype: mx.Dtype) -> Row:
