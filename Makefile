@@ -19,7 +19,7 @@ MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.p
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test check fmt soak replay interrupts soak-server soak-chat bench bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
+.PHONY: help demo test check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ mutants: $(VENV)/proof  ## change the bookkeeping and the caches line by line, i
 
 bench: $(VENV)/bench  ## every benchmark but endless text and the chat, into benchmarks/results
 	$(RUN) -m benchmarks --all --json benchmarks/results
+
+bench-graph: $(VENV)/dev  ## count what a GPU launches for a token, and Python calls; fail where a count misses its bound
+	$(RUN) -m benchmarks graph --check --json benchmarks/results
 
 bench-gpu: $(VENV)/demo  ## on a GPU: logits in 16 bits, then times, in 8 minutes at most, into benchmarks/results
 	$(BIN)/python -m benchmarks.gpu --json benchmarks/results

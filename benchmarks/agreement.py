@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +42,8 @@ class Found(NamedTuple):
 class Models:
     """A model in 16 bits, and the same weights in float32, which the CPU computes."""
 
-    def __init__(self, make: Callable[[], nn.Module], dtype: mx.Dtype) -> None:
-        self._make, self.dtype = make, dtype
+    def __init__(self, make: Callable[[], nn.Module], dtype: mx.Dtype, block: int = 1) -> None:
+        self._make, self.dtype, self._block = make, dtype, block
 
     @cached_property
     def model(self) -> nn.Module:
@@ -71,9 +71,9 @@ class Models:
 
         Blocks of one token are exact for every kind of mlx-lm's caches.
         """
-        theirs = logits_of(self.model, make_theirs(self.model), tokens, 1)[-last:]
+        theirs = logits_of(self.model, make_theirs(self.model), tokens, self._block)[-last:]
         with mx.stream(mx.cpu):
-            exact = logits_of(self.exact, make_theirs(self.exact), tokens, 1)[-last:]
+            exact = logits_of(self.exact, make_theirs(self.exact), tokens, self._block)[-last:]
         return theirs, exact
 
 
@@ -156,6 +156,21 @@ def removal(models: Models) -> Found:
         return Found(ours, theirs, by_hand(models.exact))
 
 
+def shifting(models: Models) -> Found:
+    """Text without end: the oldest tokens are dropped, and later keys are moved; against float32 here."""
+
+    def endless(model: Any) -> mx.array:
+        cache = make_prompt_cache(model, capacity=64, overflow="shift", rewind=0, sinks=4)
+        return mx.concatenate(
+            [logits_of(model, cache, TEXT[:60]), logits_of(model, cache, TEXT[60:] + OTHER, 4)]
+        )
+
+    ours = endless(models.model)
+    with mx.stream(mx.cpu):
+        exact = endless(models.exact)
+    return Found(ours, exact, exact)
+
+
 def quantized(models: Models) -> Found:
     """Keys and values in 8 bits, against QuantizedKVCache."""
     ours = make_prompt_cache(models.model, kv_bits=8)
@@ -209,6 +224,7 @@ FULL = {
     "many rows": large_batch,
     "shared prefix": shared_batch,
     "removal": removal,
+    "shifting": shifting,
     "files": files,
     "quantized": quantized,
     "quantized rows": quantized_batch,
@@ -221,7 +237,7 @@ LESS = ("going on", "rewinding", "forks", "equal rows", "unequal rows", "shared 
 
 def _llama(**changes: Any) -> nn.Module:
     mx.random.seed(0)
-    return llama.Model(
+    model: nn.Module = llama.Model(
         llama.ModelArgs(
             model_type="llama",
             hidden_size=256,
@@ -236,6 +252,7 @@ def _llama(**changes: Any) -> nn.Module:
             **changes,
         )
     )
+    return model
 
 
 def _windowed() -> nn.Module:
@@ -252,8 +269,14 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "learned sinks": lambda: build("gpt_oss", is_wide=True),
 }
 """Models by the kind of their caches."""
+ONE_BY_ONE = ("chunks", "learned sinks")
+"""Models for which mlx-lm's own caches are exact token by token only."""
 EXPERTS = ("learned sinks",)
 """Models with experts, which MLX computes in 16 bits on a GPU only."""
+
+
+def models_of(kind: str, dtype: mx.Dtype) -> Models:
+    return Models(MAKERS[kind], dtype, 1 if kind in ONE_BY_ONE else 16)
 
 
 class Check(NamedTuple):
@@ -271,15 +294,19 @@ def checks(is_quick: bool) -> Iterator[Check]:
         if kind in EXPERTS and mx.default_device().type == mx.cpu:
             continue
         for dtype in (mx.float16,) if is_quick else (mx.float16, mx.bfloat16):
-            models, number = Models(MAKERS[kind], dtype), str(dtype).removeprefix("mlx.core.")
+            models, number = models_of(kind, dtype), str(dtype).removeprefix("mlx.core.")
             for name, find in FULL.items():
                 if kind == "full" or name in LESS:
                     key = f"agreement.{kind}.{name}.{number}".replace(" ", "_")
                     work = f"{name}, {kind}, {number}"
-                    yield Check(key, work, lambda k=key, w=work, f=find, m=models: _row(k, w, f(m), m.dtype))  # type: ignore[misc]
+                    yield Check(key, work, partial(_checked, key, work, find, models))
 
 
-def _row(key: str, work: str, found: Found, dtype: mx.Dtype) -> Row:
+def _checked(key: str, work: str, find: Logits, models: Models) -> Row:
+    return compared(key, work, find(models), models.dtype)
+
+
+def compared(key: str, work: str, found: Found, dtype: mx.Dtype) -> Row:
     """The distances from float32.
 
     Raises:

@@ -58,13 +58,14 @@ def main() -> int:
         "--seconds", type=float, default=420, help="begin nothing afterwards, default: %(default)s"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="a file for results, or a folder of such")
-    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: a GPU, if there is one")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu", help="default: %(default)s")
     parser.add_argument("--model", default="large", help="as of python -m benchmarks, default: %(default)s")
     parser.add_argument("--only", choices=["checks", "times"], help="default: both")
     parser.add_argument("--quick", action="store_true", help="fewer checks, and times of a tiny model")
     chosen = parser.parse_args()
-    if chosen.device:
-        mx.set_default_device(mx.gpu if chosen.device == "gpu" else mx.cpu)
+    if chosen.device == "gpu" and not mx.is_available(mx.gpu):
+        parser.error("there is no GPU that this MLX can use; --device cpu runs on the CPU")
+    mx.set_default_device(mx.gpu if chosen.device == "gpu" else mx.cpu)
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
     print(described(machine()), flush=True)
@@ -110,7 +111,7 @@ class Run:
             print(f"\n{name}", flush=True)
             start, found, failed = self._passed(), list[Row | Curve](), dict[str, str]()
             share = 2 * (self._seconds - start) / (len(TIMES) - index)
-            rows: Iterator[Any] = benchmark.run(setting)  # type: ignore[attr-defined]
+            rows: Iterator[Any] = benchmark.run(setting)
             try:
                 # A next row may take twice as long as the one before it.
                 while self._passed() < self._seconds and self._passed() - start < share:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import mlx.core as mx
 from mlx_lm.models import qwen3_next
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
+from benchmarks.counts import primitives, unevaluated
 from benchmarks.measure import check_equal, speed, timed
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
@@ -17,18 +17,6 @@ from mlx_kvcache import RecurrentCache
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 
 CONTEXT, DRAFTED, KEPT = 256, 8, 4
-VIEWS = (
-    "Reshape",
-    "Transpose",
-    "Slice",
-    "ExpandDims",
-    "Squeeze",
-    "Broadcast",
-    "Split",
-    "Unflatten",
-    "Flatten",
-)
-"""Primitives that compute nothing."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -191,7 +179,8 @@ def _decoding(model: Any, text: mx.array, rounds: int) -> Iterator[Row]:
         lambda: seconds(theirs),
         rounds,
     )
-    counts = [_primitives(model(token, cache=cache)) for cache in (_unevaluated(ours), theirs)]
+    with unevaluated(ours):
+        counts = [sum(primitives(model(token, cache=cache)).values()) for cache in (ours, theirs)]
     yield Row(
         "hybrid.primitives",
         "primitives of a token, views left out",
@@ -202,16 +191,3 @@ def _decoding(model: Any, text: mx.array, rounds: int) -> Iterator[Row]:
         "less",
         counts[0] / counts[1],
     )
-
-
-def _unevaluated(cache: PromptCache) -> PromptCache:
-    """Let the pool discard what it should compute, so that the graph of the next token can be counted."""
-    cache.pool.is_scratch = True
-    return cache
-
-
-def _primitives(logits: mx.array) -> int:
-    text = io.StringIO()
-    mx.export_to_dot(text, logits)
-    lines = (line for line in text.getvalue().splitlines() if "label" in line and "shape=rectangle" in line)
-    return sum(not any(view in line for view in VIEWS) for line in lines)

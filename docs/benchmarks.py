@@ -35,7 +35,32 @@ the largest increase in the memory of MLX's arrays during one run, here and in t
 
 `python -m benchmarks --list` lists the benchmarks, `python -m benchmarks decode --quick` runs one, and
 `make bench-check` compares the ratios of a quick run with their bounds. The bounds are in
-[`benchmarks/bounds.py`](../benchmarks/bounds.py); 🔴 marks a result that misses its bound.
+[`benchmarks/bounds.py`](../benchmarks/bounds.py); 🔴 marks a result that misses its bound, and ⚪ one that
+misses a bound that the CPU's BLAS alone decides.
+
+**Counts.** On a GPU each primitive is a kernel to launch, and Python builds the graph of the next token
+beside it. `make bench-graph` counts both, so that a machine without a GPU shows them, too: `graph` has
+the primitives of a decoded token, without views and with MLX's fused functions as one, and the calls of
+Python functions in this package's files, for each layer and against mlx-lm's caches. It also counts the
+steps in which the package waits for MLX although nobody asks for a result. Every choice that depends on
+the device is made as on a GPU. Counts are the same on every machine, and a test compares them with
+their bounds.
+
+**On a GPU.** `make bench-gpu` takes at most eight minutes on a Mac or on a machine with an NVIDIA GPU.
+It first compares logits in float16 and bfloat16 with mlx-lm's caches and with float32, for all kinds of
+cache, and then measures times on a model of a billion parameters with random weights, 16 layers in
+bfloat16. Nothing is downloaded but packages. If you have such a machine, please run it and send the
+file that it writes:
+
+```
+git clone ADDRESS-OF-THIS-REPOSITORY && cd mlx-kvcache
+make bench-gpu        # on NVIDIA: .venv/bin/pip install 'mlx[cuda13]' first, after make .venv/demo
+ls benchmarks/results # a file with the name of your chip, such as darwin-arm64-apple-m3-gpu.json
+```
+
+Attach the file to an issue of the kind "Something is slow", or open a pull request that adds it to
+`benchmarks/results`; `make figures` makes a section of this page from it. The table at the end of the
+output says what failed, if anything did, and what there was no time for.
 """
 
 
@@ -73,9 +98,9 @@ def written() -> Iterator[tuple[Path, bytes]]:
 
 def _machine(name: str, told: Mapping[str, Any]) -> str:
     """The section of one machine."""
-    rows = rows_of(told)
+    rows, blas = rows_of(told), _blas(told)
     lines = [f"## {_where(told)}", "", f"![speed relative to the peers](pictures/{name}.svg)", ""]
-    lines += ["### Bounds", "", *_bounded(rows), ""]
+    lines += ["### Bounds", "", *_bounded(rows, blas), ""]
     for benchmark, entry in told.items():
         quick = " A quick run." if entry["quick"] else ""
         lines += [f"### {benchmark}", "", f"{entry['date']}, {entry['seconds']} s.{quick}", ""]
@@ -83,7 +108,9 @@ def _machine(name: str, told: Mapping[str, Any]) -> str:
             lines += [f"![milliseconds per token by context](pictures/{name}-decode.svg)", ""]
         lines += [f"![{c['title']}](pictures/{name}-{c['key']}.svg)\n" for c in entry["curves"]]
         lines += ["| work | here | peer | | ratio | quartiles | peak, MB |", "|---|---|---|---|---|---|---|"]
-        lines += [_joined(_cells(rows[row["key"]])) for row in entry["rows"]] + [""]
+        lines += [_joined(_cells(rows[row["key"]], blas)) for row in entry["rows"]] + [""]
+        for name, text in entry.get("failed", {}).items():
+            lines += [f"🔴 {name} failed: `{text.splitlines()[-1]}`", ""]
     return "\n".join(lines)
 
 
@@ -91,12 +118,17 @@ def _where(told: Mapping[str, Any]) -> str:
     return described(next(iter(told.values()))["machine"])
 
 
-def _cells(row: Row) -> list[str]:
+def _blas(told: Mapping[str, Any]) -> str:
+    blas: str = next(iter(told.values()))["machine"]["blas"]
+    return blas
+
+
+def _cells(row: Row, blas: str) -> list[str]:
     theirs = "" if row.theirs is None else _figure(row.theirs, row.unit)
     spread = "" if row.spread is None else f"{row.spread[0]:.2f} to {row.spread[1]:.2f}"
     peak = "" if row.peak is None else " and ".join(f"{part / 1e6:.1f}" for part in row.peak)
     ours = _figure(row.ours, row.unit)
-    return [row.work, ours, row.peer, theirs, _ratio(row), spread, peak]
+    return [row.work, ours, row.peer, theirs, _ratio(row, blas), spread, peak]
 
 
 def _joined(cells: list[str]) -> str:
@@ -108,33 +140,40 @@ def _figure(value: float, unit: str) -> str:
     return text + (f" {unit}" if unit in ("s", "ms", "us", "MB", "nats") else "")
 
 
-def _ratio(row: Row) -> str:
+def _mark(row: Row, blas: str) -> str:
+    """The mark of a result that misses its bound."""
+    bound = BOUNDS.get(row.key)
+    if bound is None or bound.is_met(row):
+        return ""
+    return "⚪" if blas and bound.is_of_blas else "🔴"
+
+
+def _ratio(row: Row, blas: str) -> str:
     if row.ratio is None:
         return ""
     word = "as fast" if row.kind == "speed" else "as much"
     text = f"{row.ratio:,.0f}" if row.ratio >= 100 else f"{row.ratio:.3g}"
-    bound = BOUNDS.get(row.key)
-    return f"{text} {word}" + (" 🔴" if bound and not bound.is_met(row) else "")
+    return f"{text} {word} {_mark(row, blas)}".rstrip()
 
 
-def _bounded(rows: Mapping[str, Row]) -> list[str]:
+def _bounded(rows: Mapping[str, Row], blas: str) -> list[str]:
     """The table of bounds, and the reasons why some are missed."""
     lines = ["| work | peer | result | bound |", "|---|---|---|---|"]
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for key, bound in BOUNDS.items():
         if key not in rows:
             continue
-        row, is_met = rows[key], bound.is_met(rows[key])
+        row, mark = rows[key], _mark(rows[key], blas)
         limit = f"{'at least' if row.kind == 'speed' else 'at most'} {bound.limit:.3g}"
         result = f"{bound.figure(row):,.3g}" if bound.figure(row) < 1000 else f"{bound.figure(row):,.0f}"
         what = row.unit if bound.of_value else ("times as fast" if row.kind == "speed" else "times as much")
         lines.append(
-            f"| {row.work} | {row.peer} | {result if is_met else f'🔴 **{result}**'} | {limit} {what} |"
+            f"| {row.work} | {row.peer} | {f'{mark} **{result}**' if mark else result} | {limit} {what} |"
         )
-        if not is_met and bound.reason:
-            reasons.setdefault(bound.reason, []).append(row.work)
-    for reason, works in reasons.items():
-        lines += ["", f"🔴 {'; '.join(works)}: {reason}"]
+        if mark and bound.reason:
+            reasons.setdefault((mark, bound.reason), []).append(row.work)
+    for (mark, reason), works in reasons.items():
+        lines += ["", f"{mark} {'; '.join(works)}: {reason}"]
     return lines
 
 
@@ -148,10 +187,11 @@ def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
         "",
         "| work | here | peer | | ratio |",
         "|---|---|---|---|---|",
-        *(_joined(_cells(rows[key])[:5]) for key in plots.CHIEF if key in rows),
+        *(_joined(_cells(rows[key], _blas(told))[:5]) for key in plots.CHIEF if key in rows),
         "",
-        "🔴 marks a result that misses its bound. [`docs/benchmarks.md`](docs/benchmarks.md) has all figures "
-        "with their bounds, the reasons for misses, and the spread and memory of each result.",
+        "🔴 marks a result that misses its bound, ⚪ one that the CPU's BLAS decides. "
+        "[`docs/benchmarks.md`](docs/benchmarks.md) has all figures with their bounds, the "
+        "reasons for misses, and the spread and memory of each result.",
     ]
     return "\n".join(lines) + "\n"
 

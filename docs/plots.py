@@ -85,6 +85,8 @@ def decoding(rows: Mapping[str, Row]) -> Figure:
             ([(x, row.theirs) for x, row in found], "KVCache", "s--"),
             ([(x, row.theirs) for x, row in bare], "prepared K/V, no cache", "^:"),
         ):
+            if not points:
+                continue
             axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)

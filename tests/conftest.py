@@ -10,7 +10,27 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-mx.set_default_device(mx.cpu)
+from mlx_kvcache.storage import codec
+
+DEVICES = {
+    "cpu": "the CPU, whose results are the same everywhere",
+    "as-gpu": "the CPU, but every choice that depends on the device is a GPU's",
+    "gpu": "a GPU, whose float32 products may be less exact than the tests expect",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "; ".join(f"{name}: {what}" for name, what in DEVICES.items())
+    parser.addoption("--device", choices=list(DEVICES), default="cpu", help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are imported, many of which compute at once."""
+    device = config.getoption("device")
+    mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+    if device == "as-gpu":
+        codec.is_cpu = lambda: False
+
 
 # The core is tested where mlx-lm cannot be installed, too: on Python 3.10.
 if find_spec("mlx_lm") is None:

@@ -15,10 +15,11 @@ from ..quantization import Codec
 
 
 def is_cpu() -> bool:
-    """Returns whether MLX computes on a CPU.
+    """Returns whether the stream on which MLX computes now is a CPU's.
 
     MLX has no fused attention there: it repeats the keys for each query head, and multiplies keys that
-    the mask hides. Only this function asks for the device, so that tests can replace it.
+    the mask hides. `mx.stream` sets the default device together with the stream, so this asks for both. Only
+    this function asks for the device, so that tests can replace it.
     """
     return mx.default_device().type == mx.cpu
 

@@ -1,0 +1,247 @@
+"""Counts what a GPU's time depends on: primitives, Python calls and forced evaluations of a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import mlx.core as mx
+from mlx_lm.models import base, llama
+from mlx_lm.models import cache as caches
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import make_prompt_cache as make_theirs
+
+import mlx_kvcache
+from benchmarks.counts import as_on_a_gpu, fused, primitives, python_calls, unevaluated
+from benchmarks.hybrid import hybrid
+from benchmarks.measure import speed, timed
+from benchmarks.rows import Row, less
+from benchmarks.setting import Setting
+from benchmarks.shape import fill, read, shape_of
+from mlx_kvcache.plugin import make_prompt_cache
+from tests.plugin.configurations import build
+
+LAYERS, WINDOW = 12, 128
+OWN = str(Path(mlx_kvcache.__file__).parent)
+THEIRS = str(caches.__file__), str(base.__file__)
+STEPS = 512
+"""Steps in which forced evaluations are counted: buffers grow during them."""
+
+
+class Case(NamedTuple):
+    """A model, this package's caches and mlx-lm's for the same rows, and the number of rows."""
+
+    work: str
+    model: Any
+    ours: Any
+    theirs: Any
+    peer: str
+    rows: int = 1
+
+    def step(self, cache: Any) -> mx.array:
+        """The logits of one more token in each row, not evaluated."""
+        logits: mx.array = self.model(mx.array([[5]] * self.rows), cache=cache)
+        return logits
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Primitives, Python calls and evaluations of a decoded token on the path of a GPU, against mlx-lm."""
+    with as_on_a_gpu():
+        for key, make in CASES.items():
+            yield from counted(key, make())
+        for key in ("one", "batch.8", "batch.8.living"):
+            yield from evaluations(key, setting.of(STEPS, STEPS // 8))
+        for key, length in (("one", 256), ("one", 4096), ("batch.8", 256), ("batch.8", 4096)):
+            if length == 256 or not setting.is_quick:
+                yield _building(key, length, setting.of(60, 20))
+
+
+def counted(key: str, case: Case) -> tuple[Row, Row]:
+    """The primitives and the Python calls of a case, both for each layer."""
+    layers = len(case.model.layers)
+    for cache in (case.ours, case.theirs):
+        # The second step goes on from the first one, as most do.
+        for _ in range(2):
+            mx.eval(case.step(cache))
+    calls = (
+        python_calls(lambda: mx.eval(case.step(case.ours)), OWN),
+        python_calls(lambda: mx.eval(case.step(case.theirs)), *THEIRS),
+    )
+    with fused(), unevaluated(case.ours):
+        found = [sum(primitives(case.step(cache)).values()) for cache in (case.ours, case.theirs)]
+    name = f"{case.work}, a layer"
+    return (
+        less(f"graph.{key}", f"primitives, {name}", "", found[0] / layers, case.peer, found[1] / layers),
+        less(f"calls.{key}", f"Python calls, {name}", "", calls[0] / layers, case.peer, calls[1] / layers),
+    )
+
+
+def evaluations(key: str, steps: int) -> tuple[Row, Row]:
+    """In how many steps the package waits for MLX, although nobody asks for a result, and how often."""
+    keeps: list[Any] = []
+    case = CASES["batch.8"](keeps) if key == "batch.8.living" else CASES[key]()
+    kept = " while the caches it came from live" if keeps else ""
+    found, original = list[int](), mx.eval
+
+    def evaluate(*arrays: Any) -> None:
+        found[-1] += sys._getframe(1).f_code.co_filename.startswith(OWN)
+        original(*arrays)
+
+    with patch.object(mx, "eval", evaluate):
+        for _ in range(steps):
+            found.append(0)
+            mx.eval(case.step(case.ours))
+    keeps.clear()
+    waits, most = sum(map(bool, found)), max(found) / len(case.model.layers)
+    return (
+        Row(f"evaluations.{key}", f"steps of {steps} that evaluate arrays, {case.work}{kept}", "", waits),
+        Row(f"evaluations.{key}.most", "the most evaluations in such a step, a layer", "", most),
+    )
+
+
+def _building(key: str, length: int, rounds: int) -> Row:
+    """The time to build a token's graph, which a GPU waits for where it is faster."""
+    case = CASES[key](length=length)
+
+    def seconds(cache: Any) -> float:
+        found = []
+        # Otherwise the pool begins to evaluate what it has built.
+        with unevaluated(case.ours):
+            taken = timed(lambda: found.append(case.step(cache)))
+        mx.eval(found)
+        return taken
+
+    work = f"building a token's graph, {case.work}"
+    return speed(
+        f"graph.time.{key}.{length}",
+        work,
+        "us",
+        lambda: seconds(case.ours),
+        case.peer,
+        lambda: seconds(case.theirs),
+        rounds,
+    )
+
+
+def _llama() -> Any:
+    mx.random.seed(0)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=128,
+            num_hidden_layers=LAYERS,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            rms_norm_eps=1e-5,
+            vocab_size=64,
+        )
+    )
+    mx.eval(model.parameters())
+    return model
+
+
+def _one_row(keeps: Any = None, length: int = 512) -> Case:
+    model, theirs = _llama(), [KVCache() for _ in range(LAYERS)]
+    return _filled(f"one row after {length:,}", model, theirs, "KVCache", length)
+
+
+def _packed_row() -> Case:
+    model, theirs = _llama(), [QuantizedKVCache(64, 8) for _ in range(LAYERS)]
+    text = mx.ones((1, 256), mx.int32)
+    ours = make_prompt_cache(model, kv_bits=8)
+    for cache in (ours, theirs):
+        read(model, cache, text, 256)
+    return Case("one row in 8 bits", model, ours, theirs, "QuantizedKVCache")
+
+
+def _window() -> Case:
+    model = _llama()
+    model.make_cache = lambda: [RotatingKVCache(WINDOW) for _ in range(LAYERS)]
+    return _filled(
+        f"one row in a window of {WINDOW}", model, model.make_cache(), "RotatingKVCache", 3 * WINDOW
+    )
+
+
+def _filled(work: str, model: Any, theirs: Any, peer: str, length: int) -> Case:
+    shape = shape_of(model)
+    for cache in (ours := make_prompt_cache(model), theirs):
+        fill(cache, length, step=WINDOW, shape=shape)
+    return Case(work, model, ours, theirs, peer)
+
+
+def _read(work: str, model: Any) -> Case:
+    text = mx.random.randint(0, 60, (1, 30), key=mx.random.key(0))
+    for cache in (ours := make_prompt_cache(model), theirs := make_theirs(model)):
+        read(model, cache, text, 30)
+    return Case(work, model, ours, theirs, "mlx-lm's caches")
+
+
+def _batch(name: str, lengths: list[int], kind: Any = None, **options: Any) -> Callable[..., Case]:
+    """A case of rows of several lengths.
+
+    `keeps` gets the caches that the rows came from; `length` is for all rows.
+    """
+
+    def make(keeps: list[Any] | None = None, length: int | None = None) -> Case:
+        model, wanted = _llama(), [length or n for n in lengths]
+        shape, single = shape_of(model), (lambda: RotatingKVCache(WINDOW)) if kind else KVCache
+        model.make_cache = lambda: [single() for _ in range(LAYERS)]
+
+        def filled(make_cache: Callable[[], Any]) -> list[Any]:
+            return [fill(make_cache(), n, seed, WINDOW, shape) for seed, n in enumerate(wanted)]
+
+        own = filled(lambda: make_prompt_cache(model, **options))
+        if keeps is not None:
+            keeps += own
+        other = filled(model.make_cache)
+        batch = kind or BatchKVCache
+        return Case(
+            f"{len(lengths)} rows of {length:,}" if length else name,
+            model,
+            _merged(own),
+            [batch.merge([cache[i] for cache in other]) for i in range(LAYERS)],
+            batch.__name__,
+            len(lengths),
+        )
+
+    return make
+
+
+def _forks() -> Case:
+    """8 forks of a prompt, each with 3 tokens of its own."""
+    model, rows, prompt = _llama(), 8, 512
+    shape = shape_of(model)
+    origin = fill(make_prompt_cache(model), prompt, shape=shape)
+    forks = [fill(origin.fork(), 3, seed, shape=shape) for seed in range(rows)]
+    other = [fill([KVCache() for _ in range(LAYERS)], prompt + 3, shape=shape) for _ in range(rows)]
+    theirs = [BatchKVCache.merge([cache[i] for cache in other]) for i in range(LAYERS)]
+    return Case(f"{rows} forks of {prompt}", model, _merged(forks), theirs, "BatchKVCache", rows)
+
+
+def _merged(single: list[Any]) -> list[Any]:
+    return [layer.merge([cache[i] for cache in single]) for i, layer in enumerate(single[0])]
+
+
+CASES: dict[str, Callable[..., Case]] = {
+    "one": _one_row,
+    "window": _window,
+    "chunks": lambda: _read("one row in chunks", build("llama4", is_dense=True)),
+    "hybrid": lambda: _read("one row of a hybrid model", hybrid(128)),
+    "packed": _packed_row,
+    "batch.2": _batch("2 rows of 64", [64] * 2),
+    "batch.8": _batch("8 rows of 64", [64] * 8),
+    "batch.32": _batch("32 rows of 64", [64] * 32),
+    "alike.8": _batch("8 rows of 57 to 64", [57 + i for i in range(8)]),
+    "ragged.2": _batch("one row of 2,048 and one of 64", [2048, 64]),
+    "ragged.8": _batch("one row of 2,048 and seven of 64", [2048] + [64] * 7),
+    "ragged.32": _batch("32 rows of 16 to 512", [16 * (i + 1) for i in range(32)]),
+    "windows.8": _batch(f"8 rows in windows of {WINDOW}", [384] * 8, BatchRotatingKVCache),
+    "packed.8": _batch("8 rows of 64 in 8 bits", [64] * 8, kv_bits=8),
+    "forks.8": _forks,
+}
+"""What is counted, by key."""
