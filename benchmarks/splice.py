@@ -53,10 +53,10 @@ def run(setting: Setting) -> Iterator[Row]:
 def _rows(key: str, work: str, logits: mx.array, fresh: mx.array, change: Change) -> Iterator[Row]:
     loss, expected = _loss(logits, change.follows), _loss(fresh, change.follows)
     yield less(f"splice.loss.{key}", work, "nats", loss, "computed afresh", expected)
-    agrees = (mx.argmax(logits, axis=-1) == mx.argmax(fresh, axis=-1)).astype(mx.float32).mean().item()
+    agrees = float(np.array(mx.argmax(logits, axis=-1) == mx.argmax(fresh, axis=-1)).mean())
     yield Row(f"splice.agreement.{key}", f"{work}: equal likeliest tokens", "", agrees)
     log_fresh, log = (part - mx.logsumexp(part, axis=-1, keepdims=True) for part in (fresh, logits))
-    divergence = (mx.exp(log_fresh) * (log_fresh - log)).sum(axis=-1).mean().item()
+    divergence = float(np.array((mx.exp(log_fresh) * (log_fresh - log)).sum(axis=-1)).mean())
     yield Row(f"splice.divergence.{key}", f"{work}: KL divergence", "nats", divergence)
 
 
@@ -65,7 +65,7 @@ def _foretold(model: Any, cache: PromptCache, tokens: list[int]) -> mx.array:
     begin = max(0, len(tokens) - AFTER)
     for start in [*range(0, begin, BLOCK), begin]:
         stop = min(start + BLOCK, begin) if start < begin else len(tokens)
-        logits = model(mx.array([tokens[start:stop]]), cache=cache)[0]
+        logits: mx.array = model(mx.array([tokens[start:stop]]), cache=cache)[0]
         mx.eval(logits[-1])
     return logits[:-1].astype(mx.float32)
 
