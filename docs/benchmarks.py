@@ -23,6 +23,7 @@ ROOT = DOCS.parent
 PICTURES = DOCS / "pictures"
 PAGE = DOCS / "benchmarks.md"
 QUANTIZE = DOCS / "guides" / "quantize.md"
+CHANGES = DOCS / "guides" / "changing.md"
 BEGIN, END = "<!-- figures: made by `make figures` -->\n", "<!-- end of figures -->\n"
 
 INTRODUCTION = """# Benchmarks
@@ -87,6 +88,8 @@ def written() -> Iterator[tuple[Path, bytes]]:
     yield ROOT / "README.md", _placed(ROOT / "README.md", _summary(first, rows))
     yield QUANTIZE, _placed(QUANTIZE, _bits(first, rows))
     yield PICTURES / "bits.svg", _svg(plots.bits(rows))
+    yield CHANGES, _placed(CHANGES, _splices(first, rows))
+    yield PICTURES / "splice.svg", _svg(plots.splices(rows))
     for name, found in told.items():
         own = rows_of(found)
         yield PICTURES / f"{name}.svg", _svg(plots.chief(own))
@@ -206,6 +209,27 @@ def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     ]
     for name, share, more in plots.losses(rows):
         lines.append(f"| {name} | {share:.3f} | {rows[f'bits.loss.{name}'].ours:.4f} | {more:+.2f}% |")
+    return "\n".join(lines) + "\n"
+
+
+def _splices(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
+    lines = [
+        "SmolLM2-135M-Instruct on the 255 tokens that follow a changed prompt, on "
+        f"{_where(told)}. Each cell has the increase of the loss over that of a fresh computation, and how "
+        "often both foretell the same token.",
+        "",
+        f"| change | {' | '.join(plots.WAYS.values())} |",
+        f"|---|{'---|' * len(plots.WAYS)}",
+    ]
+    found = plots.changes(rows)
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = []
+        for way in plots.WAYS:
+            end = found[name, way]
+            ratio = rows[f"splice.loss.{end}"].ratio
+            assert ratio is not None
+            cells.append(f"{100 * (ratio - 1):+.1f}%, {100 * rows[f'splice.agreement.{end}'].ours:.0f}%")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -141,6 +141,48 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     return figure
 
 
+WAYS = {
+    "0": "spliced",
+    "0.05": "spliced, 5 % computed again",
+    "0.15": "spliced, 15 % computed again",
+    "lost": "text after the change lost",
+}
+"""What was measured of a changed prompt, by the last part of a row's key."""
+
+
+def splices(rows: Mapping[str, Row]) -> Figure:
+    """How far predictions are from a fresh computation's, for each change of a prompt."""
+    figure = Figure(figsize=(8, 4))
+    axis = figure.subplots()
+    found = changes(rows)
+    names = list(dict.fromkeys(name for name, _ in found))
+    for index, (way, label) in enumerate(WAYS.items()):
+        values = [rows[f"splice.divergence.{found[name, way]}"].ours for name in names]
+        color = "C1" if way == "lost" else f"C{0 if index == 0 else index + 1}"
+        size = 30 if way in ("0", "lost") else 14
+        axis.scatter(values, range(len(names)), label=label, color=color, s=size)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("KL divergence from a fresh computation, mean of 255 tokens, nats")
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def changes(rows: Mapping[str, Row]) -> dict[tuple[str, str], str]:
+    """The changes of prompts and the ways that were measured, each with the end of its rows' keys."""
+    found = {}
+    for key, row in rows.items():
+        if key.startswith("splice.loss."):
+            end = key.removeprefix("splice.loss.")
+            way = next(way for way in ("0.05", "0.15", "lost", "0") if end.endswith(f".{way}"))
+            name, _, _ = row.work.rpartition(", ")
+            found[name, way] = end
+    return found
+
+
 def losses(rows: Mapping[str, Row]) -> list[tuple[str, float, float]]:
     """Each choice of bit widths, its share of float16's bytes, and its increase of loss in per cent."""
     found = []
