@@ -15,11 +15,16 @@ UNTRACED := $(addprefix --ignore=tests/,chat benchmarks examples docs caches/tes
 
 MACHINE_TESTS := tests/caches/test_machine.py tests/caches/test_stream_machine.py
 
+# What depends on the device, and one architecture of each kind: run again with a GPU's choices.
+AS_GPU := tests/attend/test_products.py tests/plugin/entries/test_entries.py \
+	$(patsubst %,tests/plugin/forward/test_%.py,going_on growth packed_blocks products) \
+	$(foreach name,llama gemma3_text llama4 deepseek_v3 gpt_oss qwen3_next mamba2,$(patsubst %,"tests/plugin/test_architectures.py::test_%[$(name)]",going_back_and_forking rows_of_unequal_length_in_one_batch))
+
 # Files that notice most in little time come first.
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
+.PHONY: help demo test test-as-gpu check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +36,10 @@ demo: $(VENV)/demo  ## chat with SmolLM2 and see its cache; without a terminal, 
 # Two processes of one thread each: threads of OpenBLAS wait for each other by spinning.
 test: check     ## all checks and tests
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --device as-gpu $(AS_GPU)
+
+test-as-gpu: $(VENV)/dev  ## all tests, each choice that depends on the device made as on a GPU
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal --device as-gpu
 
 check: $(VENV)/dev  ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ TEXT = [(5 * i + i * i) % 97 for i in range(400)]
 
 @pytest.mark.parametrize("block", [1, 129, 400])
 def test_both_ways_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_kvcache.storage.codec.is_cpu", lambda: True)
     ours = logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)
     monkeypatch.setattr("mlx_kvcache.storage.codec.is_cpu", lambda: False)
     assert difference(ours, logits_of(MODEL, make_prompt_cache(MODEL), TEXT, block)) <= 2e-5
@@ -28,6 +29,7 @@ def test_both_ways_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_whoever_has_other_caches_gets_mlx_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function in the model's module serves them, too."""
+    monkeypatch.setattr("mlx_kvcache.storage.codec.is_cpu", lambda: True)
     cache = make_prompt_cache(MODEL)
     calls: list[int] = []
 
