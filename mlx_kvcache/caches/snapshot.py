@@ -13,7 +13,7 @@ from ..cells.spans import Sequence, Span, Spans, count, laid_out
 from ..cells.table import CellTable
 from ..errors import CacheFullError
 from ..storage.buffers import Form, Lanes, Staged, Store
-from ..storage.codec import joined
+from ..storage.codec import index_of, joined
 
 
 class Run(NamedTuple):
@@ -38,6 +38,20 @@ class Snapshot(NamedTuple):
     end: int
     runs: tuple[Run, ...]
     forms: Mapping[int, Form]
+
+
+def part_of(snapshot: Snapshot, begin: int, end: int) -> tuple[Run, ...]:
+    """Return the runs of a snapshot at positions [begin, end), as views."""
+    runs = []
+    for run in snapshot.runs:
+        low, high = max(begin, run.begin), min(end, run.begin + run.length)
+        if low < high:
+            index = index_of(low - run.begin, high - run.begin)
+            layers = {
+                layer: (keys.at(index), values.at(index)) for layer, (keys, values) in run.layers.items()
+            }
+            runs.append(Run(low, high - low, layers))
+    return tuple(runs)
 
 
 def snapshot_of(table: CellTable, store: Store, sequence: int) -> Snapshot:

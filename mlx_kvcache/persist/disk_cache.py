@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 from ..arguments import whole
 from ..errors import CacheError, CacheFileError, CacheFullError
-from ..radix_tree import PrefixTree
+from ..radix_tree import PrefixTree, shared_length
 from . import atomic
-from .files import Prepared
+from .container import read_contents
+from .files import LONGEST, Base, Prepared, base_of
 from .index import REPLACED, TOO_LARGE, Index, Key, new_name, packed, salt_text
 
 Work = Callable[[], object]
@@ -36,8 +37,25 @@ class Found(NamedTuple):
     path: Path
 
 
+class _Queued(NamedTuple):
+    """A file that waits to be written."""
+
+    tokens: tuple[int, ...]
+    path: Path
+    nbytes: int
+    base: Base | None
+
+
+SHARED = 256
+"""The fewest tokens for which a file relies on another one."""
+
+
 class PrefixFolder:
     """A folder of files that are found by a prefix of their tokens; the least recently used are evicted.
+
+    A file may rely on another one for its first tokens, its base. Whenever a file is used, its bases are used
+    after it, so that eviction reaches a base after all files that rely on it. A file without its base is
+    discarded when it is read.
 
     The caller decides the contents of the files. A thread writes them one at a time, and finishes before the
     process exits. All methods are thread-safe. Several processes may use a folder at once, and each finds
@@ -56,7 +74,8 @@ class PrefixFolder:
     Attributes:
         counts: the number of events by name: "written", "evicted" and "discarded" files; refused files, by
             reason: "already there", "larger than the budget", "behind" (more than `max_pending` bytes would
-            wait), "salt cannot be written"; and failures of the thread: "failed: " with the kind of error.
+            wait), "its base is gone", "salt cannot be written"; and failures of the thread: "failed: " with
+            the kind of error.
         last_failure: the message of the newest failure of the thread.
 
     Raises:
@@ -84,7 +103,7 @@ class PrefixFolder:
         # collection happens only when the queue is empty and does not block.
         self._end = weakref.finalize(self, _end, self._queue, thread, self._index)
 
-        self._pending: dict[Key, int] = {}
+        self._pending: dict[Key, _Queued] = {}
         self._trees: dict[str, PrefixTree[Found]] = {}
         self._known: dict[str, tuple[str, Found]] = {}
         self._stamp: int | None = None
@@ -99,7 +118,47 @@ class PrefixFolder:
         self._check_open()
         return self._index.nbytes
 
-    def put(self, tokens: Sequence[int], salt: Hashable, write: Callable[[Path], int], nbytes: int) -> bool:
+    def base(self, tokens: Sequence[int], salt: Hashable) -> Base | None:
+        """Return the file that holds most of the first tokens of a sequence, if it is worth to rely on it."""
+        text = salt_text(salt)
+        with self._lock:
+            queued = [own for key, own in self._pending.items() if key[:2] == (self._namespace, text)]
+        found = [(shared_length(own.tokens, tokens), own.path) for own in queued]
+        found += [(common, own.path) for common, own in islice(self.matches(tokens, salt), 1)]
+        length, path = max(found, default=(0, None))
+        if path is None or length < SHARED:
+            return None
+        bases = [Base(path.name, length), *self._bases(path)]
+        # A file that relies on another one for all of these tokens would only be one more to read.
+        bases = bases[next(i for i, own in enumerate([*bases[1:], Base("", 0)]) if own.length < length) :]
+        return Base(bases[0].name, length) if len(bases) < LONGEST else None
+
+    def _bases(self, path: Path) -> list[Base]:
+        """Return the bases of a file, each the base of the one before. Files that are missing have none."""
+        with self._lock:
+            queued = {own.path: own.base for own in self._pending.values()}
+        found: list[Base] = []
+        while len(found) < LONGEST:
+            base = queued.get(path)
+            if path not in queued:
+                try:
+                    base = base_of(read_contents(path).header)
+                except (CacheFileError, ValueError):
+                    base = None
+            if base is None:
+                break
+            found.append(base)
+            path = path.with_name(base.name)
+        return found
+
+    def put(
+        self,
+        tokens: Sequence[int],
+        salt: Hashable,
+        write: Callable[[Path], int],
+        nbytes: int,
+        base: Base | None = None,
+    ) -> bool:
         """Queue a file to be written on the thread. An existing file for the same tokens is marked as used.
 
         Args:
@@ -107,6 +166,7 @@ class PrefixFolder:
             salt: separates sequences that must not be shared; see `salt_text`.
             write: writes the file to a path atomically, and returns its size in bytes.
             nbytes: the approximate size of the file in bytes.
+            base: the file that it relies on; see `base`.
 
         Returns:
             Whether the file will be written. If not, `counts` has the reason.
@@ -126,10 +186,14 @@ class PrefixFolder:
             key = Key(self._namespace, text, blob)
             if self._is_there(key):
                 return self._refuse("already there")
-            if self._pending and sum(self._pending.values()) + nbytes > self._max_pending:
+            if (
+                self._pending
+                and sum(own.nbytes for own in self._pending.values()) + nbytes > self._max_pending
+            ):
                 return self._refuse("behind")
-            self._pending[key] = nbytes
-            self._add(partial(self._write, key, write))
+            queued = _Queued(tuple(tokens), self._folder / new_name(), nbytes, base)
+            self._pending[key] = queued
+            self._add(partial(self._write, key, queued, write))
             return True
 
     def has(self, tokens: Sequence[int], salt: Hashable) -> bool:
@@ -155,7 +219,12 @@ class PrefixFolder:
         """Mark a file as used."""
         with self._lock:
             self._check_open()
-            self._add(partial(self._index.use, found.path.name))
+            self._add(partial(self._use, found.path))
+
+    def _use(self, path: Path, bases: Sequence[Base] | None = None) -> None:
+        """Mark a file as used, and its bases after it."""
+        for name in [path.name, *(base.name for base in (self._bases(path) if bases is None else bases))]:
+            self._index.use(name)
 
     def discard(self, found: Found) -> None:
         """Remove a corrupt or missing file, and its index entry."""
@@ -194,7 +263,7 @@ class PrefixFolder:
     def _is_there(self, key: Key) -> bool:
         name = None if key in self._pending else self._index.find(key)
         if name:
-            self._add(partial(self._index.use, name))
+            self._add(partial(self._use, self._folder / name))
         return key in self._pending or name is not None
 
     def _refuse(self, reason: str) -> bool:
@@ -214,14 +283,21 @@ class PrefixFolder:
         with self._lock:
             self.counts += happened
 
-    def _write(self, key: Key, write: Callable[[Path], int]) -> Counter[str]:
-        path = self._folder / new_name()
+    def _write(self, key: Key, queued: _Queued, write: Callable[[Path], int]) -> Counter[str]:
+        path, bases = queued.path, self._bases(queued.path)
         try:
             with atomic.claiming(path):
                 if not self._index.begin(path.name, key):
                     return Counter(["already there"])
                 try:
-                    return Counter(evicted=self._index.finish(path.name, write(path)), written=1)
+                    # Before others are evicted to make room.
+                    self._use(path, bases)
+                    evicted = self._index.finish(path.name, write(path))
+                    self._use(path, bases)
+                    if any(not path.with_name(base.name).exists() for base in bases):
+                        self._index.remove(path.name)
+                        return Counter({"evicted": evicted, "its base is gone": 1})
+                    return Counter(evicted=evicted, written=1)
                 except BaseException:
                     # If this fails too, the next process to open the folder removes the entry.
                     with suppress(CacheFileError):
@@ -297,14 +373,15 @@ class DiskTier:
 
     Args:
         folder: where to store files. Its namespace must identify the model.
-        prepare: copies the contents of a cache that holds the given tokens.
+        prepare: copies the contents of a cache that holds the given tokens, without those that a base has,
+            if there is one and the cache can do so.
         load: loads a cache from a file, and verifies the arrays if the second argument is true.
     """
 
     def __init__(
         self,
         folder: PrefixFolder,
-        prepare: Callable[[Any, Sequence[int]], Prepared],
+        prepare: Callable[[Any, Sequence[int], Base | None], Prepared],
         load: Callable[[Path, bool], Any],
     ) -> None:
         self.folder = folder
@@ -318,8 +395,8 @@ class DiskTier:
         """
         if self.folder.has(tokens, salt):
             return False
-        prepared = self._prepare(cache, tokens)
-        return self.folder.put(tokens, salt, prepared.write, prepared.nbytes)
+        prepared = self._prepare(cache, tokens, self.folder.base(tokens, salt))
+        return self.folder.put(tokens, salt, prepared.write, prepared.nbytes, prepared.base)
 
     def nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
         """Load the cache that can resume from the longest prefix of these tokens.

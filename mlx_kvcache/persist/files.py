@@ -18,12 +18,34 @@ import numpy as np
 
 from ..arguments import token_ids, whole
 from ..caches.base import PlanningCache
+from ..caches.snapshot import Snapshot, part_of
 from ..errors import CacheFileError
 from . import container
 from .container import faults_of
-from .schema import as_stored, decode, encode, integer, listing, load_arrays, mapping, shaped
+from .header import short
+from .schema import as_stored, decode, encode, integer, keeps_all, listing, load_arrays, mapping, shaped
 
-_TOKENS = "tokens"
+_TOKENS, _BASE = "tokens", "base"
+LONGEST = 32
+"""The most files that hold one sequence together."""
+
+
+class Base(NamedTuple):
+    """The file beside another one that holds the first `length` tokens of its sequence."""
+
+    name: str
+    length: int
+
+
+def base_of(header: Mapping[str, Any]) -> Base | None:
+    """Return the base that a file's header names. Raises ValueError if that is no file's name."""
+    told = header.get(_BASE)
+    if told is None:
+        return None
+    name, length = listing(told, "base", 2)
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise ValueError(f"the base must be the name of a file in the same folder, got {short(name)}")
+    return Base(name, integer(length, "length of the base", 1))
 
 
 class Prepared(NamedTuple):
@@ -31,6 +53,11 @@ class Prepared(NamedTuple):
 
     header: dict[str, Any]
     arrays: dict[str, container.Stored]
+
+    @property
+    def base(self) -> Base | None:
+        """The file that holds the first tokens."""
+        return base_of(self.header)
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +76,7 @@ def prepare(
     model: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
     extra: Mapping[str, mx.array] | None = None,
+    base: Base | None = None,
 ) -> Prepared:
     """Copy a sequence out of caches, without unused cells. Evaluates the arrays.
 
@@ -57,6 +85,7 @@ def prepare(
         tokens, model: as in `save`.
         options: a JSON object to save with the sequence.
         extra: more arrays, with names that begin with a letter.
+        base: a file that holds the first tokens, so that caches which keep all tokens leave them out.
 
     Raises:
         TypeError: a token is not a whole number.
@@ -72,11 +101,16 @@ def prepare(
         arrays[_TOKENS] = mx.array(np.array(tokens, np.int64))
     header = {
         "end": end,
-        "caches": [encode(cache, sequence, arrays, f"{i}.") for i, cache in enumerate(caches)],
+        "caches": [
+            encode(cache, sequence, arrays, f"{i}.", base.length if base else 0)
+            for i, cache in enumerate(caches)
+        ],
         "model": dict(model or {}),
         "options": dict(options or {}),
         "has_tokens": tokens is not None,
     }
+    if base:
+        header[_BASE] = list(base)
     return Prepared(header, as_stored(arrays))
 
 
@@ -92,6 +126,7 @@ class Opened:
         tokens: the token IDs, or None if they were not saved.
         arrays: the arrays by name.
         is_verified: whether the arrays' checksums were compared.
+        base: the file that holds the first tokens, and their number.
     """
 
     path: Path
@@ -102,6 +137,7 @@ class Opened:
     arrays: dict[str, mx.array] = field(repr=False)
     is_verified: bool
     _caches: list[Any] = field(repr=False)
+    base: tuple[Opened, int] | None = None
 
     def check_model(self, model: Mapping[str, str]) -> None:
         """Raise CacheFileError if the file was saved for another model.
@@ -122,17 +158,34 @@ class Opened:
         with faults_of(self.path):
             told = listing(self._caches, "caches", len(caches))
             pairs = enumerate(zip(caches, told, strict=True))
-            return [decode(cache, part, self.end, self.arrays, f"{i}.") for i, (cache, part) in pairs]
+            own = [decode(cache, part, self.end, self.arrays, f"{i}.") for i, (cache, part) in pairs]
+        if self.base is None:
+            return own
+        opened, length = self.base
+        before = opened.snapshots(caches)
+        return [
+            _continued(*parts, length) if keeps_all(cache) else parts[1]
+            for cache, parts in zip(caches, zip(before, own, strict=True), strict=True)
+        ]
 
 
-def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False) -> Opened:
-    """Read a file and validate its header.
+def _continued(before: Snapshot, own: Snapshot, length: int) -> Snapshot:
+    """Join the first tokens of one snapshot with those of another one."""
+    runs = part_of(before, 0, length) + own.runs
+    return Snapshot(own.end, runs, own.forms or before.forms)
+
+
+def open_file(
+    path: str | PathLike[str], verify: bool = True, lazy: bool = False, most: int = LONGEST
+) -> Opened:
+    """Read a file and validate its header, and the files that hold its first tokens.
 
     Args:
         path: the file.
         verify: compare the checksums of all arrays. Without it, corrupt arrays are not detected; the header
             is always verified.
         lazy: read each array, unverified, when it is first evaluated, which only this thread may do.
+        most: the most files to read.
 
     Raises:
         NotOursError: another program wrote this safetensors file.
@@ -147,6 +200,13 @@ def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False
         if header.get("has_tokens") is True:
             found: Any = shaped(arrays, _TOKENS, (end,), mx.int64).tolist()
             tokens = [integer(token, "a token", 0, 2**63 - 1) for token in found]
+        base = base_of(header)
+        if base and (tokens is None or base.length > end or most < 2):
+            raise ValueError(f"{end} tokens cannot begin with the {base.length} of {base.name}")
+    before = open_file(contents.path.with_name(base.name), verify, lazy, most - 1) if base else None
+    with faults_of(contents.path):
+        if base and before and (before.tokens or [])[: base.length] != (tokens or [])[: base.length]:
+            raise ValueError(f"its first {base.length} tokens are not those of {base.name}")
         return Opened(
             contents.path,
             end,
@@ -156,6 +216,7 @@ def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False
             arrays,
             verify,
             listing(header.get("caches"), "caches"),
+            (before, base.length) if base and before else None,
         )
 
 

@@ -19,7 +19,7 @@ from ..caches.base import PlanningCache
 from ..caches.causal import PositionalCache
 from ..caches.encoder import EncoderCache
 from ..caches.recurrent import RecurrentCache
-from ..caches.snapshot import Run, Snapshot
+from ..caches.snapshot import Run, Snapshot, part_of
 from ..caches.wrapper import WrapperCache
 from ..cells.visibility import Causal, Chunk, Window
 from ..errors import CacheFileError, NotSupportedError
@@ -303,13 +303,26 @@ def decode_recurrent(
     return recurrent.Stream(end, states, told.get("keeps_newest") is True)
 
 
-def encode(cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str) -> dict[str, Any]:
-    """Describe a sequence, and add its arrays to `arrays` under names that begin with `prefix`."""
+def keeps_all(cache: PlanningCache) -> bool:
+    """Return whether a cache holds every token of its sequences, so that a file may leave some to another."""
+    return isinstance(cache, PositionalCache) and isinstance(cache._rule, Causal)
+
+
+def encode(
+    cache: PlanningCache, sequence: int, arrays: dict[str, mx.array], prefix: str, begin: int = 0
+) -> dict[str, Any]:
+    """Describe a sequence, and add its arrays to `arrays` under names that begin with `prefix`.
+
+    Args:
+        begin: a cache that keeps all tokens leaves out those before this position.
+    """
     snapshot, kind = cache._snapshot(sequence), kind_of(cache)
     if isinstance(cache, WrapperCache):
         children = enumerate(cache._children)
         return kind | {"children": [encode(c, sequence, arrays, f"{prefix}{i}.") for i, c in children]}
     if isinstance(cache, PositionalCache):
+        if begin and keeps_all(cache):
+            snapshot = snapshot._replace(runs=part_of(snapshot, begin, snapshot.end))
         return kind | encode_positional(snapshot, arrays, prefix)
     if snapshot is None:
         return kind | {"end": 0}

@@ -23,7 +23,7 @@ from ..cells.visibility import Chunk, Rule, Window
 from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedError
 from ..persist.atomic import replacing
 from ..persist.container import NotOursError, accessing, faults_of
-from ..persist.files import Opened, Prepared, evaluate, open_file, prepare
+from ..persist.files import Base, Opened, Prepared, evaluate, open_file, prepare
 from ..persist.schema import LARGEST, decode_codec, decode_lane, encode_lane, integer, listing, mapping
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain, index_of
@@ -108,9 +108,14 @@ _WRITTEN = {"quantize_after": "quantise_after"}
 
 
 def prepared(
-    conversation: Conversation, tokens: Sequence[int] | None = None, tokenizer: Any = None
+    conversation: Conversation,
+    tokens: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    base: Base | None = None,
 ) -> Prepared:
     """Copies a conversation so that it can be written to a file.
+
+    Leaves out the tokens that a base holds, unless positions run ahead of those in other files.
 
     Raises CacheError if the model's weights have changed, and the errors of `prepare`.
     """
@@ -125,7 +130,9 @@ def prepared(
     options = {_WRITTEN.get(name, name): value for name, value in options_of(conversation).items()}
     options[_HEAD] = _encode_head(conversation.head, extra)
     model = fingerprint(pool.living_model, tokenizer)
-    return prepare(pool.caches, conversation.sequence, tokens, model, options, extra)
+    if conversation.head != Head():
+        base = None
+    return prepare(pool.caches, conversation.sequence, tokens, model, options, extra, base)
 
 
 def _restore(conversation: Conversation, opened: Opened, tokenizer: Any) -> None:
@@ -139,6 +146,11 @@ def _restore(conversation: Conversation, opened: Opened, tokenizer: Any) -> None
     _check_room(conversation, opened.end, opened.path)
     snapshots = opened.snapshots(pool.caches)
     with faults_of(opened.path):
+        if (
+            opened.base
+            and _decode_head(opened.base[0].options.get(_HEAD), opened.base[0].arrays, pool) != Head()
+        ):
+            raise ValueError(f"{opened.base[0].path.name} has its tokens at other positions")
         head = _decode_head(opened.options.get(_HEAD), opened.arrays, pool)
         _fill(conversation, snapshots)
     conversation.head = head

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ..arguments import size_of, token_ids, whole
 from ..caches.interface import Recurrent, checked_recurrent
 from ..errors import CacheError, NotSupportedError
-from ..persist.files import Prepared
+from ..persist.files import Base, Prepared
 from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
@@ -331,10 +331,10 @@ class PromptCache(list[Any]):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         raise NotSupportedError("a prompt cache cannot be pickled; use save and PromptCache.load")
 
-    def _prepared(self, tokens: Sequence[int] | None, tokenizer: Any) -> Prepared:
+    def _prepared(self, tokens: Sequence[int] | None, tokenizer: Any, base: Base | None = None) -> Prepared:
         """Copies the data that `save` writes into memory outside of MLX."""
         with self._rows.edit("copy"):
-            return prepared(self._conversation, tokens, tokenizer)
+            return prepared(self._conversation, tokens, tokenizer, base)
 
     @property
     def _conversation(self) -> Conversation:

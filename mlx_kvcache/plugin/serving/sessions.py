@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from ...errors import CacheError, NotSupportedError
 from ...persist.disk_cache import DiskTier, PrefixFolder
-from ...persist.files import Prepared
+from ...persist.files import Base, Prepared
 from ...sessions.prefix_cache import SessionPool
 from ...sessions.session import Branch, Session
 from ..cache_options import Storage, check_options, options_of, reusable
@@ -67,8 +67,8 @@ def make_session_pool(
     # They override the options in files, so that all caches share a pool.
     all_options = Limits()._asdict() | Storage()._asdict() | options
 
-    def prepare(cache: PromptCache, tokens: Sequence[int]) -> Prepared:
-        return cache._prepared(tokens, tokenizer)
+    def prepare(cache: PromptCache, tokens: Sequence[int], base: Base | None) -> Prepared:
+        return cache._prepared(tokens, tokenizer, base)
 
     def load(path: Path, verify: bool) -> PromptCache:
         # A file that is not verified is only asked for its resume points, so its arrays stay lazy.
