@@ -13,9 +13,9 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from benchmarks.measure import check_equal, once, speed, timed
 from benchmarks.rows import Row, held
-from benchmarks.setting import Setting
+from benchmarks.setting import Setting, two_layers
 from benchmarks.shape import contiguous, fill, read, shape_of
-from mlx_kvcache.plugin import PromptCache, make_prompt_cache
+from mlx_kvcache.plugin import PromptCache, make_prompt_cache, make_session_pool
 
 BLOCK, ROUNDS = 256, 5
 
@@ -28,6 +28,7 @@ def run(setting: Setting) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         yield from _prefilled(model, text, Path(folder) / "ours.safetensors")
         yield from _beside(model, text, Path(folder))
+    yield from _on_one_prefix(setting.of(4096, 1024))
 
 
 def _prefilled(model: Any, text: list[int], path: Path) -> Iterator[Row]:
@@ -92,6 +93,43 @@ def _beside(model: Any, text: list[int], folder: Path) -> Iterator[Row]:
         "save_prompt_cache",
         Path(peer).stat().st_size,
     )
+
+
+def _on_one_prefix(length: int) -> Iterator[Row]:
+    """Store conversations whose first half is the same in a folder, and load one of them.
+
+    The peer is a folder with that one alone, which is in one file.
+    """
+    model, count, half, token = two_layers(), 16, length // 2, mx.array([[5]])
+    shape = shape_of(model)
+    prefix = fill(make_prompt_cache(model), half, shape=shape)
+    texts = [[*range(half), *range(10_000 * n, 10_000 * n + half)] for n in range(1, count + 1)]
+    with tempfile.TemporaryDirectory() as many, tempfile.TemporaryDirectory() as alone:
+        for folder, some in ((many, texts), (alone, texts[-1:])):
+            with make_session_pool(model, folder=folder) as pool:
+                for text in some:
+                    pool.store(text, fill(prefix.fork(), half, text[-1], shape=shape))
+        size = sum(path.stat().st_size for path in Path(many).glob("*.kvcache"))
+        distinct = prefix.nbytes * (count + 1)
+        name = f"{count} conversations of {length:,} tokens in a folder, on a prefix of {half:,}"
+        yield held("saving.shared.bytes", name, size, "distinct tokens", distinct)
+
+        def reply(folder: str) -> mx.array:
+            with make_session_pool(model, folder=folder) as pool, pool.open([*texts[-1], 5]) as session:
+                session.store = False
+                assert session.reused == length
+                return _next(model, session.cache, token)
+
+        check_equal(reply(many), reply(alone), 0)
+        yield speed(
+            "saving.shared.load",
+            "opening the folder, loading one of them, and a token",
+            "ms",
+            lambda: timed(lambda: reply(many)),
+            "a whole file",
+            lambda: timed(lambda: reply(alone)),
+            4 * ROUNDS,
+        )
 
 
 def _next(model: Any, cache: Any, token: mx.array) -> mx.array:
