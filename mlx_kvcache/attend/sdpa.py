@@ -72,6 +72,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     if given.keys is not None and given.values is not None:
         if step.run and not (step.is_packed(step.parts[0]) and step.is_decoding):
             history = step.exchange(layer, given.keys, given.values)
+            assert history is not None
             if step.is_decoding and given.sinks is None and codec.is_cpu():
                 return attend_single(given.queries, *history, given.scale)
             return _stretches(step, step.parts[0], given.queries, history, given)
@@ -99,6 +100,18 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     back = step.once(_batch_order)
     joined = mx.concatenate(outputs, axis=2)
     return joined if back is None else mx.take(joined, back, axis=2)
+
+
+def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.array:
+    """Attends from the only token (1, n_heads, 1, head_dim) of a step with a `run`, which was put."""
+    step.check_put(layer)
+    assert step.run is not None
+    segment, _, seen = step.run
+    buffers, (_, heads, _, dim) = step.store.layers[layer], queries.shape
+    lanes = buffers.pairs[segment].lanes(seen)
+    # Query heads that share a K/V head become rows of one product.
+    rows = (queries * scale).reshape(1, buffers.form.heads, -1, dim)
+    return attend_all(rows, [lanes]).reshape(1, heads, 1, -1).astype(queries.dtype)
 
 
 def _batch_order(step: Step) -> mx.array | None:

@@ -168,12 +168,17 @@ class Step:
         """Whether a part sees cells of a packed segment."""
         return any(span.segment in self._packed for span in part.cells)
 
-    def exchange(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Puts keys and values and returns the history of a step with one part. Fast if it has a `run`."""
+    def exchange(
+        self, layer: int, keys: mx.array, values: mx.array, reads: bool = True
+    ) -> tuple[mx.array, mx.array] | None:
+        """Puts keys and values and, if it `reads`, returns the history of a step with one part.
+
+        Fast if the step has a `run`.
+        """
         buffers = self.store.layers.get(layer)
         if self.run is None or buffers is None:
             self.put(layer, keys, values)
-            return self.history(layer, self.parts[0])
+            return self.history(layer, self.parts[0]) if reads else None
         segment, new, seen = self.run
         form = buffers.form
         if form is not self._form:
@@ -192,11 +197,11 @@ class Step:
         if pair.is_packed:
             pair.write(new, keys, values)
             buffers.written = self.name
-            return pair.read(seen)
+            return pair.read(seen) if reads else None
         stored_keys, stored_values = pair.keys[0], pair.values[0]
         stored_keys[new], stored_values[new] = keys, values
         buffers.written = self.name
-        return stored_keys[seen], stored_values[seen]
+        return (stored_keys[seen], stored_values[seen]) if reads else None
 
     def _only_run(self) -> tuple[int, Index, Index] | None:
         part = self.parts[0]

@@ -129,7 +129,9 @@ class Pair:
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        return *self.keys.arrays, *self.values.arrays
+        if self.is_packed:
+            return *self.keys.arrays, *self.values.arrays
+        return self.keys[0], self.values[0]
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
         """Writes tokens to some cells; evaluation does so in place, if there are no views of the arrays."""
@@ -140,14 +142,12 @@ class Pair:
             self.keys[0][index], self.values[0][index] = keys, values
 
     def grow(self, cells: int) -> None:
-        """Extends the pair with zeros to this number of cells.
-
-        Copies one array after another, which needs less memory than all at once.
-        """
+        """Extends the pair with zeros to this number of cells, and evaluates it."""
+        keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
+        values = self.values.like(grown(array, cells) for array in self.values.arrays)
+        mx.eval(keys.arrays, values.arrays)
         try:
-            self.keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
-            self.values = self.values.like(grown(array, cells) for array in self.values.arrays)
-            self.capacity = cells
+            self.keys, self.values, self.capacity = keys, values, cells
         except BaseException:
             self.keys, self.values = self.lanes(index_of(0, self.capacity))
             raise
@@ -282,7 +282,7 @@ class Store:
             self.layers[layer].pairs.update(pairs)
 
     def grow(self, capacity: Mapping[int, int]) -> None:
-        """Extends these segments in all layers, and evaluates one array at a time.
+        """Extends these segments in all layers, and evaluates one layer at a time.
 
         Evaluated together, MLX would allocate many new arrays before it frees old ones: a third of all with
         30 layers, and all of them with fewer.

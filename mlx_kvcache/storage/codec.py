@@ -148,13 +148,11 @@ def alias(array: mx.array) -> mx.array:
 
 
 def grown(array: mx.array, cells: int) -> mx.array:
-    """Returns an array (1, heads, n, dim) extended with zeros to this number of cells. Evaluates it."""
+    """Returns an array (1, heads, n, dim) extended with zeros to this number of cells."""
     _, heads, size, dim = array.shape
     if size >= cells:
         return array
-    new = mx.concatenate([array, mx.zeros((1, heads, cells - size, dim), array.dtype)], axis=2)
-    mx.eval(new)
-    return new
+    return mx.concatenate([array, mx.zeros((1, heads, cells - size, dim), array.dtype)], axis=2)
 
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:

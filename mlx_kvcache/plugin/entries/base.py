@@ -53,7 +53,12 @@ class Layer(Observable):
     @property
     def offset(self) -> Any:
         """The RoPE offset of the next token: an int, or an array (B,). Larger than `size` after removals."""
-        return self.rows.offset(self.leaf.index)
+        # Decoding reads this twice for every layer and token.
+        rows, index = self.rows, self.leaf.index
+        offsets, forward = rows.offsets, rows.forward
+        if offsets is None or index not in rows.pool.forms:
+            return rows.offset(index)
+        return offsets[forward is not None and forward.written[index]]
 
     def size(self) -> int:
         return max(self.rows.positions, default=0)

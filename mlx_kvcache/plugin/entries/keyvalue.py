@@ -120,7 +120,8 @@ class KeyValueLayer(Layer):
             forward = self._begun(keys)
         history = forward.update(leaf, keys, values)
         forward.written[leaf.index] = True
-        rows.wrote()
+        if not rows.is_called:
+            rows.wrote()
         return history
 
     def keys_and_values(self) -> Any:

@@ -84,6 +84,7 @@ class Rows(Caller):
         copies: the same for methods that return other rows.
         prompt: what the last call was told of positions on several axes.
         written_last: for each leaf, whether it wrote in the last complete forward.
+        offsets: the offsets before the forward under way and after it, once a layer has asked for one.
     """
 
     def __init__(self, pool: Pool, conversations: Sequence[Conversation], is_batch: bool) -> None:
@@ -101,7 +102,7 @@ class Rows(Caller):
         self.is_called = False
         self.is_divided = False
         self.prompt: Prompt | None = None
-        self._offsets: tuple[Any, Any] | None = None
+        self.offsets: tuple[Any, Any] | None = None
         self.written_last = bytearray()
 
     @property
@@ -132,10 +133,10 @@ class Rows(Caller):
         if leaf not in self.pool.forms:
             # The model never writes it, such as cross-attention without a picture.
             return mx.zeros(len(self.conversations), mx.int32) if self.is_batch else 0
-        if self._offsets is None:
-            self._offsets = self._find_offsets()
+        if self.offsets is None:
+            self.offsets = self._find_offsets()
         forward = self.forward
-        return self._offsets[forward is not None and forward.written[leaf]]
+        return self.offsets[forward is not None and forward.written[leaf]]
 
     def check_open(self) -> None:
         for conversation in self.conversations:
@@ -158,7 +159,7 @@ class Rows(Caller):
         """Begin a forward of n columns. Undoes an open one and makes room first."""
         if not self._goes_on(n):
             self._start(n, is_called)
-        self._offsets = None
+        self.offsets = None
         self.is_called = is_called
         self.interrupted = False
         self.edits.forget()
@@ -241,10 +242,10 @@ class Rows(Caller):
         self.begin(n)
 
     def wrote(self) -> None:
-        """End a forward that is driven by hand if every leaf has written."""
+        """End a forward, which is driven by hand, if every leaf has written."""
         forward = self.forward
         assert forward is not None
-        if not self.is_called and forward.written.count(True) >= len(self.pool.forms):
+        if forward.written.count(True) >= len(self.pool.forms):
             self.finish()
 
     def finish(self, output: Any = None) -> None:
@@ -259,7 +260,7 @@ class Rows(Caller):
         forward.finish()
         self.written_last = forward.written
         padding = self.padding.passed(forward.columns)
-        self.forward, self.padding, self.is_called, self._offsets = None, padding, False, None
+        self.forward, self.padding, self.is_called, self.offsets = None, padding, False, None
         # Others would only keep arrays of their states and inputs in memory.
         self._last = forward if forward.is_repeatable and not self.conversations[0].waiting else None
         logits = found_logits(output) if forward.n == 1 else None
@@ -276,7 +277,7 @@ class Rows(Caller):
         forward = self.forward
         if forward is not None:
             forward.undo()
-        self.forward, self.is_called, self._offsets = None, False, None
+        self.forward, self.is_called, self.offsets = None, False, None
         if forward is not None:
             # The cells are free, but the buffers still hold unevaluated writes. They cannot be evaluated
             # if another thread drove the layers by hand and stopped between two of them.

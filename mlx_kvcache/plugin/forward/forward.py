@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...attend.part import Attending, Part
-from ...attend.sdpa import attend
+from ...attend.sdpa import attend, attend_run
 from ...attend.step import Step
 from ...batch import Batch
 from ...caches.recurrent import Arrays
@@ -201,8 +201,8 @@ class Forward:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether `again` may be called: the forward is of one sequence, without handles and states."""
-        return self.is_single and not self.is_ragged and not self._states
+        """Whether `again` may be called: the forward is of one sequence, without states."""
+        return self.is_single and not self._states
 
     def again(self) -> bool:
         """Repeat the forward for the sequence's next n tokens if nothing changed in between.
@@ -230,10 +230,17 @@ class Forward:
         """
         if self._is_empty:
             return keys, values
-        step = self.step(leaf)
-        if self.is_single and not self.is_ragged:
-            return step.exchange(leaf.index, keys, values)
-        step.put(leaf.index, self._tokens(keys), self._tokens(values))
+        index = leaf.index
+        kind = self._kinds[index]
+        step = self._steps[kind]
+        if step is None or self._caches[kind]._step is not step:
+            step = self.step(leaf)  # raises
+        if self.is_single:
+            history = step.exchange(index, keys, values, not self.is_ragged)
+            if history is not None:
+                return history
+        else:
+            step.put(index, self._tokens(keys), self._tokens(values))
         return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
 
     def history(self, leaf: Leaf) -> Any:
@@ -279,6 +286,8 @@ class Forward:
             return mx.fast.scaled_dot_product_attention(
                 queries, keys, values, scale=scale, mask=mask, sinks=sinks
             )
+        if self.is_single and self.n == 1 and step.run and sinks is None:
+            return attend_run(step, leaf.index, queries, scale)
         given = Attending(self._tokens(queries), None, None, scale, sinks)
         return self._rows(attend(step, leaf.index, given))
 
