@@ -83,7 +83,7 @@ def evaluations(key: str, steps: int) -> tuple[Row, Row]:
     """In how many steps the package waits for MLX, although nobody asks for a result, and how often."""
     keeps: list[Any] = []
     case = CASES["batch.8"](keeps) if key == "batch.8.living" else CASES[key]()
-    kept = " while the caches it came from live" if keeps else ""
+    kept = ", while the caches that they came from live" if keeps else ""
     found, original = list[int](), mx.eval
 
     def evaluate(*arrays: Any) -> None:
@@ -96,9 +96,10 @@ def evaluations(key: str, steps: int) -> tuple[Row, Row]:
             mx.eval(case.step(case.ours))
     keeps.clear()
     waits, most = sum(map(bool, found)), max(found) / len(case.model.layers)
+    work = case.work + kept
     return (
-        Row(f"evaluations.{key}", f"steps of {steps} that evaluate arrays, {case.work}{kept}", "", waits),
-        Row(f"evaluations.{key}.most", "the most evaluations in such a step, a layer", "", most),
+        Row(f"evaluations.{key}", f"steps of {steps} that evaluate arrays, {work}", "", waits),
+        Row(f"evaluations.{key}.most", f"evaluations of a layer in one step at most, {work}", "", most),
     )
 
 

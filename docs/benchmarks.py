@@ -159,6 +159,10 @@ def _ratio(row: Row, blas: str) -> str:
     return f"{text} {word} {_mark(row, blas)}".rstrip()
 
 
+def _short(value: float) -> str:
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def _bounded(rows: Mapping[str, Row], blas: str) -> list[str]:
     """The table of bounds, and the reasons why some are missed."""
     lines = ["| work | peer | result | bound |", "|---|---|---|---|"]
@@ -167,12 +171,12 @@ def _bounded(rows: Mapping[str, Row], blas: str) -> list[str]:
         if key not in rows:
             continue
         row, mark = rows[key], _mark(rows[key], blas)
-        limit = f"{'at least' if row.kind == 'speed' else 'at most'} {bound.limit:.3g}"
-        result = f"{bound.figure(row):,.3g}" if bound.figure(row) < 1000 else f"{bound.figure(row):,.0f}"
+        limit = f"{'at least' if row.kind == 'speed' else 'at most'} {_short(bound.limit)}"
+        wanted = "" if bound.wanted is None else f"; {bound.wanted:.3g} is wanted"
+        result = _short(bound.figure(row))
         what = row.unit if bound.of_value else ("times as fast" if row.kind == "speed" else "times as much")
-        lines.append(
-            f"| {row.work} | {row.peer} | {f'{mark} **{result}**' if mark else result} | {limit} {what} |"
-        )
+        shown = f"{mark} **{result}**" if mark else result
+        lines.append(f"| {row.work} | {row.peer} | {shown} | {f'{limit} {what}'.rstrip()}{wanted} |")
         if mark and bound.reason:
             reasons.setdefault((mark, bound.reason), []).append(row.work)
     for (mark, reason), works in reasons.items():

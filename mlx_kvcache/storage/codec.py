@@ -24,6 +24,13 @@ def is_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
+def is_cuda() -> bool:
+    """Returns whether MLX computes on an NVIDIA GPU, where it multiplies packed cells of some shapes only."""
+    return _HAS_CUDA and not is_cpu()
+
+
+_HAS_CUDA: bool = hasattr(mx, "cuda") and mx.cuda.is_available()
+
 Index = tuple[slice, slice, slice]
 """Indexes consecutive cells in an array (1, heads, cells, dim)."""
 
@@ -131,6 +138,9 @@ class Packed(NamedTuple):
 
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
         words, scales, biases, (bits, group_size) = self
+        if is_cuda():
+            cells = self.decoded(rows.dtype)
+            return rows @ (cells.swapaxes(-1, -2) if transpose else cells)
         if is_cpu():
             # On a CPU, 16-bit rows multiply 20 to 50 times slower, and sums are rounded to 16 bits.
             rows = rows.astype(mx.float32)

@@ -34,3 +34,15 @@ def test_packed_scores_are_those_of_the_decoded_cells(rows: int, device: str) ->
     lane = packed(keys, Codec(8, 64))
     plain = Plain(lane.decoded(mx.float32))
     assert mx.allclose(lane.scores(queries), plain.scores(queries), atol=1e-3).item()
+
+
+def test_packed_products_without_a_kernel_for_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an NVIDIA GPU, which multiplies packed cells of some shapes only."""
+    keys = iter(mx.random.split(mx.random.key(1), 3))
+    cells = packed(mx.random.normal((1, 2, 34, 64), key=next(keys)), Codec(8, 64))
+    rows, weights = (mx.random.normal((1, 2, 3, n), key=next(keys)) for n in (64, 34))
+    expected = cells.scores(rows), cells.weighted(weights)
+    monkeypatch.setattr("mlx_kvcache.storage.codec.is_cuda", lambda: True)
+    monkeypatch.setattr(mx, "quantized_matmul", None)
+    for found, product in zip((cells.scores(rows), cells.weighted(weights)), expected, strict=True):
+        assert np.allclose(np.array(found), np.array(product), atol=1e-3)

@@ -113,7 +113,11 @@ def test_eviction_takes_branches_before_their_base(tmp_path: Path) -> None:
 
 def test_a_base_that_is_damaged_or_gone_is_a_miss(tmp_path: Path) -> None:
     prompts = branches(3)
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])):
+
+    def truncate(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-9])
+
+    for damage in (Path.unlink, truncate):
         with make_session_pool(MODEL, folder=tmp_path) as pool:
             for prompt in prompts:
                 say(pool, prompt)
