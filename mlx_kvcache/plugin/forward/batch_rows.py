@@ -242,10 +242,10 @@ class Rows(Caller):
         self.begin(n)
 
     def wrote(self) -> None:
-        """End a forward, which is driven by hand, if every leaf has written."""
+        """End a forward that is driven by hand if every leaf has written."""
         forward = self.forward
         assert forward is not None
-        if forward.written.count(True) >= len(self.pool.forms):
+        if not self.is_called and forward.written.count(True) >= len(self.pool.forms):
             self.finish()
 
     def finish(self, output: Any = None) -> None:
