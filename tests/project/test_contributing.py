@@ -86,9 +86,9 @@ def test_modules_are_of_the_size_that_is_asked_for() -> None:
     plugin = PACKAGE / "plugin"
     # Each host adds what is about it alone, under its own name.
     of_hosts = {path for path in modules if path.name.startswith(("mlx_lm", "mlx_vlm"))}
-    assert len([path for path in modules if path.is_relative_to(plugin) and path not in of_hosts]) <= 30
+    assert len([path for path in modules if path.is_relative_to(plugin) and path not in of_hosts]) <= 32
     assert len(list(plugin.rglob("*/__init__.py"))) <= 8
-    assert len(files) - len(of_hosts) <= 85
+    assert len(files) - len(of_hosts) <= 90
 
 
 def test_the_lowest_versions_are_those_of_the_table() -> None:
