@@ -53,11 +53,10 @@ cache, and then measures times on a model of a billion parameters with random we
 bfloat16. Nothing is downloaded but packages. If you have such a machine, please run it and send the
 file that it writes:
 
-```
-git clone ADDRESS-OF-THIS-REPOSITORY && cd mlx-kvcache
-make bench-gpu        # on NVIDIA: .venv/bin/pip install 'mlx[cuda13]' first, after make .venv/demo
-ls benchmarks/results # a file with the name of your chip, such as darwin-arm64-apple-m3-gpu.json
-```
+1. Clone this repository.
+2. On a Mac, run `make bench-gpu`. With an NVIDIA GPU, run `make .venv/demo` and
+   `.venv/bin/pip install 'mlx[cuda13]'` first.
+3. The file has the name of your chip, such as `benchmarks/results/darwin-arm64-apple-m3-gpu.json`.
 
 Attach the file to an issue of the kind "Something is slow", or open a pull request that adds it to
 `benchmarks/results`; `make figures` makes a section of this page from it. The table at the end of the
@@ -177,7 +176,8 @@ def _bounded(rows: Mapping[str, Row], blas: str) -> list[str]:
         what = row.unit if bound.of_value else ("times as fast" if row.kind == "speed" else "times as much")
         shown = f"{mark} **{result}**" if mark else result
         lines.append(f"| {row.work} | {row.peer} | {shown} | {f'{limit} {what}'.rstrip()}{wanted} |")
-        if mark and bound.reason:
+        # The reasons were found on CPUs.
+        if mark and bound.reason and blas:
             reasons.setdefault((mark, bound.reason), []).append(row.work)
     for (mark, reason), works in reasons.items():
         lines += ["", f"{mark} {'; '.join(works)}: {reason}"]

@@ -17,11 +17,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
-from ..arguments import whole
+from ..arguments import class_of, whole
 from ..attend.part import Attending
 from ..attend.step import over
 from ..batch import Batch, CacheConfig, CausalOptions
-from ..errors import CacheError
+from ..errors import CacheError, NotSupportedError
 from ..quantization import Quantization
 from .interface import History, Recurrent, checked_recurrent
 from .plan import Plan
@@ -68,9 +68,9 @@ class PlanningCache(ABC):
     def _plan_copy(self, src: int, dst: int, length: int) -> Plan:
         """Plan to replace `dst` by at most `length` first tokens of `src`."""
 
-    @abstractmethod
     def _plan_graft(self, source: int, begin: int, end: int, sequence: int, recurrent: Recurrent) -> Plan:
         """Plan a `graft`. The range lies inside the source, which is another sequence."""
+        raise NotSupportedError(f"a {class_of(self)} cannot append tokens of another sequence")
 
     @abstractmethod
     def _snapshot(self, sequence: int) -> Any:
