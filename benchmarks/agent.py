@@ -17,7 +17,7 @@ from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
 from benchmarks.text import topics
 from examples import smollm2
-from mlx_kvcache.alignment import shared_runs
+from mlx_kvcache.alignment import common_runs
 from tests.plugin.serving.clients import Client, served
 
 SYSTEM, RESULT, TURNS, REPLY = 2000, 120, 20, 40
@@ -141,7 +141,7 @@ def _new_tokens(tokenizer: Any, turns: list[Turn]) -> list[int]:
     found, before = list[int](), list[int]()
     for turn in turns:
         prompt = tokenizer.apply_chat_template(turn.messages, add_generation_prompt=True)
-        runs = shared_runs(before, prompt, SAME)
+        runs = common_runs(before, prompt, SAME)
         found.append(len(prompt) - sum(run.length for run in runs))
         before = prompt + tokenizer.encode(turn.reply, add_special_tokens=False)
     return found

@@ -34,6 +34,13 @@ def whole(least: int | None = 0, **numbers: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def share(**numbers: float) -> None:
+    """Raises ValueError for a number, by the name that the error gives it, that is not from 0.0 to 1.0."""
+    for name, number in numbers.items():
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name} must be between 0.0 and 1.0, got {number}")
+
+
 def token_ids(tokens: Any, name: str = "tokens") -> list[int]:
     """Converts a sequence or a one-dimensional array of token ids to a list of `int`.
 

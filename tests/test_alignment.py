@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from mlx_kvcache.alignment import Run, shared_runs
+from mlx_kvcache.alignment import Run, common_runs
 
 
 def changed(random: Random, text: list[int], changes: int, longest: int, vocabulary: int) -> list[int]:
@@ -47,7 +47,7 @@ def test_beside_the_best(vocabulary: int) -> None:
         before = [random.randrange(vocabulary) for _ in range(random.randrange(40))]
         after = changed(random, before, random.randrange(4), 8, vocabulary)
         min_run = random.choice([1, 2, 4, 6])
-        runs = shared_runs(before, after, min_run)
+        runs = common_runs(before, after, min_run)
         assert_rise(before, after, runs, min_run)
         kept += sum(run.length for run in runs if run.length >= min_run)
         best += most_kept(before, after, min_run)
@@ -58,7 +58,7 @@ def test_long_texts_with_many_changes() -> None:
     random = Random(1)
     before = [random.randrange(50000) for _ in range(20_000)]
     after = changed(random, before, 20, 200, 50000)
-    runs = shared_runs(before, after, 64)
+    runs = common_runs(before, after, 64)
     assert_rise(before, after, runs, 64)
     kept = sum(run.length for run in runs)
     assert len(after) - kept <= 20 * (200 + 64) and len(runs) <= 21
@@ -66,10 +66,10 @@ def test_long_texts_with_many_changes() -> None:
 
 def test_repeated_texts() -> None:
     line = [1, 2, 3, 4]
-    assert shared_runs(line * 500, [*line * 200, 9, *line * 250], 64) == [(0, 0, 800), (1000, 801, 1000)]
-    assert shared_runs([1] * 100, [1] * 70 + [2] * 100, 64) == [(0, 0, 70)]
+    assert common_runs(line * 500, [*line * 200, 9, *line * 250], 64) == [(0, 0, 800), (1000, 801, 1000)]
+    assert common_runs([1] * 100, [1] * 70 + [2] * 100, 64) == [(0, 0, 70)]
     table = [token for row in range(50) for token in (row % 7, 8, 9)] * 4
-    runs = shared_runs(table, [5, *table[30:300], 6, *table[400:]], 20)
+    runs = common_runs(table, [5, *table[30:300], 6, *table[400:]], 20)
     assert_rise(table, [5, *table[30:300], 6, *table[400:]], runs, 20)
     assert sum(run.length for run in runs) >= 400
 
@@ -77,11 +77,11 @@ def test_repeated_texts() -> None:
 def test_order_is_kept() -> None:
     """Of two blocks that change places, one is kept: the longer."""
     one, other = list(range(100)), list(range(100, 300))
-    assert shared_runs([0, *one, *other], [1, *other, *one], 64) == [(101, 1, 200)]
+    assert common_runs([0, *one, *other], [1, *other, *one], 64) == [(101, 1, 200)]
 
 
 def test_short_runs_and_empty_texts() -> None:
-    assert shared_runs([], [], 1) == shared_runs([1], [], 1) == shared_runs([], [1], 1) == []
-    assert shared_runs([1, 2, 3, 4], [1, 9, 3, 4], 3) == [(0, 0, 1)]
-    assert shared_runs([1, 2, 3, 4], [1, 9, 3, 4], 2) == [(0, 0, 1), (2, 2, 2)]
-    assert shared_runs([1, 2], [1, 2], 64) == [(0, 0, 2)]
+    assert common_runs([], [], 1) == common_runs([1], [], 1) == common_runs([], [1], 1) == []
+    assert common_runs([1, 2, 3, 4], [1, 9, 3, 4], 3) == [(0, 0, 1)]
+    assert common_runs([1, 2, 3, 4], [1, 9, 3, 4], 2) == [(0, 0, 1), (2, 2, 2)]
+    assert common_runs([1, 2], [1, 2], 64) == [(0, 0, 2)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..arguments import class_of, whole
+from ..arguments import class_of, share, whole
 from ..errors import NotSupportedError
 from .cache_options import check_options, reusable
 from .entries.arrays import ArraysCache
@@ -27,6 +27,7 @@ from .hosts.layout import HOSTS, host_of, language_model_of, own_cache
 from .hosts.mlx_lm import MLX_LM
 from .hosts.observe import PerModel, observe
 from .prompt_cache import PromptCache, make_prompt_cache
+from .serving.mlx_lm_splice import set_splicing
 
 SPLICING = {"cache_reuse": 0, "cache_recompute": 0.0}
 """The options of `attach` that are not those of a cache, with their defaults."""
@@ -119,18 +120,15 @@ def _checked(options: dict[str, Any], function: str) -> dict[str, Any]:
     own = {name: options[name] for name in SPLICING if name in options}
     others = {name: value for name, value in options.items() if name not in own}
     check_options(others, function, tuple(SPLICING))
-    whole(**{name: own[name] for name in own if name == "cache_reuse"})
-    if not 0.0 <= own.get("cache_recompute", 0.0) <= 1.0:
-        raise ValueError(f"cache_recompute must be between 0.0 and 1.0, got {own['cache_recompute']}")
+    min_run, recompute = (SPLICING | own).values()
+    whole(cache_reuse=min_run)
+    share(cache_recompute=recompute)
     return reusable(others) | own
 
 
 def _made(model: nn.Module, options: dict[str, Any]) -> PromptCache:
     """A cache with the options of `attach`."""
-    min_run, recompute = (options.get(name, default) for name, default in SPLICING.items())
-    if host_of(model) is MLX_LM:
-        set_splicing = importlib.import_module(".serving.mlx_lm_splice", __package__).set_splicing
-        set_splicing(model, min_run, recompute)
+    set_splicing(model, *(options.get(name, default) for name, default in SPLICING.items()))
     return make_prompt_cache(model, **{name: own for name, own in options.items() if name not in SPLICING})
 
 

@@ -146,11 +146,12 @@ def _restore(conversation: Conversation, opened: Opened, tokenizer: Any) -> None
     _check_room(conversation, opened.end, opened.path)
     snapshots = opened.snapshots(pool.caches)
     with faults_of(opened.path):
-        if (
-            opened.base
-            and _decode_head(opened.base[0].options.get(_HEAD), opened.base[0].arrays, pool) != Head()
-        ):
-            raise ValueError(f"{opened.base[0].path.name} has its tokens at other positions")
+        before = opened.base
+        while before:
+            file, _ = before
+            if _decode_head(file.options.get(_HEAD), file.arrays, pool) != Head():
+                raise ValueError(f"{file.path.name} has its tokens at other positions")
+            before = file.base
         head = _decode_head(opened.options.get(_HEAD), opened.arrays, pool)
         _fill(conversation, snapshots)
     conversation.head = head

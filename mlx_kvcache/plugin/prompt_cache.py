@@ -14,7 +14,7 @@ from typing import Any, Literal, SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arguments import size_of, token_ids, whole
+from ..arguments import share, size_of, token_ids, whole
 from ..caches.interface import Recurrent, checked_recurrent
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Base, Prepared
@@ -211,8 +211,7 @@ class PromptCache(list[Any]):
             raise ValueError(f"before has {len(before)} tokens, but the cache holds {self.position}")
         if not after:
             raise ValueError("after has 0 tokens: at least 1 token is needed")
-        if not 0.0 <= recompute <= 1.0:
-            raise ValueError(f"recompute must be between 0.0 and 1.0, got {recompute}")
+        share(recompute=recompute)
         with self._rows.edit(f"splice {len(before)} tokens to {len(after)}"):
             planned = plan_splice(self._conversation, before, after, min_run, recompute)
             splice(self._conversation, after, planned)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from ..arguments import class_of, size_of, token_ids, whole
+from ..arguments import class_of, share, size_of, token_ids, whole
 from ..errors import CacheError
 from ..persist.disk_cache import DiskTier, Kept
 from ..radix_tree import PrefixTree, shared_length
@@ -266,8 +266,8 @@ class SessionPool:
         tokens, (splice,) = token_ids(tokens), whole(splice=splice)
         if not tokens:
             raise ValueError("cannot open a session for 0 tokens: at least 1 token is needed")
-        if not 0.0 <= recompute <= 1.0:
-            raise ValueError(f"recompute must be between 0.0 and 1.0, got {recompute}")
+        share(recompute=recompute)
+        self._renew()
         nearest, cache = self._forked(tokens, salt)
         reused = nearest.point
         mark_turns(cache, nearest.shared, reused, len(tokens))
@@ -289,7 +289,7 @@ class SessionPool:
 
     def _spliced(
         self, tokens: Sequence[int], salt: Hashable, reused: int, splicing: Splicing
-    ) -> Spliced | None:
+    ) -> Spliced[_Stored] | None:
         """Return the best splice, if it saves at least `min_run` more tokens than `reused`."""
         if len(tokens) - 1 < reused + splicing.min_run:
             return None
@@ -305,9 +305,7 @@ class SessionPool:
         if found:
             if found.plan.refusal:
                 self.counts.rejected["tokens cannot be moved"] += 1
-            with self._lock:
-                if found.stored in self._stored:
-                    self._stored = [*self._without(found.stored), found.stored]
+            self._use(found.stored)
         return found
 
     def _forked(self, tokens: Sequence[int], salt: Hashable) -> tuple[_Nearest, Any]:
@@ -330,10 +328,17 @@ class SessionPool:
                 # Another thread has evicted the cache.
                 self._forget(nearest.found)
                 continue
-            with self._lock:
-                if nearest.found in self._stored:
-                    self._stored = [*self._without(nearest.found), nearest.found]
+            self._use(nearest.found)
             return nearest, cache
+
+    def _renew(self) -> None:
+        """Called before a stored cache is used. A subclass may drop those that have become invalid."""
+
+    def _use(self, entry: _Stored) -> None:
+        """Mark a stored cache as the most recently used."""
+        with self._lock:
+            if entry in self._stored:
+                self._stored = [*self._without(entry), entry]
 
     def _departure(self, tokens: Sequence[int], salt: Hashable, nearest: _Nearest) -> Departure | None:
         """Return why the nearest stored cache does not save more. Searches nothing if it saves all it can."""

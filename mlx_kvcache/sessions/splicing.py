@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ..errors import CacheError
 
@@ -30,7 +31,11 @@ class Stored(Protocol):
     def cache(self) -> Any: ...
 
 
-class Spliced(NamedTuple):
+S = TypeVar("S", bound=Stored)
+
+
+@dataclass(frozen=True)
+class Spliced(Generic[S]):
     """A fork of a stored cache that goes on to a prompt.
 
     Attributes:
@@ -39,7 +44,7 @@ class Spliced(NamedTuple):
         plan: what is kept, and what is to be computed; see `PromptCache.splice`.
     """
 
-    stored: Stored
+    stored: S
     cache: Any
     plan: Any
 
@@ -53,14 +58,14 @@ def spliced_salt(salt: Hashable) -> Hashable:
 
 
 def best_splice(
-    stored: Iterable[Stored], tokens: Sequence[int], splicing: Splicing, more_than: int
-) -> Spliced | None:
+    stored: Iterable[S], tokens: Sequence[int], splicing: Splicing, more_than: int
+) -> Spliced[S] | None:
     """Return the splice that keeps most of a prompt, if it keeps more than some number of tokens.
 
     Args:
         stored: the conversations to try, the likeliest first. At most `TRIED` are.
     """
-    best: Spliced | None = None
+    best: Spliced[S] | None = None
     for entry in islice(stored, TRIED):
         try:
             cache = entry.cache.fork()

@@ -169,8 +169,7 @@ class Rows(Caller):
         _ = self.pool.mixers
         self.settle()
         for conversation in self.conversations:
-            if conversation.waiting:
-                conversation.join_waiting(early=is_called)
+            conversation.join_waiting(early=is_called)
         columns = self._columns_of(n)
         # Only a model's call is known to attend to handles. Layers driven by hand return arrays.
         is_ragged = self._form == "tokens" or (is_called and self._may_be_ragged)

@@ -40,7 +40,7 @@ def needs_groups(rows: Divisible, columns: Sequence[Columns]) -> bool:
     if rows.pool.layout.is_recurrent or rows.pool.batching == "apart":
         return True
     pairs = zip(rows.conversations, columns, strict=True)
-    return any(own.waiting and own.edges(stop - first) for own, (first, stop) in pairs)
+    return any(own.edges(stop - first) for own, (first, stop) in pairs)
 
 
 def groups(rows: Divisible, columns: Sequence[Columns]) -> dict[object, list[int]]:

@@ -81,6 +81,10 @@ class Graft(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
 
 class Conversation:
     """A sequence of a pool with limits.
@@ -265,11 +269,13 @@ class Conversation:
 
     def edges(self, n: int) -> list[int]:
         """Return after how many of the next n tokens, fewer than all, others join."""
+        if not self.waiting:
+            return []
         position, edges = self.position, list[int]()
-        for position_then, _, begin, end in self.waiting:
+        for waiting in self.waiting:
             # Tokens that joined before count for positions, but are not among the n.
-            edges.append(position_then - position)
-            position += end - begin
+            edges.append(waiting.position - position)
+            position += waiting.length
         return [edge for edge in dict.fromkeys(edges) if 0 < edge < n]
 
     def has_room(self, n: int) -> bool:

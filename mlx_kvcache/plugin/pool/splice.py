@@ -8,10 +8,10 @@ comes after it differs slightly from a fresh computation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ...alignment import Run, shared_runs
+from ...alignment import Run, common_runs
 from ...cells.spans import Span, clip, moved, resumable
 from ...errors import CacheFullError, NotSupportedError
 from .conversation import Conversation, Graft
@@ -55,7 +55,7 @@ def plan_splice(
 
     A run that cannot join becomes tokens to compute. At least one token is left to compute.
     """
-    found = shared_runs(before, after, min_run)
+    found = common_runs(before, after, min_run)
     prefix = found.pop(0).length if found and found[0].is_prefix else 0
     start = conversation.pool.resume_point(conversation.sequence, min(prefix, len(after) - 1))
     kept = [Run(0, 0, start)] if start else []
@@ -64,7 +64,7 @@ def plan_splice(
         kept += _joining(conversation, start, _moving(found, len(after) - 1, recompute))
     except NotSupportedError as error:
         refusal = str(error)
-    pieces = tuple(_between(kept, len(after)))
+    pieces = tuple(_between(0, [(run.after, run.length) for run in kept], len(after)))
     return Splice(tuple(kept), pieces, [after[i] for piece in pieces for i in piece], refusal)
 
 
@@ -94,6 +94,14 @@ def splice(conversation: Conversation, after: Sequence[int], planned: Splice) ->
         conversation.pool.copy(source.sequence, conversation.sequence)
         conversation.head, conversation.waiting, conversation.text = source.head, waiting, text
         raise
+
+
+def left_to_compute(conversation: Conversation) -> list[list[int]]:
+    """Return the tokens that a splice has left, divided where others join. None if the text is complete."""
+    text = conversation.text or ()
+    joining = [(own.position, own.length) for own in conversation.waiting]
+    pieces = _between(conversation.position, joining, len(text))
+    return [list(text[piece.start : piece.stop]) for piece in pieces]
 
 
 def _moving(runs: Sequence[Run], end: int, recompute: float) -> Iterator[Run]:
@@ -128,12 +136,9 @@ def _joining(conversation: Conversation, start: int, runs: Iterator[Run]) -> Ite
             yield run
 
 
-def _between(runs: Sequence[Run], end: int) -> Iterator[range]:
-    """Yield the ranges of positions below `end` that no run covers."""
-    position = 0
-    for run in runs:
-        if position < run.after:
-            yield range(position, run.after)
-        position = run.after + run.length
-    if position < end:
-        yield range(position, end)
+def _between(begin: int, runs: Iterable[tuple[int, int]], end: int) -> Iterator[range]:
+    """Yield the ranges of positions in [begin, end) that no run (position, length) covers."""
+    for position, length in [*runs, (end, 0)]:
+        if begin < position:
+            yield range(begin, position)
+        begin = position + length

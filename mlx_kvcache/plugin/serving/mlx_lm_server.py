@@ -28,7 +28,8 @@ from mlx_lm.server import APIHandler, ResponseGenerator
 from ...errors import CacheError
 from ...radix_tree import shared_length
 from ..files import save_for_mlx_lm
-from . import mlx_lm_splice, mlx_lm_store
+from ..pool.splice import left_to_compute
+from . import mlx_lm_store
 
 _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakref.WeakKeyDictionary()
 """For each server, the queues on which clients wait for their replies."""
@@ -106,9 +107,7 @@ def _spliced(segments: Sequence[Any], cache: Sequence[Any]) -> Sequence[Any]:
 
     mlx-lm's server takes as many tokens from the prompt's end.
     """
-    pieces = [
-        piece for rows in mlx_lm_store.rows_of(cache) for piece in mlx_lm_splice.pieces(rows.conversation)
-    ]
+    pieces = [piece for rows in mlx_lm_store.rows_of(cache) for piece in left_to_compute(rows.conversation)]
     return pieces if sum(map(len, pieces)) == sum(map(len, segments)) else segments
 
 

@@ -26,7 +26,6 @@ splicing: PerModel[list[Splicing]] = PerModel(list)
 class Stored(NamedTuple):
     """A stored conversation."""
 
-    key: Hashable
     tokens: Sequence[int]
     cache: PromptCache
 
@@ -41,9 +40,9 @@ def keys_of(model: Hashable) -> tuple[Hashable, Hashable]:
     return model, spliced_salt(model)
 
 
-def stored(key: Hashable, tokens: Sequence[int], rows: Rows) -> Stored:
+def stored(tokens: Sequence[int], rows: Rows) -> Stored:
     """Return a conversation of a store. Its cache may lack the last tokens, which were never fed."""
-    return Stored(key, tokens[: rows.positions[0]], PromptCache(rows))
+    return Stored(tokens[: rows.positions[0]], PromptCache(rows))
 
 
 def fetch_spliced(
@@ -70,18 +69,6 @@ def fetch_spliced(
         *(plan.kept, len(tokens), plan.moved, len(plan.rest)),
     )
     return cache, plan.rest
-
-
-def pieces(conversation: Conversation) -> list[list[int]]:
-    """Return the tokens of a prompt that a splice leaves to compute, divided where others join."""
-    text = conversation.text
-    if text is None or conversation.position >= len(text):
-        return []
-    position, found = conversation.position, []
-    for graft in conversation.waiting:
-        found.append(list(text[position : graft.position]))
-        position = graft.position + graft.end - graft.begin
-    return [piece for piece in [*found, list(text[position:])] if piece]
 
 
 def recorded(

@@ -130,7 +130,7 @@ def _candidates(store: Any, index: Index, model: Any, tokens: list[int]) -> list
         entries = index.get(key, held).prompt_cache
         all_rows = rows_of(entries)
         if len(all_rows) == 1 and all(isinstance(entry, Observable) for entry in entries):
-            found.setdefault(id(entries), mlx_lm_splice.stored(key, held, all_rows[0]))
+            found.setdefault(id(entries), mlx_lm_splice.stored(held, all_rows[0]))
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ from ...errors import CacheError, NotSupportedError
 from ...persist.disk_cache import DiskTier, PrefixFolder
 from ...persist.files import Base, Prepared
 from ...sessions.prefix_cache import SessionPool
-from ...sessions.session import Branch, Session
+from ...sessions.session import Branch
 from ..cache_options import Storage, check_options, options_of, reusable
 from ..files import loaded
 from ..hosts.layout import language_model_of
@@ -139,17 +139,6 @@ class _ModelSessions(SessionPool):
         self._model = model
         self._tier = tier
         self._version = first.pool.version
-
-    def open(
-        self,
-        tokens: Sequence[int],
-        salt: Hashable = None,
-        store: bool = True,
-        splice: int = 0,
-        recompute: float = 0.0,
-    ) -> Session:
-        self._renew()
-        return super().open(tokens, salt, store, splice, recompute)
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
