@@ -299,12 +299,13 @@ class SessionPool:
             self._put(_Stored(kept.tokens, kept.cache, salts[1]))
         closest = [entry for own in salts for _, entry in self._matches(tokens, own)[:1]]
         newest = [entry for entry in reversed(self._stored) if entry.salt in salts]
-        found = best_splice(
+        found, refusal = best_splice(
             dict.fromkeys([*closest, *newest]), tokens, splicing, reused + splicing.min_run - 1
         )
-        if found:
-            if found.plan.refusal:
+        if refusal:
+            with self._lock:
                 self.counts.rejected["tokens cannot be moved"] += 1
+        if found:
             self._use(found.stored)
         return found
 

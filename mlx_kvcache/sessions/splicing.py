@@ -59,13 +59,16 @@ def spliced_salt(salt: Hashable) -> Hashable:
 
 def best_splice(
     stored: Iterable[S], tokens: Sequence[int], splicing: Splicing, more_than: int
-) -> Spliced[S] | None:
+) -> tuple[Spliced[S] | None, str]:
     """Return the splice that keeps most of a prompt, if it keeps more than some number of tokens.
+
+    After it, why tokens after a change could not be kept: "" if they could.
 
     Args:
         stored: the conversations to try, the likeliest first. At most `TRIED` are.
     """
     best: Spliced[S] | None = None
+    refusal = ""
     for entry in islice(stored, TRIED):
         try:
             cache = entry.cache.fork()
@@ -78,10 +81,11 @@ def best_splice(
             # The prompt is longer than the capacity, which the model's call will tell.
             cache.close()
             continue
+        refusal = refusal or plan.refusal or ""
         if plan.kept > more_than:
             if best:
                 best.cache.close()
             best, more_than = Spliced(entry, cache, plan), plan.kept
         else:
             cache.close()
-    return best
+    return best, refusal

@@ -58,7 +58,9 @@ def fetch_spliced(
     chosen = splicing.get(living) if living is not None else None
     if not chosen:
         return None
-    found = best_splice(candidates, tokens, chosen[0], kept + chosen[0].min_run - 1)
+    found, refusal = best_splice(candidates, tokens, chosen[0], kept + chosen[0].min_run - 1)
+    if refusal:
+        logging.info("tokens after a change of the prompt are not kept: %s", refusal)
     if found is None:
         return None
     plan, cache = found.plan, found.cache

@@ -72,6 +72,7 @@ def test_tokens_that_cannot_move_are_a_miss_with_a_reason() -> None:
         logits_of(model, session.cache, session.rest)
     with pool.open([*text[:10], *text[20:]], splice=16) as session:
         assert session.reused == 10
+    assert pool.counts.rejected["tokens cannot be moved"] == 1
 
 
 def test_a_session_that_is_left_in_the_middle_of_a_splice() -> None:
