@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..cells.placement import Placed
+from ..cells.table import Level
 from ..storage.codec import index_of
 
 Rows = slice | mx.array | None
@@ -48,14 +49,16 @@ class Part:
 
     __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
 
-    def __init__(self, placed: Placed, n: int) -> None:
+    def __init__(self, placed: Placed, n: int, levels: Mapping[int, Level]) -> None:
         self.sequence, self.indices, self.begin, self.end, writes, self.cells, self.fresh = placed
         self.rows = rows_of(self.indices, n)
         self.stores = []
         for segment, cell, position, size in writes:
             first = position - self.begin
             rows = rows_of(self.indices[first : first + size], n)
-            self.stores.append((segment, index_of(cell, cell + size), rows))
+            level = levels.get(segment)
+            index = index_of(cell, cell + size, level.index if level else None)
+            self.stores.append((segment, index, rows))
         self.ranges = [(span.position, span.end) for span in self.cells]
         if self.fresh:
             self.ranges.append((self.begin, self.end))

@@ -44,6 +44,45 @@ def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
     return weighted_sum(mx.softmax(scores_of(rows, pieces), axis=-1, precise=True), pieces)
 
 
+def attend_levels(
+    rows: mx.array, own: Lanes, mask: mx.array | None, prefix: Sequence[Lanes], sinks: mx.array | None
+) -> mx.array:
+    """Attends from B rows, each to cells of its own, and to a prefix that they share and that is read once.
+
+    Args:
+        rows: scaled queries (B, n_kv_heads, m, head_dim).
+        own: the cells of each row, (B, n_kv_heads, S, ...).
+        mask: (B, 1, 1, S), True where a row sees a cell of its own; None if it sees all.
+        prefix: the cells that all rows see, (1, n_kv_heads, P, ...).
+        sinks: learned sinks (n_kv_heads, m), or None.
+
+    Returns:
+        (B, n_kv_heads, m, value_dim).
+    """
+    n, groups, m, _ = rows.shape
+    scores = own[0].scores(rows)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf)
+    pieces = [scores]
+    if prefix:
+        # All rows become rows of one product: heads first.
+        together = scores_of(rows.swapaxes(0, 1).reshape(1, groups, n * m, -1), prefix)
+        pieces.append(together.reshape(groups, n, m, -1).swapaxes(0, 1))
+    if sinks is not None:
+        pieces.append(mx.broadcast_to(sinks.astype(scores.dtype)[None, :, :, None], (n, groups, m, 1)))
+    size = scores.shape[3]
+    weights = mx.softmax(mx.concatenate(pieces, axis=-1) if pieces[1:] else scores, axis=-1, precise=True)
+    if not pieces[1:]:
+        return own[1].weighted(weights)
+    out = own[1].weighted(weights[..., :size])
+    if prefix:
+        shared = weights[..., size : size + pieces[1].shape[3]].swapaxes(0, 1).reshape(1, groups, n * m, -1)
+        read = weighted_sum(shared, prefix).reshape(groups, n, m, -1).swapaxes(0, 1)
+        # Add in float32, so that rounding does not grow.
+        out = out.astype(mx.float32) + read.astype(mx.float32)
+    return out
+
+
 def attend_single(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Attends from one token's queries (1, n_heads, 1, head_dim) to keys (1, n_kv_heads, S, head_dim).
 

@@ -17,7 +17,7 @@ from ..storage import codec
 from ..storage.masks import Mask, array_mask, positions_of
 from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
-from .products import STRETCH, attend_all, attend_single
+from .products import STRETCH, attend_all, attend_levels, attend_single
 from .step import Step
 
 SHORTEST = 64
@@ -79,6 +79,12 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
         step.put(layer, given.keys, given.values)
     step.check_put(layer)
     found: dict[int, mx.array] = {}
+    for number, stack in enumerate(step.stacks):
+        together = attend_stack(step, layer, number, given)
+        if len(stack.parts) == step.n and stack.rows is None:
+            return together
+        outputs = mx.split(together, len(stack.parts), axis=2)
+        found |= {part.sequence: out for part, out in zip(stack.parts, outputs, strict=True)}
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
@@ -112,6 +118,34 @@ def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.ar
     # Query heads that share a K/V head become rows of one product.
     rows = (queries * scale).reshape(1, buffers.form.heads, -1, dim)
     return attend_all(rows, [lanes]).reshape(1, heads, 1, -1).astype(queries.dtype)
+
+
+def attend_stack(step: Step, layer: int, number: int, given: Attending) -> mx.array:
+    """Attends from the single queries of a stack's rows. Returns (1, n_heads, rows, value_dim)."""
+    stack, buffers, scale, sinks = step.stacks[number], step.store.layers[layer], given.scale, given.sinks
+    queries = take(given.queries, stack.rows).swapaxes(0, 2)
+    keys, values = buffers.pairs[stack.segment].lanes(stack.seen)
+    mask = step.once(_stack_mask, number)
+    n, heads, _, dim = queries.shape
+    if (
+        not (stack.prefix or codec.is_cpu())
+        and isinstance(keys, codec.Plain)
+        and isinstance(values, codec.Plain)
+    ):
+        attend = mx.fast.scaled_dot_product_attention
+        out = attend(queries, keys.array, values.array, scale=scale, mask=mask, sinks=sinks)
+    else:
+        # Query heads that share a K/V head become rows of one product.
+        groups = buffers.form.heads
+        rows = (queries * scale).reshape(n, groups, heads // groups, dim)
+        prefix = buffers.lanes(stack.prefix)
+        own_sinks = None if sinks is None else sinks.reshape(groups, heads // groups)
+        out = attend_levels(rows, (keys, values), mask, prefix, own_sinks).reshape(n, heads, 1, -1)
+    return out.swapaxes(0, 2).astype(given.queries.dtype)
+
+
+def _stack_mask(step: Step, number: int) -> mx.array | None:
+    return step.stacks[number].mask()
 
 
 def _batch_order(step: Step) -> mx.array | None:

@@ -20,6 +20,7 @@ from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
 from ..storage.codec import Index, Plain, index_of
 from ..storage.masks import Mask, array_mask, positions_of
 from .part import Part, take
+from .stacks import stacks_of
 
 T = TypeVar("T")
 
@@ -33,7 +34,10 @@ class Step:
         self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: Store, table: CellTable
     ) -> None:
         self.n = n
-        self.parts = [Part(part, n) for part in placed]
+        self._levels = table.levels
+        self.parts = [Part(part, n, table.levels) for part in placed]
+        self.stacks = stacks_of(placed, self.parts, table.levels, n)
+        """The parts that are written and attended to together."""
         self.rule = rule
         self._config = config
         self.store = store
@@ -55,9 +59,10 @@ class Step:
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
 
-    def move(self, placed: Placed) -> None:
-        """Becomes the next step of a single sequence, with the same number of tokens."""
-        self.parts[0] = Part(placed, self.n)
+    def move(self, placed: list[Placed]) -> None:
+        """Becomes the next step of the same sequences, with the same number of tokens."""
+        self.parts = [Part(part, self.n, self._levels) for part in placed]
+        self.stacks = stacks_of(placed, self.parts, self._levels, self.n)
         self.name = next(_names)
         self.opened.clear()
         self.set_later(())
@@ -111,7 +116,7 @@ class Step:
         batch = self._batches.get(layer)
         if known and known.written == self.name:
             # This step wrote the layer before, and keeps what it wrote then if it fails now.
-            pairs = {segment: known.pairs[segment].copy() for segment in self._segments()}
+            pairs = known.copies()
         try:
             if known is None:
                 self.opened.append(layer)
@@ -131,10 +136,15 @@ class Step:
         return {segment for part in self.parts for segment, _, _ in part.stores}
 
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
+        parts = self.parts
+        for stack in self.stacks:
+            pair = buffers.pair(stack.segment, self._capacity[stack.segment], stack.segment in self._packed)
+            pair.write(stack.new, *(take(array, stack.rows).swapaxes(0, 2) for array in (keys, values)))
+            parts = [part for part in parts if part not in stack.parts]
         # One split for all sequences costs less than a slice for each.
-        is_joint = self.n > 1 and self.is_decoding
+        is_joint = len(parts) > 1 and self.is_decoding
         each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if is_joint else None
-        for part in self.parts:
+        for part in parts:
             for segment, index, rows in part.stores:
                 pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
                 if each:
@@ -151,13 +161,13 @@ class Step:
     def arrays(self) -> list[mx.array]:
         """The arrays of all layers that this step writes to."""
         segments = self._segments()
-        return [
-            array
+        each = {
+            id(pair): pair
             for buffers in self.store.layers.values()
             for segment in segments
             if (pair := buffers.pairs.get(segment))
-            for array in pair.arrays
-        ]
+        }
+        return [array for pair in each.values() for array in pair.arrays]
 
     @property
     def is_decoding(self) -> bool:
@@ -210,7 +220,8 @@ class Step:
         [(target, new, rows)], [seen] = part.stores, part.cells
         if rows is not None or target != seen.segment:
             return None
-        return target, new, index_of(seen.start, seen.stop)
+        level = self._levels.get(target)
+        return target, new, index_of(seen.start, seen.stop, level.index if level else None)
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""

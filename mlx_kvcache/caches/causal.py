@@ -18,7 +18,7 @@ from ..attend.sdpa import attend
 from ..attend.step import Step
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..cells.edits import drop_tail, graft, remove_range
-from ..cells.placement import Placement, allocated_after, append, compact, place
+from ..cells.placement import Placement, allocated_after, append_each, compact, place
 from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
@@ -120,7 +120,7 @@ class PositionalCache(KeyValueCache):
 
     def _open(self, dtype: mx.Dtype | None, room: int, quantization: Quantization | None) -> None:
         self._table = CellTable(room, quantization.after if quantization else FOREVER)
-        self._store = Store(dtype, quantization)
+        self._store = Store(dtype, quantization, self._table.levels)
 
     def _close(self) -> None:
         self._open(None, 0, None)
@@ -233,6 +233,12 @@ class PositionalCache(KeyValueCache):
         if orphans:
             self._store.drop(orphans)
             self._table.forget(orphans)
+        if self._table.levels and self._step is None and (thin := self._table.thin()):
+            placement = compact(self._table, thin)
+            plan = CellsPlan(self, placement, self._store.stage(placement))
+            # The stack is freed when the copies are computed, and another thread may use them next.
+            mx.eval(list(plan.arrays()))
+            plan.commit()
 
 
 class Journal:
@@ -263,10 +269,12 @@ class Journal:
         staged = store.stage(placement) if staged is None else staged
         self._note(table.sequences, placement.changes)
         self._note(table.capacity, placement.capacity)
+        self._note(table.levels, placement.levels)
         for layer, pairs in staged.items():
             self._note(store.layers[layer].pairs, pairs)
         table.capacity.update(placement.capacity)
         table.packed.update(placement.packed)
+        table.levels.update(placement.levels)
         store.adopt(staged)
         table.assign(placement.changes)
 
@@ -372,15 +380,15 @@ class StepPlan(CellsPlan):
     def again(self) -> bool:
         cache, step = self._cache, self._step
         # Every other change of the cache replaces `_step`.
-        if step is None or cache._step is not step or not step.run:
+        if step is None or cache._step is not step or not (step.run or step.stacks):
             return False
-        part = step.parts[0]
-        placement = append(cache._table, part.sequence, part.indices, cache._rule, cache._rewind)
+        rows = {part.sequence: part.indices for part in step.parts}
+        placement = append_each(cache._table, rows, cache._rule, cache._rewind)
         if placement is None:
             return False
         try:
             cache._table.assign(placement.changes)
-            step.move(placement.placed[0])
+            step.move(placement.placed)
             self._placement = placement
             self.made += 1
         except BaseException:

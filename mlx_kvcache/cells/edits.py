@@ -108,7 +108,8 @@ def _rebased(
     taken = table.cells(segment, but=sequence)
     taken += [(span.start, span.stop) for span in staying if span.segment == segment]
     overlaps = any(low < cell + size and cell < high for low, high in union(taken))
-    if cell < 0 or cell + size > table.capacity[segment] or overlaps:
+    # Keys are re-based in new buffers, which a stack does not get for one row.
+    if segment in table.levels or cell < 0 or cell + size > table.capacity[segment] or overlaps:
         spare = max(0, table.room - table.allocated - size) // len(table.sequences)
         segment = placement.new_segment(table, capacity_for(size, spare), table.packs(source))
         cell = 0

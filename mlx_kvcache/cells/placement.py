@@ -6,13 +6,14 @@ go to a new segment, with copies of the segments that only this sequence owns. S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import CacheFullError, NotSupportedError
 from .spans import Sequence, Span, Spans, clip, count, covers, join, laid_out, resumable, seen_from
-from .table import CellTable
+from .stacks import Row, Stack, stacks_of
+from .table import CellTable, Level
 from .visibility import Rule
 
 STEP = 256
@@ -64,6 +65,7 @@ class Placement:
         capacity: the capacities of segments that are new, grow, or are moved to.
         moves: the cells to copy.
         packed: the segments that are new or moved to and are quantized.
+        levels: the places of the segments of new stacks.
     """
 
     placed: list[Placed] = field(default_factory=list)
@@ -72,6 +74,7 @@ class Placement:
     capacity: dict[int, int] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     packed: set[int] = field(default_factory=set)
+    levels: dict[int, Level] = field(default_factory=dict)
 
     def new_segment(self, table: CellTable, capacity: int, is_packed: bool) -> int:
         """Adds a new segment to the plan and returns its number."""
@@ -113,7 +116,12 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
     # Sequences that begin here also get a share of the free room.
     spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
     placement = Placement()
-    for block in blocks:
+    by_sequence = {block.sequence: block for block in blocks}
+    for stack in stacks_of(table, _stackable(table, blocks, rule)):
+        _place_stack(
+            table, placement, stack, [by_sequence.pop(name) for name in stack.sequences], rule, spare
+        )
+    for block in by_sequence.values():
         _place_block(table, placement, block, rule, spare)
     return placement
 
@@ -132,20 +140,19 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
 def append(
     table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
 ) -> Placement | None:
-    """Plans the simplest case of `place`: one span without other owners, and free cells after it.
+    """Plans the simplest case of `place`: a last span without other owners, and free cells after it.
 
     Returns None in other cases. Decoding comes here for almost every token, so it does little.
     """
     old, n = table[sequence], len(rows)
     begin, spans = old
-    if len(spans) != 1:
+    if not spans:
         return None
-    segment, start, position, length = spans[0]
+    segment, start, position, length = spans[-1]
     stop, end = start + length, begin + n
     low = rule.lower(max(0, end - rewind))
     if (
         position + length != begin
-        or position > max(0, rule.lower(begin))
         or low > begin
         or (rule.sinks and max(low, position) > 0)
         or stop + n > table.capacity[segment]
@@ -154,10 +161,32 @@ def append(
         or (end > table.pack_after and segment not in table.packed)
     ):
         return None
-    run = (Span(segment, start, position, length + n),)
+    if len(spans) == 1:
+        if position > max(0, rule.lower(begin)):
+            return None
+    elif low > 0 or not covers(spans, 0, begin) or any(span.segment == segment for span in spans[:-1]):
+        return None
+    run = (*spans[:-1], Span(segment, start, position, length + n))
     writes = (Span(segment, stop, begin, n),)
     placed = Placed(sequence, rows, begin, end, writes, seen_from(rule, run, begin), False)
     return Placement([placed], {sequence: Sequence(end, clip(run, low))}, {sequence: old})
+
+
+def append_each(
+    table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int
+) -> Placement | None:
+    """Plans the simplest case of `place` for each of several sequences. Returns None in other cases."""
+    if table.live + sum(map(len, rows.values())) > table.room:
+        return None
+    joint = Placement()
+    for sequence, own in rows.items():
+        placement = append(table, sequence, own, rule, rewind)
+        if placement is None:
+            return None
+        joint.placed += placement.placed
+        joint.changes |= placement.changes
+        joint.undo |= placement.undo
+    return joint
 
 
 class _Block(NamedTuple):
@@ -228,6 +257,61 @@ def _place_block(table: CellTable, placement: Placement, block: _Block, rule: Ru
     placement.undo[sequence] = Sequence(begin, undo) if sequence in table.sequences else None
 
 
+def _stackable(table: CellTable, blocks: list[_Block], rule: Rule) -> Iterator[Row]:
+    """The rows of a decoding batch that may be stacked."""
+    if rule.sinks or any(len(block.rows) > 1 for block in blocks):
+        return
+    for sequence, _, begin, end, _, _, during, new, is_whole in blocks:
+        if not (during and new and is_whole and during[-1].end == begin):
+            continue
+        own = [span for span in during if table.owners(span.segment) == {sequence}]
+        is_packed = table.packs(tuple(own), end)
+        # What others share keeps its precision.
+        if all((s.segment in table.packed) == is_packed for s in during if s not in own):
+            yield Row(sequence, during, is_packed)
+
+
+def _place_stack(
+    table: CellTable, placement: Placement, stack: Stack, blocks: list[_Block], rule: Rule, spare: int
+) -> None:
+    """Adds the tokens of stacked rows to the plan: in their stack, in one that has grown, or in a new one."""
+    segments, column = stack.segments, stack.column
+    if segments and column == table.capacity[segments[0]]:
+        is_whole = table.levels[segments[0]].stack == segments
+        if is_whole and min(own[0].start for own in stack.owns) < DEAD:
+            placement.capacity |= dict.fromkeys(segments, capacity_for(column + 1, spare))
+        else:
+            # Growing copies the stack anyway, so leave out what nobody uses.
+            segments, column = (), max(map(count, stack.owns))
+    is_moved = not segments
+    if is_moved:
+        evicts = any(count(block.kept) < count(block.old) for block in blocks)
+        capacity = capacity_for(column + 1, spare, DEAD if evicts else 0)
+        if table.allocated + len(blocks) * capacity > table.room:
+            for block in blocks:
+                _place_block(table, placement, block, rule, spare)
+            return
+        segments = tuple(placement.new_segment(table, capacity, stack.is_packed) for _ in blocks)
+        placement.levels |= {name: Level(segments, index) for index, name in enumerate(segments)}
+    for segment, block, own in zip(segments, blocks, stack.owns, strict=True):
+        sequence, rows, begin, end, old, kept, during, _, _ = block
+        undo = old
+        if is_moved:
+            start = column - count(own)
+            placement.moves.append(Move(segment, own, start))
+            during = stack.prefix + laid_out(segment, start, own)
+            converts = stack.is_packed and any(span.segment not in table.packed for span in own)
+            undo = old if count(kept) < count(old) or converts else during
+        writes = (Span(segment, column, begin, 1),)
+        run = join(during + writes)
+        first = kept[0].position if kept else begin
+        placement.placed.append(
+            Placed(sequence, rows, begin, end, writes, seen_from(rule, run, begin), False)
+        )
+        placement.changes[sequence] = Sequence(end, clip(run, first))
+        placement.undo[sequence] = Sequence(begin, undo)
+
+
 def _can_extend(table: CellTable, placement: Placement, block: _Block) -> bool:
     """Whether new cells can follow the last ones, in their segment as it is or grown."""
     if not block.old:
@@ -239,7 +323,12 @@ def _can_extend(table: CellTable, placement: Placement, block: _Block) -> bool:
     if claimed or last.end != block.begin or table.cells(last.segment)[-1][1] != last.stop:
         return False
     alone = {block.sequence}
-    if last.stop + count(block.new) <= table.capacity[last.segment] or table.owners(last.segment) != alone:
+    if last.stop + count(block.new) <= table.capacity[last.segment]:
+        return True
+    if last.segment in table.levels:
+        # One row does not make its whole stack grow.
+        return False
+    if table.owners(last.segment) != alone:
         return True
     if any(s.segment != last.segment and table.owners(s.segment) == alone for s in block.kept):
         # Growing copies the segment anyway, so copy the spans in other segments with it.
@@ -266,13 +355,16 @@ def allocated_after(table: CellTable, placement: Placement) -> int:
     return sum(size for segment, size in sizes.items() if segment not in emptied - kept)
 
 
-def compact(table: CellTable) -> Placement:
-    """Plans to free all unused cells: copies each segment that has some to a new one without."""
+def compact(table: CellTable, only: Collection[int] | None = None) -> Placement:
+    """Plans to free all unused cells: copies each segment that has some to a new one without.
+
+    With `only`, it copies these segments.
+    """
     placement = Placement()
-    for segment in table.owned():
+    for segment in table.owned() if only is None else only:
         cells = table.cells(segment)
         live = sum(high - low for low, high in cells)
-        if live == table.capacity[segment]:
+        if live == table.capacity[segment] and only is None:
             continue
         target = placement.new_segment(table, live, segment in table.packed)
         placement.moves.append(Move(target, tuple(Span(segment, low, 0, high - low) for low, high in cells)))

@@ -6,11 +6,22 @@ Plans elsewhere are computed from the table without changing it; `CellTable.assi
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Set
+from typing import NamedTuple
 
 from .spans import EMPTY, FOREVER, Sequence, Spans, union
 
 Changes = Mapping[int, Sequence | None]
 """New states of some sequences. None deletes a sequence."""
+
+
+class Level(NamedTuple):
+    """The place of a segment in a stack: all segments of the stack, from the lowest level up, and its level.
+
+    The buffers of a stack are one array, so that one write or one product serves all its levels.
+    """
+
+    stack: tuple[int, ...]
+    index: int
 
 
 class CellTable:
@@ -32,6 +43,8 @@ class CellTable:
         self.capacity: dict[int, int] = {}
         self.packed: set[int] = set()
         """Segments that are quantized."""
+        self.levels: dict[int, Level] = {}
+        """The places of the segments that are stacked."""
         self.live = 0
         self._owners: dict[int, set[int]] = {}
         self._live: dict[int, int] = {}
@@ -55,6 +68,15 @@ class CellTable:
         """Returns a number that no segment has had."""
         self._segments += 1
         return self._segments
+
+    def thin(self) -> set[int]:
+        """The segments in stacks of which more than half is free. They keep all its memory."""
+        used = [segment for segment in self.levels if segment in self._owners]
+        return {
+            s
+            for s in used
+            if 2 * sum(t in self._owners for t in self.levels[s].stack) < len(self.levels[s].stack)
+        }
 
     def owners(self, segment: int) -> Set[int]:
         return self._owners.get(segment, frozenset())
@@ -96,6 +118,8 @@ class CellTable:
     def recount(self) -> None:
         """Recomputes all else from `sequences` and `capacity`."""
         self.packed &= self.capacity.keys()
+        for segment in self.levels.keys() - self.capacity.keys():
+            del self.levels[segment]
         self._owners.clear()
         for sequence, (_, spans) in self.sequences.items():
             for span in spans:
@@ -108,19 +132,29 @@ class CellTable:
             self._recount(segment)
 
     def _extend(self, changes: Changes) -> bool:
-        """Applies the change of a decoded token, without a recount: one sequence grows in its own segment."""
-        if len(changes) != 1:
-            return False
-        [(sequence, new)] = changes.items()
-        old = self[sequence].spans
-        if new is None or not len(old) == len(new.spans) == 1 or old[0].segment != new.spans[0].segment:
-            return False
-        segment, more = old[0].segment, new.spans[0].length - old[0].length
-        if len(self._owners[segment]) > 1:
-            return False
-        self.sequences[sequence] = new
-        self._live[segment] += more
-        self.live += more
+        """Applies the change of decoded tokens, without a recount: sequences grow in segments of their own.
+
+        Returns False, and does nothing, in other cases.
+        """
+        grown = []
+        for sequence, new in changes.items():
+            old = self[sequence].spans
+            if new is None or not old or len(old) != len(new.spans):
+                return False
+            last, now = old[-1], new.spans[-1]
+            if (
+                last.segment != now.segment
+                or len(self._owners[now.segment]) > 1
+                or old[:-1] != new.spans[:-1]
+            ):
+                return False
+            if len(old) > 1 and (last.start != now.start or any(s.segment == now.segment for s in old[:-1])):
+                return False
+            grown.append((now.segment, now.length - last.length))
+        self.sequences.update(changes)  # type: ignore[arg-type]
+        for segment, more in grown:
+            self._live[segment] += more
+            self.live += more
         return True
 
     def _replace(self, changes: Changes) -> None:
@@ -142,6 +176,7 @@ class CellTable:
         try:
             for segment in orphans:
                 self.packed.discard(segment)
+                self.levels.pop(segment, None)
                 self.capacity.pop(segment, None)
             self.orphans.difference_update(orphans)
         except BaseException:
@@ -171,6 +206,11 @@ class CellTable:
         assert set(self._owners) == set(held) and not set(held) & self.orphans
         assert set(self.capacity) == set(held) | self.orphans
         assert self.packed <= set(self.capacity)
+        assert set(self.levels) <= set(self.capacity)
+        for segment, (stack, level) in self.levels.items():
+            assert stack[level] == segment, (segment, stack, level)
+            alike = [s for s in stack if s in self.levels]
+            assert len({(self.capacity[s], s in self.packed) for s in alike}) == 1, (alike, self.capacity)
 
     def _intervals(self, segment: int, changes: Changes) -> Iterator[tuple[int, int]]:
         held = [self.sequences[name] for name in self.owners(segment) if name not in changes]

@@ -8,12 +8,14 @@ arrays, which `Store.adopt` then puts in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..cells.placement import Placement
 from ..cells.spans import Span
+from ..cells.table import Level
 from ..quantization import Codec, Codecs, Quantization, check_head_dim
 from .codec import Index, Lane, Packed, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
@@ -72,8 +74,8 @@ class Form(NamedTuple):
     def cell_bytes(self, is_packed: bool) -> int:
         return self.heads * sum(cell_bytes(*side) for side in self._sides(is_packed))
 
-    def zeros(self, cells: int, is_packed: bool = False) -> Lanes:
-        keys, values = (zeros(self.heads, cells, *side) for side in self._sides(is_packed))
+    def zeros(self, cells: int, is_packed: bool = False, levels: int = 1) -> Lanes:
+        keys, values = (zeros(self.heads, cells, *side, levels) for side in self._sides(is_packed))
         return keys, values
 
     def stored(self, lanes: Lanes, is_packed: bool) -> Lanes:
@@ -108,7 +110,7 @@ Side = tuple[int, mx.Dtype, Codec | None]
 
 
 class Pair:
-    """Keys and values of one segment in one layer.
+    """Keys and values of one segment in one layer, or of a stack of segments, whose levels come first.
 
     Writes assign to elements of the arrays, which builds and evaluates faster than `mx.slice_update`, but
     changes the array objects. A pair therefore has array objects of its own.
@@ -141,6 +143,12 @@ class Pair:
         else:
             self.keys[0][index], self.values[0][index] = keys, values
 
+    def assign(self, index: Index, lanes: Lanes) -> None:
+        """Writes cells that are stored as these are."""
+        keys, values = lanes
+        for own, new in zip(self.arrays, (*keys.arrays, *values.arrays), strict=True):
+            own[index] = new
+
     def grow(self, cells: int) -> None:
         """Extends the pair with zeros to this number of cells, and evaluates it."""
         keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
@@ -168,12 +176,13 @@ Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 class Buffers:
-    """The pairs of one layer, by segment."""
+    """The pairs of one layer, by segment. The segments of a stack have one pair."""
 
-    __slots__ = ("form", "pairs", "written")
+    __slots__ = ("_levels", "form", "pairs", "written")
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, levels: Mapping[int, Level]) -> None:
         self.form = form
+        self._levels = levels
         self.pairs: dict[int, Pair] = {}
         self.written = 0
         """The name of the last step that wrote to this layer."""
@@ -181,24 +190,40 @@ class Buffers:
     def pair(self, segment: int, cells: int, is_packed: bool) -> Pair:
         """Returns the pair of a segment. Creates it, or extends it with zeros to this number of cells."""
         pair = self.pairs[segment] = self.holding(segment, cells, is_packed)
+        if segment in self._levels:
+            self.pairs |= dict.fromkeys((s for s in self._levels[segment].stack if s in self._levels), pair)
         return pair
 
     def holding(self, segment: int, cells: int, is_packed: bool = False) -> Pair:
         """As `pair`, but leaves a segment without so many cells as it is, and returns an extended copy."""
         pair = self.pairs.get(segment)
         if pair is None:
-            return self.form.pair([], cells, is_packed)
+            level = self._levels.get(segment)
+            return Pair(self.form, *self.form.zeros(cells, is_packed, len(level.stack) if level else 1))
         if pair.capacity < cells:
-            return self.form.pair([(pair.keys, pair.values)], cells, pair.is_packed)
+            keys, values = (
+                lane.like(grown(a, cells) for a in lane.arrays) for lane in (pair.keys, pair.values)
+            )
+            return Pair(self.form, keys, values)
         return pair
+
+    def index(self, segment: int, low: int, high: int) -> Index:
+        """Returns the index of the cells [low, high) of a segment in its pair."""
+        level = self._levels.get(segment)
+        return index_of(low, high, level.index if level else None)
+
+    def copies(self) -> dict[int, Pair]:
+        """Returns copies of all pairs by segment, with one copy for a stack."""
+        made = {id(pair): pair.copy() for pair in self.pairs.values()}
+        return {segment: made[id(pair)] for segment, pair in self.pairs.items()}
 
     def read(self, spans: Iterable[Span]) -> list[tuple[mx.array, mx.array]]:
         """Returns the cells of spans in float: views if they are stored so. Unwritten cells are zeros."""
-        return [self.holding(s, a + n).read(index_of(a, a + n)) for s, a, _, n in spans]
+        return [self.holding(s, a + n).read(self.index(s, a, a + n)) for s, a, _, n in spans]
 
     def lanes(self, spans: Iterable[Span]) -> list[Lanes]:
         """Returns views of the cells of spans as they are stored. Unwritten cells are zeros."""
-        return [self.holding(s, a + n).lanes(index_of(a, a + n)) for s, a, _, n in spans]
+        return [self.holding(s, a + n).lanes(self.index(s, a, a + n)) for s, a, _, n in spans]
 
 
 Staged = dict[int, dict[int, Pair]]
@@ -207,7 +232,8 @@ Staged = dict[int, dict[int, Pair]]
 
 def arrays_in(staged: Staged) -> list[mx.array]:
     """Returns all arrays of new pairs."""
-    return [array for pairs in staged.values() for pair in pairs.values() for array in pair.arrays]
+    each = {id(pair): pair for pairs in staged.values() for pair in pairs.values()}
+    return [array for pair in each.values() for array in pair.arrays]
 
 
 class Store:
@@ -216,11 +242,18 @@ class Store:
     Args:
         dtype: the dtype in which K and V are written and read; None keeps that of each layer's first ones.
         quantization: the quantization of packed segments; None for float.
+        levels: the places of the segments that are stacked.
     """
 
-    def __init__(self, dtype: mx.Dtype | None, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self,
+        dtype: mx.Dtype | None,
+        quantization: Quantization | None = None,
+        levels: Mapping[int, Level] = MappingProxyType({}),
+    ) -> None:
         self._dtype = dtype
         self._quantization = quantization
+        self._levels = levels
         self.layers: dict[int, Buffers] = {}
 
     def codecs(self, layer: int) -> Codecs:
@@ -258,7 +291,7 @@ class Store:
     def open(self, layer: int, form: Form) -> Buffers:
         """Creates the buffers of a layer. Layers of equal form share one `Form` object."""
         form = next((other.form for other in self.layers.values() if other.form == form), form)
-        buffers = self.layers[layer] = Buffers(form)
+        buffers = self.layers[layer] = Buffers(form, self._levels)
         return buffers
 
     def stage(self, placement: Placement, rebase: Rebase | None = None) -> Staged:
@@ -268,7 +301,16 @@ class Store:
             pairs = staged[layer] = {}
             for segment, pieces, cell, _ in placement.moves:
                 size = placement.capacity[segment], segment in placement.packed
-                if rebase is None:
+                if segment in placement.levels:
+                    stack, level = placement.levels[segment]
+                    if segment not in pairs:
+                        zeros = buffers.form.zeros(*size, levels=len(stack))
+                        pairs |= dict.fromkeys(stack, Pair(buffers.form, *zeros))
+                    for lanes, span in zip(buffers.lanes(pieces), pieces, strict=True):
+                        index = index_of(cell, cell + span.length, level)
+                        pairs[segment].assign(index, buffers.form.stored(lanes, size[1]))
+                        cell += span.length
+                elif rebase is None:
                     pairs[segment] = buffers.form.pair(buffers.lanes(pieces), *size)
                 else:
                     keys, values = rebase(layer, *concatenated(buffers.read(pieces)))

@@ -41,9 +41,9 @@ _FEW, _MANY = 4, 384
 """Up to this number of rows, and from this number of cells on, a CPU multiplies cells by rows faster."""
 
 
-def index_of(low: int, high: int) -> Index:
-    """Returns the index of the cells [low, high)."""
-    return _ALL, _ALL, slice(low, high)
+def index_of(low: int, high: int, level: int | None = None) -> Index:
+    """Returns the index of the cells [low, high), on one level of a stack or on all."""
+    return _ALL if level is None else slice(level, level + 1), _ALL, slice(low, high)
 
 
 class Plain(NamedTuple):
@@ -158,11 +158,11 @@ def alias(array: mx.array) -> mx.array:
 
 
 def grown(array: mx.array, cells: int) -> mx.array:
-    """Returns an array (1, heads, n, dim) extended with zeros to this number of cells."""
-    _, heads, size, dim = array.shape
+    """Returns an array (levels, heads, n, dim) extended with zeros to this number of cells."""
+    levels, heads, size, dim = array.shape
     if size >= cells:
         return array
-    return mx.concatenate([array, mx.zeros((1, heads, cells - size, dim), array.dtype)], axis=2)
+    return mx.concatenate([array, mx.zeros((levels, heads, cells - size, dim), array.dtype)], axis=2)
 
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:
@@ -196,12 +196,12 @@ def joined(lanes: Sequence[Lane]) -> Lane:
     return lanes[0].like(mx.concatenate(list(part), axis=2) for part in parts)
 
 
-def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None) -> Lane:
+def zeros(heads: int, cells: int, dim: int, dtype: mx.Dtype, codec: Codec | None, levels: int = 1) -> Lane:
     """Returns a lane of zeros."""
     if codec is None:
-        return Plain(mx.zeros((1, heads, cells, dim), dtype))
-    words = mx.zeros((1, heads, cells, dim * codec.bits // 32), mx.uint32)
-    groups = mx.zeros((1, heads, cells, dim // codec.group_size), scale_dtype(dtype))
+        return Plain(mx.zeros((levels, heads, cells, dim), dtype))
+    words = mx.zeros((levels, heads, cells, dim * codec.bits // 32), mx.uint32)
+    groups = mx.zeros((levels, heads, cells, dim // codec.group_size), scale_dtype(dtype))
     return Packed(words, groups, groups, codec)
 
 

@@ -202,7 +202,9 @@ class KeyValueLayer(Layer):
             buffers = self._cache._store.layers.get(self.leaf.index)
             pairs = buffers.pairs if buffers else {}
             segments = {span.segment for spans in self._spans() for span in spans}
-            return [alias(array) for s in segments if s in pairs for array in pairs[s].arrays]
+            # The segments of a stack have one pair.
+            each = {id(pairs[s]): pairs[s] for s in segments if s in pairs}
+            return [alias(array) for pair in each.values() for array in pair.arrays]
         if self.is_packed:
             # None of mlx-lm's classes has a state of this length, so none can load it by mistake.
             return [buffers_of(self.rows.conversation, self.leaf)]

@@ -99,7 +99,7 @@ Kept = dict[int, tuple[Buffers, dict[int, Pair]]]
 def keep(pool: Pool) -> Kept:
     """A copy of references to all arrays. Drop it before evaluating, or MLX copies arrays that it changes."""
     return {
-        leaf: (buffers, {segment: pair.copy() for segment, pair in buffers.pairs.items()})
+        leaf: (buffers, buffers.copies())
         for _, cache in pool.positional()
         for leaf, buffers in cache._store.layers.items()
     }
