@@ -57,7 +57,7 @@ class Part:
             first = position - self.begin
             rows = rows_of(self.indices[first : first + size], n)
             level = levels.get(segment)
-            index = index_of(cell, cell + size, level.index if level else None)
+            index = index_of(cell, cell + size, level.height if level else None)
             self.stores.append((segment, index, rows))
         self.ranges = [(span.position, span.end) for span in self.cells]
         if self.fresh:

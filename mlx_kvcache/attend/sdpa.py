@@ -80,11 +80,12 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
     step.check_put(layer)
     found: dict[int, mx.array] = {}
     for number, stack in enumerate(step.stacks):
-        together = attend_stack(step, layer, number, given)
+        own = take(given.queries, stack.rows).swapaxes(0, 2)
+        together = attend_stack(step, layer, number, own, given.scale, given.sinks).swapaxes(0, 2)
         if len(stack.parts) == step.n and stack.rows is None:
             return together
-        outputs = mx.split(together, len(stack.parts), axis=2)
-        found |= {part.sequence: out for part, out in zip(stack.parts, outputs, strict=True)}
+        each = mx.split(together, len(stack.parts), axis=2)
+        found |= {part.sequence: out for part, out in zip(stack.parts, each, strict=True)}
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
@@ -120,28 +121,27 @@ def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.ar
     return attend_all(rows, [lanes]).reshape(1, heads, 1, -1).astype(queries.dtype)
 
 
-def attend_stack(step: Step, layer: int, number: int, given: Attending) -> mx.array:
-    """Attends from the single queries of a stack's rows. Returns (1, n_heads, rows, value_dim)."""
-    stack, buffers, scale, sinks = step.stacks[number], step.store.layers[layer], given.scale, given.sinks
-    queries = take(given.queries, stack.rows).swapaxes(0, 2)
-    keys, values = buffers.pairs[stack.segment].lanes(stack.seen)
-    mask = step.once(_stack_mask, number)
-    n, heads, _, dim = queries.shape
-    if (
-        not (stack.prefix or codec.is_cpu())
-        and isinstance(keys, codec.Plain)
-        and isinstance(values, codec.Plain)
-    ):
-        attend = mx.fast.scaled_dot_product_attention
-        out = attend(queries, keys.array, values.array, scale=scale, mask=mask, sinks=sinks)
+def attend_stack(
+    step: Step, layer: int, number: int, queries: mx.array, scale: float, sinks: mx.array | None
+) -> mx.array:
+    """Attends from the single queries (rows, n_heads, 1, head_dim) of a stack's rows, which were put.
+
+    Returns:
+        (rows, n_heads, 1, value_dim).
+    """
+    stack, buffers = step.stacks[number], step.store.layers[layer]
+    pair, mask = buffers.pairs[stack.segment], step.once(_stack_mask, number)
+    if not (stack.prefix or pair.is_packed or codec.is_cpu()):
+        keys, values = pair.keys[0][stack.seen], pair.values[0][stack.seen]
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     else:
         # Query heads that share a K/V head become rows of one product.
-        groups = buffers.form.heads
+        (n, heads, _, dim), groups = queries.shape, buffers.form.heads
         rows = (queries * scale).reshape(n, groups, heads // groups, dim)
         prefix = buffers.lanes(stack.prefix)
         own_sinks = None if sinks is None else sinks.reshape(groups, heads // groups)
-        out = attend_levels(rows, (keys, values), mask, prefix, own_sinks).reshape(n, heads, 1, -1)
-    return out.swapaxes(0, 2).astype(given.queries.dtype)
+        out = attend_levels(rows, pair.lanes(stack.seen), mask, prefix, own_sinks).reshape(n, heads, 1, -1)
+    return out.astype(queries.dtype)
 
 
 def _stack_mask(step: Step, number: int) -> mx.array | None:

@@ -20,7 +20,7 @@ from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
 from ..storage.codec import Index, Plain, index_of
 from ..storage.masks import Mask, array_mask, positions_of
 from .part import Part, take
-from .stacks import stacks_of
+from .stacks import Stack, stacks_of
 
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ class Step:
         self.parts = [Part(part, n, table.levels) for part in placed]
         self.stacks = stacks_of(placed, self.parts, table.levels, n)
         """The parts that are written and attended to together."""
+        self.whole = self._whole()
+        """The stack, if all tokens are in one, in batch order; otherwise None."""
         self.rule = rule
         self._config = config
         self.store = store
@@ -63,6 +65,7 @@ class Step:
         """Becomes the next step of the same sequences, with the same number of tokens."""
         self.parts = [Part(part, self.n, self._levels) for part in placed]
         self.stacks = stacks_of(placed, self.parts, self._levels, self.n)
+        self.whole = self._whole()
         self.name = next(_names)
         self.opened.clear()
         self.set_later(())
@@ -102,8 +105,8 @@ class Step:
                     "attend to unwritten cells; put every layer in every batch"
                 )
         self.is_over = True
-        # The fast path of `exchange` does not check `is_over`.
-        self.run = None
+        # The fast paths do not check `is_over`.
+        self.run = self.whole = None
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes the batch's keys and values, or nothing if an exception interrupts."""
@@ -213,6 +216,36 @@ class Step:
         buffers.written = self.name
         return (stored_keys[seen], stored_values[seen]) if reads else None
 
+    def put_whole(self, layer: int, keys: mx.array, values: mx.array) -> bool:
+        """Writes the tokens (n, n_kv_heads, 1, head_dim) of all rows of the step's only stack.
+
+        Decoding a batch comes here for every layer and step. Returns False, and does nothing, if there is
+        more to do than to write.
+        """
+        stack, buffers = self.whole, self.store.layers.get(layer)
+        if stack is None or buffers is None or buffers.written == self.name:
+            return False
+        pair, (n, heads, key_dim, value_dim) = buffers.pairs.get(stack.segment), (self.n, *buffers.form[:3])
+        if (
+            pair is None
+            or pair.capacity < self._capacity[stack.segment]
+            or keys.shape != (n, heads, 1, key_dim)
+            or values.shape != (n, heads, 1, value_dim)
+            or keys.dtype != buffers.form.key_dtype
+            or values.dtype != buffers.form.value_dtype
+        ):
+            return False
+        if pair.is_packed:
+            pair.write(stack.new, keys, values)
+        else:
+            pair.keys[0][stack.new], pair.values[0][stack.new] = keys, values
+        buffers.written = self.name
+        return True
+
+    def _whole(self) -> Stack | None:
+        stack = self.stacks[0] if self.stacks else None
+        return stack if stack and len(stack.parts) == self.n and stack.rows is None else None
+
     def _only_run(self) -> tuple[int, Index, Index] | None:
         part = self.parts[0]
         if len(self.parts) > 1 or part.fresh or not len(part.cells) == len(part.stores) == 1:
@@ -221,7 +254,7 @@ class Step:
         if rows is not None or target != seen.segment:
             return None
         level = self._levels.get(target)
-        return target, new, index_of(seen.start, seen.stop, level.index if level else None)
+        return target, new, index_of(seen.start, seen.stop, level.height if level else None)
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""

@@ -292,7 +292,7 @@ def _place_stack(
                 _place_block(table, placement, block, rule, spare)
             return
         segments = tuple(placement.new_segment(table, capacity, stack.is_packed) for _ in blocks)
-        placement.levels |= {name: Level(segments, index) for index, name in enumerate(segments)}
+        placement.levels |= {name: Level(segments, height) for height, name in enumerate(segments)}
     for segment, block, own in zip(segments, blocks, stack.owns, strict=True):
         sequence, rows, begin, end, old, kept, during, _, _ = block
         undo = old

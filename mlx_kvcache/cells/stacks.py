@@ -118,7 +118,7 @@ def _stacked(table: CellTable, owns: Sequence[Spans], is_packed: bool) -> tuple[
             return ()
         if segments:
             below = table.levels[segments[-1]]
-            if level.stack != below.stack or level.index != below.index + 1:
+            if level.stack != below.stack or level.height != below.height + 1:
                 return ()
         segments.append(segment)
     return tuple(segments)

@@ -15,13 +15,13 @@ Changes = Mapping[int, Sequence | None]
 
 
 class Level(NamedTuple):
-    """The place of a segment in a stack: all segments of the stack, from the lowest level up, and its level.
+    """The place of a segment in a stack: the stack's segments from the lowest up, and its height among them.
 
     The buffers of a stack are one array, so that one write or one product serves all its levels.
     """
 
     stack: tuple[int, ...]
-    index: int
+    height: int
 
 
 class CellTable:

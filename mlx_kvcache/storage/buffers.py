@@ -210,7 +210,7 @@ class Buffers:
     def index(self, segment: int, low: int, high: int) -> Index:
         """Returns the index of the cells [low, high) of a segment in its pair."""
         level = self._levels.get(segment)
-        return index_of(low, high, level.index if level else None)
+        return index_of(low, high, level.height if level else None)
 
     def copies(self) -> dict[int, Pair]:
         """Returns copies of all pairs by segment, with one copy for a stack."""
@@ -302,12 +302,12 @@ class Store:
             for segment, pieces, cell, _ in placement.moves:
                 size = placement.capacity[segment], segment in placement.packed
                 if segment in placement.levels:
-                    stack, level = placement.levels[segment]
+                    stack, height = placement.levels[segment]
                     if segment not in pairs:
                         zeros = buffers.form.zeros(*size, levels=len(stack))
                         pairs |= dict.fromkeys(stack, Pair(buffers.form, *zeros))
                     for lanes, span in zip(buffers.lanes(pieces), pieces, strict=True):
-                        index = index_of(cell, cell + span.length, level)
+                        index = index_of(cell, cell + span.length, height)
                         pairs[segment].assign(index, buffers.form.stored(lanes, size[1]))
                         cell += span.length
                 elif rebase is None:

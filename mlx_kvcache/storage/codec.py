@@ -41,9 +41,9 @@ _FEW, _MANY = 4, 384
 """Up to this number of rows, and from this number of cells on, a CPU multiplies cells by rows faster."""
 
 
-def index_of(low: int, high: int, level: int | None = None) -> Index:
+def index_of(low: int, high: int, height: int | None = None) -> Index:
     """Returns the index of the cells [low, high), on one level of a stack or on all."""
-    return _ALL if level is None else slice(level, level + 1), _ALL, slice(low, high)
+    return _ALL if height is None else slice(height, height + 1), _ALL, slice(low, high)
 
 
 class Plain(NamedTuple):

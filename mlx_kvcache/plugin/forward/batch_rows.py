@@ -196,11 +196,14 @@ class Rows(Caller):
         last, self._last = self._last, None
         if last is None or last.n != n or last.pool is not self.pool or self.padding.is_announced:
             return False
+        if last.conversations is not self.conversations:
+            return False
         self.check_open()
         self.pool.take_turn(self)
-        capacity = self.conversations[0].limits.capacity
-        if capacity is not None and last.begins[0] + 2 * n > capacity:
-            return False
+        for conversation, begin in zip(self.conversations, last.begins, strict=True):
+            capacity = conversation.limits.capacity
+            if conversation.waiting or (capacity is not None and begin + 2 * n > capacity):
+                return False
         begins = last.begins
         try:
             if not last.again():
@@ -261,7 +264,7 @@ class Rows(Caller):
         padding = self.padding.passed(forward.columns)
         self.forward, self.padding, self.is_called, self.offsets = None, padding, False, None
         # Others would only keep arrays of their states and inputs in memory.
-        self._last = forward if forward.is_repeatable and not self.conversations[0].waiting else None
+        self._last = forward if forward.is_repeatable else None
         logits = found_logits(output) if forward.n == 1 else None
         self.pool.compute_forward(forward.arrays() + ([] if logits is None else [logits]))
 

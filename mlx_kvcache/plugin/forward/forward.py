@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...attend.part import Attending, Part
-from ...attend.sdpa import attend, attend_run
+from ...attend.sdpa import attend, attend_run, attend_stack
 from ...attend.step import Step
 from ...batch import Batch
 from ...caches.recurrent import Arrays
@@ -180,6 +180,7 @@ class Forward:
         self.advanced: set[int] = set()
         self.is_by_token = form == "tokens"
         self._is_full = all(span == (0, n) for span in columns)
+        self._is_decoding = form == "rows" and n == 1 and self._is_full
         self._is_empty = all(first == stop for first, stop in columns)
         self._masks: dict[tuple[Rule, int], Mask] = {}
         self._plan = pool.plan_forward(self._batch())
@@ -201,11 +202,11 @@ class Forward:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether `again` may be called: the forward is of one sequence, without states."""
-        return self.is_single and not self._states
+        """Whether `again` may be called: rows that fill all columns, without states."""
+        return (self.is_single or self._is_decoding) and not self._states
 
     def again(self) -> bool:
-        """Repeat the forward for the sequence's next n tokens if nothing changed in between.
+        """Repeat the forward for the next n tokens of each sequence if nothing changed in between.
 
         Returns False, and does nothing, otherwise.
         """
@@ -213,7 +214,7 @@ class Forward:
         try:
             if not self._plan.again():
                 return False
-            self.begins = [self.begins[0] + self.n]
+            self.begins = [begin + self.n for begin in self.begins]
             self.written = bytearray(len(self.pool.leaves))
             self.asked.clear()
             self._masks.clear()
@@ -239,7 +240,7 @@ class Forward:
             history = step.exchange(index, keys, values, not self.is_ragged)
             if history is not None:
                 return history
-        else:
+        elif not (self._is_decoding and step.put_whole(index, keys, values)):
             step.put(index, self._tokens(keys), self._tokens(values))
         return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
 
@@ -288,6 +289,9 @@ class Forward:
             )
         if self.is_single and self.n == 1 and step.run and sinks is None:
             return attend_run(step, leaf.index, queries, scale)
+        if self._is_decoding and step.whole:
+            step.check_put(leaf.index)
+            return attend_stack(step, leaf.index, 0, queries, scale, sinks)
         given = Attending(self._tokens(queries), None, None, scale, sinks)
         return self._rows(attend(step, leaf.index, given))
 
