@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .spans import Span, Spans, clip, count
+from .spans import FOREVER, Span, Spans, clip, count
 from .table import CellTable
 
 LONG = 256
-"""The number of cells from which a shared prefix is not copied: it stays where it is."""
+"""The number of shared cells from which they are not copied: they stay where they are."""
 SLACK = 256
 """The number of cells of padding that costs less than a write and a product of its own."""
 
@@ -52,7 +52,7 @@ def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
     found = []
     for prefix, alike in _alike(table, rows):
         for members in _buckets(alike, prefix):
-            owns = tuple(clip(row.kept, prefix[-1].end) if prefix else row.kept for row in members)
+            owns = tuple(_after(prefix, row) for row in members)
             sequences = tuple(row.sequence for row in members)
             segments = _stacked(table, owns, members[0].is_packed)
             column = owns[0][-1].stop if segments else max(map(count, owns))
@@ -61,33 +61,37 @@ def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
 
 
 def _alike(table: CellTable, rows: Iterable[Row]) -> list[tuple[Spans, list[Row]]]:
-    """Groups rows by the long prefix that they share, and by how they are stored."""
+    """Groups rows by the prefix that they share, and by how they are stored."""
+    # What is stored twice counts twice, so only a table without a bound affords it.
+    copied = LONG if table.room == FOREVER else 1
     by_first: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
         by_first.setdefault(row.kept[0][:3], []).append(row)
     groups: dict[tuple[Spans, bool], list[Row]] = {}
     for (segment, start, position), members in by_first.items():
-        size = min(row.kept[0].length for row in members)
-        prefix: Spans = ()
-        if size * (len(members) - 1) >= LONG:
-            # Each row keeps a cell of its own, which says where its next token goes.
-            whole = min(size, *(count(row.kept) - 1 for row in members))
-            prefix = (Span(segment, start, position, whole),) if whole > 0 else ()
+        # Each row keeps a cell of its own, which says where its next token goes.
+        size = min(min(row.kept[0].length, count(row.kept) - 1) for row in members)
+        is_kept = size > 0 and size * (len(members) - 1) >= copied
+        prefix = (Span(segment, start, position, size),) if is_kept else ()
         for row in members:
-            if prefix or not _is_shared(table, row):
+            if _shared(table, row.sequence, _after(prefix, row)) < copied:
                 groups.setdefault((prefix, row.is_packed), []).append(row)
     return [(prefix, members) for (prefix, _), members in groups.items() if len(members) > 1]
 
 
-def _is_shared(table: CellTable, row: Row) -> bool:
-    """Whether many cells of a row belong to other sequences, too: copies would be stored twice."""
+def _after(prefix: Spans, row: Row) -> Spans:
+    """The cells of a row after the prefix."""
+    return clip(row.kept, prefix[-1].end) if prefix else row.kept
+
+
+def _shared(table: CellTable, sequence: int, spans: Spans) -> int:
+    """The number of cells that other sequences hold, too."""
     shared = 0
-    for segment, start, _, length in row.kept:
+    for segment, start, _, length in spans:
         if len(table.owners(segment)) > 1:
-            stop = start + length
-            others = table.cells(segment, but=row.sequence)
+            stop, others = start + length, table.cells(segment, but=sequence)
             shared += sum(max(0, min(high, stop) - max(low, start)) for low, high in others)
-    return shared >= LONG
+    return shared
 
 
 def _buckets(rows: list[Row], prefix: Spans) -> list[list[Row]]:
