@@ -125,6 +125,7 @@ class Ledger:
                 self.cells[move.segment, cell] = token._replace(position=token.position + move.offset)
         table.capacity.update(placement.capacity)
         table.packed.update(placement.packed)
+        table.levels.update(placement.levels)
         table.assign(placement.changes)
 
     def sweep(self, placement: Placement) -> None:

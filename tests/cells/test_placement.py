@@ -50,6 +50,7 @@ def placed(table: CellTable, rule: Rule, rewind: int, **sizes: int) -> Placement
     placement = place(table, rows, rule, rewind)
     table.capacity.update(placement.capacity)
     table.packed.update(placement.packed)
+    table.levels.update(placement.levels)
     table.assign(placement.changes)
     table.forget([segment for segment in table.orphans if segment not in placement.in_use()])
     return placement
@@ -160,8 +161,8 @@ def test_one_goes_on_in_its_place_beside_others() -> None:
     placed(table, Causal(), 0, s1=3)
     begins, goes_on = placed(table, Causal(), 0, s0=2, s1=1).placed
     assert (begins.writes, goes_on.writes) == ((Span(2, 0, 0, 2),), (Span(1, 3, 3, 1),))
-    other, goes_on = placed(table, Causal(), 0, s1=1, s0=1).placed
-    assert (other.writes, goes_on.writes) == ((Span(1, 4, 4, 1),), (Span(2, 2, 2, 1),))
+    other, goes_on = placed(table, Causal(), 0, s1=2, s0=1).placed
+    assert (other.writes, goes_on.writes) == ((Span(1, 4, 4, 2),), (Span(2, 2, 2, 1),))
 
 
 def test_a_segment_of_its_own_grows_in_large_steps() -> None:
