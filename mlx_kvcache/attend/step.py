@@ -170,7 +170,10 @@ class Step:
             for segment in segments
             if (pair := buffers.pairs.get(segment))
         }
-        return [array for pair in each.values() for array in pair.arrays]
+        arrays: list[mx.array] = []
+        for pair in each.values():
+            arrays += pair.arrays if pair.is_packed else (pair.keys[0], pair.values[0])
+        return arrays
 
     @property
     def is_decoding(self) -> bool:
