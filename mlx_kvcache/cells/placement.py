@@ -258,11 +258,11 @@ def _place_block(table: CellTable, placement: Placement, block: _Block, rule: Ru
 
 
 def _stackable(table: CellTable, blocks: list[_Block], rule: Rule) -> Iterator[Row]:
-    """The rows of a decoding batch that may be stacked."""
-    if rule.sinks or any(len(block.rows) > 1 for block in blocks):
+    """The rows that may be stacked: those with one token that go on where they have stopped."""
+    if rule.sinks:
         return
-    for sequence, _, begin, end, _, _, during, new, is_whole in blocks:
-        if not (during and new and is_whole and during[-1].end == begin):
+    for sequence, rows, begin, end, _, _, during, new, is_whole in blocks:
+        if not (len(rows) == 1 and during and new and is_whole and during[-1].end == begin):
             continue
         own = [span for span in during if table.owners(span.segment) == {sequence}]
         is_packed = table.packs(tuple(own), end)

@@ -13,7 +13,7 @@ One call then checks them all, and the cache rolls back those that are not what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, count, islice, repeat
@@ -345,9 +345,10 @@ class Many:
         if len(ready) < len(chosen):
             # Sequences still reading their prompt are part of the same computation.
             mx.eval(list(ready.values()))
-        for ticket, own in ready.items():
+        sampled = _all_sampled({ticket: (after[ticket].sampler, own) for ticket, own in ready.items()})
+        for ticket in ready:
             sequence, drafts = after[ticket], chosen[ticket].drafts
-            results = new[ticket] = _generated(ticket, sequence, drafts, own)
+            results = new[ticket] = _generated(ticket, sequence, drafts, sampled[ticket])
             rejected = len(drafts) + 1 - len(results)
             if rejected:
                 try:
@@ -396,14 +397,16 @@ class Many:
 _greedy: Sampler = partial(mx.argmax, axis=-1)
 
 
-def _generated(ticket: int, sequence: _Sequence, drafts: Sequence[int], logits: mx.array) -> list[Generated]:
-    """Sample the next tokens: the drafts, as long as the sampler chooses them, and one more.
+def _generated(
+    ticket: int, sequence: _Sequence, drafts: Sequence[int], sampled: Iterable[int]
+) -> list[Generated]:
+    """The next tokens: the drafts, as long as the sampler chooses them, and one more.
 
     Args:
-        logits: (1 + drafts, vocabulary).
+        sampled: what the sampler chooses after the last token and after each draft.
     """
     results: list[Generated] = []
-    for token, draft in zip(_sampled(sequence.sampler, logits), [*drafts, None], strict=True):
+    for token, draft in zip(sampled, [*drafts, None], strict=True):
         finish: Finish | None = "length" if sequence.left == len(results) + 1 else None
         if token in sequence.stop:
             finish = "stop"
@@ -413,17 +416,33 @@ def _generated(ticket: int, sequence: _Sequence, drafts: Sequence[int], logits: 
     return results
 
 
+def _all_sampled(given: Mapping[int, tuple[Sampler, mx.array]]) -> dict[int, Iterable[int]]:
+    """Sample from the logits (n, vocabulary) of each ticket: a token for each row.
+
+    The tokens of all sequences that take the likeliest ones are computed at once, which waits for the device
+    once.
+    """
+    sampled: dict[int, Iterable[int]] = {}
+    greedy = {ticket: logits for ticket, (sampler, logits) in given.items() if sampler is _greedy}
+    if greedy:
+        tokens: Any = _greedy(_normalized(mx.concatenate(list(greedy.values())))).tolist()
+        for ticket, end in zip(greedy, accumulate(map(len, greedy.values())), strict=True):
+            sampled[ticket] = tokens[end - len(greedy[ticket]) : end]
+    return sampled | {t: _sampled(sampler, own) for t, (sampler, own) in given.items() if t not in greedy}
+
+
 def _sampled(sampler: Sampler, logits: mx.array) -> Iterator[int]:
     """Sample a token from each row of logits (n, vocabulary), one after another."""
+    logits = _normalized(logits)
+    for row in range(len(logits)):
+        token: Any = sampler(logits[row : row + 1]).item()
+        yield int(token)
+
+
+def _normalized(logits: mx.array) -> mx.array:
+    """Log-probabilities in float32."""
     logits = logits.astype(mx.float32)
-    logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    if sampler is _greedy:
-        # All rows at once, which waits for the device once.
-        yield from _greedy(logits).tolist()  # type: ignore[misc]
-    else:
-        for row in range(len(logits)):
-            token: Any = sampler(logits[row : row + 1]).item()
-            yield int(token)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def generate_many(
