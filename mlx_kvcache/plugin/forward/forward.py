@@ -4,8 +4,8 @@ The rows of the input are one sequence, several sequences, or single tokens of s
 `Padding` keeps the columns that mlx-lm's `prepare` announces.
 
 If the model accepts handles, each row attends to its own history. Otherwise the rows' histories are gathered
-into one array. It is padded on the left, so that all rows end with their new tokens, and a mask hides the
-padding. The padding is never stored.
+into one array, unless they lie in one already. It is padded on the left, so that all rows end with their new
+tokens, and a mask hides the padding.
 """
 
 from __future__ import annotations
@@ -453,6 +453,9 @@ class Forward:
             return step.history(leaf.index, step.parts[0])
         if self.is_by_token:
             raise _no_arrays()
+        whole = step.whole if self._is_decoding else None
+        if whole and not whole.prefix:
+            return step.store.layers[leaf.index].pairs[whole.segment].read(whole.seen)
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)
         gathered: tuple[list[mx.array | None], list[mx.array | None]] = [], []

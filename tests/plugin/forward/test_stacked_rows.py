@@ -1,0 +1,118 @@
+"""Rows that join, leave, fork and go back at random, against a fresh computation of each row's tokens."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_kvcache.plugin import make_prompt_cache
+from tests.plugin.tiny import VOCABULARY, tiny_llama
+
+SHARED = 280
+"""Longer than what is copied to a stack."""
+
+
+class Batch:
+    """Rows of a batch, and the tokens that each has read."""
+
+    def __init__(self, model: nn.Module, seed: int, prefix: int, options: dict[str, Any]) -> None:
+        self.model = model
+        self.random = random.Random(seed)
+        self.prefix = self.drawn(prefix)
+        self.options = options
+        self.origin = make_prompt_cache(model, **options)
+        if prefix:
+            mx.eval(model(mx.array([self.prefix]), cache=self.origin))
+        self.rows: list[list[int]] = []
+        self.layers: list[Any] = []
+        self.kept: list[Any] = []
+        """Other caches of the same tokens."""
+        self.stacked = 0
+
+    def drawn(self, n: int) -> list[int]:
+        return [self.random.randrange(VOCABULARY) for _ in range(n)]
+
+    def join(self) -> None:
+        own = self.drawn(self.random.choice([1, 3, 20, 21, 22, 40]))
+        forks = bool(self.prefix) and self.random.random() < 0.7
+        cache = self.origin.fork() if forks else make_prompt_cache(self.model, **self.options)
+        mx.eval(self.model(mx.array([own]), cache=cache))
+        joining = [layer.merge([layer]) for layer in cache]
+        for layer, other in zip(self.layers, joining, strict=False):
+            layer.extend(other)
+        self.layers = self.layers or joining
+        self.rows.append([*(self.prefix if forks else []), *own])
+        self.kept += [cache] * (self.random.random() < 0.5)
+
+    def keep(self, rows: list[int]) -> None:
+        for layer in self.layers:
+            layer.filter(rows)
+        self.rows = [list(self.rows[row]) for row in rows]
+
+    def leave(self) -> None:
+        count = self.random.randint(1, len(self.rows))
+        self.keep(self.random.sample(range(len(self.rows)), count))
+
+    def fork(self) -> None:
+        self.keep([self.random.randrange(len(self.rows)) for _ in self.rows])
+
+    def extract(self) -> None:
+        row = self.random.randrange(len(self.rows))
+        self.kept.append([layer.extract(row) for layer in self.layers])
+        del self.kept[: self.random.randrange(2)]
+
+    def go_back(self) -> None:
+        n = self.random.randint(1, 3)
+        if min(map(len, self.rows)) > n:
+            for layer in self.layers:
+                layer.trim(n)
+            self.rows = [tokens[:-n] for tokens in self.rows]
+
+    def step(self, n: int = 1) -> mx.array:
+        new = [self.drawn(n) for _ in self.rows]
+        logits: mx.array = self.model(mx.array(new), cache=self.layers)[:, -1]
+        self.rows = [tokens + own for tokens, own in zip(self.rows, new, strict=True)]
+        cache = self.layers[0].rows.pool.caches[0]
+        cache.check()
+        self.stacked += bool(cache._step.stacks)
+        return logits
+
+    def fresh(self) -> mx.array:
+        """The logits after each row's last token, from a cache of its own."""
+
+        def cache() -> Any:
+            return make_prompt_cache(self.model, **self.options) if self.options else self.model.make_cache()
+
+        return mx.stack([self.model(mx.array([tokens]), cache=cache())[0, -1] for tokens in self.rows])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("window", [None, 32])
+def test_rows_that_come_and_go_equal_fresh_ones(window: int | None, bits: int | None, device: str) -> None:
+    model = tiny_llama(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    model.make_cache = lambda: [RotatingKVCache(window) if window else KVCache() for _ in model.layers]
+    options: dict[str, Any] = {"kv_bits": bits} if bits else {}
+    stacked = 0
+    for seed, prefix in enumerate((0, 20, SHARED)):
+        batch = Batch(model, seed, prefix, options)
+        for _ in range(3):
+            batch.join()
+        for _ in range(24):
+            chosen = batch.random.random()
+            if chosen < 0.5:
+                batch.step(1 if chosen < 0.45 else 3)
+            else:
+                # A window can only go back as far as it keeps tokens.
+                edits = [batch.join, batch.leave, batch.fork, batch.extract, *[batch.go_back] * (not window)]
+                batch.random.choice(edits)()
+        batch.join()
+        for _ in range(2):
+            logits = batch.step()
+        assert mx.abs(logits - batch.fresh()).max().item() < (0.05 if bits else 1e-4)
+        stacked += batch.stacked
+    assert stacked > 20
