@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 from ..arguments import whole
 from ..errors import CacheError, CacheFileError, CacheFullError
-from ..radix_tree import PrefixTree, shared_length
+from ..radix_tree import shared_length
 from . import atomic
 from .container import read_contents
 from .files import LONGEST, Base, Prepared, base_of
-from .index import REPLACED, TOO_LARGE, Index, Key, new_name, packed, salt_text
+from .index import REPLACED, TOO_LARGE, Index, Key, new_name, salt_text
+from .prefixes import PackedPrefixes, packed, packed_start, unpacked
 
 Work = Callable[[], object]
 
@@ -104,8 +105,9 @@ class PrefixFolder:
         self._end = weakref.finalize(self, _end, self._queue, thread, self._index)
 
         self._pending: dict[Key, _Queued] = {}
-        self._trees: dict[str, PrefixTree[Found]] = {}
-        self._known: dict[str, tuple[str, Found]] = {}
+        # By salt: the names of files by their tokens.
+        self._names: dict[str, PackedPrefixes[str]] = {}
+        self._known: dict[str, tuple[str, bytes]] = {}
         self._stamp: int | None = None
 
     @property
@@ -212,8 +214,13 @@ class PrefixFolder:
         with self._lock:
             self._check_open()
             self._refresh()
-            tree = self._trees.get(text) if text is not None else None
-            return iter(list(tree.matches(tokens)) if tree else [])
+            own = self._names.get(text) if text is not None else None
+            found = list(own.matches(packed_start(tokens))) if own else []
+            blobs = [self._known[name][1] for _, name in found]
+        return (
+            (common, Found(unpacked(blob), self._folder / name))
+            for (common, name), blob in zip(found, blobs, strict=True)
+        )
 
     def touch(self, found: Found) -> None:
         """Mark a file as used."""
@@ -314,17 +321,13 @@ class PrefixFolder:
             return
         salts = self._index.salts(self._namespace)
         for name in self._known.keys() - salts.keys():
-            salt, found = self._known.pop(name)
-            tree = self._trees[salt]
-            tree.pop(found.tokens)
-            if not tree:
-                del self._trees[salt]
-        for name in salts.keys() - self._known.keys():
-            tokens = self._index.tokens(name)
-            if tokens is not None:
-                found = Found(tokens, self._folder / name)
-                self._known[name] = salts[name], found
-                self._trees.setdefault(salts[name], PrefixTree()).put(tokens, found)
+            salt, blob = self._known.pop(name)
+            self._names[salt].pop(blob)
+            if not self._names[salt]:
+                del self._names[salt]
+        for name, blob in self._index.tokens(salts.keys() - self._known.keys()):
+            self._known[name] = salts[name], blob
+            self._names.setdefault(salts[name], PackedPrefixes()).put(blob, name)
         self._stamp = stamp
 
 
@@ -363,6 +366,10 @@ class Kept(NamedTuple):
     tokens: tuple[int, ...]
     cache: Any
     point: int
+
+
+class _DiscardedError(Exception):
+    """A file could not be loaded, and has been discarded."""
 
 
 class DiskTier:
@@ -404,23 +411,35 @@ class DiskTier:
         At least one token is always left to compute. Returns None if no file can resume after more than
         `more_than` tokens.
         """
+        while True:
+            # Once a file is discarded, others come to light.
+            with suppress(_DiscardedError):
+                return self._nearest(tokens, salt, more_than)
+
+    def _nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
         point, chosen = more_than, None
         for common, found in islice(self.folder.matches(tokens, salt), CANDIDATES):
             most = min(common, len(tokens) - 1)
             if most <= point:
                 break
-            # A resume point needs no arrays, so none are read.
-            cache = self._loaded(found, verify=False)
-            if cache is not None:
-                if cache.resume_point(most) > point:
-                    point, chosen = cache.resume_point(most), found
-                cache.close()
+            # Every cache can resume at its end, and no other file saves more. Otherwise, ask for the resume
+            # point first, which needs no arrays.
+            is_best = most == len(found.tokens)
+            cache = self._loaded(found, verify=is_best)
+            if cache is None:
+                continue
+            resumes = cache.resume_point(most)
+            if is_best and resumes == most:
+                self.folder.touch(found)
+                return Kept(found.tokens, cache, most)
+            if resumes > point:
+                point, chosen = resumes, found
+            cache.close()
         if chosen is None:
             return None
         cache = self._loaded(chosen, verify=True)
         if cache is None:
-            # The file was corrupt and is discarded now. Try the others.
-            return self.nearest(tokens, salt, more_than)
+            return None
         self.folder.touch(chosen)
         return Kept(chosen.tokens, cache, point)
 
@@ -429,12 +448,12 @@ class DiskTier:
         self.folder.close()
 
     def _loaded(self, found: Found, verify: bool) -> Any:
-        """Load a file, or return None if that is too long, or corrupt or missing and then discarded."""
+        """Load a file, or return None if it is too long. Discards a file that is corrupt or missing."""
         try:
             return self._load(found.path, verify)
         except CacheFullError:
             # The file exceeds this pool's capacity, but it may fit other pools.
             return None
-        except CacheFileError:
+        except CacheFileError as error:
             self.folder.discard(found)
-            return None
+            raise _DiscardedError from error

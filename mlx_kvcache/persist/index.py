@@ -15,9 +15,8 @@ import sqlite3
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from operator import index
+from itertools import islice
 from pathlib import Path
-from struct import pack, unpack
 from typing import Any, NamedTuple
 
 from ..errors import CacheFileError
@@ -35,14 +34,6 @@ class Key(NamedTuple):
     def digest(self) -> str:
         label = ascii((self.namespace, self.salt)).encode()
         return hashlib.sha256(label + self.tokens).hexdigest()
-
-
-def packed(tokens: Iterable[int]) -> bytes:
-    """Return tokens as little-endian integers of 8 bytes. Raises ValueError if one is out of range."""
-    numbers = [index(token) for token in tokens]
-    if min(numbers, default=0) < 0 or max(numbers, default=0) >= 2**63:
-        raise ValueError("tokens must be at least 0 and less than 2**63")
-    return pack(f"<{len(numbers)}q", *numbers)
 
 
 def salt_text(salt: Hashable) -> str | None:
@@ -69,6 +60,9 @@ _NAME = re.compile(r"[0-9a-f]{32}\.kvcache")
 TOO_LARGE = "larger than the budget"
 REPLACED = "the index was replaced meanwhile"
 """Reasons why a written file is not added to the index."""
+
+_AT_ONCE = 100
+"""The most entries that are read at once."""
 
 _MOST = 2**53
 """The limit for sizes and use counters, so that their sums do not overflow."""
@@ -276,10 +270,12 @@ class Index:
         """Return the salts of a namespace's ready entries by file name."""
         return dict(self._rows("SELECT name, salt FROM entries WHERE namespace = ? AND is_ready", namespace))
 
-    def tokens(self, name: str) -> tuple[int, ...] | None:
-        """Return the tokens of an entry, or None if it was removed."""
-        rows = self._rows("SELECT tokens FROM entries WHERE name = ?", name)
-        return unpack(f"<{len(rows[0][0]) // 8}q", rows[0][0]) if rows else None
+    def tokens(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield the names and packed tokens of entries. Leaves out those that were removed."""
+        left = iter(names)
+        while some := list(islice(left, _AT_ONCE)):
+            marks = ", ".join("?" * len(some))
+            yield from self._rows(f"SELECT name, tokens FROM entries WHERE name IN ({marks})", *some)  # noqa: S608
 
     def find(self, key: Key) -> str | None:
         """Return the file name of the ready entry for this key, or None."""
