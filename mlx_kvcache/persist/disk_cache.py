@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -144,7 +144,7 @@ class PrefixFolder:
             base = queued.get(path)
             if path not in queued:
                 try:
-                    base = base_of(read_contents(path).header)
+                    base = _base_in(path)
                 except (CacheFileError, ValueError):
                     base = None
             if base is None:
@@ -230,8 +230,8 @@ class PrefixFolder:
 
     def _use(self, path: Path, bases: Sequence[Base] | None = None) -> None:
         """Mark a file as used, and its bases after it."""
-        for name in [path.name, *(base.name for base in (self._bases(path) if bases is None else bases))]:
-            self._index.use(name)
+        bases = self._bases(path) if bases is None else bases
+        self._index.use([path.name, *(base.name for base in bases)])
 
     def discard(self, found: Found) -> None:
         """Remove a corrupt or missing file, and its index entry."""
@@ -329,6 +329,12 @@ class PrefixFolder:
             self._known[name] = salts[name], blob
             self._names.setdefault(salts[name], PackedPrefixes()).put(blob, name)
         self._stamp = stamp
+
+
+@lru_cache(maxsize=10_000)
+def _base_in(path: Path) -> Base | None:
+    """Return the base of a file in a folder. Such a file never changes, and its name is never used again."""
+    return base_of(read_contents(path).header)
 
 
 def _kind(error: BaseException) -> str:

@@ -316,10 +316,11 @@ class Index:
             _use(connection, name)
             return self._shrink(connection)
 
-    def use(self, name: str) -> None:
-        """Mark a file as used. Does nothing if its entry was removed."""
+    def use(self, names: Iterable[str]) -> None:
+        """Mark files as used, one after the other. Does nothing for those whose entries were removed."""
         with self._database.changing() as connection:
-            _use(connection, name)
+            for name in names:
+                _use(connection, name)
 
     def remove(self, name: str) -> None:
         """Remove a file and its entry, if they exist."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from ..caches import encoder, recurrent
 from ..caches.base import PlanningCache
@@ -27,7 +28,7 @@ from ..quantization import Codec, checked_codec
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain
 from .container import Contents, Stored, faults_of, read_arrays
-from .header import short
+from .header import SIZES, short
 
 LARGEST = 2**40
 """The largest position or count that is accepted."""
@@ -120,9 +121,16 @@ def load_arrays(
     for name, (dtype, shape, data) in read_arrays(contents, names, verify):
         if dtype not in _DTYPES:
             raise CacheFileError(contents.path, f"array {name!r} has dtype {dtype}, which MLX does not have")
-        arrays[name] = mx.array(data).view(_DTYPES[dtype]).reshape(shape)
-        mx.eval(arrays[name])
+        arrays[name] = _array(dtype, shape, data)
+    mx.eval(list(arrays.values()))
     return arrays
+
+
+def _array(dtype: str, shape: tuple[int, ...], data: NDArray[np.uint8]) -> mx.array:
+    """Return the array of a `Stored`. MLX copies numbers faster than as many bytes."""
+    if dtype == "BF16":
+        return mx.array(data.view(np.uint16).reshape(shape)).view(mx.bfloat16)
+    return mx.array(data.view(f"{dtype[0].lower()}{SIZES[dtype]}").reshape(shape))
 
 
 _SLOTS = ("keys", "values")
