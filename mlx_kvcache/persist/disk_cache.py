@@ -363,7 +363,7 @@ def _end(queue: SimpleQueue[Work | None], thread: threading.Thread, index: Index
 
 
 CANDIDATES = 8
-"""The most files that `nearest` opens to ask for their resume points."""
+"""The most files that a lookup considers."""
 
 
 class Kept(NamedTuple):
@@ -410,6 +410,10 @@ class DiskTier:
             return False
         prepared = self._prepare(cache, tokens, self.folder.base(tokens, salt))
         return self.folder.put(tokens, salt, prepared.write, prepared.nbytes, prepared.base)
+
+    def closest(self, tokens: Sequence[int], salt: Hashable) -> list[tuple[int, ...]]:
+        """Return the tokens of the files that share the most first tokens."""
+        return [found.tokens for _, found in islice(self.folder.matches(tokens, salt), CANDIDATES)]
 
     def nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
         """Load the cache that can resume from the longest prefix of these tokens.

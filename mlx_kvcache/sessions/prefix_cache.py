@@ -372,7 +372,8 @@ class SessionPool:
 
         Returns:
             The tokens of a stored conversation up to a border between tokens of both, and after it the
-            given ones. The given ones if no stored conversation has more of the text than they do.
+            given ones. The given ones if no stored conversation has more of the text than they do. Of those on
+            disk, only the few that share the most first tokens are compared.
 
         Raises:
             ValueError: the pool has no tokenizer with `decode` and `convert_ids_to_tokens`.
@@ -385,7 +386,23 @@ class SessionPool:
                 f"{class_of(self._tokenizer)}; pass tokenizer=... to the pool"
             )
         with self._lock:
-            return self._texts.retokenized(tokens, self._trees.get(salt, PrefixTree()))
+            found = self._texts.retokenized(tokens, self._trees.get(salt, PrefixTree()))
+        files = self._closest_on_disk(found, salt)
+        if not files:
+            return found
+        # What memory holds is among them, so that no file is preferred that has less of the text.
+        closest = PrefixTree[bool]()
+        for own in (*files, *(entry.tokens for _, entry in self._matches(found, salt)[:1])):
+            closest.put(own, True)
+        return self._texts.retokenized(found, closest)
+
+    def _closest_on_disk(self, tokens: Sequence[int], salt: Hashable) -> list[tuple[int, ...]]:
+        """Return the tokens of the files that share the most first tokens."""
+        try:
+            return self._disk.closest(tokens, salt) if self._disk else []
+        except CacheError as error:
+            self._count_failure(error)
+            return []
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False
