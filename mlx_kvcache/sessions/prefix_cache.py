@@ -372,8 +372,8 @@ class SessionPool:
 
         Returns:
             The tokens of a stored conversation up to a border between tokens of both, and after it the
-            given ones. The given ones if no stored conversation has more of the text than they do. Of those on
-            disk, only the few that share the most first tokens are compared.
+            given ones. The given ones if no stored conversation has more of the text than they do. On disk,
+            only the few that share the most first tokens are compared.
 
         Raises:
             ValueError: the pool has no tokenizer with `decode` and `convert_ids_to_tokens`.
