@@ -25,8 +25,18 @@ from ..radix_tree import shared_length
 from . import atomic
 from .container import read_contents
 from .files import LONGEST, Base, Prepared, base_of
-from .index import REPLACED, TOO_LARGE, Index, Key, new_name, salt_text
-from .prefixes import PackedPrefixes, packed, packed_start, unpacked
+from .index import (
+    REPLACED,
+    TOO_LARGE,
+    Index,
+    Key,
+    PackedPrefixes,
+    new_name,
+    packed,
+    packed_start,
+    salt_text,
+    unpacked,
+)
 
 Work = Callable[[], object]
 

@@ -1,8 +1,8 @@
 """The SQLite index of a folder of cache files: each file's tokens, size and last use.
 
 `Index` adds, finds and evicts files. `Key` identifies a file by namespace, salt and tokens, in the same
-bytes in every process. `Database` lets several threads and processes use one SQLite file, and replaces a
-corrupt file with an empty one.
+bytes in every process. `PackedPrefixes` finds those that share a prefix with given tokens. `Database` lets
+several threads and processes use one SQLite file, and replaces a corrupt file with an empty one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import hashlib
 import re
 import secrets
 import sqlite3
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
+from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from struct import pack, unpack
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..errors import CacheFileError
+from ..radix_tree import shared_length
 from . import atomic
+
+V = TypeVar("V")
 
 
 class Key(NamedTuple):
@@ -36,6 +42,28 @@ class Key(NamedTuple):
         return hashlib.sha256(label + self.tokens).hexdigest()
 
 
+_TOKEN = 8
+"""The bytes of a packed token."""
+
+
+def packed(tokens: Iterable[int]) -> bytes:
+    """Return tokens as little-endian integers of 8 bytes. Raises ValueError if one is out of range."""
+    numbers = [index(token) for token in tokens]
+    if min(numbers, default=0) < 0 or max(numbers, default=0) >= 2**63:
+        raise ValueError("tokens must be at least 0 and less than 2**63")
+    return pack(f"<{len(numbers)}q", *numbers)
+
+
+def packed_start(tokens: Iterable[int]) -> bytes:
+    """Return the tokens before the first one that is out of range, packed."""
+    return packed(takewhile(lambda token: 0 <= token < 2**63, tokens))
+
+
+def unpacked(blob: bytes) -> tuple[int, ...]:
+    """Return the tokens that `packed` packed."""
+    return unpack(f"<{len(blob) // _TOKEN}q", blob)
+
+
 def salt_text(salt: Hashable) -> str | None:
     """Return a salt as unambiguous text, or None if its type is not supported.
 
@@ -49,6 +77,56 @@ def _is_plain(salt: Hashable) -> bool:
     if type(salt) is tuple:
         return all(map(_is_plain, salt))
     return salt is None or type(salt) in {bool, int, float, str, bytes}
+
+
+class PackedPrefixes(Generic[V]):
+    """A mapping from packed token sequences, which are not empty, to values; it also finds shared prefixes.
+
+    A folder may list millions of tokens, so they stay packed, and sorted: the sequences that share the
+    longest prefix with given tokens are neighbors of the place where these would be.
+    """
+
+    def __init__(self) -> None:
+        self._sorted: list[bytes] = []
+        self._values: list[V] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is a value."""
+        return bool(self._sorted)
+
+    def put(self, tokens: bytes, value: V) -> None:
+        """Store the value of tokens that have none."""
+        at = bisect_left(self._sorted, tokens)
+        self._sorted.insert(at, tokens)
+        self._values.insert(at, value)
+
+    def pop(self, tokens: bytes) -> None:
+        """Remove the value of tokens that have one."""
+        at = bisect_left(self._sorted, tokens)
+        del self._sorted[at], self._values[at]
+
+    def matches(self, tokens: bytes) -> Iterator[tuple[int, V]]:
+        """As `PrefixTree.matches`: yield (length of the shared prefix, value), the longest prefix first."""
+        at = bisect_left(self._sorted, tokens)
+        prefix = max(self._shared(at - 1, tokens), self._shared(at, tokens), key=len)
+        if not prefix:
+            return
+        at = bisect_left(self._sorted, prefix)
+        end = bisect_right(self._sorted, prefix, at, key=lambda own: own[: len(prefix)])
+        for value in self._values[at:end]:
+            yield len(prefix) // _TOKEN, value
+        # Sequences that are themselves a prefix come before all others that begin with it.
+        while shorter := self._shared(at - 1, tokens):
+            at = bisect_left(self._sorted, shorter)
+            if self._sorted[at] == shorter:
+                yield len(shorter) // _TOKEN, self._values[at]
+
+    def _shared(self, at: int, tokens: bytes) -> bytes:
+        """Return the prefix that tokens share with the sequence at a place; none if no sequence is there."""
+        if not 0 <= at < len(self._sorted):
+            return b""
+        common = shared_length(self._sorted[at], tokens)
+        return tokens[: common - common % _TOKEN]
 
 
 VERSION = 1

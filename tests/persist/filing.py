@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_kvcache.persist.atomic import replacing
 from mlx_kvcache.persist.disk_cache import Found, PrefixFolder
-from mlx_kvcache.persist.prefixes import unpacked
+from mlx_kvcache.persist.index import unpacked
 
 SIZE = 2000
 PLENTY = 10**9

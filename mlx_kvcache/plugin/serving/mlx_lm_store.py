@@ -24,8 +24,8 @@ from typing import Any
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
-from ...radix_tree import PrefixTree
-from ...sessions.prefix_cache import Texts, branches_off, mark_turns
+from ...radix_tree import PrefixTree, Texts
+from ...sessions.prefix_cache import branches_off, mark_turns
 from ...sessions.session import Evicted, Reason, departure
 from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
