@@ -24,7 +24,7 @@ AS_GPU := tests/attend/test_products.py tests/plugin/entries/test_entries.py \
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test test-as-gpu check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
+.PHONY: help demo test test-choices test-as-gpu check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,9 +34,12 @@ demo: $(VENV)/demo  ## chat with SmolLM2 and see its cache; without a terminal, 
 	else $(RUN) -m examples.chat --script examples/chat/demo.txt --capacity 192 --max-tokens 48; fi
 
 # Two processes of one thread each: threads of OpenBLAS wait for each other by spinning.
-test: check     ## all checks and tests
+test: $(VENV)/dev  ## all checks and tests
+	$(MAKE) --jobs 2 check test-choices
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
-	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --device as-gpu $(AS_GPU)
+
+test-choices: $(VENV)/dev  ## tests of what depends on the device, as on a GPU: in one process, as long as the checks take
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest --device as-gpu $(AS_GPU)
 
 test-as-gpu: $(VENV)/dev  ## all tests, each choice that depends on the device made as on a GPU
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal --device as-gpu

@@ -98,36 +98,40 @@ def _beside(model: Any, text: list[int], folder: Path) -> Iterator[Row]:
 def _on_one_prefix(length: int) -> Iterator[Row]:
     """Store conversations whose first half is the same in a folder, and load one of them.
 
-    The peer is a folder with that one alone, which is in one file.
+    The peer is a folder with the same conversations, each whole in its file: salts keep them apart.
     """
     model, count, half, token = two_layers(), 16, length // 2, mx.array([[5]])
     shape = shape_of(model)
     prefix = fill(make_prompt_cache(model), half, shape=shape)
     texts = [[*range(half), *range(10_000 * n, 10_000 * n + half)] for n in range(1, count + 1)]
-    with tempfile.TemporaryDirectory() as many, tempfile.TemporaryDirectory() as alone:
-        for folder, some in ((many, texts), (alone, texts[-1:])):
+    with tempfile.TemporaryDirectory() as shared, tempfile.TemporaryDirectory() as whole:
+        for folder in (shared, whole):
             with make_session_pool(model, folder=folder) as pool:
-                for text in some:
-                    pool.store(text, fill(prefix.fork(), half, text[-1], shape=shape))
-        size = sum(path.stat().st_size for path in Path(many).glob("*.kvcache"))
+                for text in texts:
+                    salt = text[-1] if folder == whole else None
+                    pool.store(text, fill(prefix.fork(), half, text[-1], shape=shape), salt)
+        size = sum(path.stat().st_size for path in Path(shared).glob("*.kvcache"))
         distinct = prefix.nbytes * (count + 1)
         name = f"{count} conversations of {length:,} tokens in a folder, on a prefix of {half:,}"
         yield held("saving.shared.bytes", name, size, "distinct tokens", distinct)
 
         def reply(folder: str) -> mx.array:
-            with make_session_pool(model, folder=folder) as pool, pool.open([*texts[-1], 5]) as session:
-                session.store = False
+            salt = texts[-1][-1] if folder == whole else None
+            with (
+                make_session_pool(model, folder=folder) as pool,
+                pool.open([*texts[-1], 5], salt, store=False) as session,
+            ):
                 assert session.reused == length
                 return _next(model, session.cache, token)
 
-        check_equal(reply(many), reply(alone), 0)
+        check_equal(reply(shared), reply(whole), 0)
         yield speed(
             "saving.shared.load",
             "opening the folder, loading one of them, and a token",
             "ms",
-            lambda: timed(lambda: reply(many)),
-            "a whole file",
-            lambda: timed(lambda: reply(alone)),
+            lambda: timed(lambda: reply(shared)),
+            "whole files",
+            lambda: timed(lambda: reply(whole)),
             4 * ROUNDS,
         )
 

@@ -5,11 +5,15 @@ Each edge holds several tokens (D. R. Morrison, PATRICIA, JACM 1968).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 V = TypeVar("V")
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""The text of a token that stands for a byte."""
 
 
 @dataclass
@@ -150,6 +154,55 @@ class PrefixTree(Generic[V]):
         if rest or path[-1].value is None:
             raise KeyError(f"no value is stored for these {len(tokens)} tokens")
         return path
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of Hugging Face's Transformers, or one like it."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...
+
+
+class Texts:
+    """The text of each token of a tokenizer, such that equal joined texts are the same text.
+
+    Special tokens and single bytes are a text of their own, which no other token has: a model that spells a
+    special token with letters has not generated it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._own = {
+            *getattr(tokenizer, "all_special_ids", ()),
+            *getattr(tokenizer, "added_tokens_decoder", ()),
+        }
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            try:
+                text = self._tokenizer.convert_ids_to_tokens(token)
+            except (IndexError, KeyError, OverflowError):
+                # A number that stands for a picture.
+                text = None
+            is_shared = isinstance(text, str) and token not in self._own and not BYTE.fullmatch(text)
+            self._known[token] = text if is_shared else f"\0{token}\0"
+        return self._known[token]
+
+    def retokenized(self, tokens: Sequence[int], tree: PrefixTree[Any]) -> list[int]:
+        """Return tokens of the same text that go on from a stored sequence as far as possible.
+
+        See `PrefixTree.retokenized`.
+        """
+        given = list(tokens)
+        found = tree.retokenized(given, self.__getitem__)
+        if found != given:
+            begin = shared_length(found, given)
+            end = -shared_length(found[:begin:-1], given[:begin:-1]) or None
+            decode = self._tokenizer.decode
+            if decode(found[begin:end]) != decode(given[begin:end]):
+                return given
+        return found
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:

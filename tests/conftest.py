@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,9 @@ import mlx.nn as nn
 import pytest
 
 from mlx_kvcache.storage import codec
+
+SHARED = "smollm2"
+"""The folder with SmolLM2 in the folder of a run."""
 
 DEVICES = {
     "cpu": "the CPU, whose results are the same everywhere",
@@ -67,6 +73,29 @@ def tokenizer() -> Any:
     meta: Any
     _, meta = mx.load(str(smollm2.find()), return_metadata=True)
     return smollm2._tokenizer(meta)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as a folder. All processes of a run share it, for it takes seconds and half a gigabyte."""
+    from examples import smollm2
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder: Path = shared / SHARED
+    with (shared / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            smollm2.export(shared / "smollm2.part", mx.float32)
+            (shared / "smollm2.part").rename(folder)
+    return folder
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove what pytest would keep for some runs."""
+    factory = getattr(session.config, "_tmp_path_factory", None)
+    if factory is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(factory.getbasetemp() / SHARED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

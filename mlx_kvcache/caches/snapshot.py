@@ -96,7 +96,7 @@ def restore(
     size, spans = sum(run.length for run in snapshot.runs), Spans()
     is_packed = table.packs((), snapshot.end)
     if size:
-        capacity = capacity_for(size, max(0, table.room - table.allocated - size))
+        capacity = capacity_for(size, max(0, table.room - table.allocated - size), 1)
         segment = placement.new_segment(table, capacity, is_packed)
         spans = laid_out(segment, 0, tuple(Span(segment, 0, run.begin, run.length) for run in snapshot.runs))
     placement.changes[sequence] = Sequence(snapshot.end, spans) if snapshot.end else None

@@ -65,10 +65,10 @@ def sweep(folder: Path, name: str = "") -> None:
 
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
     """Yield the temporary files of one file, or of all if `name` is empty."""
-    for path in folder.iterdir():
-        found = _TEMPORARY.fullmatch(path.name)
+    for file in os.listdir(folder):  # noqa: PTH208  # a folder may have thousands of files
+        found = _TEMPORARY.fullmatch(file)
         if found and name in {"", found["name"]}:
-            yield path
+            yield folder / file
 
 
 @contextmanager

@@ -99,12 +99,14 @@ def write(
 
 
 def read_contents(path: Path) -> Contents:
-    """Read and verify the header of a file. Arrays are not read.
+    """Read and verify the header of a file. Arrays are not read. Removes leftover temporary files first.
 
     Raises:
         NotOursError: another program wrote this safetensors file.
         CacheFileError: the file cannot be read or is corrupt.
     """
+    with accessing(path, "read"):
+        sweep(path.parent, path.name)
     with _opened(path) as (file, size):
         raw, fields = file_header.read(file, size)
         metadata = fields.get(METADATA)
@@ -192,9 +194,8 @@ def _last_bytes(file: BufferedReader, size: int) -> bytes:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
-    """Open a file, and return it with its size in bytes. Removes leftover temporary files first."""
+    """Open a file, and return it with its size in bytes."""
     with accessing(path, "read"):
-        sweep(path.parent, path.name)
         mode = path.stat().st_mode
         # Opening a named pipe would block until another process writes to it.
         if not stat.S_ISREG(mode):

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,11 +21,22 @@ from typing import Any, NamedTuple
 
 from ..arguments import whole
 from ..errors import CacheError, CacheFileError, CacheFullError
-from ..radix_tree import PrefixTree, shared_length
+from ..radix_tree import shared_length
 from . import atomic
 from .container import read_contents
 from .files import LONGEST, Base, Prepared, base_of
-from .index import REPLACED, TOO_LARGE, Index, Key, new_name, packed, salt_text
+from .index import (
+    REPLACED,
+    TOO_LARGE,
+    Index,
+    Key,
+    PackedPrefixes,
+    new_name,
+    packed,
+    packed_start,
+    salt_text,
+    unpacked,
+)
 
 Work = Callable[[], object]
 
@@ -104,8 +115,9 @@ class PrefixFolder:
         self._end = weakref.finalize(self, _end, self._queue, thread, self._index)
 
         self._pending: dict[Key, _Queued] = {}
-        self._trees: dict[str, PrefixTree[Found]] = {}
-        self._known: dict[str, tuple[str, Found]] = {}
+        # By salt: the names of files by their tokens.
+        self._names: dict[str, PackedPrefixes[str]] = {}
+        self._known: dict[str, tuple[str, bytes]] = {}
         self._stamp: int | None = None
 
     @property
@@ -142,7 +154,7 @@ class PrefixFolder:
             base = queued.get(path)
             if path not in queued:
                 try:
-                    base = base_of(read_contents(path).header)
+                    base = _base_in(path)
                 except (CacheFileError, ValueError):
                     base = None
             if base is None:
@@ -212,8 +224,13 @@ class PrefixFolder:
         with self._lock:
             self._check_open()
             self._refresh()
-            tree = self._trees.get(text) if text is not None else None
-            return iter(list(tree.matches(tokens)) if tree else [])
+            own = self._names.get(text) if text is not None else None
+            found = list(own.matches(packed_start(tokens))) if own else []
+            blobs = [self._known[name][1] for _, name in found]
+        return (
+            (common, Found(unpacked(blob), self._folder / name))
+            for (common, name), blob in zip(found, blobs, strict=True)
+        )
 
     def touch(self, found: Found) -> None:
         """Mark a file as used."""
@@ -223,8 +240,8 @@ class PrefixFolder:
 
     def _use(self, path: Path, bases: Sequence[Base] | None = None) -> None:
         """Mark a file as used, and its bases after it."""
-        for name in [path.name, *(base.name for base in (self._bases(path) if bases is None else bases))]:
-            self._index.use(name)
+        bases = self._bases(path) if bases is None else bases
+        self._index.use([path.name, *(base.name for base in bases)])
 
     def discard(self, found: Found) -> None:
         """Remove a corrupt or missing file, and its index entry."""
@@ -314,18 +331,20 @@ class PrefixFolder:
             return
         salts = self._index.salts(self._namespace)
         for name in self._known.keys() - salts.keys():
-            salt, found = self._known.pop(name)
-            tree = self._trees[salt]
-            tree.pop(found.tokens)
-            if not tree:
-                del self._trees[salt]
-        for name in salts.keys() - self._known.keys():
-            tokens = self._index.tokens(name)
-            if tokens is not None:
-                found = Found(tokens, self._folder / name)
-                self._known[name] = salts[name], found
-                self._trees.setdefault(salts[name], PrefixTree()).put(tokens, found)
+            salt, blob = self._known.pop(name)
+            self._names[salt].pop(blob)
+            if not self._names[salt]:
+                del self._names[salt]
+        for name, blob in self._index.tokens(salts.keys() - self._known.keys()):
+            self._known[name] = salts[name], blob
+            self._names.setdefault(salts[name], PackedPrefixes()).put(blob, name)
         self._stamp = stamp
+
+
+@lru_cache(maxsize=10_000)
+def _base_in(path: Path) -> Base | None:
+    """Return the base of a file in a folder. Such a file never changes, and its name is never used again."""
+    return base_of(read_contents(path).header)
 
 
 def _kind(error: BaseException) -> str:
@@ -354,7 +373,7 @@ def _end(queue: SimpleQueue[Work | None], thread: threading.Thread, index: Index
 
 
 CANDIDATES = 8
-"""The most files that `nearest` opens to ask for their resume points."""
+"""The most files that a lookup considers."""
 
 
 class Kept(NamedTuple):
@@ -363,6 +382,10 @@ class Kept(NamedTuple):
     tokens: tuple[int, ...]
     cache: Any
     point: int
+
+
+class _DiscardedError(Exception):
+    """A file could not be loaded, and has been discarded."""
 
 
 class DiskTier:
@@ -398,29 +421,45 @@ class DiskTier:
         prepared = self._prepare(cache, tokens, self.folder.base(tokens, salt))
         return self.folder.put(tokens, salt, prepared.write, prepared.nbytes, prepared.base)
 
+    def closest(self, tokens: Sequence[int], salt: Hashable) -> list[tuple[int, ...]]:
+        """Return the tokens of the files that share the most first tokens."""
+        return [found.tokens for _, found in islice(self.folder.matches(tokens, salt), CANDIDATES)]
+
     def nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
         """Load the cache that can resume from the longest prefix of these tokens.
 
         At least one token is always left to compute. Returns None if no file can resume after more than
         `more_than` tokens.
         """
+        while True:
+            # Once a file is discarded, others come to light.
+            with suppress(_DiscardedError):
+                return self._nearest(tokens, salt, more_than)
+
+    def _nearest(self, tokens: Sequence[int], salt: Hashable, more_than: int) -> Kept | None:
         point, chosen = more_than, None
         for common, found in islice(self.folder.matches(tokens, salt), CANDIDATES):
             most = min(common, len(tokens) - 1)
             if most <= point:
                 break
-            # A resume point needs no arrays, so none are read.
-            cache = self._loaded(found, verify=False)
-            if cache is not None:
-                if cache.resume_point(most) > point:
-                    point, chosen = cache.resume_point(most), found
-                cache.close()
+            # Every cache can resume at its end, and no other file saves more. Otherwise, ask for the resume
+            # point first, which needs no arrays.
+            is_best = most == len(found.tokens)
+            cache = self._loaded(found, verify=is_best)
+            if cache is None:
+                continue
+            resumes = cache.resume_point(most)
+            if is_best and resumes == most:
+                self.folder.touch(found)
+                return Kept(found.tokens, cache, most)
+            if resumes > point:
+                point, chosen = resumes, found
+            cache.close()
         if chosen is None:
             return None
         cache = self._loaded(chosen, verify=True)
         if cache is None:
-            # The file was corrupt and is discarded now. Try the others.
-            return self.nearest(tokens, salt, more_than)
+            return None
         self.folder.touch(chosen)
         return Kept(chosen.tokens, cache, point)
 
@@ -429,12 +468,12 @@ class DiskTier:
         self.folder.close()
 
     def _loaded(self, found: Found, verify: bool) -> Any:
-        """Load a file, or return None if that is too long, or corrupt or missing and then discarded."""
+        """Load a file, or return None if it is too long. Discards a file that is corrupt or missing."""
         try:
             return self._load(found.path, verify)
         except CacheFullError:
             # The file exceeds this pool's capacity, but it may fit other pools.
             return None
-        except CacheFileError:
+        except CacheFileError as error:
             self.folder.discard(found)
-            return None
+            raise _DiscardedError from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,18 @@ from ..errors import CacheFileError
 from . import container
 from .container import faults_of
 from .header import short
-from .schema import as_stored, decode, encode, integer, keeps_all, listing, load_arrays, mapping, shaped
+from .schema import (
+    as_stored,
+    decode,
+    encode,
+    integer,
+    keeps_all,
+    listing,
+    load_arrays,
+    mapping,
+    names_before,
+    shaped,
+)
 
 _TOKENS, _BASE = "tokens", "base"
 LONGEST = 32
@@ -155,28 +167,26 @@ class Opened:
 
     def snapshots(self, caches: Sequence[PlanningCache]) -> list[Any]:
         """Decode one snapshot for each cache. Raises CacheFileError if the file does not fit the caches."""
+        return [self._snapshot(cache, index, len(caches)) for index, cache in enumerate(caches)]
+
+    def _snapshot(self, cache: PlanningCache, index: int, count: int, until: int | None = None) -> Any:
+        """Decode the snapshot of one of `count` caches, or only what its first `until` tokens need."""
         with faults_of(self.path):
-            told = listing(self._caches, "caches", len(caches))
-            pairs = enumerate(zip(caches, told, strict=True))
-            own = [decode(cache, part, self.end, self.arrays, f"{i}.") for i, (cache, part) in pairs]
-        if self.base is None:
+            told = listing(self._caches, "caches", count)[index]
+            own = decode(cache, told, self.end, self.arrays, f"{index}.", until)
+        if self.base is None or not keeps_all(cache):
             return own
         opened, length = self.base
-        before = opened.snapshots(caches)
-        return [
-            _continued(*parts, length) if keeps_all(cache) else parts[1]
-            for cache, parts in zip(caches, zip(before, own, strict=True), strict=True)
-        ]
-
-
-def _continued(before: Snapshot, own: Snapshot, length: int) -> Snapshot:
-    """Join the first tokens of one snapshot with those of another one."""
-    runs = part_of(before, 0, length) + own.runs
-    return Snapshot(own.end, runs, own.forms or before.forms)
+        before = opened._snapshot(cache, index, count, length)
+        return Snapshot(own.end, part_of(before, 0, length) + own.runs, own.forms or before.forms)
 
 
 def open_file(
-    path: str | PathLike[str], verify: bool = True, lazy: bool = False, most: int = LONGEST
+    path: str | PathLike[str],
+    verify: bool = True,
+    lazy: bool = False,
+    until: int | None = None,
+    most: int = LONGEST,
 ) -> Opened:
     """Read a file and validate its header, and the files that hold its first tokens.
 
@@ -185,6 +195,7 @@ def open_file(
         verify: compare the checksums of all arrays. Without it, corrupt arrays are not detected; the header
             is always verified.
         lazy: read each array, unverified, when it is first evaluated, which only this thread may do.
+        until: read only the arrays of the first so many tokens, in caches that keep all tokens.
         most: the most files to read.
 
     Raises:
@@ -192,18 +203,24 @@ def open_file(
         CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
     """
     contents = container.read_contents(Path(path))
-    arrays = load_arrays(contents, verify, lazy)
+    header, names = contents.header, None
     with faults_of(contents.path):
-        header = contents.header
+        caches = listing(header.get("caches"), "caches")
+        if until is not None:
+            own = (names_before(told, index, until, contents.entries) for index, told in enumerate(caches))
+            names = [*({_TOKENS} & contents.entries.keys()), *chain.from_iterable(own)]
+    arrays = load_arrays(contents, verify, lazy, names)
+    with faults_of(contents.path):
         end = integer(header.get("end"), "end")
-        tokens = None
-        if header.get("has_tokens") is True:
-            found: Any = shaped(arrays, _TOKENS, (end,), mx.int64).tolist()
-            tokens = [integer(token, "a token", 0, 2**63 - 1) for token in found]
+        tokens = (
+            _checked(shaped(arrays, _TOKENS, (end,), mx.int64)) if header.get("has_tokens") is True else None
+        )
         base = base_of(header)
         if base and (tokens is None or base.length > end or most < 2):
             raise ValueError(f"{end} tokens cannot begin with the {base.length} of {base.name}")
-    before = open_file(contents.path.with_name(base.name), verify, lazy, most - 1) if base else None
+    before = None
+    if base:
+        before = open_file(contents.path.with_name(base.name), verify, lazy, base.length, most - 1)
     with faults_of(contents.path):
         if base and before and (before.tokens or [])[: base.length] != (tokens or [])[: base.length]:
             raise ValueError(f"its first {base.length} tokens are not those of {base.name}")
@@ -215,9 +232,18 @@ def open_file(
             tokens,
             arrays,
             verify,
-            listing(header.get("caches"), "caches"),
+            caches,
             (before, base.length) if base and before else None,
         )
+
+
+def _checked(tokens: mx.array) -> list[int]:
+    """Return token IDs as integers. Raises ValueError if one is negative."""
+    numbers = np.array(tokens)
+    if (numbers < 0).any():
+        raise ValueError(f"a token is {numbers.min()}, expected a whole number from 0 to {2**63 - 1}")
+    found: list[int] = numbers.tolist()
+    return found
 
 
 def evaluate(caches: Sequence[PlanningCache], sequence: int) -> None:

@@ -187,28 +187,33 @@ def places(
 
 def _entry(name: str, field: object, data: int, checksum: object) -> Entry:
     """Validate one array of the header. `data` is added to its offsets, to count from the file's start."""
-    array = f"array {short(name)}"
     if not isinstance(field, dict):
-        raise ValueError(f"the header entry of {array} is {short(field)}, expected an object")
+        raise ValueError(f"the header entry of array {short(name)} is {short(field)}, expected an object")
     dtype = field.get("dtype")
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise ValueError(f"{array} has unknown dtype {short(dtype)}")
-    shape = _counts(field.get("shape"), f"the shape of {array}", EXTENT)
+        raise ValueError(f"array {short(name)} has unknown dtype {short(dtype)}")
+    shape = _counts(name, field.get("shape"), "the shape", EXTENT)
     if len(shape) > DIMENSIONS:
-        raise ValueError(f"{array} has {len(shape)} dimensions; the limit is {DIMENSIONS}")
-    offsets = _counts(field.get("data_offsets"), f"data_offsets of {array}", 2**63 - 1)
+        raise ValueError(f"array {short(name)} has {len(shape)} dimensions; the limit is {DIMENSIONS}")
+    offsets = _counts(name, field.get("data_offsets"), "data_offsets", 2**63 - 1)
     if len(offsets) != 2:
-        raise ValueError(f"data_offsets of {array} has length {len(offsets)}, expected 2")
+        raise ValueError(f"data_offsets of array {short(name)} has length {len(offsets)}, expected 2")
     if not isinstance(checksum, str):
-        raise ValueError(f"the checksum of {array} is {short(checksum)}, expected a string")
+        raise ValueError(f"the checksum of array {short(name)} is {short(checksum)}, expected a string")
     return Entry(dtype, shape, data + offsets[0], data + offsets[1], checksum)
 
 
-def _counts(value: object, what: str, most: int) -> tuple[int, ...]:
+def _counts(name: str, value: object, what: str, most: int) -> tuple[int, ...]:
     """Return a list of whole numbers, which bools are not, as a tuple."""
-    if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= most for n in value):
-        raise ValueError(f"{what} is {short(value)}, expected a list of whole numbers from 0 to {most}")
-    return tuple(value)
+    if isinstance(value, list):
+        for number in value:
+            if type(number) is not int or not 0 <= number <= most:
+                break
+        else:
+            return tuple(value)
+    raise ValueError(
+        f"{what} of array {short(name)} is {short(value)}, expected a list of whole numbers from 0 to {most}"
+    )
 
 
 def _object(text: object, what: str) -> dict[str, Any]:

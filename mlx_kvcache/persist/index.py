@@ -1,8 +1,8 @@
 """The SQLite index of a folder of cache files: each file's tokens, size and last use.
 
 `Index` adds, finds and evicts files. `Key` identifies a file by namespace, salt and tokens, in the same
-bytes in every process. `Database` lets several threads and processes use one SQLite file, and replaces a
-corrupt file with an empty one.
+bytes in every process. `PackedPrefixes` finds those that share a prefix with given tokens. `Database` lets
+several threads and processes use one SQLite file, and replaces a corrupt file with an empty one.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ import hashlib
 import re
 import secrets
 import sqlite3
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice, takewhile
 from operator import index
 from pathlib import Path
 from struct import pack, unpack
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..errors import CacheFileError
+from ..radix_tree import shared_length
 from . import atomic
+
+V = TypeVar("V")
 
 
 class Key(NamedTuple):
@@ -37,12 +42,26 @@ class Key(NamedTuple):
         return hashlib.sha256(label + self.tokens).hexdigest()
 
 
+_TOKEN = 8
+"""The bytes of a packed token."""
+
+
 def packed(tokens: Iterable[int]) -> bytes:
     """Return tokens as little-endian integers of 8 bytes. Raises ValueError if one is out of range."""
     numbers = [index(token) for token in tokens]
     if min(numbers, default=0) < 0 or max(numbers, default=0) >= 2**63:
         raise ValueError("tokens must be at least 0 and less than 2**63")
     return pack(f"<{len(numbers)}q", *numbers)
+
+
+def packed_start(tokens: Iterable[int]) -> bytes:
+    """Return the tokens before the first one that is out of range, packed."""
+    return packed(takewhile(lambda token: 0 <= token < 2**63, tokens))
+
+
+def unpacked(blob: bytes) -> tuple[int, ...]:
+    """Return the tokens that `packed` packed."""
+    return unpack(f"<{len(blob) // _TOKEN}q", blob)
 
 
 def salt_text(salt: Hashable) -> str | None:
@@ -60,6 +79,56 @@ def _is_plain(salt: Hashable) -> bool:
     return salt is None or type(salt) in {bool, int, float, str, bytes}
 
 
+class PackedPrefixes(Generic[V]):
+    """A mapping from packed token sequences, which are not empty, to values; it also finds shared prefixes.
+
+    A folder may list millions of tokens, so they stay packed, and sorted: the sequences that share the
+    longest prefix with given tokens are neighbors of the place where these would be.
+    """
+
+    def __init__(self) -> None:
+        self._sorted: list[bytes] = []
+        self._values: list[V] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is a value."""
+        return bool(self._sorted)
+
+    def put(self, tokens: bytes, value: V) -> None:
+        """Store the value of tokens that have none."""
+        at = bisect_left(self._sorted, tokens)
+        self._sorted.insert(at, tokens)
+        self._values.insert(at, value)
+
+    def pop(self, tokens: bytes) -> None:
+        """Remove the value of tokens that have one."""
+        at = bisect_left(self._sorted, tokens)
+        del self._sorted[at], self._values[at]
+
+    def matches(self, tokens: bytes) -> Iterator[tuple[int, V]]:
+        """As `PrefixTree.matches`: yield (length of the shared prefix, value), the longest prefix first."""
+        at = bisect_left(self._sorted, tokens)
+        prefix = max(self._shared(at - 1, tokens), self._shared(at, tokens), key=len)
+        if not prefix:
+            return
+        at = bisect_left(self._sorted, prefix)
+        end = bisect_right(self._sorted, prefix, at, key=lambda own: own[: len(prefix)])
+        for value in self._values[at:end]:
+            yield len(prefix) // _TOKEN, value
+        # Sequences that are themselves a prefix come before all others that begin with it.
+        while shorter := self._shared(at - 1, tokens):
+            at = bisect_left(self._sorted, shorter)
+            if self._sorted[at] == shorter:
+                yield len(shorter) // _TOKEN, self._values[at]
+
+    def _shared(self, at: int, tokens: bytes) -> bytes:
+        """Return the prefix that tokens share with the sequence at a place; none if no sequence is there."""
+        if not 0 <= at < len(self._sorted):
+            return b""
+        common = shared_length(self._sorted[at], tokens)
+        return tokens[: common - common % _TOKEN]
+
+
 VERSION = 1
 """The version of the tables."""
 
@@ -69,6 +138,9 @@ _NAME = re.compile(r"[0-9a-f]{32}\.kvcache")
 TOO_LARGE = "larger than the budget"
 REPLACED = "the index was replaced meanwhile"
 """Reasons why a written file is not added to the index."""
+
+_AT_ONCE = 100
+"""The most entries that are read at once."""
 
 _MOST = 2**53
 """The limit for sizes and use counters, so that their sums do not overflow."""
@@ -276,10 +348,12 @@ class Index:
         """Return the salts of a namespace's ready entries by file name."""
         return dict(self._rows("SELECT name, salt FROM entries WHERE namespace = ? AND is_ready", namespace))
 
-    def tokens(self, name: str) -> tuple[int, ...] | None:
-        """Return the tokens of an entry, or None if it was removed."""
-        rows = self._rows("SELECT tokens FROM entries WHERE name = ?", name)
-        return unpack(f"<{len(rows[0][0]) // 8}q", rows[0][0]) if rows else None
+    def tokens(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield the names and packed tokens of entries. Leaves out those that were removed."""
+        left = iter(names)
+        while some := list(islice(left, _AT_ONCE)):
+            marks = ", ".join("?" * len(some))
+            yield from self._rows(f"SELECT name, tokens FROM entries WHERE name IN ({marks})", *some)  # noqa: S608
 
     def find(self, key: Key) -> str | None:
         """Return the file name of the ready entry for this key, or None."""
@@ -320,10 +394,11 @@ class Index:
             _use(connection, name)
             return self._shrink(connection)
 
-    def use(self, name: str) -> None:
-        """Mark a file as used. Does nothing if its entry was removed."""
+    def use(self, names: Iterable[str]) -> None:
+        """Mark files as used, one after the other. Does nothing for those whose entries were removed."""
         with self._database.changing() as connection:
-            _use(connection, name)
+            for name in names:
+                _use(connection, name)
 
     def remove(self, name: str) -> None:
         """Remove a file and its entry, if they exist."""

@@ -174,7 +174,7 @@ def _storage(dtype: Any, codec: Any) -> str:
 
 
 def _runs(runs: list[Any], end: int) -> Iterator[str]:
-    picture, told = [GONE] * WIDTH, []
+    picture, told = [GONE] * WIDTH, list[tuple[int, int, str]]()
     for run in runs:
         own = mapping(run, "a run")
         begin = integer(own.get("begin"), "begin of a run", 0, end)
@@ -182,5 +182,9 @@ def _runs(runs: list[Any], end: int) -> Iterator[str]:
         is_packed = own.get("packed") is True
         for place in range(begin * WIDTH // end, max(1, -(-(begin + length) * WIDTH // end))):
             picture[place] = PACKED if is_packed else FLOAT
-        told.append(f"[{begin}, {begin + length}) {'quantized' if is_packed else 'float'}")
-    yield f"  {''.join(picture)}  {', '.join(told) or 'no tokens stored'}"
+        way = "quantized" if is_packed else "float"
+        # Long runs are in chunks.
+        first = told.pop()[0] if told and told[-1][1:] == (begin, way) else begin
+        told.append((first, begin + length, way))
+    text = ", ".join(f"[{begin}, {stop}) {way}" for begin, stop, way in told)
+    yield f"  {''.join(picture)}  {text or 'no tokens stored'}"

@@ -7,7 +7,6 @@ is a `DiskTier`.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from ..arguments import class_of, share, size_of, token_ids, whole
 from ..errors import CacheError
 from ..persist.disk_cache import DiskTier, Kept
-from ..radix_tree import PrefixTree, shared_length
+from ..radix_tree import PrefixTree, Texts, shared_length
 from .session import SALTS, Branch, Departure, Evicted, Reason, Session, departure
 from .splicing import Spliced, Splicing, best_splice, spliced_salt
 
@@ -29,9 +28,6 @@ CANDIDATES = 32
 
 WORTH = 32
 """The fewest tokens that a checkpoint must save. It can take as many bytes as thousands of tokens' keys."""
-
-BYTE = re.compile("<0x[0-9A-F]{2}>")
-"""The text of a token that stands for a byte."""
 
 
 @dataclass
@@ -93,55 +89,6 @@ def branches_off(shared: int, reused: int, length: int) -> bool:
         length: the number of tokens of the prompt.
     """
     return shared < length and shared - reused >= WORTH
-
-
-class Tokenizer(Protocol):
-    """A tokenizer of Hugging Face's Transformers, or one like it."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
-    def convert_ids_to_tokens(self, ids: int) -> Any: ...
-
-
-class Texts:
-    """The text of each token of a tokenizer, such that equal joined texts are the same text.
-
-    Special tokens and single bytes are a text of their own, which no other token has: a model that spells a
-    special token with letters has not generated it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._own = {
-            *getattr(tokenizer, "all_special_ids", ()),
-            *getattr(tokenizer, "added_tokens_decoder", ()),
-        }
-        self._known: dict[int, str] = {}
-
-    def __getitem__(self, token: int) -> str:
-        if token not in self._known:
-            try:
-                text = self._tokenizer.convert_ids_to_tokens(token)
-            except (IndexError, KeyError, OverflowError):
-                # A number that stands for a picture.
-                text = None
-            is_shared = isinstance(text, str) and token not in self._own and not BYTE.fullmatch(text)
-            self._known[token] = text if is_shared else f"\0{token}\0"
-        return self._known[token]
-
-    def retokenized(self, tokens: Sequence[int], tree: PrefixTree[Any]) -> list[int]:
-        """Return tokens of the same text that go on from a stored sequence as far as possible.
-
-        See `PrefixTree.retokenized`.
-        """
-        given = list(tokens)
-        found = tree.retokenized(given, self.__getitem__)
-        if found != given:
-            begin = shared_length(found, given)
-            end = -shared_length(found[:begin:-1], given[:begin:-1]) or None
-            decode = self._tokenizer.decode
-            if decode(found[begin:end]) != decode(given[begin:end]):
-                return given
-        return found
 
 
 class Markable(Protocol):
@@ -372,7 +319,8 @@ class SessionPool:
 
         Returns:
             The tokens of a stored conversation up to a border between tokens of both, and after it the
-            given ones. The given ones if no stored conversation has more of the text than they do.
+            given ones. The given ones if no stored conversation has more of the text than they do. On disk,
+            only the few that share the most first tokens are compared.
 
         Raises:
             ValueError: the pool has no tokenizer with `decode` and `convert_ids_to_tokens`.
@@ -385,7 +333,23 @@ class SessionPool:
                 f"{class_of(self._tokenizer)}; pass tokenizer=... to the pool"
             )
         with self._lock:
-            return self._texts.retokenized(tokens, self._trees.get(salt, PrefixTree()))
+            found = self._texts.retokenized(tokens, self._trees.get(salt, PrefixTree()))
+        files = self._closest_on_disk(found, salt)
+        if not files:
+            return found
+        # What memory holds is among them, so that no file is preferred that has less of the text.
+        closest = PrefixTree[bool]()
+        for own in (*files, *(entry.tokens for _, entry in self._matches(found, salt)[:1])):
+            closest.put(own, True)
+        return self._texts.retokenized(found, closest)
+
+    def _closest_on_disk(self, tokens: Sequence[int], salt: Hashable) -> list[tuple[int, ...]]:
+        """Return the tokens of the files that share the most first tokens."""
+        try:
+            return self._disk.closest(tokens, salt) if self._disk else []
+        except CacheError as error:
+            self._count_failure(error)
+            return []
 
     def store(
         self, tokens: Sequence[int], cache: Branch, salt: Hashable = None, is_pinned: bool = False

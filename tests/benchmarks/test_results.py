@@ -7,19 +7,19 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import save_config, save_model
 
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.bounds import BOUNDS, Bound
 from benchmarks.measure import check_equal, peak_of, speed
 from benchmarks.results import FOLDER, curves_of, rows_of, write
 from benchmarks.rows import Curve, Row, less
 from benchmarks.setting import Setting
 from docs.benchmarks import written
-from examples import smollm2
 from tests.plugin.tiny import tiny_llama
 
 FAST = Row("a.speed", "some work", "ms", 1.5, "a peer", 3.0, "speed", 2.0, (1.9, 2.125), 7, (1000, 2000))
@@ -95,26 +95,30 @@ def test_bounds_are_on_rows_that_there_are() -> None:
     assert not absent
 
 
-def test_a_model_of_another_shape(tmp_path: Path) -> None:
+def test_a_model_of_another_shape(tmp_path: Path, tokenizer: Any) -> None:
     """A folder with a model of 16 bits and other heads, as a hub would give."""
     model = tiny_llama(mx.float16, hidden_size=256, vocab_size=512)
     save_model(tmp_path, model)
     save_config(asdict(model.args), tmp_path / "config.json")
-    smollm2.load()[1].save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     setting = Setting(str(tmp_path), is_quick=True)
     rows = [row for name in ("decode", "edits", "saving") for row in BENCHMARKS[name](setting)]
     assert len(rows) > 12 and all(row.ours > 0 for row in rows)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True, timeout=120
-        )
-
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.json"
-    done = run("generation", "drift", "--quick", "--model", "tiny", "--json", str(out))
+    command = [sys.executable, "-m", "benchmarks", "generation", "drift", "--quick", "--model", "tiny"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert {"generation", "drift.float16.again"} <= set(rows_of(json.loads(out.read_text())))
-    assert "no benchmark speed" in run("speed").stderr
-    assert all(name in run("--list").stdout for name in ("decode", "endless"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no benchmark speed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--list"])
+    assert main() == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("decode", "endless"))

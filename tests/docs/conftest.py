@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from huggingface_hub import constants
-
-from examples import smollm2
 
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANDOM = "mlx-community/Llama-3.2-3B-Instruct-4bit"
@@ -26,16 +21,14 @@ def _placed(hub: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Path]:
+def hub(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path, tiny: Path) -> Path:
     """SmolLM2 under its name, and two random layers with its tokenizer for a larger one."""
     folder: Path = tmp_path_factory.mktemp("hub")
-    smollm2.export(_placed(folder, REAL), mx.float32)
-    other = _placed(folder, RANDOM)
-    other.parent.mkdir()
-    other.symlink_to(tiny)
-    yield folder
-    # Half a gigabyte, which pytest would keep for some runs.
-    shutil.rmtree(folder)
+    for name, model in ((REAL, smollm2_folder), (RANDOM, tiny)):
+        place = _placed(folder, name)
+        place.parent.mkdir()
+        place.symlink_to(model)
+    return folder
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_kvcache.persist.atomic import replacing
 from mlx_kvcache.persist.disk_cache import Found, PrefixFolder
+from mlx_kvcache.persist.index import unpacked
 
 SIZE = 2000
 PLENTY = 10**9
@@ -78,9 +79,8 @@ def lengths(
 def check_all(path: Path, count: int | None = None) -> set[tuple[int, ...]]:
     """After a new start: each entry's file is there and whole, and nothing else is in the folder."""
     with folder_at(path) as folder:
-        entries = [
-            Found(folder._index.tokens(name) or (), path / name) for name in folder._index.salts("model")
-        ]
+        names = folder._index.salts("model")
+        entries = [Found(unpacked(blob), path / name) for name, blob in folder._index.tokens(names)]
         assert all(is_whole(found) and exact(folder, found.tokens) == found for found in entries)
         assert folder.nbytes == SIZE * len(entries)
         assert count is None or len(entries) == count

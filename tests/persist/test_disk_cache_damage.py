@@ -221,7 +221,7 @@ def test_nothing_is_left_of_salts_whose_files_are_gone(tmp_path: Path) -> None:
             put(folder, [1, salt], salt)
             folder.flush()
             assert lengths(folder, [1], salt)
-        assert len(folder._trees) == len(folder._known) == 3
+        assert len(folder._names) == len(folder._known) == 3
         folder.discard(next(iter(folder.matches([1], 29)))[1])
         assert not lengths(folder, [1], 29)
-        assert len(folder._trees) == 2
+        assert len(folder._names) == 2

@@ -18,7 +18,7 @@ from mlx_kvcache import (
     SlidingWindowCache,
     WrapperCache,
 )
-from mlx_kvcache.persist import save
+from mlx_kvcache.persist import save, schema
 from mlx_kvcache.persist.show import FLOAT, GONE, PACKED, WIDTH, shown
 from tests.persist.samples import Change
 
@@ -31,8 +31,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A window with sinks that has slid, full attention of which the end is packed, and a recurrence."""
+    monkeypatch.setattr(schema, "CHUNK", 8)
     causal = CausalCache()
     wrapper = WrapperCache(SlidingWindowCache(16, sinks=8), causal, RecurrentCache(), EncoderCache())
     wrapper.init(mx.float16, capacity=200, quantization=Quantization((8, None), group_size=32, after=32))

@@ -18,11 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import load_prompt_cache
 
-from examples import smollm2
 from mlx_kvcache.plugin import __main__
 from tests.folders import written
 
@@ -30,12 +28,10 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 PLUGIN = [sys.executable, "-m", "mlx_kvcache.plugin"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def folder(smollm2_folder: Path) -> Path:
     """SmolLM2 as a model folder."""
-    path = tmp_path_factory.mktemp("models") / "smollm2"
-    smollm2.export(path, mx.float32)
-    return path
+    return smollm2_folder
 
 
 def done(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -185,6 +181,7 @@ def ask(url: str, messages: list[dict[str, str]], **more: object) -> tuple[str, 
             break
         except urllib.error.URLError:
             assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.1)
     usage = answer["usage"]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return answer["choices"][0]["message"]["content"], usage["prompt_tokens"], cached

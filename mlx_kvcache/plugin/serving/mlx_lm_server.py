@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from queue import Queue
@@ -36,7 +36,10 @@ _under_way: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Queue[Any]]] = weakre
 
 
 _generating = threading.local()
-"""In a thread that generates, `server` refers to the server whose request it has tokenized last."""
+"""In a thread that generates, `server` refers to the server whose request it has tokenized last.
+
+`prompt` has the tokens of this request, if its cache is found by them.
+"""
 
 _servers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """The server of each batch."""
@@ -95,11 +98,42 @@ def insert_segments(
 def stream_generate(
     model: Any, tokenizer: Any, prompt: Any, *args: Any, prompt_cache: Any = None, **kwargs: Any
 ) -> Any:
-    """Replaces `stream_generate` of mlx-lm: computes what a splice has left of a prompt."""
-    if prompt_cache is not None and not isinstance(prompt, str):
-        pieces = _spliced([prompt], prompt_cache)
-        prompt = pieces[0] if len(pieces) == 1 else [token for piece in pieces for token in piece]
-    return _original_stream(model, tokenizer, prompt, *args, prompt_cache=prompt_cache, **kwargs)
+    """Replaces `stream_generate` of mlx-lm: computes what a splice has left of a prompt.
+
+    For a request that a server answers alone, stores what was computed before an error.
+    """
+    if prompt_cache is None or isinstance(prompt, str):
+        return _original_stream(model, tokenizer, prompt, *args, prompt_cache=prompt_cache, **kwargs)
+    text = getattr(_generating, "prompt", [])
+    is_served = bool(text) and text[-len(prompt) :] == list(prompt)
+    pieces = _spliced([prompt], prompt_cache)
+    rest = pieces[0] if len(pieces) == 1 else [token for piece in pieces for token in piece]
+    stream = _original_stream(model, tokenizer, rest, *args, prompt_cache=prompt_cache, **kwargs)
+    return _stored_on_error(stream, text, prompt_cache) if is_served else stream
+
+
+def _stored_on_error(stream: Iterator[Any], prompt: Sequence[int], cache: Any) -> Iterator[Any]:
+    """Yield from the stream of a reply. After an error, store what was computed."""
+    tokens = list(prompt)
+    try:
+        for response in stream:
+            tokens.append(response.token)
+            yield response
+    except Exception:
+        server = getattr(_generating, "server", lambda: None)()
+        # The other ranks may have had no error, and would not take part.
+        if server is not None and not server._is_distributed:
+            _store(server, tokens, cache)
+        raise
+
+
+def _store(server: Any, tokens: Sequence[int], cache: Any) -> None:
+    """Store what a server has computed of a request that ended early."""
+    try:
+        mlx_lm_store.insert_partial(server.prompt_cache, server.model_provider.model_key, tokens, cache)
+    except Exception:
+        # The caches may be in any state after an error. The other requests go on.
+        logging.exception("a request that has ended early is not stored")
 
 
 def _spliced(segments: Sequence[Any], cache: Sequence[Any]) -> Sequence[Any]:
@@ -127,10 +161,11 @@ def _store_partial(batch: Any, uids: Iterable[int]) -> None:
     for uid in sorted(running.intersection(uids)):
         try:
             [(cache, tokens)] = batch.extract_cache([uid]).values()
-            mlx_lm_store.insert_partial(server.prompt_cache, server.model_provider.model_key, tokens, cache)
         except Exception:
             # The batch may be in any state after an error. The other requests go on.
             logging.exception("a request that has ended early is not stored")
+        else:
+            _store(server, tokens, cache)
 
 
 def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -140,6 +175,7 @@ def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
     """
     _generating.server = weakref.ref(self)
     result = _retokenized(self, tokenizer, _originals["_tokenize"](self, tokenizer, request, args))
+    _generating.prompt = [] if _has_pictures(result) else result[0]
     prompt = len(result[0])
     if not prompt:
         raise EmptyPromptError("the prompt is empty: at least 1 token is needed")
@@ -160,7 +196,7 @@ def _retokenized(server: Any, tokenizer: Any, result: tuple[Any, ...]) -> tuple[
     It begins with the prompt, and the segments into which the prompt is divided.
     """
     prompt, segments, *rest = result
-    if any(hasattr(vision, "cache_key") for vision in rest):
+    if _has_pictures(result):
         return result
     tokens = mlx_lm_store.retokenized(server.prompt_cache, server.model_provider.model_key, prompt, tokenizer)
     begin = shared_length(tokens, prompt)
@@ -171,6 +207,11 @@ def _retokenized(server: Any, tokenizer: Any, result: tuple[Any, ...]) -> tuple[
     more = len(tokens) - len(prompt)
     edges = [0, *(border + more * (border > begin) for border in borders), len(tokens)]
     return (tokens, [tokens[a:b] for a, b in pairwise(edges)], *rest)
+
+
+def _has_pictures(result: tuple[Any, ...]) -> bool:
+    """Whether a cache is found by other tokens than those that `_tokenize` has returned."""
+    return any(hasattr(vision, "cache_key") for vision in result[2:])
 
 
 def share_request(self: Any, request: Any) -> Any:

@@ -24,8 +24,8 @@ from typing import Any
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ...errors import CacheError
-from ...radix_tree import PrefixTree
-from ...sessions.prefix_cache import Texts, branches_off, mark_turns
+from ...radix_tree import PrefixTree, Texts
+from ...sessions.prefix_cache import branches_off, mark_turns
 from ...sessions.session import Evicted, Reason, departure
 from ..forward.batch_rows import Rows
 from ..hosts.observe import Observable
@@ -202,9 +202,10 @@ def insert_partial(store: Any, model: Any, tokens: Sequence[int], prompt_cache: 
     ours = (entry.prompt_cache for common, (_, entry) in matches if common == point)
     if not point or any(is_ours(cache) and resume_point(cache, point) == point for cache in ours):
         return
-    behind = rows_of(prompt_cache)[0].positions[0] - point
+    # A draft model may have read more or less than the model.
+    behind = {id(rows): rows.positions[0] - point for rows in rows_of(prompt_cache)}
     for entry in prompt_cache:
-        entry.trim(behind)
+        entry.trim(behind[id(entry.rows)] if isinstance(entry, Observable) else max(behind.values()))
     store.insert_cache(model, key, prompt_cache)
 
 

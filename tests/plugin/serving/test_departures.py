@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -136,6 +137,9 @@ class Pieces(Letters):
 
     all_special_ids = (9,)
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
     def convert_ids_to_tokens(self, token: int) -> str:
         return {1: "a", 2: "b", 3: "ab", 9: "ab"}.get(token, chr(200 + token))
 
@@ -156,3 +160,20 @@ def test_a_history_takes_the_tokens_that_were_generated() -> None:
     assert pool.retokenize(fresh, salt="another") == fresh
     with pytest.raises(ValueError, match=r"retokenize needs a tokenizer .* the pool has .*Letters"):
         pool_of().retokenize(fresh)
+
+
+def test_a_history_takes_tokens_from_the_folder(tmp_path: Path) -> None:
+    generated, fresh = [20, 21, 22, 1, 2, 1, 2, 23], [20, 21, 22, 3, 3, 23, 24, 25]
+    with make_session_pool(MODEL, folder=tmp_path, tokenizer=Pieces()) as pool:
+        stored(pool, generated)
+    with make_session_pool(MODEL, folder=tmp_path, tokenizer=Pieces()) as pool:
+        tokens = pool.retokenize(fresh)
+        assert tokens == [*generated, 24, 25] and pool.retokenize(fresh, salt="another") == fresh
+        assert pool.open(tokens, store=False).reused == 8
+    # A file that has less of the text than memory does not win.
+    with make_session_pool(MODEL, folder=tmp_path / "less", tokenizer=Pieces()) as pool:
+        stored(pool, generated[:5])
+        pool.flush()
+        pool.clear()
+        stored(pool, fresh[:6])
+        assert pool.retokenize([*generated, 24]) == [*fresh[:6], 24]

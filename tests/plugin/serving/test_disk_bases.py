@@ -9,7 +9,7 @@ from random import Random
 import mlx.core as mx
 import pytest
 
-from mlx_kvcache.persist import disk_cache
+from mlx_kvcache.persist import disk_cache, schema
 from mlx_kvcache.persist.container import read_contents
 from mlx_kvcache.persist.files import base_of
 from mlx_kvcache.plugin import make_session_pool
@@ -24,6 +24,7 @@ TEXT = [Random(3).randrange(90) for _ in range(20)] + [(7 * i + i * i) % 90 for 
 @pytest.fixture(autouse=True)
 def short_bases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_cache, "SHARED", 16)
+    monkeypatch.setattr(schema, "CHUNK", 16)
 
 
 def branches(count: int, shared: int = 120) -> list[list[int]]:
@@ -127,6 +128,25 @@ def test_a_base_that_is_damaged_or_gone_is_a_miss(tmp_path: Path) -> None:
             # The branches are not used without it, and what is computed then is right.
             assert say(pool, prompts[0]) == 0
             assert say(pool, prompts[1]) == 120
+
+
+def test_of_a_base_only_the_first_tokens_are_read(tmp_path: Path) -> None:
+    """A branch relies on 120 tokens, in chunks of 16: those before 128 are read, and checked."""
+    prompts = branches(3)
+
+    def damage(path: Path, run: int) -> None:
+        content, entries = bytearray(path.read_bytes()), read_contents(path).entries
+        content[entries[f"0.{run}.1.values"].begin] ^= 4
+        path.write_bytes(content)
+
+    for run, expected in ((8, 160), (7, 0)):
+        with make_session_pool(MODEL, folder=tmp_path) as pool:
+            for prompt in prompts:
+                say(pool, prompt)
+        damage(tmp_path / next(iter(bases(tmp_path).values())), run)
+        with make_session_pool(MODEL, folder=tmp_path) as pool:
+            assert say(pool, [*prompts[1], 5]) == expected
+            assert pool.counts.rejected == {}
 
 
 def test_conversations_at_other_positions_are_stored_whole(tmp_path: Path) -> None:

@@ -261,6 +261,10 @@ def test_a_client_that_leaves_while_its_prompt_is_read(tiny: Path, monkeypatch: 
         assert client.complete(LONG + " a").text == expected
 
 
+def fail(*args: object) -> None:
+    raise RuntimeError("planted")
+
+
 def test_an_error_loses_nothing_that_was_computed(
     tiny: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +290,12 @@ def test_an_error_loses_nothing_that_was_computed(
         assert cached(client.complete(LONG)) == 48
         n = len(tokenizer.encode(SHORT))
         assert cached(client.complete(SHORT + 9 * "e")) == n + 8
+        # A request that is answered alone has read its prompt before its sampler fails.
+        with monkeypatch.context() as planted:
+            planted.setattr("mlx_lm.server._make_sampler", lambda *args: fail)
+            answer = client.complete("The " + LONG, seed=1)
+            assert (answer.status, answer.body["error"]) == (500, "planted")
+        assert cached(client.complete("The " + LONG, seed=1)) == len(tokenizer.encode("The " + LONG)) - 1
 
 
 def test_a_history_takes_the_tokens_that_were_generated(
