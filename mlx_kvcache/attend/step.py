@@ -19,8 +19,7 @@ from ..errors import CacheError
 from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
 from ..storage.codec import Index, Plain, index_of
 from ..storage.masks import Mask, array_mask, positions_of
-from .part import Part, take
-from .stacks import Stack, stacks_of
+from .part import Part, Stack, stacks_of, take
 
 T = TypeVar("T")
 
