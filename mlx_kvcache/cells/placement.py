@@ -115,13 +115,21 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         raise CacheFullError(new, table.room - live, table.room)
     # Sequences that begin here also get a share of the free room.
     spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
-    placement = Placement()
-    by_sequence = {block.sequence: block for block in blocks}
-    for stack in stacks_of(table, _stackable(table, blocks, rule)):
-        _place_stack(
-            table, placement, stack, [by_sequence.pop(name) for name in stack.sequences], rule, spare
-        )
-    for block in by_sequence.values():
+    stacks = stacks_of(table, _stackable(table, blocks, rule))
+    placement = _placement(table, blocks, stacks, rule, spare)
+    if placement.levels and allocated_after(table, placement) > table.room:
+        # There is no room for padding.
+        return _placement(table, blocks, [], rule, spare)
+    return placement
+
+
+def _placement(
+    table: CellTable, blocks: list[_Block], stacks: list[Stack], rule: Rule, spare: int
+) -> Placement:
+    placement, left = Placement(), {block.sequence: block for block in blocks}
+    for stack in stacks:
+        _place_stack(table, placement, stack, [left.pop(name) for name in stack.sequences], rule, spare)
+    for block in left.values():
         _place_block(table, placement, block, rule, spare)
     return placement
 
@@ -287,7 +295,9 @@ def _place_stack(
     if is_moved:
         evicts = any(count(block.kept) < count(block.old) for block in blocks)
         capacity = capacity_for(column + 1, spare, DEAD if evicts else 0)
-        if table.allocated + len(blocks) * capacity > table.room:
+        planned = sum(size for name, size in placement.capacity.items() if name not in table.capacity)
+        if table.allocated + planned + len(blocks) * capacity > table.room:
+            # Moving back and forth in the last free cells would copy all rows again and again.
             for block in blocks:
                 _place_block(table, placement, block, rule, spare)
             return
