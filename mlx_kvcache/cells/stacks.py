@@ -17,6 +17,8 @@ LONG = 256
 """The number of shared cells from which they are not copied: they stay where they are."""
 SLACK = 256
 """The number of cells of padding that costs less than a write and a product of its own."""
+RUNS = 3
+"""Up to so many writes and products cost less than to copy all rows whenever one joins or leaves."""
 
 
 class Row(NamedTuple):
@@ -52,11 +54,17 @@ def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
     found = []
     for prefix, alike in _alike(table, rows):
         for members in _buckets(alike, prefix):
-            owns = tuple(_after(prefix, row) for row in members)
-            sequences = tuple(row.sequence for row in members)
-            segments = _stacked(table, owns, members[0].is_packed)
-            column = owns[0][-1].stop if segments else max(map(count, owns))
-            found.append(Stack(sequences, prefix, owns, column, segments, members[0].is_packed))
+            owns, is_packed = [_after(prefix, row) for row in members], members[0].is_packed
+            runs = _runs(table, owns, is_packed)
+            stay = [run for run in runs if len(run) > 1]
+            full = [run for run in stay if owns[run[0]][-1].stop == table.capacity[owns[run[0]][-1].segment]]
+            goes_on = len(runs) == 1 or (stay and len(runs) <= RUNS and not full)
+            for run in stay if goes_on else [list(range(len(members)))]:
+                own = tuple(owns[index] for index in run)
+                segments = tuple(spans[-1].segment for spans in own) if goes_on else ()
+                column = own[0][-1].stop if segments else max(map(count, own))
+                names = tuple(members[index].sequence for index in run)
+                found.append(Stack(names, prefix, own, column, segments, is_packed))
     return found
 
 
@@ -108,21 +116,22 @@ def _buckets(rows: list[Row], prefix: Spans) -> list[list[Row]]:
     return found
 
 
-def _stacked(table: CellTable, owns: Sequence[Spans], is_packed: bool) -> tuple[int, ...]:
-    """The segments of rows that lie in one stack, level by level, and can go on there; otherwise ()."""
-    segments: list[int] = []
-    for own in owns:
-        segment, stop = own[-1].segment, own[-1].stop
-        if (segment in table.packed) != is_packed:
-            return ()
-        level = table.levels.get(segment)
-        if level is None or stop != owns[0][-1].stop or len({span.segment for span in own}) > 1:
-            return ()
-        if count(own) != stop - own[0].start or table.cells(segment)[-1][1] != stop:
-            return ()
-        if segments:
-            below = table.levels[segments[-1]]
-            if level.stack != below.stack or level.height != below.height + 1:
-                return ()
-        segments.append(segment)
-    return tuple(segments)
+def _runs(table: CellTable, owns: Sequence[Spans], is_packed: bool) -> list[list[int]]:
+    """Divides rows, by index, into runs that lie in one stack, level by level, and can go on there."""
+    fits, runs = [_goes_on(table, own, is_packed) for own in owns], [[0]]
+    for index in range(1, len(owns)):
+        last, new = owns[index - 1][-1], owns[index][-1]
+        below, level = table.levels.get(last.segment), table.levels.get(new.segment)
+        is_next = level and below and level.stack == below.stack and level.height == below.height + 1
+        if is_next and new.stop == last.stop and fits[index - 1] and fits[index]:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
+
+
+def _goes_on(table: CellTable, own: Spans, is_packed: bool) -> bool:
+    """Whether a row lies in one segment without gaps, and its next token can, too."""
+    segment, stop = own[-1].segment, own[-1].stop
+    is_one = count(own) == stop - own[0].start and all(span.segment == segment for span in own)
+    return is_one and (segment in table.packed) == is_packed and table.cells(segment)[-1][1] == stop

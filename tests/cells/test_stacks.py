@@ -91,12 +91,12 @@ def test_a_room_without_space_for_padding_is_left_as_it_is() -> None:
     assert not decoded(table, 0, 1).moves and not table.levels
 
 
-def test_who_leaves_and_joins() -> None:
-    table = table_of(60, 60, 60, 60, 60)
-    decoded(table, 0, 1, 2, 3)
-    assert not decoded(table, 1, 2).moves, "neighbors go on where they are"
-    assert len(decoded(table, 1, 3).moves) == 2, "others do not lie level by level"
-    assert len(decoded(table, 0, 2, 4).moves) == 3
+def test_rows_that_leave_and_join_are_not_copied_at_once() -> None:
+    table = table_of(*[60] * 8)
+    decoded(table, 0, 1, 2, 3, 4)
+    assert not decoded(table, 0, 1, 3, 4, 5).moves, "two runs of levels, and a row that has joined"
+    assert len(decoded(table, 0, 1, 3, 4, 5, 6).moves) == 6, "one write and product too many"
+    assert len(decoded(table, 0, 3).moves) == 2, "no levels beside each other"
 
 
 def test_a_stack_of_which_most_is_free_can_be_given_back() -> None:
