@@ -8,6 +8,6 @@ from mlx_kvcache.plugin import attach
 model, tokenizer = smollm2.load()
 prompt = tokenizer.encode("The history of tea begins")
 
-with attach(model, capacity=48, overflow="shift", sinks=4):
-    text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=96)
+with attach(model, capacity=32, overflow="shift", sinks=4):
+    text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=48)
 print(text)

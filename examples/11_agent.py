@@ -9,7 +9,7 @@ from examples import smollm2
 from mlx_kvcache.plugin import make_session_pool
 
 TOOLS = "\n".join(
-    f"- tool_{i}(path): reads a file of kind {i} and returns its first lines." for i in range(24)
+    f"- tool_{i}(path): reads a file of kind {i} and returns its first lines." for i in range(16)
 )
 RESULTS = ("the file has 12 lines", "the file is empty", "there is no such file", "the file has 3 lines")
 
@@ -25,7 +25,7 @@ for turn, result in enumerate(RESULTS):
 
     with pool.open(prompt, splice=32) as session:
         parts = list(
-            mlx_lm.stream_generate(model, tokenizer, session.rest, max_tokens=24, prompt_cache=session.cache)
+            mlx_lm.stream_generate(model, tokenizer, session.rest, max_tokens=16, prompt_cache=session.cache)
         )
         session.extend([part.token for part in parts])
         print(

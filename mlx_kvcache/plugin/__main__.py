@@ -41,8 +41,6 @@ def main() -> None:
         parser.error(f"{name} has no command {command}; its commands are {', '.join(host.commands)}")
     if not host.is_installed:
         parser.error(f"{name} is not installed: pip install {name}")
-    if options["cache_reuse"] and name != "mlx-lm":
-        parser.error(f"--cache-reuse is for mlx-lm's server; {name} has none")
     if options["cache_recompute"] and not options["cache_reuse"]:
         parser.error("--cache-recompute needs --cache-reuse N")
     capacity, sinks, is_shift = options["capacity"], options["sinks"], options["overflow"] == "shift"
@@ -98,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help=text)
     text = "start to quantize when a cache holds more than N tokens (default: 0)"
     add("--quantize-after", type=_whole, default=0, metavar="N", help=text)
-    text = "mlx-lm's server: if a prompt changes before its end, also reuse later runs of at least N tokens"
+    text = "servers: if a prompt changes before its end, also reuse later runs of at least N tokens"
     add("--cache-reuse", type=_whole, default=0, metavar="N", help=f"{text} (default: 0, do not)")
     text = "how much of each such run to compute again, from its first token on: 0.0 to 1.0 (default: 0.0)"
     add("--cache-recompute", type=_fraction, default=0.0, metavar="F", help=text)

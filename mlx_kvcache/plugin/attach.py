@@ -73,7 +73,7 @@ def attach(model: nn.Module, **options: Any) -> Attachment:
 
     Args:
         model: a model of mlx-lm or mlx-vlm. Of a vision model, the language model inside it is attached.
-        options: those of `make_prompt_cache`, and for mlx-lm's server `cache_reuse` and `cache_recompute`. If
+        options: those of `make_prompt_cache`, and for servers `cache_reuse` and `cache_recompute`. If
             a prompt changes before its end, the server also reuses every later run of `cache_reuse` tokens
             that a stored conversation has, and computes again this part of each: 0.0 to 1.0. Logits then
             differ slightly from those of a fresh computation; see `PromptCache.splice`.

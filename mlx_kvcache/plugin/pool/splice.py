@@ -99,9 +99,13 @@ def splice(conversation: Conversation, after: Sequence[int], planned: Splice) ->
 def left_to_compute(conversation: Conversation) -> list[list[int]]:
     """Return the tokens that a splice has left, divided where others join. None if the text is complete."""
     text = conversation.text or ()
+    return [list(text[piece.start : piece.stop]) for piece in to_compute(conversation)]
+
+
+def to_compute(conversation: Conversation) -> list[range]:
+    """Return the positions of the tokens that a splice has left, divided where others join."""
     joining = [(own.position, own.length) for own in conversation.waiting]
-    pieces = _between(conversation.position, joining, len(text))
-    return [list(text[piece.start : piece.stop]) for piece in pieces]
+    return list(_between(conversation.position, joining, len(conversation.text or ())))
 
 
 def _moving(runs: Sequence[Run], end: int, recompute: float) -> Iterator[Run]:

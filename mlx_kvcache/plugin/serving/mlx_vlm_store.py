@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_vlm.generate.ar import BatchGenerator, GenerationBatch, PromptProcessin
 
 from ...errors import CacheError
 from ...sessions.prefix_cache import SessionPool
+from ...sessions.splicing import Splicing, spliced_salt
 from ..cache_options import by_layer, options_of
 from ..forward.batch_rows import Rows
 from ..hosts.observe import is_cache
@@ -27,6 +28,7 @@ from ..prompt_cache import PromptCache
 from . import mlx_vlm_batch
 from .mlx_vlm_batch import empty_rows, fresh, rows_of
 from .mlx_vlm_media import Request, Salt, forget, placeholders, request_of
+from .mlx_vlm_splice import order_of, reorder, splicing_of
 from .sessions import make_session_pool
 
 APCCoordinator = apc.APCCoordinator
@@ -81,9 +83,13 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         extra_hash: int,
         suffix_is_text_only: Callable[[int], bool],
         options: Mapping[str, Any] | None = None,
+        splicing: Splicing | None = None,
         **_: Any,
     ) -> dict[str, Any] | None:
         """The longest stored prefix of a prompt, as a fork to continue; None if there is none.
+
+        With `splicing`, the fork may also wait for tokens after a change of the prompt. Then "order" has the
+        positions of the prompt's tokens, those to compute last.
 
         Args:
             extra_hash: mlx-vlm's hash of the request, which may be a `Salt`.
@@ -97,16 +103,20 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         for made in self._empty(options, request):
             store = self._store_of(made._rows)
             made.close()
-            session = store.open(key, salt)
+            # Pictures have other tokens in the key.
+            ways = splicing if splicing and key == list(token_ids) else Splicing(0, 0.0)
+            session = store.open(key, salt, splice=ways.min_run, recompute=ways.recompute)
             if session.departure:
                 logging.info("Reused %s of %s tokens: %s", session.reused, len(key), session.departure)
             cache, point = session.cache, session.reused
-            inside = request.before(point) if request else point
+            order = order_of(session) if session.salt != salt else None
+            inside = request.before(point) if request and not order else point
             if inside < point:
                 point = cache.resume_point(inside)
                 cache.rewind_to(point)
             # Recurrent layers of an empty cache may be told where to leave a checkpoint.
-            is_text = suffix_is_text_only(point) or (request is not None and request.is_text(point))
+            is_text = bool(order) or suffix_is_text_only(point)
+            is_text |= request is not None and request.is_text(point)
             if is_text and (point or cache.pool.layout.is_recurrent):
                 self._count(**({"hits": 1, "matched_tokens": point} if point else {"misses": 1}))
                 return {
@@ -115,6 +125,7 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
                     "prefix_len": point,
                     "extra_hash": extra_hash,
                     "full_input_ids": list(token_ids),
+                    "order": order,
                 }
             cache.close()
         self._count(misses=1)
@@ -162,12 +173,15 @@ class Coordinator(apc.APCCoordinator):  # type: ignore[misc]
         rows = rows_of(prompt_cache)
         if rows is None:
             return False
+        salt: Hashable
         salt, key = self._key_of(token_ids, extra_hash)[:2]
         try:
             fork = PromptCache(rows.extracted(batch_idx or 0))
             if fork.position > len(key):
                 fork.rewind_to(fork.resume_point(len(key)))
             position = fork.position
+            if fork._conversation.text is not None:
+                salt = spliced_salt(salt)
             if fork.gaps or not self._store_of(rows).store(key[:position], fork, salt):
                 return False
         except (CacheError, ValueError) as error:
@@ -277,7 +291,10 @@ def pick_for(self: Any, sequence: tuple[Any, ...]) -> dict[str, Any] | None:
         extra_hash=self._apc_extra_hash(inputs),
         suffix_is_text_only=lambda point: is_cut,
         options=mlx_vlm_batch.asked(self),
+        splicing=splicing_of(self, len(tokens), inputs),
     )
+    if found and found["order"]:
+        reorder(tokens, inputs, found["order"])
     return found
 
 

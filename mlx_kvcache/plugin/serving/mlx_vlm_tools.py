@@ -16,7 +16,14 @@ from mlx_vlm.generate.ar import BatchGenerator, GenerationBatch, PromptProcessin
 from mlx_vlm.generate.common import PromptCacheState
 from mlx_vlm.server.generation import ResponseGenerator
 
-from . import mlx_vlm_batch, mlx_vlm_drafts, mlx_vlm_media, mlx_vlm_server, mlx_vlm_store
+from . import (
+    mlx_vlm_batch,
+    mlx_vlm_drafts,
+    mlx_vlm_media,
+    mlx_vlm_server,
+    mlx_vlm_splice,
+    mlx_vlm_store,
+)
 from .mlx_vlm_batch import rows_of
 
 _KEY = "_key_of_mlx_kvcache"
@@ -91,6 +98,7 @@ _PATCHES: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (BatchGenerator, "insert", mlx_vlm_batch.insert),
     (BatchGenerator, "_apc_extra_hash", mlx_vlm_store.extra_hash),
     (BatchGenerator, "_apc_pick_for", mlx_vlm_store.pick_for),
+    (BatchGenerator, "_build_mixed_prompt_batch", mlx_vlm_splice.build_mixed_prompt_batch),
     (PromptProcessingBatch, "generate", mlx_vlm_store.generate),
     (PromptProcessingBatch, "remove", mlx_vlm_store.remove),
     (GenerationBatch, "_step", mlx_vlm_store.step),

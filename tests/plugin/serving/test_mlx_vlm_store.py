@@ -16,7 +16,7 @@ import pytest
 from mlx_vlm import apc
 from mlx_vlm.server import generation
 
-from mlx_kvcache.plugin import attach
+from mlx_kvcache.plugin import attach, make_session_pool
 from tests.plugin.serving.mlx_vlm_models import (
     pictures_of,
     prompt,
@@ -198,6 +198,28 @@ def test_quantized_conversations_are_found_by_quantized_requests(
             assert [ask(tokens).cached for _ in range(2)] == [0, 29]
         with way(model, processor, manager) as ask:
             assert [ask(tokens).cached for _ in range(2)] == [0, 29]
+
+
+def test_what_moved_in_a_prompt_is_kept(vlm: tuple[nn.Module, Any]) -> None:
+    """Also when it moved again, and by requests that splice only; M-RoPE has positions for each token."""
+    model, processor, same = tiny_gemma3(), vlm[1], prompt(120)[20:]
+    prompts = [[*prompt(n), *same[:60], *range(90, 90 + n), *same[60:], n] for n in (5, 9, 7)]
+    manager = apc.APCManager(num_blocks=4)
+    with attach(model, cache_reuse=32), batching(model, processor, manager) as ask:
+        replies = [ask(tokens) for tokens in prompts]
+    with attach(model), batching(model, processor, manager) as ask:
+        assert ask(prompts[1]).cached < 32
+    language_model, pool = model.language_model, make_session_pool(model)
+    for tokens, reply in zip(prompts, replies, strict=True):
+        with pool.open(tokens, splice=32) as session:
+            assert reply.cached == session.reused and (session.reused > 95 or not pool.counts.hits)
+            logits = language_model(mx.array([session.rest]), cache=session.cache).logits
+            assert reply.tokens[0] == logits[0, -1].argmax().item()
+            language_model(mx.array([reply.tokens[:-1]]), cache=session.cache)
+            session.extend(reply.tokens[:-1])
+    other = tiny_qwen2_vl()
+    with attach(other, cache_reuse=32), batching(other, processor, apc.APCManager(num_blocks=4)) as ask:
+        assert [ask(tokens).cached < 32 for tokens in prompts] == [True] * 3
 
 
 def test_the_budget_evicts(vlm: tuple[nn.Module, Any]) -> None:
