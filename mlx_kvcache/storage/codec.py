@@ -7,9 +7,11 @@ of attention, with quantized cells as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
 from ..quantization import Codec
 
@@ -77,8 +79,9 @@ class Plain(NamedTuple):
         """Returns the cells in float."""
         return self.array.astype(dtype)
 
-    def scores(self, rows: mx.array) -> mx.array:
-        """Returns the products of rows (1, heads, m, dim) with each cell, (1, heads, m, cells)."""
+    def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
+        """Returns the products, times scale, of rows (1, heads, m, dim) with cells, (1, heads, m, cells)."""
+        rows = rows if scale == 1 else rows * scale
         if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and is_cpu():
             # BLAS copies its right operand first, and a few rows copy faster than many cells.
             return (self.array @ rows.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -92,7 +95,9 @@ class Plain(NamedTuple):
 class Packed(NamedTuple):
     """A quantized lane: packed words, and a scale and a bias for each group of features.
 
-    Its methods are those of `Plain`; `write` quantizes the tokens.
+    Its methods are those of `Plain`; `write` quantizes the tokens. With a transform, the words hold the
+    transformed features. `scores` transforms the rows instead of the cells, and `weighted` undoes the
+    transform of the sums, so that only `decoded` transforms as many rows as there are cells.
     """
 
     words: mx.array
@@ -125,21 +130,32 @@ class Packed(NamedTuple):
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        words, scales, biases, (bits, group_size) = self
+        cells = self._dequantized(dtype)
+        return _restored(cells) if self.codec.transform == "hadamard" else cells
+
+    def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
+        if self.codec.transform == "hadamard":
+            # The scale costs nothing as a part of the matrix.
+            rows = _restored(rows, scale)
+        elif scale != 1:
+            rows = rows * scale
+        return self._product(rows, transpose=True)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        sums = self._product(weights, transpose=False)
+        return _restored(sums) if self.codec.transform == "hadamard" else sums
+
+    def _dequantized(self, dtype: mx.Dtype) -> mx.array:
+        """The features as they are in the words, transformed or not."""
+        words, scales, biases, (bits, group_size, _) = self
         # MLX computes in the dtype of the scales, even if another one is asked for.
         scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
-    def scores(self, rows: mx.array) -> mx.array:
-        return self._product(rows, transpose=True)
-
-    def weighted(self, weights: mx.array) -> mx.array:
-        return self._product(weights, transpose=False)
-
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
-        words, scales, biases, (bits, group_size) = self
+        words, scales, biases, (bits, group_size, _) = self
         if is_cuda():
-            cells = self.decoded(rows.dtype)
+            cells = self._dequantized(rows.dtype)
             return rows @ (cells.swapaxes(-1, -2) if transpose else cells)
         if is_cpu():
             # On a CPU, 16-bit rows multiply 20 to 50 times slower, and sums are rounded to 16 bits.
@@ -167,6 +183,8 @@ def grown(array: mx.array, cells: int) -> mx.array:
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:
     """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
+    if codec.transform == "hadamard":
+        tokens = _transformed(tokens)
     if tokens.dtype == mx.float32:
         tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
     words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
@@ -215,3 +233,53 @@ def cell_bytes(dim: int, dtype: mx.Dtype, codec: Codec | None) -> int:
 def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """Returns the 16-bit dtype of scales and biases for arrays of this dtype."""
     return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
+
+
+def _transformed(tokens: mx.array) -> mx.array:
+    """Multiplies features (..., dim) by a Hadamard matrix; `_restored` undoes it."""
+    return _multiplied(tokens, _root(tokens.shape[-1], up=True))
+
+
+def _restored(features: mx.array, scale: float = 1.0) -> mx.array:
+    """Undoes `_transformed`, and multiplies by a scale.
+
+    Of a query it makes the one whose products with transformed keys are those with the keys.
+    """
+    return _multiplied(features, scale * _root(features.shape[-1], up=False))
+
+
+def _root(dim: int, up: bool) -> float:
+    """A factor near one over the root of the block's size; the two multiply to one over that size.
+
+    They are powers of two and so exact in 16 bits, which the root is not for every size.
+    """
+    power = _block(dim).bit_length() - 1
+    return 2.0 ** -((power + up) // 2)
+
+
+def _block(dim: int) -> int:
+    """The largest power of two that divides dim, at least as large as a group."""
+    return dim & -dim
+
+
+def _multiplied(features: mx.array, factor: float) -> mx.array:
+    dtype = features.dtype
+    if is_cpu() and dtype != mx.float32:
+        # A CPU multiplies in 16 bits much slower, and rounds every sum.
+        return (features.astype(mx.float32) @ _hadamard(features.shape[-1], mx.float32, factor)).astype(dtype)
+    return features @ _hadamard(features.shape[-1], dtype, factor)
+
+
+@lru_cache(256)
+def _hadamard(dim: int, dtype: mx.Dtype, factor: float) -> mx.array:
+    """A symmetric Hadamard matrix (dim, dim) times a factor, in blocks where dim is no power of two.
+
+    A product with it is as fast as `mx.hadamard_transform`, whose sums overflow float16 and which is not
+    its own inverse for all sizes.
+    """
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < _block(dim):
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = mx.array(np.kron(np.eye(dim // len(matrix)), matrix) * factor).astype(dtype)
+    mx.eval(blocks)
+    return blocks

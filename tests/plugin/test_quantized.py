@@ -19,9 +19,11 @@ from mlx_lm.models.cache import ArraysCache, CacheList, load_prompt_cache, save_
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache.plugin import attach, make_prompt_cache, make_session_pool
+from mlx_kvcache.quantization import Codec
 from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, STAY_NARROW, build
 from tests.plugin.running import difference, greedy, logits_of
 from tests.plugin.tiny import tiny_llama
+from tests.rounding import rounded
 
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 GROUP = 32
@@ -36,14 +38,6 @@ def model_of(name: str) -> nn.Module:
     return build(name, is_wide=True)
 
 
-def rounded(array: mx.array, bits: int, group: int = GROUP) -> mx.array:
-    if not array.shape[-1]:
-        return array
-    words, *rest = mx.quantize(array.astype(mx.float16), group_size=group, bits=bits)
-    scales, biases = (part.astype(array.dtype) for part in rest)
-    return mx.dequantize(words, scales, biases, group_size=group, bits=bits)
-
-
 def theirs_rounded(model: nn.Module, bits: tuple[int, int] = (8, 8), group: int = GROUP) -> list[Any]:
     """mlx-lm's own caches, which are given rounded keys and values."""
 
@@ -55,7 +49,12 @@ def theirs_rounded(model: nn.Module, bits: tuple[int, int] = (8, 8), group: int 
             entry.update_and_fetch = partial(update, entry.update_and_fetch)
 
     def update(original: Any, keys: mx.array, values: mx.array) -> Any:
-        return original(rounded(keys, bits[0], group), rounded(values, bits[1], group))
+        is_latent = keys.shape[1] == 1 and keys.shape[3] != values.shape[3]
+        lanes = []
+        for array, width in zip((keys, values), bits, strict=True):
+            codec = Codec(width, group, "none" if width == 8 or is_latent else "hadamard")
+            lanes.append(rounded(array, codec) if array.shape[-1] else array)
+        return original(*lanes)
 
     cache: list[Any] = make_theirs(model)
     for entry in cache:
