@@ -131,19 +131,19 @@ class Packed(NamedTuple):
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         cells = self._dequantized(dtype)
-        return _restored(cells) if self.codec.transform == "hadamard" else cells
+        return _hadamard(cells, undo=True) if self.codec.transform == "hadamard" else cells
 
     def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
         if self.codec.transform == "hadamard":
             # The scale costs nothing as a part of the matrix.
-            rows = _restored(rows, scale)
+            rows = _hadamard(rows, undo=True, scale=scale)
         elif scale != 1:
             rows = rows * scale
         return self._product(rows, transpose=True)
 
     def weighted(self, weights: mx.array) -> mx.array:
         sums = self._product(weights, transpose=False)
-        return _restored(sums) if self.codec.transform == "hadamard" else sums
+        return _hadamard(sums, undo=True) if self.codec.transform == "hadamard" else sums
 
     def _dequantized(self, dtype: mx.Dtype) -> mx.array:
         """The features as they are in the words, transformed or not."""
@@ -184,7 +184,7 @@ def grown(array: mx.array, cells: int) -> mx.array:
 def packed(tokens: mx.array, codec: Codec) -> Packed:
     """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
     if codec.transform == "hadamard":
-        tokens = _transformed(tokens)
+        tokens = _hadamard(tokens)
     if tokens.dtype == mx.float32:
         tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
     words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
@@ -235,51 +235,32 @@ def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
 
 
-def _transformed(tokens: mx.array) -> mx.array:
-    """Multiplies features (..., dim) by a Hadamard matrix; `_restored` undoes it."""
-    return _multiplied(tokens, _root(tokens.shape[-1], up=True))
+def _hadamard(features: mx.array, undo: bool = False, scale: float = 1.0) -> mx.array:
+    """Multiplies features (..., dim) by a Hadamard matrix, or undoes that, and then by a scale.
 
-
-def _restored(features: mx.array, scale: float = 1.0) -> mx.array:
-    """Undoes `_transformed`, and multiplies by a scale.
-
-    Of a query it makes the one whose products with transformed keys are those with the keys.
+    A query of which it is undone has the products with transformed keys that it had with the keys.
     """
-    return _multiplied(features, scale * _root(features.shape[-1], up=False))
-
-
-def _root(dim: int, up: bool) -> float:
-    """A factor near one over the root of the block's size; the two multiply to one over that size.
-
-    They are powers of two and so exact in 16 bits, which the root is not for every size.
-    """
-    power = _block(dim).bit_length() - 1
-    return 2.0 ** -((power + up) // 2)
-
-
-def _block(dim: int) -> int:
-    """The largest power of two that divides dim, at least as large as a group."""
-    return dim & -dim
-
-
-def _multiplied(features: mx.array, factor: float) -> mx.array:
-    dtype = features.dtype
-    if is_cpu() and dtype != mx.float32:
-        # A CPU multiplies in 16 bits much slower, and rounds every sum.
-        return (features.astype(mx.float32) @ _hadamard(features.shape[-1], mx.float32, factor)).astype(dtype)
-    return features @ _hadamard(features.shape[-1], dtype, factor)
+    dim, dtype = features.shape[-1], features.dtype
+    if dtype == mx.float32 or not is_cpu():
+        return features @ _matrix(dim, dtype, undo, scale)
+    # A CPU multiplies in 16 bits much slower, and rounds every sum.
+    return (features.astype(mx.float32) @ _matrix(dim, mx.float32, undo, scale)).astype(dtype)
 
 
 @lru_cache(256)
-def _hadamard(dim: int, dtype: mx.Dtype, factor: float) -> mx.array:
-    """A symmetric Hadamard matrix (dim, dim) times a factor, in blocks where dim is no power of two.
+def _matrix(dim: int, dtype: mx.Dtype, undo: bool, scale: float) -> mx.array:
+    """A symmetric Hadamard matrix (dim, dim) or its inverse, times a scale.
 
-    A product with it is as fast as `mx.hadamard_transform`, whose sums overflow float16 and which is not
-    its own inverse for all sizes.
+    If dim is no power of two, there are blocks of the largest power that divides it. Matrix and inverse are
+    1 and -1 times powers of two, which are exact in 16 bits. A product is one primitive, as is
+    `mx.hadamard_transform`, whose sums overflow float16 and which is not its own inverse for every size.
     """
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < _block(dim):
+    block = dim & -dim
+    power = block.bit_length() - 1
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    blocks = mx.array(np.kron(np.eye(dim // len(matrix)), matrix) * factor).astype(dtype)
-    mx.eval(blocks)
-    return blocks
+    matrix *= scale * 2.0 ** -(power // 2 if undo else power - power // 2)
+    made = mx.array(np.kron(np.eye(dim // block), matrix), dtype)
+    mx.eval(made)
+    return made
