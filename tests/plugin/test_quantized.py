@@ -197,7 +197,7 @@ def test_learned_bits_and_pairs_that_are_one_join_one_batch() -> None:
     assert len(pools) == 1
 
 
-@pytest.mark.parametrize("bits", [8, (8, 4)])
+@pytest.mark.parametrize("bits", [8, (8, 4), 3])
 def test_removals_do_not_drift(bits: Any) -> None:
     """Keys before the gap are rotated from what was first stored, however often."""
     model = tiny_llama(head_dim=64)
@@ -219,16 +219,17 @@ def test_text_goes_on_when_the_capacity_overflows() -> None:
         assert cache.position <= 32
 
 
-def test_what_mlx_lm_saves_it_loads(tmp_path: Path) -> None:
-    """One number of bits on full attention is mlx-lm's own form."""
+@pytest.mark.parametrize(("bits", "error"), [(8, 1e-2), (6, 0.1)])
+def test_what_mlx_lm_saves_it_loads(bits: int, error: float, tmp_path: Path) -> None:
+    """One number of bits on full attention is mlx-lm's own form, which has no transform."""
     model = tiny_llama(head_dim=64)
-    cache = make_prompt_cache(model, kv_bits=8)
+    cache = make_prompt_cache(model, kv_bits=bits)
     logits_of(model, cache, TEXT[:30])
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     theirs = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     assert {type(layer).__name__ for layer in theirs} == {"QuantizedKVCache"}
     expected = logits_of(model, theirs, TEXT[30:34], 1)
-    assert difference(logits_of(model, cache, TEXT[30:34], 1), expected) <= 1e-2 * mx.std(expected)
+    assert difference(logits_of(model, cache, TEXT[30:34], 1), expected) <= error * mx.std(expected)
 
 
 def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
@@ -250,6 +251,7 @@ def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
         ({"kv_bits": 8, "kv_float": "first"}, "got 'first'"),
         ({"kv_bits": 8, "kv_group_size": 48}, "48"),
         ({"kv_bits": 8, "kv_float": [3]}, "kv_float contains 3; layer indices are -3 to 2"),
+        ({"kv_bits": 8, "kv_transform": "fourier"}, "transform 'fourier' .*; supported: .'hadamard', 'none'"),
         ({"kv_bits": 8, "quantize_after": -1}, "after must be 0 or more, got -1"),
     ],
 )
