@@ -29,11 +29,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 and 2": {"kv_bits": (8, 2)},
     "4 and 8": {"kv_bits": (4, 8)},
     "6 and 4": {"kv_bits": (6, 4)},
+    "6 and 3": {"kv_bits": (6, 3)},
     "5 and 4": {"kv_bits": (5, 4)},
+    "5 and 3": {"kv_bits": (5, 3)},
     "4, groups of 32": {"kv_bits": 4, "kv_group_size": 32},
 }
 """Options by name: one width for keys and values, or "keys and values" separately."""
-SHORT = ("8", "6", "5", "4", "3", "2", "8 and 4", "5 and 4")
+SHORT = ("8", "6", "5", "4", "3", "2", "8 and 4", "5 and 4", "5 and 3")
 """What is measured on the second text."""
 THEIRS = 8, 4
 """Bits of mlx-lm's own cache."""

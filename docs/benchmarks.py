@@ -213,7 +213,7 @@ def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
 
 def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
-        f"SmolLM2-135M-Instruct on 2,048 tokens in blocks of 256, on {_where(told)}. The text is the beginning "
+        f"SmolLM2-135M-Instruct on 2,048 tokens in blocks of 256, on {_where(told)}. The text is the start "
         "of `pydoc_data.topics`, the code that of `argparse`. Cells are the increase of the loss over float.",
         "",
         "| bits of keys and values | bytes, as a share of float16 | text | text, no transform | code | "
