@@ -24,7 +24,7 @@ AS_GPU := tests/attend/test_products.py tests/plugin/entries/test_entries.py \
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test test-choices test-as-gpu check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
+.PHONY: help demo test test-choices test-as-gpu check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks formats figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,10 @@ bench-ranks: $(VENV)/dev  ## a token on 1, 2 and 4 local ranks, for docs/ranks.m
 
 bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
 	$(RUN) -m benchmarks --all --quick --check
+
+formats: $(VENV)/dev  ## measure bytes against loss for all bit widths, with and without transform, and print the tables
+	$(RUN) -m benchmarks bits --json benchmarks/results
+	$(BIN)/python -m docs.benchmarks --formats
 
 figures: $(VENV)/dev  ## write docs/benchmarks.md and all figures from benchmarks/results
 	$(BIN)/python -m docs.benchmarks

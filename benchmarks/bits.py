@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mlx_lm.models.cache import QuantizedKVCache
 from tqdm import tqdm
 
 from benchmarks.rows import Row, held, less
 from benchmarks.setting import Setting
-from benchmarks.text import losses, topics
+from benchmarks.text import code, losses, topics
 from mlx_kvcache.plugin import make_prompt_cache
 
 TOKENS, BLOCK = 2048, 256
@@ -28,20 +29,44 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 and 2": {"kv_bits": (8, 2)},
     "4 and 8": {"kv_bits": (4, 8)},
     "6 and 4": {"kv_bits": (6, 4)},
+    "6 and 3": {"kv_bits": (6, 3)},
+    "5 and 4": {"kv_bits": (5, 4)},
+    "5 and 3": {"kv_bits": (5, 3)},
     "4, groups of 32": {"kv_bits": 4, "kv_group_size": 32},
 }
 """Options by name: one width for keys and values, or "keys and values" separately."""
+SHORT = ("8", "6", "5", "4", "3", "2", "8 and 4", "5 and 4", "5 and 3")
+"""What is measured on the second text."""
+THEIRS = 8, 4
+"""Bits of mlx-lm's own cache."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Bytes and loss of SmolLM2 on 2,048 tokens of real text, with quantized keys and values."""
+    """Bytes and loss of SmolLM2 on two texts of 2,048 tokens, with quantized keys and values."""
     model, tokenizer = setting.load("smollm2")
-    text = topics(tokenizer, setting.of(TOKENS, BLOCK) + 1)
-    whole = losses(model, make_prompt_cache(model), text, BLOCK).mean()
-    ways = setting.of(WAYS, {"8 and 4": WAYS["8 and 4"]})
-    for name, options in tqdm(ways.items(), unit="way", leave=False):
+    size = setting.of(TOKENS, BLOCK)
+    yield from _on("topics", model, topics(tokenizer, size + 1), setting.of([*WAYS], ["8 and 4"]))
+    yield from _on("code", model, code(tokenizer, size + 1), setting.of(SHORT, ["8 and 4"]))
+
+
+def _on(text: str, model: Any, tokens: list[int], names: Iterable[str]) -> Iterator[Row]:
+    """Bytes and loss on one text, with and without the transform, and those of mlx-lm's cache."""
+
+    def compared(key: str, work: str, cache: Any) -> Row:
+        found = losses(model, cache, tokens, BLOCK).mean()
+        return less(f"bits.loss.{text}.{key}", f"loss in {work}, on {text}", "nats", found, "float32", whole)
+
+    whole = losses(model, make_prompt_cache(model), tokens, BLOCK).mean()
+    halves = (len(tokens) - 1) * sum(2 * 2 * layer.self_attn.n_kv_heads * 64 for layer in model.layers)
+    for name in tqdm(names, unit="way", leave=False):
+        options = WAYS[name]
         cache = make_prompt_cache(model, **options)
-        loss = losses(model, cache, text, BLOCK).mean()
-        halves = (len(text) - 1) * sum(2 * 2 * layer.self_attn.n_kv_heads * 64 for layer in model.layers)
-        yield held(f"bits.bytes.{name}", f"K and V in {name} bits", cache.nbytes, "float16", halves)
-        yield less(f"bits.loss.{name}", f"loss in {name} bits", "nats", loss, "float32", whole)
+        assert cache.pool.quantization is not None
+        yield compared(name, f"{name} bits", cache)
+        yield held(f"bits.bytes.{text}.{name}", f"K and V in {name} bits", cache.nbytes, "float16", halves)
+        if cache.pool.quantization.transform != "none":
+            plain = make_prompt_cache(model, kv_transform="none", **options)
+            yield compared(f"{name}.plain", f"{name} bits without transform", plain)
+    for bits in THEIRS:
+        theirs = [QuantizedKVCache(64, bits) for _ in model.layers]
+        yield compared(f"{bits}.mlx-lm", f"{bits} bits of mlx-lm's QuantizedKVCache", theirs)

@@ -1,7 +1,9 @@
-"""Provides English text without a download, and a model's loss on it."""
+"""Provides text without a download, and a model's loss on it."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import pydoc_data.topics
 from typing import Any
 
@@ -13,6 +15,12 @@ from tqdm import tqdm
 def topics(tokenizer: Any, n: int) -> list[int]:
     """The first n tokens of the help texts in Python's standard library."""
     tokens: list[int] = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values()))
+    return tokens[:n]
+
+
+def code(tokenizer: Any, n: int) -> list[int]:
+    """The first n tokens of the source of Python's `argparse`."""
+    tokens: list[int] = tokenizer.encode(inspect.getsource(argparse))
     return tokens[:n]
 
 

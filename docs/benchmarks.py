@@ -69,7 +69,15 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and fail if a file is out of date"
     )
-    is_check = parser.parse_args().check
+    parser.add_argument(
+        "--formats", action="store_true", help="write nothing, and print the tables of bytes against loss"
+    )
+    chosen = parser.parse_args()
+    if chosen.formats:
+        told = json.loads(next(iter(sorted(FOLDER.glob("*.json")))).read_text(encoding="utf-8"))
+        print(_bits(told, rows_of(told)), end="")
+        return 0
+    is_check = chosen.check
     stale = {path: text for path, text in written() if not path.exists() or path.read_bytes() != text}
     for path, content in stale.items():
         if not is_check:
@@ -205,15 +213,28 @@ def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
 
 def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
-        "SmolLM2-135M-Instruct on the first 2,048 tokens of `pydoc_data.topics`, in blocks of 256, on "
-        f"{_where(told)}.",
+        f"SmolLM2-135M-Instruct on 2,048 tokens in blocks of 256, on {_where(told)}. The text is the start "
+        "of `pydoc_data.topics`, the code that of `argparse`. Cells are the increase of the loss over float.",
         "",
-        "| bits of keys and values | bytes, as a share of float16 | loss | increase over float |",
-        "|---|---|---|---|",
+        "| bits of keys and values | bytes, as a share of float16 | text | text, no transform | code | "
+        "code, no transform |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, share, more in plots.losses(rows):
-        lines.append(f"| {name} | {share:.3f} | {rows[f'bits.loss.{name}'].ours:.4f} | {more:+.2f}% |")
+    for name, share in plots.formats(rows):
+        ends = [(text, end) for text in ("topics", "code") for end in (name, f"{name}.plain")]
+        lines.append(f"| {name} | {share:.3f} | {' | '.join(_increase(rows, *end) for end in ends)} |")
+    theirs = (
+        f"{_increase(rows, 'topics', f'{bits}.mlx-lm')} and {_increase(rows, 'code', f'{bits}.mlx-lm')} in "
+        f"{bits} bits"
+        for bits in (8, 4)
+    )
+    lines += ["", f"mlx-lm's `QuantizedKVCache`, on text and code: {', '.join(theirs)}."]
     return "\n".join(lines) + "\n"
+
+
+def _increase(rows: Mapping[str, Row], text: str, end: str) -> str:
+    more = plots.loss(rows, text, end)
+    return "" if more is None else f"{more:+.1f}%"
 
 
 def _splices(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:

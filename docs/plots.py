@@ -119,10 +119,16 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
     axis.axhline(0, color="0.7", linewidth=1)
-    for name, share, more in losses(rows):
+    for name, share in formats(rows):
+        more, plain = (loss(rows, "topics", end) for end in (name, f"{name}.plain"))
+        assert more is not None
         is_off, alike = more > LARGEST_LOSS, " and " not in name
-        height = min(more, LARGEST_LOSS)
-        axis.scatter(share, height, color="C0" if alike else "C1", marker="^" if is_off else "o")
+        height, color = min(more, LARGEST_LOSS), "C0" if alike else "C1"
+        if plain is not None:
+            # What the transform gains.
+            axis.plot([share, share], [height, min(plain, LARGEST_LOSS)], color=color, linewidth=1, alpha=0.5)
+            axis.scatter(share, min(plain, LARGEST_LOSS), color=color, marker="_")
+        axis.scatter(share, height, color=color, marker="^" if is_off else "o")
         axis.annotate(
             f"{name} ({more:+.0f}%)" if is_off else name,
             (share, height),
@@ -135,7 +141,8 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     axis.set_xlim(0.05, 0.65)
     axis.set_xlabel("bytes of keys and values, as a share of float16")
     axis.set_ylabel("increase of loss over float, %")
-    axis.set_title("blue: the same bits for keys and values; orange: bits of keys and of values", fontsize=9)
+    title = "blue: the same bits for keys and values; orange: bits of keys and of values; bars: no transform"
+    axis.set_title(title, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
@@ -183,13 +190,17 @@ def changes(rows: Mapping[str, Row]) -> dict[tuple[str, str], str]:
     return found
 
 
-def losses(rows: Mapping[str, Row]) -> list[tuple[str, float, float]]:
-    """Each choice of bit widths, its share of float16's bytes, and its increase of loss in per cent."""
-    found = []
+def formats(rows: Mapping[str, Row]) -> list[tuple[str, float]]:
+    """Each choice of bit widths, and its share of float16's bytes."""
+    found, begin = [], "bits.bytes.topics."
     for key, row in rows.items():
-        if key.startswith("bits.loss."):
-            name = key.removeprefix("bits.loss.")
-            share = rows[f"bits.bytes.{name}"].ratio
-            assert share is not None and row.ratio is not None
-            found.append((name, share, 100 * (row.ratio - 1)))
+        if key.startswith(begin):
+            assert row.ratio is not None
+            found.append((key.removeprefix(begin), row.ratio))
     return found
+
+
+def loss(rows: Mapping[str, Row], text: str, end: str) -> float | None:
+    """The increase of the loss on a text in per cent, by the end of its row's key; None if not measured."""
+    row = rows.get(f"bits.loss.{text}.{end}")
+    return None if row is None or row.ratio is None else 100 * (row.ratio - 1)

@@ -19,7 +19,7 @@ from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 STORES: dict[str, Quantization | None] = {
     "float": None,
     "8 bits": Quantization(8, group_size=32),
-    "4 and 8 bits of all but 5 tokens": Quantization((4, 8), group_size=32, after=5),
+    "4 and 6 bits of all but 5 tokens": Quantization((4, 6), group_size=32, after=5),
     "2 bits of the keys of one layer": Quantization(
         lambda layer: (2, None) if layer else None, group_size=32
     ),

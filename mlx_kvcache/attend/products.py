@@ -14,9 +14,12 @@ from ..storage.buffers import Lanes
 from ..storage.codec import Plain
 
 
-def scores_of(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
-    """Returns the products of rows (1, heads, m, dim) with the S keys of all pieces, (1, heads, m, S)."""
-    parts = [keys.scores(rows) for keys, _ in pieces]
+def scores_of(rows: mx.array, pieces: Sequence[Lanes], scale: float = 1.0) -> mx.array:
+    """Returns the products of rows (1, heads, m, dim) with the S keys of all pieces, times scale.
+
+    They are (1, heads, m, S).
+    """
+    parts = [keys.scores(rows, scale) for keys, _ in pieces]
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
@@ -36,12 +39,13 @@ STRETCH = 128
 """The number of queries in a stretch of a causal block, on devices where MLX multiplies hidden keys."""
 
 
-def attend_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
+def attend_all(rows: mx.array, pieces: Sequence[Lanes], scale: float = 1.0) -> mx.array:
     """Attends to all keys without a mask.
 
-    Rows are scaled queries (1, n_kv_heads, m, head_dim); returns (1, n_kv_heads, m, value_dim).
+    Rows are queries (1, n_kv_heads, m, head_dim), to be multiplied by scale; returns (1, n_kv_heads, m,
+    value_dim).
     """
-    return weighted_sum(mx.softmax(scores_of(rows, pieces), axis=-1, precise=True), pieces)
+    return weighted_sum(mx.softmax(scores_of(rows, pieces, scale), axis=-1, precise=True), pieces)
 
 
 def attend_levels(

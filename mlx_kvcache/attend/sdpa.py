@@ -117,8 +117,8 @@ def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.ar
     buffers, (_, heads, _, dim) = step.store.layers[layer], queries.shape
     lanes = buffers.pairs[segment].lanes(seen)
     # Query heads that share a K/V head become rows of one product.
-    rows = (queries * scale).reshape(1, buffers.form.heads, -1, dim)
-    return attend_all(rows, [lanes]).reshape(1, heads, 1, -1).astype(queries.dtype)
+    rows = queries.reshape(1, buffers.form.heads, -1, dim)
+    return attend_all(rows, [lanes], scale).reshape(1, heads, 1, -1).astype(queries.dtype)
 
 
 def attend_stack(

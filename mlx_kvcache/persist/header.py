@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 from ..arguments import EXTENT
 
 FORMAT = "mlx_kvcache"
-VERSION = "1"
+VERSION = "2"
+KNOWN = ("1", VERSION)  # versions that are read
 METADATA = "__metadata__"
 CHECKSUM = "checksum"  # the last array: the digest of the header
 LENGTH = 8  # bytes of the header's length
@@ -137,7 +138,7 @@ def decode(fields: Mapping[str, Any], begin: int, size: int) -> tuple[dict[str, 
     """
     metadata = fields[METADATA]
     version = metadata.get("version")
-    if version != VERSION:
+    if version not in KNOWN:
         if isinstance(version, str) and version.isdecimal():
             raise ValueError(f"format version {version:.20} is newer than {VERSION}; update mlx_kvcache")
         raise ValueError(f"unknown format version: {short(version)}, expected '{VERSION}'")

@@ -152,7 +152,7 @@ def encode_positional(snapshot: Snapshot, arrays: dict[str, mx.array], prefix: s
             "heads": form.heads,
             "dims": [form.key_dim, form.value_dim],
             "dtypes": [_NAMES[form.key_dtype], _NAMES[form.value_dtype]],
-            "codecs": [form.key_codec, form.value_codec],
+            "codecs": [encode_codec(form.key_codec), encode_codec(form.value_codec)],
         }
         for layer, form in snapshot.forms.items()
     }
@@ -206,9 +206,25 @@ def _decode_form(told: Any) -> Form:
     )
 
 
+def encode_codec(codec: Codec | None) -> list[Any] | None:
+    """Return a codec as JSON. Its transform is added only if there is one, as of version 2."""
+    if codec is None:
+        return None
+    bits, group_size, transform = codec
+    return [bits, group_size] if transform == "none" else [bits, group_size, transform]
+
+
 def decode_codec(told: Any) -> Codec | None:
     """Return a codec, or None for float."""
-    return None if told is None else checked_codec(*listing(told, "a codec", 2))
+    return None if told is None else checked_codec(*codec_fields(told))
+
+
+def codec_fields(told: Any) -> list[Any]:
+    """Return what `encode_codec` wrote: bits, group size and, if there is one, a transform."""
+    fields = listing(told, "a codec")
+    if len(fields) not in (2, 3):
+        raise ValueError(f"a codec is {short(told)}, expected a list of 2 or 3")
+    return fields
 
 
 def _decode_lanes(

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import CacheFileError
 from .container import Contents, Entry, NotOursError, faults_of, read_arrays, read_contents, read_outline
 from .header import short
-from .schema import integer, layer_index, listing, mapping
+from .schema import codec_fields, integer, layer_index, listing, mapping
 
 WIDTH = 64
 """The width of a picture in characters."""
@@ -169,8 +169,9 @@ def _grouped(texts: Mapping[str, str]) -> Iterator[str]:
 def _storage(dtype: Any, codec: Any) -> str:
     if codec is None:
         return str(dtype)
-    bits, group_size = listing(codec, "a codec", 2)
-    return f"{short(bits)} bits (groups of {short(group_size)}, from {dtype})"
+    bits, group_size, *transform = codec_fields(codec)
+    how = "".join(f"transform {short(name)}, " for name in transform)
+    return f"{short(bits)} bits ({how}groups of {short(group_size)}, from {dtype})"
 
 
 def _runs(runs: list[Any], end: int) -> Iterator[str]:

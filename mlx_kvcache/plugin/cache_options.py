@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import mlx.nn as nn
@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
-from ..quantization import Bits, Quantization
+from ..quantization import Bits, Quantization, Transform
 from .hosts.layout import Layout, Leaf, language_model_of, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Checkpoints, Pool, pool_for
@@ -64,13 +64,15 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
         for leaf in pool.leaves
     )
     # Checks every width, including those of layers in float.
-    by_leaf = Quantization(_ByLeaf(bits), group_size, after)
-    for leaf in pool.leaves:
-        by_leaf.of(leaf.index)
+    by_leaf = Quantization(_ByLeaf(bits), group_size, after, storage.kv_transform)
+    codecs = [codec for leaf in pool.leaves for codec in by_leaf.of(leaf.index) if codec]
+    if all(codec.transform == "none" for codec in codecs):
+        # So that it equals what stores the same, as in `Quantization`.
+        by_leaf = replace(by_leaf, transform="none")
     keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
-    return Quantization(keyed.pop(), group_size, after) if len(keyed) == 1 else by_leaf
+    return replace(by_leaf, bits=keyed.pop()) if len(keyed) == 1 else by_leaf
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
@@ -105,6 +107,7 @@ class Storage(NamedTuple):
     kv_group_size: int = 64
     kv_float: KvFloat = ()
     quantize_after: int = 0
+    kv_transform: Transform = "hadamard"
 
 
 OPTIONS = (*Limits._fields, *Storage._fields, "group")
@@ -203,6 +206,8 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     options: dict[str, Any] = conversation.limits._asdict()
     if pool.quantization is None:
         return options
+    if pool.quantization.transform != "none":
+        options["kv_transform"] = pool.quantization.transform
     bits: list[Any] = [None] * len(pool.layout.entries)
     for leaf in reversed(pool.leaves):
         if leaf.rule is not None:

@@ -24,7 +24,16 @@ from ..errors import CacheError, CacheFileError, CacheFullError, NotSupportedErr
 from ..persist.atomic import replacing
 from ..persist.container import NotOursError, accessing, faults_of
 from ..persist.files import Base, Opened, Prepared, evaluate, open_file, prepare
-from ..persist.schema import LARGEST, decode_codec, decode_lane, encode_lane, integer, listing, mapping
+from ..persist.schema import (
+    LARGEST,
+    decode_codec,
+    decode_lane,
+    encode_codec,
+    encode_lane,
+    integer,
+    listing,
+    mapping,
+)
 from ..storage.buffers import Form, Lanes
 from ..storage.codec import Lane, Packed, Plain, index_of
 from .cache_options import Storage, by_layer, new_conversation, options_of
@@ -223,7 +232,8 @@ def _encode_head(head: Head, arrays: dict[str, mx.array]) -> dict[str, Any]:
             lanes = []
             for (leaf, slot), lane in piece.lanes.items():
                 encode_lane(lane, arrays, f"{_HEAD}.{len(pieces)}.{leaf}.{slot}")
-                lanes.append([leaf, slot, lane.codec if isinstance(lane, Packed) else None])
+                codec = encode_codec(lane.codec) if isinstance(lane, Packed) else None
+                lanes.append([leaf, slot, codec])
             pieces.append({"kind": kind, "span": [piece.begin, piece.end, piece.lead], "lanes": lanes})
     deltas = {"steps": head.deltas.steps, "inside": head.deltas.inside} if head.deltas != NO_DELTAS else None
     return {"lead": head.lead, "pieces": pieces} | ({"deltas": deltas} if deltas else {})
@@ -388,8 +398,10 @@ def _loaded_from_mlx_lm(path: Path, model: nn.Module, options: Mapping[str, Any]
     foreign = read_foreign(path)
     lanes = (lane for entry in foreign.entries for lane in entry.lanes or ())
     codec = next((lane.codec for lane in lanes if isinstance(lane, Packed)), None)
-    saved = {"kv_bits": codec.bits, "kv_group_size": codec.group_size} if codec else {}
-    rows = _made(model, {**saved, **options})
+    saved: dict[str, Any] = {}
+    if codec:
+        saved = {"kv_bits": codec.bits, "kv_group_size": codec.group_size, "kv_transform": codec.transform}
+    rows = _made(model, _merged(saved, options))
     with rows.edit(f"load {path.name}"):
         _adopt(rows.conversation, foreign)
         evaluate(rows.pool.caches, rows.conversation.sequence)
@@ -413,16 +425,26 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
         if told.get("kv_bits") is not None:
             bits = listing(told["kv_bits"], "kv_bits")
             options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
+            # Files of version 1, and of widths without a transform, do not name one.
+            options["kv_transform"] = told.get("kv_transform", "none")
     return options
 
 
 def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Merges given options over saved ones, and drops saved ones that need an option that was replaced."""
-    options = {**saved, **given}
+    options = _merged(saved, given)
     if options.get("capacity") is None and saved.get("overflow") == "shift" and "overflow" not in given:
         options["overflow"] = "error"
     if options["overflow"] == "error" and "sinks" not in given:
         options["sinks"] = 0
+    return options
+
+
+def _merged(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges given options over saved ones. The saved transform belongs to the saved widths."""
+    options = {**saved, **given}
+    if "kv_bits" in given and "kv_transform" not in given:
+        options.pop("kv_transform", None)
     return options
 
 

@@ -18,6 +18,7 @@ from ..arguments import share, size_of, token_ids, whole
 from ..caches.interface import Recurrent, checked_recurrent
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Base, Prepared
+from ..quantization import Transform
 from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
@@ -354,6 +355,7 @@ def make_prompt_cache(
     kv_float: KvFloat = (),
     quantize_after: int = 0,
     group: mx.distributed.Group | None = None,
+    kv_transform: Transform = "hadamard",
 ) -> PromptCache:
     """Makes a prompt cache for a model, with one entry for each entry of the model's own cache.
 
@@ -380,6 +382,8 @@ def make_prompt_cache(
         group: the group of processes that the model is sharded over, as `mx.distributed.init()` returns it.
             All ranks make the same calls, and compare each one before they change anything. Layer indices
             refer to each rank's own cache list. None, or a group of one, compares nothing.
+        kv_transform: "hadamard" transforms keys and values of fewer than 8 bits before they are quantized,
+            which lowers the loss; "none" quantizes them as they are.
 
     Raises:
         TypeError: model is not a model of mlx-lm or mlx-vlm, or an option does not exist.
@@ -391,5 +395,5 @@ def make_prompt_cache(
             that change the cache and calls of the model raise it when ranks are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
-    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after)
+    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform)
     return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

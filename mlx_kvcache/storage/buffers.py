@@ -48,8 +48,16 @@ class Form(NamedTuple):
         for what, dim, codec in (("keys", self.key_dim, keys), ("values", self.value_dim, values)):
             if codec:
                 check_head_dim(dim, codec.group_size, f"the {what} of {name}")
+        if self.heads == 1 and self.key_dim != self.value_dim:
+            # One latent for all heads, which a transform does not improve.
+            keys, values = keys and keys.plain(), values and values.plain()
         # Layers with keys only have no values to quantize.
         return self._replace(key_codec=keys, value_codec=values if self.value_dim else None)
+
+    def untransformed(self) -> Form:
+        """Returns the form whose codecs have no transform."""
+        keys, values = self.key_codec, self.value_codec
+        return self._replace(key_codec=keys and keys.plain(), value_codec=values and values.plain())
 
     def plain(self) -> Form:
         """Returns the form of segments that are not packed."""

@@ -7,9 +7,11 @@ of attention, with quantized cells as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
 from ..quantization import Codec
 
@@ -77,8 +79,9 @@ class Plain(NamedTuple):
         """Returns the cells in float."""
         return self.array.astype(dtype)
 
-    def scores(self, rows: mx.array) -> mx.array:
-        """Returns the products of rows (1, heads, m, dim) with each cell, (1, heads, m, cells)."""
+    def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
+        """Returns the products, times scale, of rows (1, heads, m, dim) with cells, (1, heads, m, cells)."""
+        rows = rows if scale == 1 else rows * scale
         if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and is_cpu():
             # BLAS copies its right operand first, and a few rows copy faster than many cells.
             return (self.array @ rows.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -92,7 +95,9 @@ class Plain(NamedTuple):
 class Packed(NamedTuple):
     """A quantized lane: packed words, and a scale and a bias for each group of features.
 
-    Its methods are those of `Plain`; `write` quantizes the tokens.
+    Its methods are those of `Plain`; `write` quantizes the tokens. With a transform, the words hold the
+    transformed features. `scores` transforms the rows instead of the cells, and `weighted` undoes the
+    transform of the sums, so that only `decoded` transforms as many rows as there are cells.
     """
 
     words: mx.array
@@ -125,21 +130,32 @@ class Packed(NamedTuple):
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        words, scales, biases, (bits, group_size) = self
+        cells = self._dequantized(dtype)
+        return _hadamard(cells, undo=True) if self.codec.transform == "hadamard" else cells
+
+    def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
+        if self.codec.transform == "hadamard":
+            # The scale costs nothing as a part of the matrix.
+            rows = _hadamard(rows, undo=True, scale=scale)
+        elif scale != 1:
+            rows = rows * scale
+        return self._product(rows, transpose=True)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        sums = self._product(weights, transpose=False)
+        return _hadamard(sums, undo=True) if self.codec.transform == "hadamard" else sums
+
+    def _dequantized(self, dtype: mx.Dtype) -> mx.array:
+        """The features as they are in the words, transformed or not."""
+        words, scales, biases, (bits, group_size, _) = self
         # MLX computes in the dtype of the scales, even if another one is asked for.
         scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
-    def scores(self, rows: mx.array) -> mx.array:
-        return self._product(rows, transpose=True)
-
-    def weighted(self, weights: mx.array) -> mx.array:
-        return self._product(weights, transpose=False)
-
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
-        words, scales, biases, (bits, group_size) = self
+        words, scales, biases, (bits, group_size, _) = self
         if is_cuda():
-            cells = self.decoded(rows.dtype)
+            cells = self._dequantized(rows.dtype)
             return rows @ (cells.swapaxes(-1, -2) if transpose else cells)
         if is_cpu():
             # On a CPU, 16-bit rows multiply 20 to 50 times slower, and sums are rounded to 16 bits.
@@ -167,6 +183,8 @@ def grown(array: mx.array, cells: int) -> mx.array:
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:
     """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
+    if codec.transform == "hadamard":
+        tokens = _hadamard(tokens)
     if tokens.dtype == mx.float32:
         tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
     words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
@@ -215,3 +233,34 @@ def cell_bytes(dim: int, dtype: mx.Dtype, codec: Codec | None) -> int:
 def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """Returns the 16-bit dtype of scales and biases for arrays of this dtype."""
     return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
+
+
+def _hadamard(features: mx.array, undo: bool = False, scale: float = 1.0) -> mx.array:
+    """Multiplies features (..., dim) by a Hadamard matrix, or undoes that, and then by a scale.
+
+    A query of which it is undone has the products with transformed keys that it had with the keys.
+    """
+    dim, dtype = features.shape[-1], features.dtype
+    if dtype == mx.float32 or not is_cpu():
+        return features @ _matrix(dim, dtype, undo, scale)
+    # A CPU multiplies in 16 bits much slower, and rounds every sum.
+    return (features.astype(mx.float32) @ _matrix(dim, mx.float32, undo, scale)).astype(dtype)
+
+
+@lru_cache(256)
+def _matrix(dim: int, dtype: mx.Dtype, undo: bool, scale: float) -> mx.array:
+    """A symmetric Hadamard matrix (dim, dim) or its inverse, times a scale.
+
+    If dim is no power of two, there are blocks of the largest power that divides it. Matrix and inverse are
+    1 and -1 times powers of two, which are exact in 16 bits. A product is one primitive, as is
+    `mx.hadamard_transform`, whose sums overflow float16 and which is not its own inverse for every size.
+    """
+    block = dim & -dim
+    power = block.bit_length() - 1
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    matrix *= scale * 2.0 ** -(power // 2 if undo else power - power // 2)
+    made = mx.array(np.kron(np.eye(dim // block), matrix), dtype)
+    mx.eval(made)
+    return made

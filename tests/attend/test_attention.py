@@ -25,6 +25,7 @@ from mlx_kvcache.caches.causal import PositionalCache
 from mlx_kvcache.cells.visibility import Causal, Rule, visible
 from mlx_kvcache.quantization import Codec
 from tests.kinds import SINGLE_KINDS, STORES, Kind, add_offsets
+from tests.rounding import restored
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 32, 64
 SCALE = DIM**-0.5
@@ -38,7 +39,8 @@ def drawn(rng: np.random.Generator, shape: tuple[int, ...], codec: Codec | None 
     top = 2**codec.bits - 1
     levels = rng.integers(0, top + 1, shape)
     levels[..., :: codec.group_size], levels[..., 1 :: codec.group_size] = 0, top
-    return (levels / 2.0 ** (codec.bits - 1)).astype(np.float32)
+    stored = (levels / 2.0 ** (codec.bits - 1)).astype(np.float32)
+    return stored if codec.transform == "none" else np.array(restored(mx.array(stored)))
 
 
 def drawn_batch(rng: np.random.Generator, store: str, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,6 +18,13 @@ def test_counts_are_within_their_bounds(key: str) -> None:
         assert row.key not in COUNTS or COUNTS[row.key].is_met(row), row
 
 
+def test_a_transform_is_three_products_more() -> None:
+    """Of the new keys, of the new values and of the output; the queries' takes the place of their scale."""
+    with as_on_a_gpu():
+        plain, transformed = (counted(key, CASES[key]())[0].ours for key in ("packed", "packed.4"))
+    assert transformed == plain + 3
+
+
 @pytest.mark.parametrize(("key", "steps"), [("one", 280), ("batch.8", 40)])
 def test_tokens_wait_where_buffers_grow_only(key: str, steps: int) -> None:
     with as_on_a_gpu():

@@ -18,7 +18,7 @@ from mlx_kvcache import (
     rope_shift,
 )
 from mlx_kvcache.caches.causal import Shift
-from mlx_kvcache.storage.buffers import Pair
+from mlx_kvcache.storage.buffers import Pair, Store
 from mlx_kvcache.storage.codec import Plain
 from tests.caches.data import coded, column, fed
 from tests.kinds import add_offsets
@@ -285,3 +285,13 @@ def test_check_finds_float_where_it_is_packed() -> None:
     pairs[segment] = Pair(form, Plain(noise(3)), Plain(noise(3)))
     with pytest.raises(AssertionError):
         cache.check()
+
+
+def test_latents_and_8_bits_have_no_transform() -> None:
+    """So that 8 bits with and without it are one, and share a pool."""
+    assert Quantization(8) == Quantization(8, transform="none")
+    assert Quantization(6) != Quantization(6, transform="none")
+    store = Store(mx.float16, Quantization((8, 6)))
+    for heads, value_dim, transforms in ((2, 64, ["none", "hadamard"]), (1, 64, ["none", "none"])):
+        form = store.form_for(0, mx.zeros((1, heads, 1, 128)), mx.zeros((1, heads, 1, value_dim)))
+        assert [codec and codec.transform for codec in form[5:]] == transforms

@@ -41,6 +41,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "kv_group_size": often(st.sampled_from((32, 64)), number),
     "kv_float": often(st.sampled_from(((), "last", [0], [-1])), number | st.lists(number, max_size=2)),
     "quantize_after": number,
+    "kv_transform": often(st.sampled_from(("hadamard", "none")), odd),
 }
 options = st.fixed_dictionaries({}, optional=OPTIONS) | st.fixed_dictionaries(
     {}, optional={"overflow": st.just("shift"), "capacity": st.sampled_from((1, 8, 16)), "sinks": st.just(1)}

@@ -66,7 +66,7 @@ def _streams() -> PlanningCache:
 @cache
 def samples() -> dict[str, Sample]:
     """Of every kind in float, and of some in fewer bits."""
-    packed = STORES["4 and 8 bits of all but 5 tokens"]
+    packed = STORES["4 and 6 bits of all but 5 tokens"]
     makes: dict[str, Callable[[], PlanningCache]] = {str(kind): partial(_made, kind, None) for kind in KINDS}
     makes |= {f"{kind} packed": partial(_made, kind, packed) for kind in (KINDS[0], KINDS[3], KINDS[-1])}
     makes["encoder+recurrent"] = _streams

@@ -23,7 +23,11 @@ from tests.plugin.tiny import tiny_llama
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 SOME = ["llama", "llama:window", "gemma3_text", "deepseek_v32", "llama4", "qwen3_next", "baichuan_m1"]
 """Full, windows, a latent with an index beside it, chunks, recurrences, and lists of caches."""
-STORAGE: list[dict[str, Any]] = [{}, {"kv_bits": (8, 4), "kv_group_size": GROUP}]
+STORAGE: list[dict[str, Any]] = [
+    {},
+    {"kv_bits": (8, 4), "kv_group_size": GROUP, "kv_transform": "none"},
+    {"kv_bits": (4, 6), "kv_group_size": GROUP},
+]
 
 
 def assert_goes_on(
@@ -49,7 +53,7 @@ def assert_goes_on(
         assert difference(*results) <= 1e-6 * mx.std(results[0])
 
 
-@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed"])
+@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed", "transformed"])
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "lazy"])
 @pytest.mark.parametrize("name", SOME)
 def test_what_is_loaded_goes_on_as_what_was_saved(
@@ -70,7 +74,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(
     assert_goes_on(cache, loaded, model)
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_removals_go_on_without_drift(bits: int | None, tmp_path: Path) -> None:
     """What was first stored of the tokens before a gap is in the file."""
     model = tiny_llama(head_dim=64)

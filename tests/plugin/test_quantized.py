@@ -19,9 +19,11 @@ from mlx_lm.models.cache import ArraysCache, CacheList, load_prompt_cache, save_
 from mlx_lm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache.plugin import attach, make_prompt_cache, make_session_pool
+from mlx_kvcache.quantization import Codec
 from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, STAY_NARROW, build
 from tests.plugin.running import difference, greedy, logits_of
 from tests.plugin.tiny import tiny_llama
+from tests.rounding import rounded
 
 TEXT = [(7 * i + 3 * i * i + 11) % 90 for i in range(60)]
 GROUP = 32
@@ -36,14 +38,6 @@ def model_of(name: str) -> nn.Module:
     return build(name, is_wide=True)
 
 
-def rounded(array: mx.array, bits: int, group: int = GROUP) -> mx.array:
-    if not array.shape[-1]:
-        return array
-    words, *rest = mx.quantize(array.astype(mx.float16), group_size=group, bits=bits)
-    scales, biases = (part.astype(array.dtype) for part in rest)
-    return mx.dequantize(words, scales, biases, group_size=group, bits=bits)
-
-
 def theirs_rounded(model: nn.Module, bits: tuple[int, int] = (8, 8), group: int = GROUP) -> list[Any]:
     """mlx-lm's own caches, which are given rounded keys and values."""
 
@@ -55,7 +49,12 @@ def theirs_rounded(model: nn.Module, bits: tuple[int, int] = (8, 8), group: int 
             entry.update_and_fetch = partial(update, entry.update_and_fetch)
 
     def update(original: Any, keys: mx.array, values: mx.array) -> Any:
-        return original(rounded(keys, bits[0], group), rounded(values, bits[1], group))
+        is_latent = keys.shape[1] == 1 and keys.shape[3] != values.shape[3]
+        lanes = []
+        for array, width in zip((keys, values), bits, strict=True):
+            codec = Codec(width, group, "none" if width == 8 or is_latent else "hadamard")
+            lanes.append(rounded(array, codec) if array.shape[-1] else array)
+        return original(*lanes)
 
     cache: list[Any] = make_theirs(model)
     for entry in cache:
@@ -198,7 +197,7 @@ def test_learned_bits_and_pairs_that_are_one_join_one_batch() -> None:
     assert len(pools) == 1
 
 
-@pytest.mark.parametrize("bits", [8, (8, 4)])
+@pytest.mark.parametrize("bits", [8, (8, 4), 3])
 def test_removals_do_not_drift(bits: Any) -> None:
     """Keys before the gap are rotated from what was first stored, however often."""
     model = tiny_llama(head_dim=64)
@@ -220,16 +219,17 @@ def test_text_goes_on_when_the_capacity_overflows() -> None:
         assert cache.position <= 32
 
 
-def test_what_mlx_lm_saves_it_loads(tmp_path: Path) -> None:
-    """One number of bits on full attention is mlx-lm's own form."""
+@pytest.mark.parametrize(("bits", "error"), [(8, 1e-2), (6, 0.1)])
+def test_what_mlx_lm_saves_it_loads(bits: int, error: float, tmp_path: Path) -> None:
+    """One number of bits on full attention is mlx-lm's own form, which has no transform."""
     model = tiny_llama(head_dim=64)
-    cache = make_prompt_cache(model, kv_bits=8)
+    cache = make_prompt_cache(model, kv_bits=bits)
     logits_of(model, cache, TEXT[:30])
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     theirs = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     assert {type(layer).__name__ for layer in theirs} == {"QuantizedKVCache"}
     expected = logits_of(model, theirs, TEXT[30:34], 1)
-    assert difference(logits_of(model, cache, TEXT[30:34], 1), expected) <= 1e-2 * mx.std(expected)
+    assert difference(logits_of(model, cache, TEXT[30:34], 1), expected) <= error * mx.std(expected)
 
 
 def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
@@ -251,6 +251,7 @@ def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
         ({"kv_bits": 8, "kv_float": "first"}, "got 'first'"),
         ({"kv_bits": 8, "kv_group_size": 48}, "48"),
         ({"kv_bits": 8, "kv_float": [3]}, "kv_float contains 3; layer indices are -3 to 2"),
+        ({"kv_bits": 8, "kv_transform": "fourier"}, "transform 'fourier' .*; supported: .'hadamard', 'none'"),
         ({"kv_bits": 8, "quantize_after": -1}, "after must be 0 or more, got -1"),
     ],
 )

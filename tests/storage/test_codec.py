@@ -28,12 +28,33 @@ def test_scores_are_the_products_of_each_row_with_each_cell(
     np.testing.assert_allclose(found, queries @ keys.swapaxes(-1, -2), atol=1e-4)
 
 
+@pytest.mark.parametrize("codec", [Codec(8, 64), Codec(6, 64, "hadamard"), Codec(6, 32, "hadamard")])
 @pytest.mark.parametrize("rows", [1, 4, 5])
-def test_packed_scores_are_those_of_the_decoded_cells(rows: int, device: str) -> None:
-    keys, queries = (mx.random.normal((1, 2, n, 64), key=mx.random.key(n)) for n in (500, rows))
-    lane = packed(keys, Codec(8, 64))
+def test_packed_products_are_those_of_the_decoded_cells(rows: int, codec: Codec, device: str) -> None:
+    dim = 96 if codec.group_size == 32 else 64
+    keys, queries = (mx.random.normal((1, 2, n, dim), key=mx.random.key(n)) for n in (500, rows))
+    lane, weights = packed(keys, codec), mx.softmax(mx.random.normal((1, 2, rows, 500)), axis=-1)
     plain = Plain(lane.decoded(mx.float32))
-    assert mx.allclose(lane.scores(queries), plain.scores(queries), atol=1e-3).item()
+    assert mx.abs(plain.array - keys).max() < 0.2
+    for scale in (1.0, 0.3):
+        assert mx.allclose(lane.scores(queries, scale), plain.scores(queries, scale), atol=1e-3).item()
+    assert mx.allclose(lane.weighted(weights), plain.weighted(weights), atol=1e-3).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_a_transform_spreads_large_features(dim: int, dtype: mx.Dtype, device: str) -> None:
+    """And neither rounding nor a large feature's sums leave the range of 16 bits."""
+    keys = mx.random.normal((1, 2, 50, dim), key=mx.random.key(0))
+    keys[..., 7] = 20
+    keys[0, 0, 0] = 3000
+    keys = keys.astype(dtype)
+    errors = [
+        mx.abs(packed(keys, Codec(4, 32, transform)).decoded(mx.float32) - keys).astype(mx.float32)[0, 1]
+        for transform in ("none", "hadamard")
+    ]
+    assert errors[1].square().mean() < 0.5 * errors[0].square().mean()
+    assert mx.allclose(packed(keys, Codec(4, 32, "hadamard")).decoded(dtype)[0, 0, 0], mx.array(3000), 1e-2)
 
 
 def test_packed_products_without_a_kernel_for_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:

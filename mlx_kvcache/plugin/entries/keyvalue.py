@@ -44,12 +44,13 @@ def stored(conversation: Conversation, leaf: Leaf) -> tuple[mx.array, mx.array]:
 
 
 def packed(conversation: Conversation, leaf: Leaf) -> Lanes:
-    """Like `stored`, but quantized as the layer stores it."""
+    """Like `stored`, but quantized with the layer's widths, and without a transform, which mlx-lm lacks."""
     buffers = conversation.pool.keyed(leaf)._store.layers[leaf.index]
+    form = buffers.form.untransformed()
     if conversation.head.lead:
         keys, values = stored(conversation, leaf)
-        return buffers.form.stored((Plain(keys), Plain(values)), is_packed=True)
-    pieces = [buffers.form.stored(lanes, True) for lanes in buffers.lanes(_kept(conversation, leaf))]
+        return form.stored((Plain(keys), Plain(values)), is_packed=True)
+    pieces = [form.stored(lanes, True) for lanes in buffers.lanes(_kept(conversation, leaf))]
     return joined([keys for keys, _ in pieces]), joined([values for _, values in pieces])
 
 
