@@ -180,7 +180,7 @@ class Forward:
         self.advanced: set[int] = set()
         self.is_by_token = form == "tokens"
         self._is_full = all(span == (0, n) for span in columns)
-        self._is_decoding = form == "rows" and n == 1 and self._is_full
+        self._is_decoding = form != "single" and n == 1 and self._is_full
         self._is_empty = all(first == stop for first, stop in columns)
         self._masks: dict[tuple[Rule, int], Mask] = {}
         self._plan = pool.plan_forward(self._batch())

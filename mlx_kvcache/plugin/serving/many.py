@@ -189,6 +189,8 @@ class Many:
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: list[Generated] = []
+        self._entries: list[Any] | None = None
+        """The cache list of the last step, if each sequence had one token in it and none has ended since."""
         first = make_prompt_cache(model, **self._options)
         # A reference to the pool, so that later caches are made in it.
         self._pool = first.pool
@@ -283,6 +285,9 @@ class Many:
             after, new = self._computed(chosen)
             results = [result for own in new.values() for result in own]
             self._sequences, self._ended = after, [*self._ended, *results]
+            if any(result.finish for result in results):
+                # It would keep the conversations of sequences that have ended.
+                self._entries = None
         except BaseException as error:
             for ticket, begin in begins.items():
                 try:
@@ -376,7 +381,7 @@ class Many:
 
     def _end(self, last: Generated) -> None:
         others = {ticket: own for ticket, own in self._sequences.items() if ticket != last.ticket}
-        self._sequences, self._ended = others, [*self._ended, last]
+        self._sequences, self._ended, self._entries = others, [*self._ended, last], None
 
     def _logits(self, chosen: dict[int, _Block]) -> Iterator[tuple[int, mx.array]]:
         """Yield the logits (1 + drafts, vocabulary) after each sequence's last token and its drafts."""
@@ -387,9 +392,13 @@ class Many:
             return
         conversations = [self._sequences[ticket].cache._conversation for ticket in chosen]
         counts = [len(block.tokens) for block in chosen.values()]
-        entries = entries_of(TokenRows(self._pool, conversations, counts))
+        entries, self._entries = self._entries, None
+        if entries is None or any(n > 1 for n in counts) or entries[0].rows.conversations != conversations:
+            entries = entries_of(TokenRows(self._pool, conversations, counts))
         rows = mx.array([[token] for block in chosen.values() for token in block.tokens])
         logits = logits_of(self._model, rows, entries)[:, 0]
+        if all(n == 1 for n in counts):
+            self._entries = entries
         for (ticket, block), end in zip(chosen.items(), accumulate(counts), strict=True):
             yield ticket, logits[end - 1 - len(block.drafts) : end]
 
