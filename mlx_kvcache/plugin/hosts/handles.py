@@ -1,4 +1,4 @@
-"""Lets each row of a batch attend to its own keys, without padding, copies or, mostly, masks.
+"""Lets each row of a batch attend to its own keys where they lie, mostly without masks.
 
 Most models of the hosts only pass the results of `update_and_fetch` and `make_mask` on to
 `scaled_dot_product_attention`. Such models get handles instead of arrays, and the function in
