@@ -284,10 +284,10 @@ class Many:
         try:
             after, new = self._computed(chosen)
             results = [result for own in new.values() for result in own]
-            self._sequences, self._ended = after, [*self._ended, *results]
             if any(result.finish for result in results):
                 # It would keep the conversations of sequences that have ended.
                 self._entries = None
+            self._sequences, self._ended = after, [*self._ended, *results]
         except BaseException as error:
             for ticket, begin in begins.items():
                 try:
