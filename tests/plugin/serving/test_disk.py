@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
@@ -26,8 +27,20 @@ TEXT = [(5 * i + 3 * i * i) % 90 for i in range(200)]
 MODEL = tiny_llama(head_dim=64)
 
 
+_begun: dict[int, tuple[nn.Module, tuple[int, ...], Any]] = {}
+"""For each model, mlx-lm's caches after some tokens, with which the next prompts may begin, too."""
+
+
 def afresh(model: nn.Module, tokens: list[int]) -> mx.array:
-    return logits_of(model, make_theirs(model), list(tokens), 1)[-1:]
+    """The last logits of mlx-lm's own caches, token by token."""
+    end = len(tokens) * 2 // 3 // 20 * 20
+    _, read, cache = _begun.get(id(model), (model, (), None))
+    if end and read != tuple(tokens[:end]):
+        cache = make_theirs(model)
+        logits_of(model, cache, tokens[:end], 1)
+        _begun[id(model)] = model, tuple(tokens[:end]), cache
+    cache = copy.deepcopy(cache) if end else make_theirs(model)
+    return logits_of(model, cache, list(tokens[end:]), 1)[-1:]
 
 
 def say(pool: SessionPool, tokens: list[int], model: nn.Module = MODEL, exact: float = 2e-4) -> int:
