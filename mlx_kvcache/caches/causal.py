@@ -7,6 +7,7 @@ the tokens that the rule lets later tokens see, in the cells of a `CellTable` an
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -104,6 +105,8 @@ class PositionalCache(KeyValueCache):
         self._table = CellTable(0)
         self._store = Store(None)
         self._step: Step | Reservation | None = None
+        self.compute: Callable[[list[mx.array]], None] = mx.eval
+        """Evaluates arrays that no caller knows of."""
 
     @property
     def nbytes(self) -> int:
@@ -236,8 +239,9 @@ class PositionalCache(KeyValueCache):
         if self._table.levels and self._step is None and (thin := self._table.thin()):
             placement = compact(self._table, thin)
             plan = CellsPlan(self, placement, self._store.stage(placement))
-            # The stack is freed when the copies are computed, and another thread may use them next.
-            mx.eval(list(plan.arrays()))
+            # The stack is freed when the copies are computed.
+            with suppress(RuntimeError):
+                self.compute(list(plan.arrays()))
             plan.commit()
 
 
@@ -380,7 +384,7 @@ class StepPlan(CellsPlan):
     def again(self) -> bool:
         cache, step = self._cache, self._step
         # Every other change of the cache replaces `_step`.
-        if step is None or cache._step is not step or not (step.run or step.stacks):
+        if step is None or cache._step is not step or step.is_over or not (step.run or step.stacks):
             return False
         rows = {part.sequence: part.indices for part in step.parts}
         placement = append_each(cache._table, rows, cache._rule, cache._rewind)

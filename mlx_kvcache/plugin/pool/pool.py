@@ -141,6 +141,8 @@ class Pool:
         )
         for cache in self.caches:
             cache.init(None, capacity=sys.maxsize, max_batch=sys.maxsize, quantization=quantization)
+        for _, cache in self.positional():
+            cache.compute = _computing(weakref.ref(self))
         self.kinds = tuple(layout.rules.index(leaf.rule) for leaf in self.leaves)
         self.rewind = dict(zip(layout.rules, rewinds, strict=True)).get(None, 0)
         self.lock = threading.RLock()
@@ -406,6 +408,16 @@ class Pool:
                 elif isinstance(cache, RecurrentCache) and not cache._streams:
                     cache._forms.clear()
                     cache._counts.clear()
+
+
+def _computing(pool: weakref.ref[Pool]) -> Callable[[list[mx.array]], None]:
+    """`Pool.compute` as a function that does not keep the pool alive."""
+
+    def compute(arrays: list[mx.array]) -> None:
+        if (own := pool()) is not None:
+            own.compute(arrays)
+
+    return compute
 
 
 def _resume_point(cache: PlanningCache, sequence: int, position: int) -> int:

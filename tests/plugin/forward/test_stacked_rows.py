@@ -121,3 +121,21 @@ def test_rows_that_come_and_go_equal_fresh_ones(window: int | None, bits: int | 
     # Otherwise the trial of the model has found its rows to be wrong.
     assert batch.origin.pool.batching == "ragged"
     assert stacked > 20
+
+
+def test_one_row_does_not_keep_the_memory_of_all() -> None:
+    model = tiny_llama()
+    caches = [make_prompt_cache(model) for _ in range(8)]
+    for seed, cache in enumerate(caches):
+        mx.eval(model(mx.array([[seed + 1] * 60]), cache=cache))
+    pool, alone = caches[0].pool, caches[0].nbytes
+    batch = [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(caches[0])]
+    del cache, caches
+    for _ in range(2):
+        mx.eval(model(mx.array([[1]] * 8), cache=batch))
+    assert pool.nbytes > 7 * alone
+    left = [layer.extract(3) for layer in batch]
+    before = left[0].state[0] + 0
+    del batch
+    assert pool.nbytes < 2 * alone
+    assert mx.array_equal(left[0].state[0], before)
