@@ -20,7 +20,7 @@ from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped
 from .events import Event
-from .prompt import Prompt, forget, prepare, remembered
+from .prompt import SPLICE, Prompt, forget, prepare, remembered
 from .settings import Settings
 from .tree import Conversation, Cost, Message, Replied
 from .watch import Watch
@@ -104,7 +104,8 @@ class Engine:
             context, tokens = remembered(self.tokenizer, conversation)
             gap = len(context.opening.tokens) if path[-1].start else None
             # `open` leaves at least one token to compute; the extra token lets it reuse all others.
-            with self.pool.open([*tokens, 0], conversation.salt(path)) as session:
+            splice = SPLICE if context.is_changed else 0
+            with self.pool.open([*tokens, 0], conversation.salt(path), splice=splice) as session:
                 self.watch.follow(conversation.id, session, gap)
         else:
             self.watch.forget()

@@ -13,6 +13,9 @@ from .reading import Context, Piece, Turn, compose
 from .settings import Settings
 from .tree import Conversation, Message
 
+SPLICE = 32
+"""The fewest tokens of a run that is kept when tokens before it are gone."""
+
 
 class TooLong(ValueError):
     """The message does not fit the capacity, even if all earlier messages are forgotten."""
@@ -29,7 +32,7 @@ class Prompt:
         start: the number of forgotten messages at the beginning.
         read: the last message as the model reads it; None if it cannot be separated from the
             messages before it.
-        forgotten: the number of tokens removed from the cache.
+        forgotten: the number of tokens that the model no longer sees.
     """
 
     session: Session
@@ -59,6 +62,9 @@ def prepare(
 ) -> Prompt:
     """Open the cache that holds most of a branch, and make room for the reply.
 
+    What follows a gap is kept: after forgotten messages by removing them from the cache, or by a splice
+    where the model reads the others differently now, such as without their thinking.
+
     Args:
         path: the branch; it ends with a message of the user.
 
@@ -69,18 +75,22 @@ def prepare(
     system, start, salt = conversation.system, path[-1].start, conversation.salt(list(path))
     before = compose(tokenizer, system, turns[start:])
     goal, context = _fitting(tokenizer, system, turns, start, before, settings)
-    session = pool.open(before.tokens, salt)
-    prompt = Prompt(session, turns, context, goal, _last_piece(context, turns[-1]))
-    if goal > start:
-        cut = before.tokens_of(goal - start)
+    name = (path[-1].id, goal)
+    last = _last_piece(context, turns[-1])
+    if goal == start:
+        session = pool.open(before.tokens, salt, splice=SPLICE if before.is_changed else 0)
+        return Prompt(session, turns, context, goal, last)
+    cut = before.length - context.length
+    if not before.is_changed:
+        session = pool.open(before.tokens, salt)
         begin = len(before.opening.tokens)
-        name = (path[-1].id, goal)
-        if cut is not None and _drop(session, begin, begin + cut, name, context.tokens):
-            prompt.forgotten = cut
-        else:
-            session.close()
-            prompt.session = pool.open(context.tokens, name)
-    return prompt
+        if _drop(session, begin, begin + cut, name, context.tokens):
+            return Prompt(session, turns, context, goal, last, cut)
+        session.close()
+    session = pool.open(context.tokens, salt, splice=SPLICE)
+    # Later replies on this branch find it under its own name.
+    session.salt = name
+    return Prompt(session, turns, context, goal, last, cut)
 
 
 def forget(prompt: Prompt, name: str) -> bool:
@@ -132,7 +142,7 @@ def _last_piece(context: Context, last: Turn) -> Piece | None:
 def _drop(session: Session, begin: int, end: int, salt: tuple[str, int], expected: list[int] | None) -> bool:
     """Remove [begin, end) from a session if it is computed and the remaining tokens are as expected."""
     left = session.tokens[:begin] + session.tokens[end:]
-    if end > session.cache.position or (expected is not None and left != expected):
+    if not begin < end <= session.cache.position or (expected is not None and left != expected):
         return False
     try:
         session.remove(begin, end, salt)

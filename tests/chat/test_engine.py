@@ -18,6 +18,7 @@ from examples.chat.settings import Settings
 from examples.chat.tree import Conversation, Message, new_id
 
 from .fresh import difference_to_fresh, tokens_of
+from .test_reading import with_template
 
 SETTINGS = Settings(capacity=None, temperature=0.0, max_tokens=8, memory=64)
 
@@ -137,6 +138,33 @@ def test_the_oldest_turns_make_room(flat_model: tuple[nn.Module, Any], capacity:
     # Nothing was read twice, although turns were taken out.
     assert read <= 10 + sum(len(m.piece.tokens) + 1 for m in path if m.role == "user")
     assert talk.events[-1].moved != (0, 0)
+
+
+@pytest.mark.parametrize("capacity", [None, 256])
+def test_after_dropped_thinking_only_what_is_new_is_read(
+    flat_model: tuple[nn.Module, Any], capacity: int | None
+) -> None:
+    model, tokenizer = flat_model
+    # The first words of a reply are its thinking, which later prompts lack.
+    thinking = with_template(
+        tokenizer,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' else "
+        "m.content.split(' ', 3)[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    talk = Talk((model, thinking), capacity=capacity, max_tokens=48)
+    read, forgotten = [], 0
+    for turn in range(6):
+        cost = talk.say(f"Question {turn}: " + "what do you think of it? " * 5).cost
+        read.append(cost.prefilled)
+        forgotten += cost.forgotten
+        talk.check()
+    # A message of 53 tokens, or 54 after forgotten ones, whose end was read with them.
+    assert max(read[1:]) <= 54, read
+    assert (forgotten > 0) == (capacity is not None)
+    read_so_far = talk.engine.watch.totals.prefilled
+    talk.engine.warm(talk.conversation, talk.events.append)
+    assert talk.engine.watch.totals.prefilled == read_so_far
 
 
 def test_room_is_made_while_a_reply_is_written(flat_model: tuple[nn.Module, Any]) -> None:
