@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .events import Event, Failed, Ready, Said, Seen
+from .events import Event, Failed, Progress, Ready, Said, Seen
 from .library import Library
 from .settings import Settings
 from .tree import Conversation, Message, Replied, cleaned, new_id
@@ -29,6 +29,7 @@ class Pending:
         before: the leaf of the conversation before this reply was requested.
         is_new: whether `last` was added for this reply.
         text: the reply so far.
+        progress: its statistics so far; None before it has begun.
     """
 
     conversation: Conversation
@@ -37,6 +38,7 @@ class Pending:
     before: str | None
     is_new: bool
     text: str = ""
+    progress: Progress | None = None
 
 
 class Desk:
@@ -158,6 +160,15 @@ class Desk:
         before, self.current.leaf = self.current.leaf, asked[-1].id
         self._answer(asked[-1], before, is_new=False)
 
+    def go_on(self, message: Message | None = None) -> None:
+        """Continue a reply that was cut, on a new branch; None means the last message of the branch."""
+        self._check_idle()
+        path = self.current.path_to(message.id) if message else self.current.path
+        if not path or path[-1].role != "assistant" or not path[-1].ended:
+            raise Refused("the last reply is complete; only a reply that was cut can be continued")
+        before, self.current.leaf = self.current.leaf, path[-2].id
+        self._answer(path[-2], before, is_new=False, begun=path[-1])
+
     def look_at(self, message: Message) -> None:
         """Switch to the branch of a message."""
         self.current.look_at(message.id)
@@ -201,6 +212,8 @@ class Desk:
             self.seen = event
         elif isinstance(event, Said) and self.pending:
             self.pending.text += event.text
+        elif isinstance(event, Progress) and self.pending:
+            self.pending.progress = event
         elif isinstance(event, Replied) and self.pending:
             pending, self.pending = self.pending, None
             pending.conversation.take(pending.last, pending.name, event)
@@ -245,9 +258,11 @@ class Desk:
         self._answer(message, before, is_new=True)
         return message
 
-    def _answer(self, last: Message, before: str | None, is_new: bool) -> None:
-        self.pending = Pending(self.current, last, new_id(), before, is_new)
-        self.worker.reply(self.current, last, self.pending.name)
+    def _answer(self, last: Message, before: str | None, is_new: bool, begun: Message | None = None) -> None:
+        """Request the reply to a message, or the rest of one that has begun."""
+        text = begun.text if begun else ""
+        self.pending = Pending(self.current, last, new_id(), before, is_new, text)
+        self.worker.reply(self.current, begun or last, self.pending.name)
 
     def _take_back(self) -> None:
         """Undo a reply that failed: restore the conversation as it was before the message."""

@@ -45,6 +45,18 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """The statistics of the reply in progress so far.
+
+    Attributes:
+        start: the number of forgotten messages.
+    """
+
+    cost: Cost
+    start: int
+
+
+@dataclass(frozen=True)
 class Said:
     """A part of the reply's text."""
 
@@ -60,6 +72,7 @@ class Seen:
         owners: ids of conversations by sequence, as far as known.
         current: the sequence of the current branch; None if it has no cache.
         cached: the number of tokens in it.
+        capacity: the maximum number of tokens in it; None for no bound.
         nbytes, most: allocated bytes, now and at the peak.
         moved: the range [begin, end) of its tokens whose keys were re-based.
         totals: the sum of all replies since the start.
@@ -69,6 +82,7 @@ class Seen:
     owners: dict[int, str]
     current: int | None
     cached: int
+    capacity: int | None
     nbytes: int
     most: int
     moved: tuple[int, int]
@@ -80,4 +94,4 @@ class Ended:
     """The worker has ended; this is its last event."""
 
 
-Event = Ended | Loading | Ready | Failed | Reading | Said | Replied | Seen
+Event = Ended | Loading | Ready | Failed | Reading | Progress | Said | Replied | Seen

@@ -48,7 +48,7 @@ class Worker(threading.Thread):
         self._ask(CONFIGURE, lambda: self._configure(settings))
 
     def reply(self, conversation: Conversation, last: Message, name: str) -> None:
-        """Answer a message of the user. `name` is the id of the reply's message."""
+        """Answer a message of the user, or continue a reply. `name` is the id of the reply's message."""
         # A separate event for each reply, so that stopping one reply does not affect another.
         stop = self._halt = threading.Event()
         self._ask(REPLY, lambda: self._reply(conversation, last, name, stop))

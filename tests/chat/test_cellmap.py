@@ -17,7 +17,7 @@ FULL = Holding(
 def seen(
     *holdings: Holding, current: int | None = 7, cached: int = 10, moved: tuple[int, int] = (0, 0)
 ) -> Seen:
-    return Seen(holdings, {7: "a", 8: "b"}, current, cached, 0, 0, moved, Cost())
+    return Seen(holdings, {7: "a", 8: "b"}, current, cached, None, 0, 0, moved, Cost())
 
 
 def signs(state: Seen) -> list[str]:

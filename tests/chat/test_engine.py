@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from examples.chat.engine import Engine
-from examples.chat.events import Reading, Said, Seen
+from examples.chat.events import Progress, Reading, Said, Seen
 from examples.chat.prompt import TooLong
 from examples.chat.reading import Piece
 from examples.chat.settings import Settings
@@ -44,7 +44,8 @@ class Talk:
     def answer(self, asked: Message, is_stopped: Callable[[], bool] = lambda: False) -> Any:
         name = new_id()
         replied = self.engine.reply(self.conversation, asked, name, self.events.append, is_stopped)
-        self.conversation.take(asked, name, replied)
+        replied_to = asked if asked.role == "user" else self.conversation.messages[str(asked.parent)]
+        self.conversation.take(replied_to, name, replied)
         return self.conversation.path[-1]
 
     @property
@@ -173,9 +174,26 @@ def test_room_is_made_while_a_reply_is_written(flat_model: tuple[nn.Module, Any]
     reply = talk.say("d e f")
     path: list[Any] = talk.conversation.path
     assert reply.start == 2 > path[-2].start
+    # What is forgotten is told when it happens.
+    told = [event for event in talk.events if isinstance(event, Progress)]
+    before = next(event for event in told if event.start)
+    assert 0 < before.cost.forgotten == reply.cost.forgotten
+    assert before.cost.generated < reply.cost.generated
     talk.check()
     talk.say("g h i")
     talk.check()
+
+
+def test_a_reply_longer_than_the_capacity_forgets_its_own_beginning(
+    flat_model: tuple[nn.Module, Any],
+) -> None:
+    talk = Talk(flat_model, capacity=80, max_tokens=200)
+    reply = talk.say("a b c")
+    assert (reply.ended, reply.cost.generated) == ("length", 200)
+    assert reply.cost.forgotten >= 200 - 80
+    assert talk.events[-1].cached <= 80
+    # The next message forgets it all.
+    assert talk.say("d e f").start == 2
 
 
 def test_what_has_forgotten_serves_nobody_else(tiny_model: tuple[nn.Module, Any]) -> None:
@@ -221,6 +239,13 @@ def test_stopped_while_writing(tiny_model: tuple[nn.Module, Any]) -> None:
     assert reply.ended == "stopped"
     assert reply.cost.generated == 2
     assert "".join(event.text for event in talk.events if isinstance(event, Said)) == reply.text
+    # It is continued where it stopped, as if it had not stopped.
+    rest = talk.answer(reply)
+    assert (rest.cost.prefilled, rest.cost.generated) == (1, 8)
+    assert rest.text.startswith(reply.text)
+    assert talk.conversation.beside(reply) == [reply, rest]
+    whole = Talk(tiny_model, max_tokens=10).say("Hello")
+    assert rest.piece.tokens == whole.piece.tokens
     talk.say("Go on")
     talk.check()
 
@@ -248,6 +273,18 @@ def test_a_window(tiny_model: tuple[nn.Module, Any]) -> None:
     assert held < seen.cached
     Talk(tiny_model)
     assert "make_cache" not in vars(tiny_model[0])
+
+
+def test_a_seed_repeats_a_reply_and_a_penalty_ends_repetition(tiny_model: tuple[nn.Module, Any]) -> None:
+    talk = Talk(tiny_model, temperature=1.5, seed=3, min_p=0.001)
+    first = talk.say("Hello")
+    assert talk.answer(talk.asked).text == first.text
+    talk.engine.settings = replace(talk.engine.settings, seed=4)
+    assert talk.answer(talk.asked).text != first.text
+    plain, penalized = (
+        Talk(tiny_model, max_tokens=32, repetition_penalty=p).say("Hello there") for p in (1.0, 2.0)
+    )
+    assert len(set(plain.piece.tokens)) < len(set(penalized.piece.tokens))
 
 
 def test_a_folder_that_cannot_be_used(tiny_model: tuple[nn.Module, Any], tmp_path: Path) -> None:

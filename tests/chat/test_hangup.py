@@ -80,7 +80,7 @@ def test_while_the_model_loads(way: str, start: Start, tmp_path: Path) -> None:
 async def test_while_a_message_is_typed(start: Start, tiny: Path, tmp_path: Path) -> None:
     chat = start("vanish", "--model", str(tiny), "--max-tokens", "4")
     replying(chat, "Hello")
-    chat.until("4 generated")
+    chat.until("wrote 4 at")
     chat.type("\x05")
     chat.until("Editing message 1")
     chat.type(" to you")
