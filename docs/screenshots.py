@@ -11,8 +11,7 @@ from textual.pilot import Pilot
 from tqdm import tqdm
 
 from examples.chat.settings import Settings
-from examples.chat.ui.app import Chat
-from tests.chat.running import idle, ready, say
+from tests.chat.running import Observed, idle, ready, say
 
 HERE = Path(__file__).parent / "pictures"
 SYSTEM = "You are a helpful AI assistant."
@@ -70,7 +69,7 @@ PICTURES = {
 
 async def take(name: str, folder: Path) -> None:
     script, chosen = PICTURES[name]
-    app = Chat(None, None, SYSTEM, lambda usual: chosen)
+    app = Observed(None, None, SYSTEM, lambda usual: chosen)
     async with app.run_test(size=SIZE) as pilot:
         await ready(pilot)
         await script(pilot)

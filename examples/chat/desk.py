@@ -8,11 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .events import Event, Failed, Progress, Ready, Said, Seen
+from .events import Changed, Event, Failed, Progress, Ready, Said, Seen, Stored
 from .library import Library
 from .settings import Settings
 from .tree import Conversation, Message, Replied, cleaned, new_id
 from .worker import CONFIGURE, LOAD, REPLY, Worker
+
+SURVEYED = 16
+"""The number of newest conversations of which the tokens on disk are counted."""
 
 
 class Refused(Exception):
@@ -52,6 +55,7 @@ class Desk:
         current: the conversation on the screen.
         pending: the reply in progress, or None.
         seen: the newest report on the caches, or None.
+        on_disk: the numbers of tokens that files hold, by the ids of conversations.
         returned: the text of a message that could not be answered, for the user to try again.
     """
 
@@ -69,6 +73,7 @@ class Desk:
         self.conversations = library.load()
         self.pending: Pending | None = None
         self.seen: Seen | None = None
+        self.on_disk: dict[str, int] = {}
         self.returned = ""
         opened = {conversation.id: conversation for conversation in self.conversations}
         self.current = opened.get(other.get("conversation", "")) or self._fresh()
@@ -98,6 +103,7 @@ class Desk:
         """Request the chosen model, before any other request."""
         self.worker.load(self.model, self.settings)
         self._look()
+        self.worker.survey(self.conversations[:SURVEYED])
 
     def load(self, model: str | None) -> None:
         """Load another model."""
@@ -218,6 +224,11 @@ class Desk:
             pending, self.pending = self.pending, None
             pending.conversation.take(pending.last, pending.name, event)
             self.library.save(pending.conversation)
+            self.worker.survey(self.conversations[:SURVEYED])
+        elif isinstance(event, Stored):
+            self.on_disk = event.tokens
+        elif isinstance(event, Changed):
+            self._merge(event)
         elif isinstance(event, Ready):
             self._good = self.model
         elif isinstance(event, Failed) and event.what == LOAD:
@@ -290,6 +301,23 @@ class Desk:
         if conversation not in self.conversations:
             self.conversations.insert(0, conversation)
         self.library.save(conversation)
+
+    def _merge(self, event: Changed) -> None:
+        """Take over what another chat has written and deleted."""
+        known = {conversation.id: conversation for conversation in self.conversations}
+        for theirs in event.conversations:
+            ours = known.get(theirs.id)
+            if ours is None:
+                self.conversations.insert(0, theirs)
+            else:
+                ours.merge(theirs)
+                # What goes on from the branch on the screen is shown.
+                if not self.pending or self.pending.conversation is not ours:
+                    ours.look_at(ours.leaf)
+        for name in event.gone:
+            busy = {self.current.id, self.pending.conversation.id if self.pending else ""}
+            if name in known and name not in busy:
+                self.conversations.remove(known[name])
 
     def _fresh(self) -> Conversation:
         return Conversation(system=self.system)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from mlx_kvcache.plugin.pool.weights import fingerprint
 from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped
-from .events import Event, Progress
+from .events import Event, Progress, Stored
 from .prompt import SPLICE, Prompt, forget, prepare, remembered
 from .settings import Settings
 from .tree import Conversation, Cost, Message, Replied
@@ -51,6 +51,7 @@ class Engine:
     folder: Path | None = None
     clock: Callable[[], float] = time.perf_counter
     notice: str = field(default="", init=False)
+    _surveyed: tuple[int, int] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         _set_window(self.model, self.settings)
@@ -119,6 +120,19 @@ class Engine:
         else:
             self.watch.forget()
         self.look(emit)
+
+    def survey(self, conversations: Sequence[Conversation], emit: Callable[[Event], None]) -> None:
+        """Report how much of each conversation is on disk, if that has changed."""
+        counts = self.pool.counts.to_disk, self.pool.counts.from_disk
+        if self.folder is None or counts == self._surveyed:
+            return
+        self._surveyed = counts
+        stored = {}
+        for conversation in conversations:
+            if conversation.path and conversation.reader == self.reader:
+                _, tokens = remembered(self.tokenizer, conversation)
+                stored[conversation.id] = self.pool.on_disk(tokens, conversation.salt(conversation.path))
+        emit(Stored({name: tokens for name, tokens in stored.items() if tokens}))
 
     def look(self, emit: Callable[[Event], None]) -> None:
         """Report what the caches hold."""

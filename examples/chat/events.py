@@ -1,11 +1,11 @@
-"""Defines the events that the worker sends to the screen."""
+"""Defines the events that the worker and the library send to the screen."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tree import Cost, Replied
+from .tree import Conversation, Cost, Replied
 
 if TYPE_CHECKING:
     # Importing mlx-lm takes seconds; the screen must not wait for it.
@@ -74,6 +74,7 @@ class Seen:
         cached: the number of tokens in it.
         capacity: the maximum number of tokens in it; None for no bound.
         nbytes, most: allocated bytes, now and at the peak.
+        gap: the position at which messages are forgotten; None if none are.
         moved: the range [begin, end) of its tokens whose keys were re-based.
         totals: the sum of all replies since the start.
     """
@@ -85,8 +86,24 @@ class Seen:
     capacity: int | None
     nbytes: int
     most: int
+    gap: int | None
     moved: tuple[int, int]
     totals: Cost
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The numbers of tokens that files hold, by the ids of conversations."""
+
+    tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Another chat has written conversations, and deleted those with the ids `gone`."""
+
+    conversations: list[Conversation]
+    gone: list[str]
 
 
 @dataclass(frozen=True)
@@ -94,4 +111,4 @@ class Ended:
     """The worker has ended; this is its last event."""
 
 
-Event = Ended | Loading | Ready | Failed | Reading | Progress | Said | Replied | Seen
+Event = Ended | Loading | Ready | Failed | Reading | Progress | Said | Replied | Seen | Stored | Changed

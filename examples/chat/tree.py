@@ -45,7 +45,7 @@ class Cost:
 
     @property
     def details(self) -> str:
-        forgot = f"; forgot {self.forgotten:,} of the oldest" if self.forgotten else ""
+        forgot = f"; forgot the oldest {self.forgotten:,}" if self.forgotten else ""
         wrote = f"wrote {self.generated:,} at {amount(self.rate)} tokens/s"
         return f"{wrote}, the first after {amount(self.first_token)} s{forgot}"
 
@@ -191,6 +191,15 @@ class Conversation:
         if looked_at not in {last.id, *(message.id for message in self.children(last.id))}:
             self.leaf = looked_at
 
+    def merge(self, other: Conversation) -> None:
+        """Add what another chat has added to this conversation; if it goes on from the leaf, follow it."""
+        for message in other.messages.values():
+            is_known = message.parent is None or message.parent in self.messages
+            if is_known and message.id not in self.gone:
+                self.messages.setdefault(message.id, message)
+        if other.changed > self.changed:
+            self.title, self.changed = other.title, other.changed
+
     def take_back(self, message: Message, leaf: str | None) -> None:
         """Remove a message without replies; the branch that ends with `leaf` becomes current again."""
         del self.messages[message.id]
@@ -253,6 +262,15 @@ def _message(saved: dict[str, Any]) -> Message:
 def amount(number: float) -> str:
     """Write a measured number: with a decimal below 10, otherwise whole and in groups of three digits."""
     return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
+
+
+def parted(text: str) -> tuple[str, str]:
+    """The thinking at the beginning of a reply, and the rest; no rest if the thinking has not ended."""
+    begin, end = "<think>", "</think>"
+    if not text.lstrip().startswith(begin) and end not in text:
+        return "", text
+    thought, _, rest = text.partition(end)
+    return thought.replace(begin, "", 1).strip(), rest.lstrip()
 
 
 def titled(text: str) -> str:

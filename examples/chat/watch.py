@@ -85,6 +85,7 @@ class Watch:
             self._capacity,
             nbytes,
             self._most,
+            self._gap if self._cache is not None else None,
             self._moved(cached),
             self.totals,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Worker(threading.Thread):
     def warm(self, conversation: Conversation) -> None:
         """Load the current branch's cache into memory and report on the caches."""
         self._ask("look at the caches", lambda: self._engine and self._engine.warm(conversation, self._emit))
+
+    def survey(self, conversations: Sequence[Conversation]) -> None:
+        """Report how much of each conversation is on disk."""
+        listed = list(conversations)
+        self._ask("look at the disk", lambda: self._engine and self._engine.survey(listed, self._emit))
 
     def stop(self) -> None:
         """Stop the reply in progress after its current token."""

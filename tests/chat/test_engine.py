@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from examples.chat.engine import Engine
-from examples.chat.events import Progress, Reading, Said, Seen
+from examples.chat.events import Progress, Reading, Said, Seen, Stored
 from examples.chat.prompt import TooLong
 from examples.chat.reading import Piece
 from examples.chat.settings import Settings
@@ -116,6 +116,10 @@ def test_after_a_restart_nothing_is_read_again(tiny_model: tuple[nn.Module, Any]
     talk.engine.close()
     later = Talk(tiny_model, tmp_path)
     later.conversation = talk.conversation
+    # Before it is opened, it is known to be on disk.
+    later.engine.survey([later.conversation, Conversation()], later.events.append)
+    held = len(tokens_of(later.engine, later.conversation))
+    assert later.events == [Stored({later.conversation.id: held})]
     later.engine.warm(later.conversation, later.events.append)
     assert later.events[-1].cached == later.check()
     cost = later.say("Go on").cost

@@ -63,6 +63,12 @@ class Composer(TextArea):
         self.text = self._short(text)
         self.move_cursor(self.document.end)
 
+    def attach(self, name: str, text: str) -> None:
+        """Add a file; its name and its length stand for its text."""
+        shown = f"[{name}, {len(text):,} characters]"
+        self._pasted[shown] = f"{name}:\n\n{text}\n"
+        self.insert(f"{shown} ")
+
     def action_newline(self) -> None:
         self.insert("\n")
 
