@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from examples.chat.events import Seen
+from examples.chat.fullness import Fullness
 from examples.chat.tree import Cost
 from examples.chat.ui import cellmap, strip
 from mlx_kvcache.cells.visibility import Causal, Window
@@ -95,23 +96,23 @@ def test_recurrent_layers_show_checkpoints() -> None:
 
 def test_the_strip_is_in_proportion() -> None:
     def drawn(**options: Any) -> str:
-        return strip.drawn(strip.Context(40, **options), 40, "#ffffff").plain
+        return strip.drawn(Fullness(40, **options), 40, "#ffffff").plain
 
     assert drawn(capacity=80) == "█" * 20 + "·" * 20
     assert drawn(seen_from=20, sinks=4) == "█" * 4 + "▁" * 16 + "█" * 20
     assert drawn(gap=10)[10] == "┆"
-    assert strip.drawn(strip.Context(), 5, "#ffffff").plain == "·····"
+    assert strip.drawn(Fullness(), 5, "#ffffff").plain == "·····"
 
 
 @pytest.mark.parametrize(
     ("context", "note"),
     [
-        (strip.Context(40, 512), "room for 472 more"),
-        (strip.Context(450, 512), "nearly full: the oldest messages are forgotten next"),
-        (strip.Context(791, 200), "too much: the next message forgets the oldest"),
-        (strip.Context(40, None, 20, 4), "the model looks at 24 of them"),
-        (strip.Context(40), "no limit"),
+        (Fullness(40, 512), "room for 472 more"),
+        (Fullness(450, 512), "nearly full: the oldest messages are forgotten soon"),
+        (Fullness(791, 200), "too much: the next message forgets the oldest"),
+        (Fullness(40, None, 20, 4), "the model looks at 24 of them"),
+        (Fullness(40), "no limit"),
     ],
 )
-def test_what_happens_next_is_told(context: strip.Context, note: str) -> None:
+def test_what_happens_next_is_told(context: Fullness, note: str) -> None:
     assert context.note == note

@@ -18,6 +18,7 @@ from textual.widgets import Footer, Input, Label, OptionList, ProgressBar, Stati
 
 from ..desk import Desk
 from ..events import Changed, Ended, Event, Failed, Loading, Progress, Reading, Ready, Said, Seen, Stored
+from ..fullness import Fullness
 from ..library import Library, default_folder
 from ..models import DEFAULT
 from ..settings import Settings
@@ -68,6 +69,7 @@ class Chat(Actions):
         self.worker = Worker(self._tell, self.library.caches, **options)
         self.desk = Desk(self.library, self.worker, system, adjust(settings), other)
         self.model_name = self.desk.model or DEFAULT
+        self._warned: set[str] = set()
 
     def get_driver_class(self) -> type[Driver]:
         usual = super().get_driver_class()
@@ -185,6 +187,7 @@ class Chat(Actions):
             case Replied():
                 self.busy(None)
                 await self.show()
+                self._warn()
             case Failed():
                 self.busy(None)
                 self.notify(
@@ -226,6 +229,13 @@ class Chat(Actions):
     async def _opened(self, event: OptionList.OptionSelected) -> None:
         await self.attempt(lambda: self.desk.open(str(event.option.id)))
         self.action_write()
+
+    def _warn(self) -> None:
+        """Say once of a chat that it is nearly full."""
+        seen, name = self.desk.seen, self.desk.current.id
+        if seen and name not in self._warned and (fullness := Fullness.of(seen)).is_nearly_full:
+            self._warned.add(name)
+            self.notify(f"This chat is {fullness.note}. f4 can raise the capacity.", severity="warning")
 
     def busy(self, what: str | None, share: float | None = None) -> None:
         """Show a progress line; None hides it."""

@@ -37,7 +37,7 @@ class Composer(TextArea):
             id="composer",
             compact=True,
             highlight_cursor_line=False,
-            placeholder="Say something. Enter sends, ctrl+j is a new line, ? shows the keys.",
+            placeholder="Say something. Enter sends, ? shows the keys.",
         )
         self._past: list[str] = []
         self._at = 0

@@ -27,8 +27,8 @@ ctrl+t           attach a text file
 ctrl+b           branches as a tree
 alt+left, right  the branch before, after
 ctrl+y           copy the last reply
-shift+tab        go to the messages: up, down, e edit, r again, g continue, c copy, t show thinking,
-                 left and right branch
+shift+tab        go to the messages: up, down, e edit, r again, g continue, c copy,
+                 t show thinking, left and right branch
 ctrl+home        show all earlier messages
 f3               system prompt
 f9               export as markdown

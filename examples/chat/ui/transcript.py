@@ -21,9 +21,9 @@ SHOWN = 30
 """The number of newest messages shown at first; earlier ones are shown on demand."""
 
 ENDINGS = {
-    "stopped": "stopped (ctrl+g continues)",
-    "length": "cut at the longest reply (ctrl+g continues)",
-    "capacity": "cut: the chat is full (ctrl+g continues without the oldest messages)",
+    "stopped": "stopped",
+    "length": "cut at the longest reply",
+    "capacity": "cut: the chat is full; continuing forgets its oldest messages",
 }
 
 
