@@ -91,8 +91,10 @@ class Library:
 
     def refresh(self, tell: Callable[[Changed], None]) -> None:
         """Tell in another thread what other chats have written since the last time, if they have."""
-        if self.folder:
-            self._writer.submit(self._refresh, tell)
+        # A library that is closed has nothing more to tell.
+        with contextlib.suppress(RuntimeError):
+            if self.folder:
+                self._writer.submit(self._refresh, tell)
 
     def flush(self) -> None:
         """Wait until everything is saved."""
