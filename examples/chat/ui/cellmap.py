@@ -135,6 +135,7 @@ def drawn(seen: Seen, chats: Chats, width: int, height: int, ground: str) -> Tex
             break
         scale *= 2
     legend = _legend(used, scale, width)
+    # A title and a line of blocks are shown in any case.
     left = max(2, height - len(legend))
     text = Text(no_wrap=True)
     for number, row in enumerate(rows):
@@ -142,11 +143,14 @@ def drawn(seen: Seen, chats: Chats, width: int, height: int, ground: str) -> Tex
         if left < needed + (number < len(rows) - 1):
             tokens = sum(len(row.kinds) for row in rows[number:])
             text.append(f"and {len(rows) - number} more: {tokens:,} tokens"[:width] + "\n", "italic")
+            left -= 1
             break
         left -= needed
         _draw(text, row, scale, chats, width, ground)
     if count := sum(len(points) for holding in seen.holdings for points in holding.checkpoints.values()):
         text.append(f"{count} save points to go back to"[:width] + "\n", "italic")
+    if left > 0:
+        text.append("\n")
     text.append("\n".join(legend), "italic")
     return Text("\n", no_wrap=True).join(text.split("\n")[:height])
 
