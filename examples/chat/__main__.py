@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from .settings import Settings
 
@@ -40,8 +41,8 @@ def arguments() -> argparse.Namespace:
 
 def settings(chosen: argparse.Namespace, usual: Settings) -> Settings:
     """Apply command-line options to settings. Raises ValueError for a value out of bounds."""
-    given = {each.name: getattr(chosen, each.name, None) for each in fields(Settings)}
-    given = {name: value for name, value in given.items() if value is not None}
+    named = {each.name: getattr(chosen, each.name, None) for each in fields(Settings)}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     return replace(usual, **given)
 
 
