@@ -55,7 +55,7 @@ def _started() -> tuple[float, float]:
         prompt = time.perf_counter() - start
         os.write(terminal, b"Say hi.\r")
         # The statistics appear when the reply ends, which is after one token.
-        _read_until(terminal, b"reused,")
+        _read_until(terminal, b"wrote")
         token = time.perf_counter() - start
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlx.core as mx
 from textual.pilot import Pilot
 from tqdm import tqdm
 
 from examples.chat.settings import Settings
-from examples.chat.ui.app import Chat
-from tests.chat.running import idle, ready, say
+from tests.chat.running import Observed, idle, ready, say
 
 HERE = Path(__file__).parent / "pictures"
 SYSTEM = "You are a helpful AI assistant."
@@ -53,6 +55,11 @@ async def settings(pilot: Pilot[None]) -> None:
     await pilot.pause()
 
 
+async def later(pilot: Pilot[None]) -> None:
+    """The next start, at which nothing is asked yet."""
+    await pilot.pause()
+
+
 async def light(pilot: Pilot[None]) -> None:
     await pilot.press("f6")
     await conversation(pilot)
@@ -60,6 +67,7 @@ async def light(pilot: Pilot[None]) -> None:
 
 PICTURES = {
     "chat": (conversation, Settings(temperature=0.0, max_tokens=48)),
+    "chat-disk": (later, Settings(temperature=0.0, max_tokens=48)),
     "chat-light": (light, Settings(temperature=0.0, max_tokens=48)),
     "chat-overflow": (overflow, Settings(temperature=0.0, max_tokens=32, capacity=128)),
     "chat-window": (overflow, Settings(temperature=0.0, max_tokens=32, window=48)),
@@ -70,12 +78,23 @@ PICTURES = {
 
 async def take(name: str, folder: Path) -> None:
     script, chosen = PICTURES[name]
-    app = Chat(None, None, SYSTEM, lambda usual: chosen)
+    with TemporaryDirectory() as data:
+        if script is later:
+            await picture_of(conversation, chosen, Path(data))
+        picture = await picture_of(script, chosen, Path(data))
+    (folder / f"{name}.svg").write_text(picture, "utf-8")
+
+
+async def picture_of(script: Callable[[Any], Awaitable[None]], chosen: Settings, data: Path) -> str:
+    """Play a script in a new process of the chat, as it were, on a folder of data."""
+    app = Observed(data, None, SYSTEM, lambda usual: chosen)
     async with app.run_test(size=SIZE) as pilot:
         await ready(pilot)
         await script(pilot)
         picture = app.export_screenshot(title="python -m examples.chat", simplify=True)
-        (folder / f"{name}.svg").write_text(picture, "utf-8")
+        app.desk.close()
+        await asyncio.to_thread(app.worker.join)
+    return picture
 
 
 def main() -> None:

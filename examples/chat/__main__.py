@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from .settings import Settings
 
@@ -28,6 +29,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, help="of stored keys and values (default: the model's precision)")
     parser.add_argument("--max-tokens", type=int, help="longest answer")
     parser.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--min-p", type=float, help="sample no token below this share of the likeliest one's")
+    parser.add_argument("--repetition-penalty", type=float, help="1 (none, the default) to 2")
+    parser.add_argument("--seed", type=int, help="makes sampled replies repeatable")
     parser.add_argument("--data", type=Path, help="folder of saved conversations (default: the user's data)")
     parser.add_argument("--plain", action="store_true", help="lines in, answers out; nothing is saved")
     parser.add_argument("--script", type=Path, help="read messages and commands from a file; implies --plain")
@@ -36,8 +41,8 @@ def arguments() -> argparse.Namespace:
 
 def settings(chosen: argparse.Namespace, usual: Settings) -> Settings:
     """Apply command-line options to settings. Raises ValueError for a value out of bounds."""
-    names = ("capacity", "window", "bits", "max_tokens", "temperature")
-    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    named = {each.name: getattr(chosen, each.name, None) for each in fields(Settings)}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     return replace(usual, **given)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .events import Event, Reading, Said
 from .prompt import Prompt
 from .reading import Piece
+from .tree import Message
 
 PAUSE = 1 / 30
 """The minimum time between two reported parts of a reply, in seconds: a screen shows no more."""
@@ -24,8 +25,9 @@ class Answer:
 
     Attributes:
         text, written: the reply without and with its stop token.
-        read: the number of prompt tokens computed.
-        begin, first, last: times of the start, the first token and the newest token, in seconds.
+        begun: the number of its tokens that were there before, of a reply that is continued.
+        reused, read: the numbers of prompt tokens that were cached and computed.
+        begin, first, last: times of the start, the first new token and the newest token, in seconds.
         ended: why the reply is incomplete; "" if it is not.
     """
 
@@ -33,11 +35,13 @@ class Answer:
     emit: Callable[[Event], None]
     is_stopped: Callable[[], bool]
     clock: Callable[[], float]
+    begin: float
     text: str = ""
     written: str = ""
     tokens: list[int] = field(default_factory=list)
+    reused: int = 0
     read: int = 0
-    begin: float = 0.0
+    begun: int = 0
     first: float = 0.0
     last: float = 0.0
     ended: str = ""
@@ -45,12 +49,25 @@ class Answer:
     _told: float = 0.0
 
     def __post_init__(self) -> None:
-        self.begin = self.first = self.last = self.clock()
+        self.first = self.last = self.clock()
+        self.reused = self.prompt.session.reused
+
+    def go_on(self, reply: Message) -> None:
+        """Begin with a reply that was cut."""
+        self.text = reply.text
+        self.written = reply.piece.text if reply.piece else reply.text
+        self.tokens = list(self.prompt.written)
+        self.begun = len(self.tokens)
 
     @property
     def piece(self) -> Piece | None:
         """The reply with its tokens; None before its first token."""
         return Piece(self.written, tuple(self.tokens)) if self.tokens else None
+
+    @property
+    def generated(self) -> int:
+        """The number of new tokens."""
+        return len(self.tokens) - self.begun
 
     def progress(self, done: int, total: int) -> None:
         """Report the progress of the prefill. Raises Stopped if the user stopped it."""
@@ -68,7 +85,7 @@ class Answer:
     def add(self, part: Any, tokenizer: Any) -> None:
         """Add a token from mlx-lm's `stream_generate`. Raises Stopped if the user stopped the reply."""
         self.last = self.clock()
-        if not self.tokens:
+        if not self.generated:
             self.first = self.last
         self.tokens.append(part.token)
         self.text += part.text

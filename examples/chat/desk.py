@@ -8,11 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .events import Event, Failed, Ready, Said, Seen
+from .events import Changed, Event, Failed, Progress, Ready, Said, Seen, Stored
 from .library import Library
 from .settings import Settings
 from .tree import Conversation, Message, Replied, cleaned, new_id
 from .worker import CONFIGURE, LOAD, REPLY, Worker
+
+SURVEYED = 16
+"""The number of newest conversations of which the tokens on disk are counted."""
 
 
 class Refused(Exception):
@@ -29,6 +32,7 @@ class Pending:
         before: the leaf of the conversation before this reply was requested.
         is_new: whether `last` was added for this reply.
         text: the reply so far.
+        progress: its statistics so far; None before it has begun.
     """
 
     conversation: Conversation
@@ -37,6 +41,7 @@ class Pending:
     before: str | None
     is_new: bool
     text: str = ""
+    progress: Progress | None = None
 
 
 class Desk:
@@ -50,6 +55,7 @@ class Desk:
         current: the conversation on the screen.
         pending: the reply in progress, or None.
         seen: the newest report on the caches, or None.
+        on_disk: the numbers of tokens that files hold, by the ids of conversations.
         returned: the text of a message that could not be answered, for the user to try again.
     """
 
@@ -67,6 +73,7 @@ class Desk:
         self.conversations = library.load()
         self.pending: Pending | None = None
         self.seen: Seen | None = None
+        self.on_disk: dict[str, int] = {}
         self.returned = ""
         opened = {conversation.id: conversation for conversation in self.conversations}
         self.current = opened.get(other.get("conversation", "")) or self._fresh()
@@ -96,6 +103,7 @@ class Desk:
         """Request the chosen model, before any other request."""
         self.worker.load(self.model, self.settings)
         self._look()
+        self.worker.survey(self.conversations[:SURVEYED])
 
     def load(self, model: str | None) -> None:
         """Load another model."""
@@ -158,6 +166,15 @@ class Desk:
         before, self.current.leaf = self.current.leaf, asked[-1].id
         self._answer(asked[-1], before, is_new=False)
 
+    def go_on(self, message: Message | None = None) -> None:
+        """Continue a reply that was cut, on a new branch; None means the last message of the branch."""
+        self._check_idle()
+        path = self.current.path_to(message.id) if message else self.current.path
+        if not path or path[-1].role != "assistant" or not path[-1].ended:
+            raise Refused("the last reply is complete; only a reply that was cut can be continued")
+        before, self.current.leaf = self.current.leaf, path[-2].id
+        self._answer(path[-2], before, is_new=False, begun=path[-1])
+
     def look_at(self, message: Message) -> None:
         """Switch to the branch of a message."""
         self.current.look_at(message.id)
@@ -201,10 +218,17 @@ class Desk:
             self.seen = event
         elif isinstance(event, Said) and self.pending:
             self.pending.text += event.text
+        elif isinstance(event, Progress) and self.pending:
+            self.pending.progress = event
         elif isinstance(event, Replied) and self.pending:
             pending, self.pending = self.pending, None
             pending.conversation.take(pending.last, pending.name, event)
             self.library.save(pending.conversation)
+            self.worker.survey(self.conversations[:SURVEYED])
+        elif isinstance(event, Stored):
+            self.on_disk = event.tokens
+        elif isinstance(event, Changed):
+            self._merge(event)
         elif isinstance(event, Ready):
             self._good = self.model
         elif isinstance(event, Failed) and event.what == LOAD:
@@ -245,9 +269,11 @@ class Desk:
         self._answer(message, before, is_new=True)
         return message
 
-    def _answer(self, last: Message, before: str | None, is_new: bool) -> None:
-        self.pending = Pending(self.current, last, new_id(), before, is_new)
-        self.worker.reply(self.current, last, self.pending.name)
+    def _answer(self, last: Message, before: str | None, is_new: bool, begun: Message | None = None) -> None:
+        """Request the reply to a message, or the rest of one that has begun."""
+        text = begun.text if begun else ""
+        self.pending = Pending(self.current, last, new_id(), before, is_new, text)
+        self.worker.reply(self.current, begun or last, self.pending.name)
 
     def _take_back(self) -> None:
         """Undo a reply that failed: restore the conversation as it was before the message."""
@@ -275,6 +301,23 @@ class Desk:
         if conversation not in self.conversations:
             self.conversations.insert(0, conversation)
         self.library.save(conversation)
+
+    def _merge(self, event: Changed) -> None:
+        """Take over what another chat has written and deleted."""
+        known = {conversation.id: conversation for conversation in self.conversations}
+        for theirs in event.conversations:
+            ours = known.get(theirs.id)
+            if ours is None:
+                self.conversations.insert(0, theirs)
+            else:
+                ours.merge(theirs)
+                # What goes on from the branch on the screen is shown.
+                if not self.pending or self.pending.conversation is not ours:
+                    ours.look_at(ours.leaf)
+        for name in event.gone:
+            busy = {self.current.id, self.pending.conversation.id if self.pending else ""}
+            if name in known and name not in busy:
+                self.conversations.remove(known[name])
 
     def _fresh(self) -> Conversation:
         return Conversation(system=self.system)

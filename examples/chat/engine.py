@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_kvcache import CacheFileError
 from mlx_kvcache.plugin import make_session_pool
@@ -19,11 +20,14 @@ from mlx_kvcache.plugin.pool.weights import fingerprint
 from mlx_kvcache.sessions import SessionPool
 
 from .answer import Answer, Stopped
-from .events import Event
-from .prompt import Prompt, forget, prepare, remembered
+from .events import Event, Progress, Stored
+from .prompt import SPLICE, Prompt, forget, prepare, remembered
 from .settings import Settings
 from .tree import Conversation, Cost, Message, Replied
 from .watch import Watch
+
+REPETITIONS = 64
+"""The number of newest tokens to which the penalty for repetitions applies."""
 
 STEP = 128
 """The block size of the prefill, in tokens: it can be stopped between blocks."""
@@ -47,6 +51,7 @@ class Engine:
     folder: Path | None = None
     clock: Callable[[], float] = time.perf_counter
     notice: str = field(default="", init=False)
+    _surveyed: tuple[int, int] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         _set_window(self.model, self.settings)
@@ -55,7 +60,7 @@ class Engine:
         except CacheFileError as error:
             self.pool = self._pool(None)
             self.notice = f"Caches are not kept: {error}"
-        self.watch = Watch(self.pool, self.clock)
+        self.watch = Watch(self.pool, self.settings.capacity, self.clock)
         self.reader = fingerprint(self.model, self.tokenizer)["tokenizer"]
 
     def reply(
@@ -66,10 +71,10 @@ class Engine:
         emit: Callable[[Event], None] = lambda event: None,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Replied:
-        """Generate the reply to a user's message.
+        """Generate the reply to a user's message, or continue a reply.
 
         Args:
-            last: the message.
+            last: the message, or a reply that was cut.
             name: the id of the reply's message.
             emit: receives events during the reply, but not its end.
             is_stopped: called at every token; a true result stops the reply.
@@ -80,10 +85,15 @@ class Engine:
         """
         conversation.read_by(self.reader)
         path = conversation.path_to(last.id)
+        begin = self.clock()
         prompt = prepare(self.pool, self.tokenizer, conversation, path, self.settings)
-        start, reused = prompt.start, prompt.session.reused
-        answer = Answer(prompt, emit, is_stopped, self.clock)
+        start = prompt.start
+        answer = Answer(prompt, emit, is_stopped, self.clock, begin)
+        if last.role == "assistant":
+            start = path[-2].start
+            answer.go_on(last)
         self.watch.follow(conversation.id, prompt.session, prompt.gap)
+        self._tell(answer)
         try:
             self._generate(answer, name)
         except Stopped:
@@ -91,9 +101,9 @@ class Engine:
         finally:
             prompt.session.close()
         answer.tell()
-        cost = self._cost(answer, reused)
+        cost = self._cost(answer)
         self.watch.add(cost)
-        self.look(emit)
+        self._tell(answer)
         return Replied(answer.text, answer.piece, prompt.read, (start, prompt.start), cost, answer.ended)
 
     def warm(self, conversation: Conversation, emit: Callable[[Event], None]) -> None:
@@ -104,11 +114,25 @@ class Engine:
             context, tokens = remembered(self.tokenizer, conversation)
             gap = len(context.opening.tokens) if path[-1].start else None
             # `open` leaves at least one token to compute; the extra token lets it reuse all others.
-            with self.pool.open([*tokens, 0], conversation.salt(path)) as session:
+            splice = SPLICE if context.is_changed else 0
+            with self.pool.open([*tokens, 0], conversation.salt(path), splice=splice) as session:
                 self.watch.follow(conversation.id, session, gap)
         else:
             self.watch.forget()
         self.look(emit)
+
+    def survey(self, conversations: Sequence[Conversation], emit: Callable[[Event], None]) -> None:
+        """Report how much of each conversation is on disk, if that has changed."""
+        counts = self.pool.counts.to_disk, self.pool.counts.from_disk
+        if self.folder is None or counts == self._surveyed:
+            return
+        self._surveyed = counts
+        stored = {}
+        for conversation in conversations:
+            if conversation.path and conversation.reader == self.reader:
+                _, tokens = remembered(self.tokenizer, conversation)
+                stored[conversation.id] = self.pool.on_disk(tokens, conversation.salt(conversation.path))
+        emit(Stored({name: tokens for name, tokens in stored.items() if tokens}))
 
     def look(self, emit: Callable[[Event], None]) -> None:
         """Report what the caches hold."""
@@ -133,25 +157,36 @@ class Engine:
 
     def _generate(self, answer: Answer, name: str) -> None:
         prompt, settings = answer.prompt, self.settings
+        if settings.seed is not None:
+            mx.random.seed(settings.seed)
+        penalty = settings.repetition_penalty if settings.repetition_penalty != 1 else None
+
+        def progress(done: int, total: int) -> None:
+            answer.progress(done, total)
+            if self.watch.is_due():
+                self._tell(answer)
+
         parts = stream_generate(
             self.model,
             self.tokenizer,
             prompt.session.rest,
             max_tokens=settings.max_tokens,
             prompt_cache=prompt.session.cache,
-            sampler=make_sampler(settings.temperature, settings.top_p),
+            sampler=make_sampler(settings.temperature, settings.top_p, settings.min_p),
+            logits_processors=make_logits_processors(None, penalty, REPETITIONS),
             prefill_step_size=STEP,
-            prompt_progress_callback=answer.progress,
+            prompt_progress_callback=progress,
         )
         with closing(parts):
             for part in parts:
                 prompt.session.extend([part.token])
                 answer.add(part, self.tokenizer)
-                if self.watch.is_due():
-                    self.look(answer.emit)
+                forgotten = prompt.forgotten
                 if part.finish_reason is None and not self._make_room(prompt, name):
                     answer.ended = "capacity"
                     return
+                if self.watch.is_due() or answer.generated == 1 or prompt.forgotten != forgotten:
+                    self._tell(answer)
 
     def _make_room(self, prompt: Prompt, name: str) -> bool:
         """Make room for a token, forgetting the oldest turn if necessary. Returns whether there is room."""
@@ -163,16 +198,21 @@ class Engine:
         self.watch.move(prompt.gap)
         return True
 
-    def _cost(self, answer: Answer, reused: int) -> Cost:
-        until_first = answer.first - answer.begin
+    def _tell(self, answer: Answer) -> None:
+        """Report how far a reply is, and what the caches hold."""
+        answer.emit(Progress(self._cost(answer), answer.prompt.start))
+        self.look(answer.emit)
+
+    def _cost(self, answer: Answer) -> Cost:
+        until_first = (answer.first if answer.generated else self.clock()) - answer.begin
         return Cost(
-            reused=reused,
+            reused=answer.reused,
             prefilled=answer.read,
-            generated=len(answer.tokens),
+            generated=answer.generated,
             forgotten=answer.prompt.forgotten,
             first_token=until_first,
             seconds=answer.last - answer.first,
-            saved=self.watch.saved(reused, answer.read, until_first),
+            saved=self.watch.saved(answer.reused, answer.read, until_first),
         )
 
 

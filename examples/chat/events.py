@@ -1,11 +1,11 @@
-"""Defines the events that the worker sends to the screen."""
+"""Defines the events that the worker and the library send to the screen."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tree import Cost, Replied
+from .tree import Conversation, Cost, Replied
 
 if TYPE_CHECKING:
     # Importing mlx-lm takes seconds; the screen must not wait for it.
@@ -45,6 +45,18 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """The statistics of the reply in progress so far.
+
+    Attributes:
+        start: the number of forgotten messages.
+    """
+
+    cost: Cost
+    start: int
+
+
+@dataclass(frozen=True)
 class Said:
     """A part of the reply's text."""
 
@@ -60,7 +72,9 @@ class Seen:
         owners: ids of conversations by sequence, as far as known.
         current: the sequence of the current branch; None if it has no cache.
         cached: the number of tokens in it.
+        capacity: the maximum number of tokens in it; None for no bound.
         nbytes, most: allocated bytes, now and at the peak.
+        gap: the position at which messages are forgotten; None if none are.
         moved: the range [begin, end) of its tokens whose keys were re-based.
         totals: the sum of all replies since the start.
     """
@@ -69,10 +83,27 @@ class Seen:
     owners: dict[int, str]
     current: int | None
     cached: int
+    capacity: int | None
     nbytes: int
     most: int
+    gap: int | None
     moved: tuple[int, int]
     totals: Cost
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The numbers of tokens that files hold, by the ids of conversations."""
+
+    tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Another chat has written conversations, and deleted those with the ids `gone`."""
+
+    conversations: list[Conversation]
+    gone: list[str]
 
 
 @dataclass(frozen=True)
@@ -80,4 +111,4 @@ class Ended:
     """The worker has ended; this is its last event."""
 
 
-Event = Ended | Loading | Ready | Failed | Reading | Said | Replied | Seen
+Event = Ended | Loading | Ready | Failed | Reading | Progress | Said | Replied | Seen | Stored | Changed

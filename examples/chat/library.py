@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_kvcache.persist.atomic import replacing
 
+from .events import Changed
 from .settings import Settings
 from .tree import Conversation
 
@@ -45,6 +46,7 @@ class Library:
         self.folder = folder
         self.problems: list[str] = []
         self._complain = complain
+        self._stamps: dict[str, Any] = {}
         self._writer = ThreadPoolExecutor(1, "library")
 
     @property
@@ -60,6 +62,7 @@ class Library:
         found = []
         for path in sorted(self._folder("conversations").glob(f"*{SUFFIX}")) if self.folder else ():
             with self._aside(path):
+                self._stamps[path.name] = _stamp(path)
                 found.append(Conversation.of(json.loads(path.read_text("utf-8"))))
         return sorted(found, key=lambda conversation: -conversation.changed)
 
@@ -86,6 +89,13 @@ class Library:
         if self.folder:
             self._writer.submit(self._move, self._file(conversation), "deleted")
 
+    def refresh(self, tell: Callable[[Changed], None]) -> None:
+        """Tell in another thread what other chats have written since the last time, if they have."""
+        # A library that is closed has nothing more to tell.
+        with contextlib.suppress(RuntimeError):
+            if self.folder:
+                self._writer.submit(self._refresh, tell)
+
     def flush(self) -> None:
         """Wait until everything is saved."""
         self._writer.submit(lambda: None).result()
@@ -99,6 +109,21 @@ class Library:
 
     def _file(self, conversation: Conversation) -> Path:
         return self._folder("conversations") / f"{conversation.id}{SUFFIX}"
+
+    def _refresh(self, tell: Callable[[Changed], None]) -> None:
+        paths = {path.name: path for path in self._folder("conversations").glob(f"*{SUFFIX}")}
+        gone = [name for name in self._stamps if name not in paths]
+        changed = []
+        for name, path in paths.items():
+            # A file that has just gone or is damaged is reported at the next start.
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                if (stamp := _stamp(path)) != self._stamps.get(name):
+                    self._stamps[name] = stamp
+                    changed.append(Conversation.of(json.loads(path.read_text("utf-8"))))
+        for name in gone:
+            del self._stamps[name]
+        if changed or gone:
+            tell(Changed(changed, [name.removesuffix(SUFFIX) for name in gone]))
 
     @contextlib.contextmanager
     def _aside(self, path: Path) -> Iterator[None]:
@@ -136,12 +161,21 @@ class Library:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self._folder("lock")):
+                joined = content
                 with contextlib.suppress(OSError, ValueError):
-                    content = join(content, json.loads(path.read_text("utf-8")))
+                    joined = join(content, json.loads(path.read_text("utf-8")))
                 with replacing(path) as file:
-                    file.write(json.dumps(content, ensure_ascii=True).encode())
+                    file.write(json.dumps(joined, ensure_ascii=True).encode())
+                if joined == content and path.parent.name == "conversations":
+                    self._stamps[path.name] = _stamp(path)
         except OSError as error:
             self._complain(f"Nothing is saved: {error}")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file is replaced."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_ino
 
 
 def _joined(ours: dict[str, Any], theirs: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,26 @@ class CannotLoad(Exception):
 def memory() -> float:
     """The memory of this machine, in GB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def cached_models() -> list[str]:
+    """The names of the models in the local cache of the hub."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    found = {folder.parents[1].name for folder in hub.glob("models--*--*/snapshots/*") if is_model(folder)}
+    return sorted(name.removeprefix("models--").replace("--", "/", 1) for name in found)
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The folders of models in a folder, or the folder itself if it is one."""
+    with suppress(OSError):
+        return [folder] if is_model(folder) else sorted(filter(is_model, folder.iterdir()))
+    return []
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder looks like a model that mlx-lm loads."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def load(name: str | None, emit: Callable[[Event], None] = lambda event: None) -> tuple[Any, Any]:

@@ -6,22 +6,27 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mlx_kvcache import CacheError
 
+from .attachment import CannotRead, read_text
 from .engine import Engine
 from .events import Event, Said
+from .fullness import Fullness
 from .prompt import TooLong
-from .tree import Conversation, Message, new_id
+from .tree import Conversation, Message, amount, new_id
 
 HELP = """\
 /undo             take the last message and its answer back
 /edit TEXT        say TEXT instead of the last message
 /edit N TEXT      say TEXT instead of message N, and go on from there
 /regenerate       answer the last message again
+/continue         go on with a reply that was cut
+/attach FILE TEXT say TEXT with the text of a file
 /fork             go on in a new branch; the old one stays as it is
 /switch N         go to branch N
-/stats            what the cache holds and what it has saved
+/stats            what the model remembers, and what that has saved
 /help             this list
 /quit             the end"""
 
@@ -52,6 +57,8 @@ class Plain:
             "undo": self._undo,
             "edit": self._edit,
             "regenerate": self._regenerate,
+            "continue": self._continue,
+            "attach": self._attach,
             "fork": self._fork,
             "switch": self._switch,
             "stats": self._stats,
@@ -64,7 +71,7 @@ class Plain:
             return True
         try:
             commands[name](rest.strip())
-        except IndexError as error:
+        except (IndexError, CannotRead) as error:
             print(f"[{error}]")
         return True
 
@@ -76,7 +83,7 @@ class Plain:
         self.branches[self.current] = self.conversation.leaf
 
     def _answer(self, message: Message) -> bool:
-        """Answer a message. Returns False if that failed."""
+        """Answer a message, or continue a reply. Returns False if that failed."""
         name = new_id()
         try:
             with _interruptible() as is_stopped:
@@ -84,8 +91,12 @@ class Plain:
         except (TooLong, CacheError) as error:
             print(f"[{error}]")
             return False
-        self.conversation.take(message, name, replied)
+        asked = message if message.role == "user" else self.conversation.messages[str(message.parent)]
+        self.conversation.take(asked, name, replied)
         print(f"{' [stopped]' if replied.ended == 'stopped' else ''}\n  [{replied.cost}]")
+        fullness = Fullness.of(self.engine.watch.seen())
+        if fullness.is_nearly_full:
+            print(f"  [{fullness.count}, {fullness.note}]")
         return True
 
     def _print(self, event: Event) -> None:
@@ -116,6 +127,18 @@ class Plain:
         self._answer(self._question(len(self.questions)))
         self.branches[self.current] = self.conversation.leaf
 
+    def _continue(self, _: str) -> None:
+        leaf = self.conversation.path[-1:]
+        if not leaf or not leaf[0].ended:
+            raise IndexError("the last reply is complete; only a reply that was cut can be continued")
+        print(leaf[0].text, end="", flush=True)
+        self._answer(leaf[0])
+        self.branches[self.current] = self.conversation.leaf
+
+    def _attach(self, rest: str) -> None:
+        name, _, text = rest.partition(" ")
+        self._say(f"{text}\n\n{Path(name).name}:\n\n{read_text(name)}".strip(), self.conversation.leaf)
+
     def _fork(self, _: str) -> None:
         self.branches.append(self.conversation.leaf)
         self.current = len(self.branches) - 1
@@ -130,14 +153,11 @@ class Plain:
 
     def _stats(self, _: str) -> None:
         seen = self.engine.watch.seen()
-        capacity = self.engine.settings.capacity
-        print(f"{seen.cached} of {capacity or 'any number of'} tokens cached")
-        print(f"{len(self.branches)} branches, {seen.nbytes / 1e6:.1f} MB allocated for them all")
+        fullness = Fullness.of(seen)
+        print(f"{fullness.count} in this branch, {fullness.note}")
+        print(f"{len(self.branches)} branches, {amount(seen.nbytes / 1e6)} MB for them all")
         totals = seen.totals
-        print(
-            f"so far: {totals.reused} tokens reused, {totals.prefilled} prefilled, "
-            f"{totals.forgotten} forgotten; that saved {totals.saved:.1f} s"
-        )
+        print(f"so far {totals.headline}; wrote {totals.generated:,}, forgot {totals.forgotten:,}")
 
 
 @contextmanager

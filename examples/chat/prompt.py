@@ -9,9 +9,12 @@ from typing import Any
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.sessions import Session, SessionPool
 
-from .reading import Context, Piece, Turn, compose
+from .reading import Context, Piece, Turn, compose, encoded
 from .settings import Settings
 from .tree import Conversation, Message
+
+SPLICE = 32
+"""The fewest tokens of a run that is kept when tokens before it are gone."""
 
 
 class TooLong(ValueError):
@@ -24,17 +27,19 @@ class Prompt:
 
     Attributes:
         session: the cache, and the tokens to compute.
+        written: the tokens of a reply that is continued.
         turns: all messages of the branch.
         context: the remembered messages, as the model reads them.
         start: the number of forgotten messages at the beginning.
         read: the last message as the model reads it; None if it cannot be separated from the
             messages before it.
-        forgotten: the number of tokens removed from the cache.
+        forgotten: the number of tokens that the model no longer sees.
     """
 
     session: Session
     turns: list[Turn]
     context: Context
+    written: list[int]
     start: int
     read: Piece | None
     forgotten: int = 0
@@ -59,42 +64,57 @@ def prepare(
 ) -> Prompt:
     """Open the cache that holds most of a branch, and make room for the reply.
 
+    What follows a gap is kept: after forgotten messages by removing them from the cache, or by a splice
+    where the model reads the others differently now, such as without their thinking.
+
     Args:
-        path: the branch; it ends with a message of the user.
+        path: the branch; it ends with a message of the user, or with a reply that is continued.
 
     Raises:
         TooLong: there is no room, even if all earlier messages are forgotten.
     """
     turns = [message.turn for message in path]
+    written = _tokens_of(tokenizer, turns.pop()) if path[-1].role == "assistant" else []
     system, start, salt = conversation.system, path[-1].start, conversation.salt(list(path))
     before = compose(tokenizer, system, turns[start:])
-    goal, context = _fitting(tokenizer, system, turns, start, before, settings)
-    session = pool.open(before.tokens, salt)
-    prompt = Prompt(session, turns, context, goal, _last_piece(context, turns[-1]))
-    if goal > start:
-        cut = before.tokens_of(goal - start)
+    goal, context = _fitting(tokenizer, system, turns, start, before, len(written), settings)
+    tokens, cut = context.tokens + written, before.length - context.length
+    last = _last_piece(context, turns[-1])
+    if goal == start:
+        session = pool.open(tokens, salt, splice=SPLICE if before.is_changed else 0)
+        return Prompt(session, turns, context, written, goal, last)
+    name = (path[-1].id, goal)
+    if not before.is_changed:
+        session = pool.open(before.tokens + written, salt)
         begin = len(before.opening.tokens)
-        name = (path[-1].id, goal)
-        if cut is not None and _drop(session, begin, begin + cut, name, context.tokens):
-            prompt.forgotten = cut
-        else:
-            session.close()
-            prompt.session = pool.open(context.tokens, name)
-    return prompt
+        if _drop(session, begin, begin + cut, name, tokens):
+            return Prompt(session, turns, context, written, goal, last, cut)
+        session.close()
+    session = pool.open(tokens, salt, splice=SPLICE)
+    # Later replies on this branch find it under its own name.
+    session.salt = name
+    return Prompt(session, turns, context, written, goal, last, cut)
 
 
 def forget(prompt: Prompt, name: str) -> bool:
     """Remove the oldest remembered turn from the cache during a reply.
 
+    If only the last message is left, half of what the model has written is removed.
+
     Args:
         name: the id of the reply's message.
 
     Returns:
-        Whether a turn was removed.
+        Whether there is room now.
     """
     later = [i for i, turn in enumerate(prompt.turns) if turn.role == "user" and i > prompt.start]
     if not later:
-        return False
+        begin, end = prompt.context.length, len(prompt.session.tokens)
+        half = (end - begin) // 2
+        if not _drop(prompt.session, begin, begin + half, (name, -end), None):
+            return False
+        prompt.forgotten += half
+        return True
     turns = later[0] - prompt.start
     begin, cut = len(prompt.context.opening.tokens), prompt.context.tokens_of(turns)
     if cut is None or not _drop(prompt.session, begin, begin + cut, (name, later[0]), None):
@@ -106,21 +126,35 @@ def forget(prompt: Prompt, name: str) -> bool:
 
 
 def _fitting(
-    tokenizer: Any, system: str, turns: list[Turn], start: int, context: Context, settings: Settings
+    tokenizer: Any,
+    system: str,
+    turns: list[Turn],
+    start: int,
+    context: Context,
+    written: int,
+    settings: Settings,
 ) -> tuple[int, Context]:
-    """Find the first message from which on there is room for a reply, and the context from there."""
+    """Find the first message from which on there is room for a reply, and the context from there.
+
+    Args:
+        written: the number of tokens of the reply that are there already.
+    """
     if settings.capacity is None:
         return start, context
     room = min(settings.max_tokens, settings.capacity // 4)
     starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > start]
     for later in [start, *starts]:
         context = context if later == start else compose(tokenizer, system, turns[later:])
-        needed = context.length + room
+        needed = context.length + written + room
         if needed <= settings.capacity:
             return later, context
     raise TooLong(
         f"with room for an answer this takes {needed:,} tokens, and the capacity is {settings.capacity:,}"
     )
+
+
+def _tokens_of(tokenizer: Any, turn: Turn) -> list[int]:
+    return list(turn.piece.tokens) if turn.piece else encoded(tokenizer, turn.text)
 
 
 def _last_piece(context: Context, last: Turn) -> Piece | None:
@@ -132,7 +166,7 @@ def _last_piece(context: Context, last: Turn) -> Piece | None:
 def _drop(session: Session, begin: int, end: int, salt: tuple[str, int], expected: list[int] | None) -> bool:
     """Remove [begin, end) from a session if it is computed and the remaining tokens are as expected."""
     left = session.tokens[:begin] + session.tokens[end:]
-    if end > session.cache.position or (expected is not None and left != expected):
+    if not begin < end <= session.cache.position or (expected is not None and left != expected):
         return False
     try:
         session.remove(begin, end, salt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ class Piece(NamedTuple):
         return Piece(self.text[characters:], self.tokens[tokens:])
 
 
+LEAST = 8
+"""The fewest characters at the end of a changed message that are taken for what is left of it."""
+
 NOTHING = Piece("", ())
 
 
@@ -48,12 +52,15 @@ class Context:
         pieces: a piece for each turn, up to the first one whose reading has changed.
         rest: everything after these, newly encoded.
         is_whole: whether every turn has its own piece; the last one's is `rest`.
+        is_changed: whether the template renders an earlier turn differently now, such as without its
+            thinking.
     """
 
     opening: Piece
     pieces: tuple[Piece, ...]
     rest: Piece = NOTHING
     is_whole: bool = False
+    is_changed: bool = False
 
     @property
     def tokens(self) -> list[int]:
@@ -83,8 +90,8 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
     """Make the context of a list of turns that ends with a turn of the user.
 
     Reuses the tokens of turns read or generated before, because encoding a text again can give
-    other tokens. If the template renders an earlier turn differently now, everything from this
-    turn on is encoded again.
+    other tokens. If the template renders only the end of an earlier turn now, this end is reused. If it
+    renders the turn differently, everything from this turn on is encoded again.
     """
     text = rendered(tokenizer, system, turns)
     opening = _opening(tokenizer, system)
@@ -92,9 +99,12 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
         opening = NOTHING
     read = len(opening.text)
     pieces: list[Piece] = []
+    is_changed = False
     for turn in turns:
         piece = turn.piece if pieces or turn.piece is None else turn.piece.body
-        if piece is None or not text.startswith(piece.text, read):
+        if piece is not None and not text.startswith(piece.text, read):
+            is_changed, piece = True, _end_of(tokenizer, piece, text, read)
+        if piece is None:
             break
         pieces.append(piece)
         read += len(piece.text)
@@ -104,7 +114,7 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
     is_whole = len(pieces) >= len(turns) - 1
     before = rendered(tokenizer, system, turns[:-1], answer=False) if is_whole and len(turns) > 1 else ""
     rest = _piece(tokenizer, text, read, len(before) if text.startswith(before) else read)
-    return Context(opening, tuple(pieces), rest, is_whole)
+    return Context(opening, tuple(pieces), rest, is_whole, is_changed)
 
 
 def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = True) -> str:
@@ -126,6 +136,27 @@ def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = 
 def encoded(tokenizer: Any, text: str) -> list[int]:
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return tokens
+
+
+def _end_of(tokenizer: Any, piece: Piece, text: str, read: int) -> Piece | None:
+    """The end of a piece that the text has at `read`, with its tokens; None if there is none."""
+    first = text[read : read + 1]
+    start = piece.text.find(first, 1) if first else -1
+    while start > 0 and not text.startswith(piece.text[start:], read):
+        start = piece.text.find(first, start + 1)
+    left = piece.text[start:]
+    if start < 0 or len(left) < LEAST:
+        return None
+
+    def decoded(index: int) -> str:
+        decoded: str = tokenizer.decode(piece.tokens[index:], skip_special_tokens=False)
+        return decoded
+
+    index = bisect_left(range(len(piece.tokens)), -len(left), key=lambda index: -len(decoded(index)))
+    if not left.endswith(decoded(index)):
+        return None
+    head = encoded(tokenizer, left.removesuffix(decoded(index)))
+    return Piece(left, (*head, *piece.tokens[index:]))
 
 
 def _piece(tokenizer: Any, text: str, start: int, begin: int) -> Piece:

@@ -34,6 +34,22 @@ class Cost:
     saved: float = 0.0
 
     @property
+    def read(self) -> int:
+        """The number of tokens that the model had before it answered, read now or reused."""
+        return self.reused + self.prefilled
+
+    @property
+    def headline(self) -> str:
+        saved = f", saved {amount(self.saved)} s" if self.saved else ""
+        return f"reused {self.reused:,} of {self.read:,} tokens{saved}"
+
+    @property
+    def details(self) -> str:
+        forgot = f"; forgot the oldest {self.forgotten:,}" if self.forgotten else ""
+        wrote = f"wrote {self.generated:,} at {amount(self.rate)} tokens/s"
+        return f"{wrote}, the first after {amount(self.first_token)} s{forgot}"
+
+    @property
     def rate(self) -> float:
         """Tokens per second after the first token; 0 for fewer than two tokens."""
         return (self.generated - 1) / self.seconds if self.seconds > 0 and self.generated > 1 else 0.0
@@ -42,11 +58,7 @@ class Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
-        forgotten = f"{self.forgotten} forgotten, " if self.forgotten else ""
-        return (
-            f"{self.reused} tokens reused, {self.prefilled} prefilled, {forgotten}{self.generated} generated "
-            f"at {self.rate:.1f} tokens/s"
-        )
+        return f"{self.headline}; {self.details}"
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,15 @@ class Conversation:
         if looked_at not in {last.id, *(message.id for message in self.children(last.id))}:
             self.leaf = looked_at
 
+    def merge(self, other: Conversation) -> None:
+        """Add what another chat has added to this conversation; if it goes on from the leaf, follow it."""
+        for message in other.messages.values():
+            is_known = message.parent is None or message.parent in self.messages
+            if is_known and message.id not in self.gone:
+                self.messages.setdefault(message.id, message)
+        if other.changed > self.changed:
+            self.title, self.changed = other.title, other.changed
+
     def take_back(self, message: Message, leaf: str | None) -> None:
         """Remove a message without replies; the branch that ends with `leaf` becomes current again."""
         del self.messages[message.id]
@@ -236,6 +257,20 @@ def _message(saved: dict[str, Any]) -> Message:
         "cost": Cost(**cost) if cost else None,
     }
     return Message(**(saved | kept))
+
+
+def amount(number: float) -> str:
+    """Write a measured number: with a decimal below 10, otherwise whole and in groups of three digits."""
+    return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
+
+
+def parted(text: str) -> tuple[str, str]:
+    """The thinking at the beginning of a reply, and the rest; no rest if the thinking has not ended."""
+    begin, end = "<think>", "</think>"
+    if not text.lstrip().startswith(begin) and end not in text:
+        return "", text
+    thought, _, rest = text.partition(end)
+    return thought.replace(begin, "", 1).strip(), rest.lstrip()
 
 
 def titled(text: str) -> str:

@@ -22,9 +22,10 @@ MEASURED = 16
 class Watch:
     """Maps the caches' sequences to conversations, and sums up the statistics of replies."""
 
-    def __init__(self, pool: SessionPool, clock: Callable[[], float]) -> None:
+    def __init__(self, pool: SessionPool, capacity: int | None, clock: Callable[[], float]) -> None:
         self.totals = Cost()
         self._pool = pool
+        self._capacity = capacity
         self._clock = clock
         self._owners: dict[int, str] = {}
         self._cache: Any = None
@@ -51,14 +52,13 @@ class Watch:
 
     def saved(self, reused: int, read: int, seconds: float) -> float:
         """The estimated seconds to prefill `reused` tokens; `read` tokens took `seconds` now."""
-        if read >= MEASURED or not self._read[0]:
-            self._read = (self._read[0] + read, self._read[1] + seconds)
-        tokens, taken = self._read
+        tokens, taken = self._measured(read, seconds)
         return reused * taken / tokens if tokens else 0.0
 
     def add(self, cost: Cost) -> None:
-        """Count a reply."""
+        """Count a finished reply."""
         self.totals += cost
+        self._read = self._measured(cost.prefilled, cost.first_token)
 
     def seen(self) -> Seen:
         self._next = self._clock() + EVERY
@@ -78,8 +78,23 @@ class Watch:
             living = {sequence for holding in held for sequence in holding.runs}
             self._owners = {s: name for s, name in self._owners.items() if s in living or s == current}
         return Seen(
-            held, dict(self._owners), current, cached, nbytes, self._most, self._moved(cached), self.totals
+            held,
+            dict(self._owners),
+            current,
+            cached,
+            self._capacity,
+            nbytes,
+            self._most,
+            self._gap if self._cache is not None else None,
+            self._moved(cached),
+            self.totals,
         )
+
+    def _measured(self, read: int, seconds: float) -> tuple[int, float]:
+        """The prefilled tokens whose speed counts and their seconds, with those of a reply."""
+        if read < MEASURED and self._read[0]:
+            return self._read
+        return self._read[0] + read, self._read[1] + seconds
 
     def _moved(self, cached: int) -> tuple[int, int]:
         """The range of tokens whose keys were re-based on removal: those before the gap, or after it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Worker(threading.Thread):
         self._ask(CONFIGURE, lambda: self._configure(settings))
 
     def reply(self, conversation: Conversation, last: Message, name: str) -> None:
-        """Answer a message of the user. `name` is the id of the reply's message."""
+        """Answer a message of the user, or continue a reply. `name` is the id of the reply's message."""
         # A separate event for each reply, so that stopping one reply does not affect another.
         stop = self._halt = threading.Event()
         self._ask(REPLY, lambda: self._reply(conversation, last, name, stop))
@@ -56,6 +56,11 @@ class Worker(threading.Thread):
     def warm(self, conversation: Conversation) -> None:
         """Load the current branch's cache into memory and report on the caches."""
         self._ask("look at the caches", lambda: self._engine and self._engine.warm(conversation, self._emit))
+
+    def survey(self, conversations: Sequence[Conversation]) -> None:
+        """Report how much of each conversation is on disk."""
+        listed = list(conversations)
+        self._ask("look at the disk", lambda: self._engine and self._engine.survey(listed, self._emit))
 
     def stop(self) -> None:
         """Stop the reply in progress after its current token."""

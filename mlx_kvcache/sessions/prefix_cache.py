@@ -417,6 +417,16 @@ class SessionPool:
         cache.close()
         return False
 
+    def on_disk(self, tokens: Sequence[int], salt: Hashable = None) -> int:
+        """Return how many leading tokens of a conversation a file holds. Loads nothing; 0 without a disk.
+
+        Raises TypeError if `tokens` is not a sequence of whole numbers, and CacheFileError if the folder
+        cannot be read.
+        """
+        tokens = token_ids(tokens)
+        found = self._disk.folder.matches(tokens, salt) if self._disk else ()
+        return max((common for common, _ in found), default=0)
+
     def flush(self) -> None:
         """Write all stored caches to disk, and wait for it. Does nothing without a disk."""
         for entry in self._stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from examples.chat.engine import Engine
-from examples.chat.prompt import remembered
+from examples.chat.prompt import SPLICE, remembered
 from examples.chat.tree import Conversation
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.running import difference, logits_of
@@ -16,8 +16,9 @@ def tokens_of(engine: Engine, conversation: Conversation) -> list[int]:
 
 def difference_to_fresh(engine: Engine, conversation: Conversation) -> tuple[int, float]:
     """How many tokens of the branch are cached, and how far they are from a fresh computation of them."""
-    tokens = tokens_of(engine, conversation)
-    session = engine.pool.open([*tokens, 0], conversation.salt(conversation.path))
+    context, tokens = remembered(engine.tokenizer, conversation)
+    splice = SPLICE if context.is_changed else 0
+    session = engine.pool.open([*tokens, 0], conversation.salt(conversation.path), splice=splice)
     probe = tokens[:2]
     held = min(session.reused, (engine.settings.capacity or len(tokens) + 2) - len(probe))
     session.cache.rewind_to(held)

@@ -79,6 +79,7 @@ class Life:
             self.edit: 12,
             self.again: 10,
             self.stopped: 6,
+            self.go_on: 6,
             self.branch: 12,
             self.new: 4,
             self.other: 8,
@@ -126,6 +127,9 @@ class Life:
             self.desk.heed(event)
         self.desk.heed(event)
         self.desk.stop()
+
+    def go_on(self) -> None:
+        self.desk.go_on()
 
     def branch(self) -> None:
         if self.desk.current.messages:

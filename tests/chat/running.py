@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from textual.events import Paste
+from textual.events import Key, Paste
 
 from examples.chat.events import Event, Said
 from examples.chat.settings import Settings
@@ -133,6 +133,32 @@ async def write(pilot: Any, text: str) -> None:
     composer.focus()
     composer.post_message(Paste(text))
     await pilot.press("enter")
+
+
+async def press(pilot: Any, *keys: str) -> None:
+    """Press keys, one right after another. A pilot waits for a twentieth of a second after each."""
+    for key in keys:
+        pilot.app._driver.send_message(Key(key, None))
+    await pilot.pause()
+
+
+async def typed(pilot: Any, text: str) -> None:
+    """Replace what is in the field that has the focus, by keys. The text is pasted, as in `write`."""
+    await press(pilot, "ctrl+a", "ctrl+k", "ctrl+u")
+    pilot.app.post_message(Paste(text))
+    await pilot.pause()
+
+
+async def dialog(pilot: Any, *keys: str) -> None:
+    """Open a dialog by keys, and wait until a field of it has the focus."""
+    await pilot.press(*keys)
+    await until(pilot, lambda: len(pilot.app.screen_stack) == 2 and pilot.app.focused)
+
+
+async def closed(pilot: Any) -> None:
+    """Wait until no dialog is open, and what it asked for is done."""
+    await until(pilot, lambda: len(pilot.app.screen_stack) == 1)
+    await idle(pilot)
 
 
 def texts(pilot: Any) -> list[str]:

@@ -162,6 +162,7 @@ async def test_forgetting_is_marked(tiny: Path) -> None:
         assert pilot.app.desk.current.path[-1].start > 0
         assert pilot.app.query(Forgotten)
         assert pilot.app.desk.seen.cached <= 96
+        assert notices(pilot).count("nearly full") == 1
 
 
 async def test_a_whole_book_comes_back(tiny: Path) -> None:

@@ -11,13 +11,14 @@ import mlx.nn as nn
 import pytest
 
 from examples.chat.engine import Engine
-from examples.chat.events import Reading, Said, Seen
+from examples.chat.events import Progress, Reading, Said, Seen, Stored
 from examples.chat.prompt import TooLong
 from examples.chat.reading import Piece
 from examples.chat.settings import Settings
 from examples.chat.tree import Conversation, Message, new_id
 
 from .fresh import difference_to_fresh, tokens_of
+from .test_reading import with_template
 
 SETTINGS = Settings(capacity=None, temperature=0.0, max_tokens=8, memory=64)
 
@@ -43,7 +44,8 @@ class Talk:
     def answer(self, asked: Message, is_stopped: Callable[[], bool] = lambda: False) -> Any:
         name = new_id()
         replied = self.engine.reply(self.conversation, asked, name, self.events.append, is_stopped)
-        self.conversation.take(asked, name, replied)
+        replied_to = asked if asked.role == "user" else self.conversation.messages[str(asked.parent)]
+        self.conversation.take(replied_to, name, replied)
         return self.conversation.path[-1]
 
     @property
@@ -114,6 +116,10 @@ def test_after_a_restart_nothing_is_read_again(tiny_model: tuple[nn.Module, Any]
     talk.engine.close()
     later = Talk(tiny_model, tmp_path)
     later.conversation = talk.conversation
+    # Before it is opened, it is known to be on disk.
+    later.engine.survey([later.conversation, Conversation()], later.events.append)
+    held = len(tokens_of(later.engine, later.conversation))
+    assert later.events == [Stored({later.conversation.id: held})]
     later.engine.warm(later.conversation, later.events.append)
     assert later.events[-1].cached == later.check()
     cost = later.say("Go on").cost
@@ -139,15 +145,59 @@ def test_the_oldest_turns_make_room(flat_model: tuple[nn.Module, Any], capacity:
     assert talk.events[-1].moved != (0, 0)
 
 
+@pytest.mark.parametrize("capacity", [None, 256])
+def test_after_dropped_thinking_only_what_is_new_is_read(
+    flat_model: tuple[nn.Module, Any], capacity: int | None
+) -> None:
+    model, tokenizer = flat_model
+    # The first words of a reply are its thinking, which later prompts lack.
+    thinking = with_template(
+        tokenizer,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role != 'assistant' else "
+        "m.content.split(' ', 3)[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    talk = Talk((model, thinking), capacity=capacity, max_tokens=48)
+    read, forgotten = [], 0
+    for turn in range(4):
+        cost = talk.say(f"Question {turn}: " + "what do you think of it? " * 5).cost
+        read.append(cost.prefilled)
+        forgotten += cost.forgotten
+    talk.check()
+    # A message of 53 tokens, or 54 after forgotten ones, whose end was read with them.
+    assert max(read[1:]) <= 54, read
+    assert (forgotten > 0) == (capacity is not None)
+    read_so_far = talk.engine.watch.totals.prefilled
+    talk.engine.warm(talk.conversation, talk.events.append)
+    assert talk.engine.watch.totals.prefilled == read_so_far
+
+
 def test_room_is_made_while_a_reply_is_written(flat_model: tuple[nn.Module, Any]) -> None:
     talk = Talk(flat_model, capacity=80, max_tokens=24)
     talk.say("a b c")
     reply = talk.say("d e f")
     path: list[Any] = talk.conversation.path
     assert reply.start == 2 > path[-2].start
+    # What is forgotten is told when it happens.
+    told = [event for event in talk.events if isinstance(event, Progress)]
+    before = next(event for event in told if event.start)
+    assert 0 < before.cost.forgotten == reply.cost.forgotten
+    assert before.cost.generated < reply.cost.generated
     talk.check()
     talk.say("g h i")
     talk.check()
+
+
+def test_a_reply_longer_than_the_capacity_forgets_its_own_beginning(
+    flat_model: tuple[nn.Module, Any],
+) -> None:
+    talk = Talk(flat_model, capacity=80, max_tokens=200)
+    reply = talk.say("a b c")
+    assert (reply.ended, reply.cost.generated) == ("length", 200)
+    assert reply.cost.forgotten >= 200 - 80
+    assert talk.events[-1].cached <= 80
+    # The next message forgets it all.
+    assert talk.say("d e f").start == 2
 
 
 def test_what_has_forgotten_serves_nobody_else(tiny_model: tuple[nn.Module, Any]) -> None:
@@ -193,6 +243,13 @@ def test_stopped_while_writing(tiny_model: tuple[nn.Module, Any]) -> None:
     assert reply.ended == "stopped"
     assert reply.cost.generated == 2
     assert "".join(event.text for event in talk.events if isinstance(event, Said)) == reply.text
+    # It is continued where it stopped, as if it had not stopped.
+    rest = talk.answer(reply)
+    assert (rest.cost.prefilled, rest.cost.generated) == (1, 8)
+    assert rest.text.startswith(reply.text)
+    assert talk.conversation.beside(reply) == [reply, rest]
+    whole = Talk(tiny_model, max_tokens=10).say("Hello")
+    assert rest.piece.tokens == whole.piece.tokens
     talk.say("Go on")
     talk.check()
 
@@ -220,6 +277,18 @@ def test_a_window(tiny_model: tuple[nn.Module, Any]) -> None:
     assert held < seen.cached
     Talk(tiny_model)
     assert "make_cache" not in vars(tiny_model[0])
+
+
+def test_a_seed_repeats_a_reply_and_a_penalty_ends_repetition(tiny_model: tuple[nn.Module, Any]) -> None:
+    talk = Talk(tiny_model, temperature=1.5, seed=3, min_p=0.001)
+    first = talk.say("Hello")
+    assert talk.answer(talk.asked).text == first.text
+    talk.engine.settings = replace(talk.engine.settings, seed=4)
+    assert talk.answer(talk.asked).text != first.text
+    plain, penalized = (
+        Talk(tiny_model, max_tokens=32, repetition_penalty=p).say("Hello there") for p in (1.0, 2.0)
+    )
+    assert len(set(plain.piece.tokens)) < len(set(penalized.piece.tokens))
 
 
 def test_a_folder_that_cannot_be_used(tiny_model: tuple[nn.Module, Any], tmp_path: Path) -> None:

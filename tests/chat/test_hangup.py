@@ -51,7 +51,7 @@ def replying(chat: ChatProcess, text: str = "Hello there") -> None:
     chat.until("Say something")
     chat.type(f"{text}\r")
     # Something is cached when the first token has been written.
-    chat.until(r"[1-9]\d* tokens of 4,096")
+    chat.until(r"[1-9]\d* of 4,096 tokens")
 
 
 @pytest.mark.parametrize("way", ENDS)
@@ -80,7 +80,7 @@ def test_while_the_model_loads(way: str, start: Start, tmp_path: Path) -> None:
 async def test_while_a_message_is_typed(start: Start, tiny: Path, tmp_path: Path) -> None:
     chat = start("vanish", "--model", str(tiny), "--max-tokens", "4")
     replying(chat, "Hello")
-    chat.until("4 generated")
+    chat.until("wrote 4 at")
     chat.type("\x05")
     chat.until("Editing message 1")
     chat.type(" to you")
@@ -96,7 +96,7 @@ def test_in_a_dialog(start: Start, tiny: Path, tmp_path: Path) -> None:
     replying(chat)
     chat.until_bytes(5000)
     chat.type("\x1bOS")
-    chat.until("Capacity: most tokens in a cache")
+    chat.until("Capacity: most tokens kept of a chat")
     chat.end("SIGTERM")
     assert saved(tmp_path)[1]["ended"] == "stopped"
     # The terminal is as it was: not the alternate screen, cursor visible.

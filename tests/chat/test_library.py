@@ -117,6 +117,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, complaints: list[str]) 
     library.save(talked())
     library.flush()
     library.close()
+    library.refresh(lambda changed: None)
     assert len(complaints) == 1
     assert "Nothing is saved" in complaints[0]
 

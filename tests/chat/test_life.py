@@ -14,7 +14,7 @@ from .life import Life
 
 TURNS = int(os.environ.get("CHAT_TURNS", "50"))
 CHECKS = int(os.environ.get("CHAT_CHECKS", "10"))
-ALLOWED = ("and the capacity is", "a conversation needs", "there is nothing")
+ALLOWED = ("and the capacity is", "only a reply that was cut", "a conversation needs", "there is nothing")
 """What may be refused: the whole book, and what is not there."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from examples.chat import models
+from examples.chat.attachment import CannotRead, read_text
 from examples.chat.events import Loading
 
 
@@ -42,6 +43,30 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(models.CannotLoad, match="cannot load nobody/nothing"):
         models.load("nobody/nothing")
+
+
+def test_models_on_this_machine(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert models.cached_models() == []
+    for name in ("models--some--one/snapshots/1", "models--some--two--b/snapshots/2"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "models--some--two--b" / "snapshots" / "2" / "model.safetensors").write_text("")
+    assert models.cached_models() == ["some/two--b"]
+    assert models.models_in(tiny) == [tiny]
+    assert tiny in models.models_in(tiny.parent)
+    assert models.models_in(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), (b"\xff\xfe", "UTF-8"), (b"a\0b", "zero bytes"), (b" \n", "empty")],
+)
+def test_files_that_cannot_be_attached(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    with pytest.raises(CannotRead, match=reason):
+        read_text(str(tmp_path / "file"))
 
 
 def test_suggestions_go_up() -> None:

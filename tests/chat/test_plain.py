@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
 import pytest
 
 from examples.chat.engine import Engine
-from examples.chat.events import Event
+from examples.chat.events import Event, Said
 from examples.chat.plain import Plain
 from examples.chat.settings import Settings
 
@@ -65,6 +66,7 @@ def test_the_oldest_turns_make_room(plain: Callable[..., Plain], capsys: pytest.
     # Every prompt's tokens were read once, although turns have been taken out.
     assert sum(cost.prefilled for cost in costs(chat)) < 28 + 4 * 14
     before = chat.conversation.path
+    assert "of 80 tokens, nearly full: the oldest messages are forgotten soon]" in capsys.readouterr().out
     chat.handle("word " * 100)
     assert "the capacity is 80" in capsys.readouterr().out
     assert chat.conversation.path == before
@@ -80,25 +82,33 @@ def test_ctrl_c_ends_an_answer_and_keeps_it(
         printed(event)
         if len(heard) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        heard.append(event)
+        if isinstance(event, Said):
+            heard.append(event)
 
     heard: list[Event] = []
     monkeypatch.setattr(chat, "_print", interrupting)
     chat.handle("Count from one to a hundred.")
     assert "[stopped]" in capsys.readouterr().out
     assert chat.conversation.path[-1].ended == "stopped"
+    begun = chat.conversation.path[-1].text
+    chat.engine.settings = replace(chat.engine.settings, max_tokens=4)
+    chat.handle("/continue")
+    reply: Any = chat.conversation.path[-1]
+    assert reply.text.startswith(begun)
+    assert (reply.cost.prefilled, reply.cost.generated) == (1, 4)
     assert_cached_as_said(chat)
 
 
 def test_commands(plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str]) -> None:
     chat = plain(max_tokens=6)
     script = ["", "Say hi.", "/fork", "/edit 1 Say bye.", "/switch 1", "/undo", "/undo", "/edit", "/edit 5 x"]
-    for line in [*script, "/switch 3", "/stats", "/help", "/what"]:
+    chat.handle("/continue")
+    for line in [*script, "/switch 3", "/stats", "/attach missing.txt x", "/help", "/what"]:
         assert chat.handle(line)
     assert not chat.handle("/quit")
     printed = capsys.readouterr().out
     for said in (
-        "0 tokens reused, 24 prefilled",
+        "reused 0 of 24 tokens",
         "Branch 2 of 2; what was said is shared, not copied.",
         "Taken back: Say hi.",
         "[there is no message 0; there are 0]",
@@ -106,6 +116,10 @@ def test_commands(plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str
         "[there is no message 5; there are 0]",
         "[there is no branch 3; there are 1 to 2]",
         "2 branches",
+        "tokens in this branch, no limit",
+        "so far reused",
+        "[the last reply is complete; only",
+        "[cannot read missing.txt: No such file",
         "/regenerate",
         "There is no /what",
     ):

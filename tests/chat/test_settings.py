@@ -11,7 +11,7 @@ from examples.chat.settings import Settings
 
 
 def test_there_and_back() -> None:
-    settings = Settings(capacity=None, window=128, bits=8, temperature=0.0)
+    settings = Settings(capacity=None, window=128, bits=8, temperature=0.0, seed=7, min_p=0.05)
     assert Settings.of(asdict(settings)) == settings
     assert Settings.of({"unknown": 3}) == Settings()
 
@@ -32,6 +32,10 @@ def test_replies_are_the_likeliest_unless_told() -> None:
         ("temperature", float("nan")),
         ("top_p", 0.0),
         ("max_tokens", 0),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.9),
+        ("seed", -1),
+        ("seed", 0.5),
         ("memory", 15),
         ("memory", None),
         ("capacity", "many"),

@@ -31,7 +31,7 @@ def test_the_chat_reads_a_pipe() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert "tokens reused" in run.stdout
+    assert "reused 0 of 24 tokens" in run.stdout
 
 
 def test_the_chat_says_what_it_cannot_load(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.widgets import Label
 
+from ..attachment import CannotRead, read_text
 from ..desk import Desk, Refused
 from ..export import as_markdown, file_name
+from ..models import memory
 from ..tree import Message
 from ..worker import Worker
 from .composer import Composer
 from .dialogs import Ask, AskLong, Confirm, Keys
 from .pickers import Branches, Conversations, Models
-from .settings import SettingsScreen
+from .settings import ABSURD, SettingsScreen
 from .transcript import Transcript
 
 
@@ -47,6 +49,8 @@ class Actions(App[None]):
         Binding("ctrl+c", "interrupt", show=False, priority=True),
         Binding("ctrl+q", "leave", show=False, priority=True),
         Binding("ctrl+y", "copy", show=False, priority=True),
+        Binding("ctrl+g", "go_on", show=False, priority=True),
+        Binding("ctrl+t", "attach", show=False, priority=True),
         Binding("alt+left", "before", show=False, priority=True),
         Binding("alt+right", "after", show=False, priority=True),
         Binding("ctrl+home", "earlier", show=False, priority=True),
@@ -69,8 +73,9 @@ class Actions(App[None]):
     _must_leave = False
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Allow only quitting while a dialog is open."""
-        return len(self.screen_stack) == 1 or action in ("interrupt", "leave")
+        """While a dialog is open, of the keys of this class allow only those that quit."""
+        own = {binding.action.partition("(")[0] for binding in self.BINDINGS if isinstance(binding, Binding)}
+        return len(self.screen_stack) == 1 or action not in own - {"interrupt", "leave"}
 
     async def show(self) -> None:
         """Update the screen."""
@@ -137,6 +142,23 @@ class Actions(App[None]):
     async def action_again_message(self, id: str) -> None:  # noqa: A002
         await self.attempt(lambda: self.desk.regenerate(self.desk.current.messages[id]))
 
+    async def action_go_on(self) -> None:
+        """Continue the last reply."""
+        await self.attempt(self.desk.go_on)
+
+    async def action_go_on_message(self, id: str) -> None:  # noqa: A002
+        await self.attempt(lambda: self.desk.go_on(self.desk.current.messages[id]))
+
+    @work
+    async def action_attach(self) -> None:
+        """Add a text file to the message."""
+        name = await self.push_screen_wait(Ask("A text file to add to your message: its path"))
+        if name:
+            try:
+                self.query_one(Composer).attach(Path(name).name, read_text(name))
+            except CannotRead as error:
+                self.notify(str(error), title="Could not attach", severity="error", markup=False)
+
     def action_copy(self) -> None:
         replies = [message for message in self.desk.current.path if message.role == "assistant"]
         if replies:
@@ -173,7 +195,7 @@ class Actions(App[None]):
 
     @work
     async def action_settings(self) -> None:
-        settings = await self.push_screen_wait(SettingsScreen(self.desk.settings))
+        settings = await self.push_screen_wait(SettingsScreen(self.desk.settings, self._most()))
         if settings is not None:
             await self.attempt(lambda: self.desk.set(settings))
 
@@ -235,7 +257,7 @@ class Actions(App[None]):
             self.desk.secure()
             self.exit()
             return
-        self.busy("Keeping the caches; ctrl+q again leaves at once")
+        self.busy("saving what the model remembers; ctrl+q again quits at once")
         self.desk.close()
 
     def leave(self) -> None:
@@ -276,6 +298,12 @@ class Actions(App[None]):
         panel = self.query_one(Conversations)
         name = panel.highlighted if self.focused and panel in self.focused.ancestors else None
         return next((each for each in self.desk.conversations if each.id == name), self.desk.current)
+
+    def _most(self) -> int:
+        """The most tokens for which this machine has memory, as far as that is known."""
+        seen = self.desk.seen
+        cells = max((sum(own.segments.values()) for own in seen.holdings), default=0) if seen else 0
+        return int(memory() * 1e9 * cells / seen.nbytes) if seen and seen.nbytes and cells else ABSURD
 
     async def _at_last_fork(self, by: int) -> None:
         forks = [message for message, _, places in self.desk.current.placed() if places > 1]

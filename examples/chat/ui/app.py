@@ -17,7 +17,8 @@ from textual.message import Message as Notice
 from textual.widgets import Footer, Input, Label, OptionList, ProgressBar, Static
 
 from ..desk import Desk
-from ..events import Ended, Event, Failed, Loading, Reading, Ready, Said, Seen
+from ..events import Changed, Ended, Event, Failed, Loading, Progress, Reading, Ready, Said, Seen, Stored
+from ..fullness import Fullness
 from ..library import Library, default_folder
 from ..models import DEFAULT
 from ..settings import Settings
@@ -25,17 +26,20 @@ from ..tree import Replied
 from ..watchdog import Watchdog
 from ..worker import Worker
 from .actions import Actions
-from .cellmap import CellMap, color_of
+from .cellmap import CellMap, Chats, color_of
 from .composer import Composer
-from .figures import Figures
+from .figures import Figures, Headline
 from .pickers import Conversations
 from .strip import ContextStrip
 from .terminal import SteadyDriver
 from .transcript import Transcript
 
+REFRESH = 1.0
+"""Seconds after which the folder is looked at for what other chats have written."""
+
 HELLO = """\
 [b]Say something below.[/b] Then edit it (ctrl+e), make the reply again (ctrl+r), walk between the branches
-(ctrl+b), and see on the right what is cached: nothing is read twice."""
+(ctrl+b). On the right is the text that the model remembers, so that it reads nothing twice."""
 
 
 class Chat(Actions):
@@ -65,6 +69,7 @@ class Chat(Actions):
         self.worker = Worker(self._tell, self.library.caches, **options)
         self.desk = Desk(self.library, self.worker, system, adjust(settings), other)
         self.model_name = self.desk.model or DEFAULT
+        self._warned: set[str] = set()
 
     def get_driver_class(self) -> type[Driver]:
         usual = super().get_driver_class()
@@ -83,6 +88,8 @@ class Chat(Actions):
                 self.composer = Composer()
                 yield self.composer
             with Vertical(id="cache"):
+                yield Label("What the model remembers", id="remembers")
+                yield Headline()
                 yield ContextStrip()
                 yield CellMap()
                 yield Figures()
@@ -99,6 +106,7 @@ class Chat(Actions):
         self.query_one(Composer).focus()
         await self.show()
         self.call_after_refresh(self.worker.start)
+        self.set_interval(REFRESH, lambda: self.library.refresh(self._tell))
         await self.begin()
 
     async def show(self) -> None:
@@ -112,7 +120,10 @@ class Chat(Actions):
         names = {"user": "You", "assistant": Path(self.model_name).name}
         writing = desk.pending.text if desk.pending and desk.is_shown else None
         transcript = self.query_one(Transcript)
-        await transcript.show(desk.current.id, desk.current.placed(), names, writing)
+        start = path[-1].start if path else 0
+        if writing is not None and desk.pending and desk.pending.progress:
+            start = desk.pending.progress.start
+        await transcript.show(desk.current.id, desk.current.placed(), names, writing, start)
         hello = transcript.query("#hello")
         if path:
             await hello.remove()
@@ -128,11 +139,17 @@ class Chat(Actions):
 
     def show_cache(self) -> None:
         desk, path = self.desk, self.desk.current.path
-        if desk.seen:
-            self.query_one(CellMap).show(desk.seen, self.desk.order)
-        self.query_one(ContextStrip).show(path, desk.seen, desk.settings.capacity)
-        costs = [message.cost for message in path if message.cost]
-        self.query_one(Figures).show(desk.seen, costs[-1] if costs else None)
+        titles = {conversation.id: conversation.title for conversation in desk.conversations}
+        chats = Chats(desk.order, titles, desk.on_disk, desk.current.id)
+        self.query_one(CellMap).show(desk.seen, chats)
+        color = color_of(desk.current.id, desk.order)
+        self.query_one(ContextStrip).show(desk.seen, desk.settings.capacity, color)
+        reply = next((message.cost for message in reversed(path) if message.cost), None)
+        if desk.pending and desk.is_shown:
+            # Until the reply has begun there is nothing to tell of it, and nothing of another one is told.
+            reply = desk.pending.progress.cost if desk.pending.progress else None
+        self.query_one(Headline).show(reply)
+        self.query_one(Figures).show(desk.seen, reply)
 
     @on(Happened)
     async def _happened(self) -> None:
@@ -152,7 +169,17 @@ class Chat(Actions):
                 await self.show()
             case Reading() if event.total > 1:
                 share = event.done / event.total
-                self.busy(f"reading {event.done:,} of {event.total:,}" if share < 1 else None, share)
+                what = f"reading your text: {event.done:,} of {event.total:,} tokens"
+                self.busy(what if share < 1 else None, share)
+            case Progress() if transcript.writing is not None and self.desk.is_shown:
+                if event.cost.generated:
+                    transcript.writing.note(str(event.cost))
+                if event.start != transcript.start:
+                    await self.show()
+            case Stored():
+                self.show_cache()
+            case Changed():
+                await self.show()
             case Said() if transcript.writing is not None and self.desk.is_shown:
                 await transcript.writing.write(event.text)
             case Seen():
@@ -160,6 +187,7 @@ class Chat(Actions):
             case Replied():
                 self.busy(None)
                 await self.show()
+                self._warn()
             case Failed():
                 self.busy(None)
                 self.notify(
@@ -201,6 +229,13 @@ class Chat(Actions):
     async def _opened(self, event: OptionList.OptionSelected) -> None:
         await self.attempt(lambda: self.desk.open(str(event.option.id)))
         self.action_write()
+
+    def _warn(self) -> None:
+        """Say once of a chat that it is nearly full."""
+        seen, name = self.desk.seen, self.desk.current.id
+        if seen and name not in self._warned and (fullness := Fullness.of(seen)).is_nearly_full:
+            self._warned.add(name)
+            self.notify(f"This chat is {fullness.note}. f4 can raise the capacity.", severity="warning")
 
     def busy(self, what: str | None, share: float | None = None) -> None:
         """Show a progress line; None hides it."""

@@ -1,10 +1,11 @@
-"""Draws a map of the caches, with one character for one or more cells."""
+"""Draws what the caches hold: a row of blocks for each chat, with a block for one or more tokens."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.style import Style
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
     from mlx_kvcache.plugin import Holding
 
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
-"""The colors of conversations, readable on light and dark backgrounds."""
+"""The colors of chats, readable on light and dark backgrounds. Nothing else on the screen has them."""
 NOBODY = "#8a8f98"
 
-FREE, OWN, SHARED, HIDDEN, MOVED, SINK = range(6)
-SIGNS = "·█▓░▚◆"
-NAMES = ("free", "its own", "shared", "out of sight", "re-based", "sink")
-PLAIN, DIM, FAINT = 1.0, 0.65, 0.4
+FREE, OWN, SHARED, HIDDEN, MOVED, SINK, DISK = range(7)
+SIGNS = "·█▚▁▀◆░"
+MEANINGS = {
+    OWN: "remembered",
+    SHARED: "remembered once, used by several branches or chats",
+    MOVED: "moved up when older text was forgotten",
+    SINK: "the beginning, always looked at",
+    HIDDEN: "too far back: no longer looked at",
+    DISK: "on disk, fetched when you open the chat",
+}
+PLAIN, DIM = 1.0, 0.65
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,29 @@ class Cells:
 
     kinds: Any
     sequences: Any
+
+
+class Chats(NamedTuple):
+    """What is known of the conversations, by their ids.
+
+    Attributes:
+        order: their ranks, which determine their colors.
+        titles: their titles.
+        on_disk: the numbers of tokens that a file holds.
+        current: the one on the screen.
+    """
+
+    order: Mapping[str, int] = {}
+    titles: Mapping[str, str] = {}
+    on_disk: Mapping[str, int] = {}
+    current: str = ""
+
+
+class Row(NamedTuple):
+    """A conversation's id, and the kinds of its tokens as a NumPy array."""
+
+    chat: str
+    kinds: Any
 
 
 def color_of(name: str, order: Mapping[str, int]) -> str:
@@ -64,65 +95,104 @@ def cells_of(holding: Holding, seen: Seen) -> list[Cells]:
     return list(segments.values())
 
 
-def drawn(seen: Seen, order: Mapping[str, int], width: int, height: int, ground: str) -> Text:
+def rows_of(seen: Seen, chats: Chats) -> list[Row]:
+    """The conversations with tokens in memory or on disk: the current one first, then the newest.
+
+    The tokens of the current branch come first, then those that only other branches have. Of several kinds of
+    layers, the one that holds most counts.
+    """
+    found: dict[str, list[Any]] = {}
+    for holding, kinds in _fullest(seen):
+        taken: dict[tuple[str, int], Any] = {}
+        # What belongs to no known conversation is listed only where no other has it.
+        for sequence in sorted(holding.runs, key=lambda s: (s not in seen.owners, s != seen.current)):
+            chat = seen.owners.get(sequence, "")
+            for span in holding.runs[sequence]:
+                cells, part = kinds[span.segment], slice(span.start, span.stop)
+                own, all_ = (
+                    taken.setdefault((c, span.segment), np.zeros(len(cells), bool)) for c in (chat, "")
+                )
+                fresh = ~own[part]
+                own[part] = all_[part] = True
+                found.setdefault(chat, []).append(cells[part][fresh])
+    rows = {chat: np.concatenate(parts) for chat, parts in found.items()}
+    rows |= {c: np.full(tokens, DISK, np.int8) for c, tokens in chats.on_disk.items() if c not in rows}
+    listed = sorted(rows, key=lambda chat: (chat != chats.current, -chats.order.get(chat, -1)))
+    return [Row(chat, rows[chat]) for chat in listed if len(rows[chat])]
+
+
+def drawn(seen: Seen, chats: Chats, width: int, height: int, ground: str) -> Text:
     """Draw all caches in `width` x `height` characters, choosing a scale that fits.
 
     Args:
-        order: the ranks of conversations, for their colors.
-        ground: the background color; kinds of layers are shaded toward it.
+        ground: the background color; conversations other than the current one are shaded toward it.
     """
-    held = [(holding, cells_of(holding, seen)) for holding in seen.holdings]
-    scale = _scale([cells for _, cells in held], width, height)
-    text, used = Text(no_wrap=True), set()
-    for index, (holding, segments) in enumerate(held):
-        text.append(f"{holding.name} × {holding.layers}"[:width], "bold")
-        if holding.rule is None:
-            count = sum(map(len, holding.checkpoints.values()))
-            text.append(f"\n{count} checkpoints in {len(holding.checkpoints)} sequences"[: width + 1])
-        shade = PLAIN - 0.3 * (index % 3)
-        for row in _rows(segments, scale, width):
-            text.append("\n")
-            for kind, sequence in row:
-                used.add(kind)
-                text.append(SIGNS[kind], _style(kind, sequence, seen, order, shade, ground))
-        text.append("\n")
-    text.append_text(_legend(used, scale, width))
-    return text
-
-
-def _scale(held: list[list[Cells]], width: int, height: int) -> int:
-    """Choose the number of cells for each character, a power of two."""
+    rows = rows_of(seen, chats)
+    used = sorted({int(kind) for row in rows for kind in np.unique(row.kinds)})
     scale = 1
-    while scale < 1 << 20:
-        signs = [sum(-(-len(cells.kinds) // scale) for cells in segments) for segments in held]
-        rows = sum(-(-n // width) + 1 for n in signs)
-        if rows + len(_legend(range(len(SIGNS)), scale, width).plain.splitlines()) <= height:
+    while _height(rows, scale, width) + len(_legend(used, scale, width)) > height:
+        if all(len(row.kinds) <= width * scale for row in rows):
             break
         scale *= 2
-    return scale
+    legend = _legend(used, scale, width)
+    # A title and a line of blocks are shown in any case.
+    left = max(2, height - len(legend))
+    text = Text(no_wrap=True)
+    for number, row in enumerate(rows):
+        needed = _height([row], scale, width)
+        if left < needed + (number < len(rows) - 1):
+            tokens = sum(len(row.kinds) for row in rows[number:])
+            text.append(f"and {len(rows) - number} more: {tokens:,} tokens"[:width] + "\n", "italic")
+            left -= 1
+            break
+        left -= needed
+        _draw(text, row, scale, chats, width, ground)
+    if count := sum(len(points) for holding in seen.holdings for points in holding.checkpoints.values()):
+        text.append(f"{count} save points to go back to"[:width] + "\n", "italic")
+    if left > 0:
+        text.append("\n")
+    text.append("\n".join(legend), "italic")
+    return Text("\n", no_wrap=True).join(text.split("\n")[:height])
 
 
-def _rows(segments: list[Cells], scale: int, width: int) -> list[list[tuple[int, int]]]:
-    """Arrange segments in rows of characters. Returns the kind and the sequence of each character."""
-    signs: list[tuple[int, int]] = []
-    for cells in segments:
-        short = -len(cells.kinds) % scale
-        kinds = np.pad(cells.kinds, (0, short)).reshape(-1, scale)
-        sequences = np.pad(cells.sequences, (0, short)).reshape(-1, scale)
-        # The rarest kind among the cells of a character, which has the highest number, is shown.
-        at = np.arange(len(kinds)), kinds.argmax(axis=1)
-        signs += zip(kinds[at].tolist(), sequences[at].tolist(), strict=True)
-    return [signs[start : start + width] for start in range(0, len(signs), width)]
+def _fullest(seen: Seen) -> list[tuple[Holding, dict[int, Any]]]:
+    """The kind of layers that holds most tokens, if any, with the kinds of its cells by segment."""
+    held = [
+        (
+            holding,
+            dict(zip(holding.segments, (cells.kinds for cells in cells_of(holding, seen)), strict=True)),
+        )
+        for holding in seen.holdings
+        if holding.rule is not None
+    ]
+    return sorted(held, key=lambda pair: -sum(np.count_nonzero(kinds) for kinds in pair[1].values()))[:1]
 
 
-def _style(
-    kind: int, sequence: int, seen: Seen, order: Mapping[str, int], shade: float, ground: str
-) -> Style:
-    if kind == FREE:
-        return Style(color=NOBODY, dim=True)
-    owner = seen.owners.get(sequence, "")
-    is_current = owner == seen.owners.get(seen.current if seen.current is not None else -1)
-    return Style(color=_mixed(color_of(owner, order), ground, shade * (PLAIN if is_current else DIM)))
+def _height(rows: list[Row], scale: int, width: int) -> int:
+    """The number of lines that these conversations need."""
+    return sum(1 + -(-len(row.kinds) // (width * scale)) for row in rows)
+
+
+def _blocks(kinds: Any, scale: int) -> list[int]:
+    """The kind of each block: of its tokens the rarest, which has the highest number."""
+    padded = np.pad(kinds, (0, -len(kinds) % scale))
+    blocks: list[int] = padded.reshape(-1, scale).max(axis=1).tolist()
+    return blocks
+
+
+def _draw(text: Text, row: Row, scale: int, chats: Chats, width: int, ground: str) -> None:
+    """Draw a conversation: its title and the number of its tokens, and its blocks below."""
+    is_current = row.chat == chats.current
+    color = _mixed(color_of(row.chat, chats.order), ground, PLAIN if is_current else DIM)
+    title = f"{'●' if is_current else '○'} {chats.titles.get(row.chat) or 'other text'}"
+    count = f" {len(row.kinds):,}"
+    space = max(0, width - len(count))
+    title = title if len(title) <= space else title[: max(0, space - 1)] + "…"
+    text.append((title.ljust(space) + count)[:width] + "\n", Style(color=color, bold=is_current))
+    blocks = _blocks(row.kinds, scale)
+    for start in range(0, len(blocks), width):
+        line = "".join(SIGNS[kind] for kind in blocks[start : start + width])
+        text.append(line + "\n", Style(color=color))
 
 
 def _mixed(color: str, ground: str, share: float) -> str:
@@ -134,16 +204,13 @@ def _channels(color: str) -> list[int]:
     return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def _legend(used: Iterable[int], scale: int, width: int) -> Text:
-    """Draw the legend of the signs in use."""
-    parts = [f"{SIGNS[kind]} {NAMES[kind]}" for kind in sorted(used, reverse=True)]
-    parts.append(f"each sign {scale:,} cell{'s' if scale > 1 else ''}")
-    lines = [""]
-    for part in parts:
-        if lines[-1] and len(lines[-1]) + len(part) + 2 > width:
-            lines.append("")
-        lines[-1] += ("  " if lines[-1] else "") + part
-    return Text("\n".join(line[:width] for line in lines), style="italic", no_wrap=True)
+def _legend(used: Iterable[int], scale: int, width: int) -> list[str]:
+    """The lines of the legend of the signs in use."""
+    block = "Each block is one token" if scale == 1 else f"Each block is {scale:,} tokens"
+    lines = textwrap.wrap(f"{block} (a piece of a word) that the model need not read again:", width)
+    for kind in used:
+        lines += textwrap.wrap(f"{SIGNS[kind]} {MEANINGS[kind]}", width, subsequent_indent="  ")
+    return lines
 
 
 class CellMap(Widget):
@@ -151,20 +218,19 @@ class CellMap(Widget):
 
     def __init__(self) -> None:
         super().__init__(id="cells")
-        self._seen: Seen | None = None
-        self._order: Mapping[str, int] = {}
+        self._state: tuple[Seen | None, Chats] = (None, Chats())
 
-    def show(self, seen: Seen, order: Mapping[str, int]) -> None:
-        if (seen, order) != (self._seen, self._order):
-            self._seen, self._order = seen, order
+    def show(self, seen: Seen | None, chats: Chats) -> None:
+        if (seen, chats) != self._state:
+            self._state = seen, chats
             self.refresh()
 
     def render(self) -> Text:
+        seen, chats = self._state
         if not (self.size.width and self.size.height):
             return Text()
-        if self._seen is None or not self._seen.holdings:
+        if seen is None or not rows_of(seen, chats):
             return Text(
-                "Nothing is cached yet.\nEvery token that the model reads or writes gets a cell here."
+                "Nothing yet. What the model reads and writes is kept here, so that it reads nothing twice."
             )
-        ground = self.background_colors[1].hex6
-        return drawn(self._seen, self._order, self.size.width, self.size.height, ground)
+        return drawn(seen, chats, self.size.width, self.size.height, self.background_colors[1].hex6)

@@ -37,7 +37,7 @@ class Composer(TextArea):
             id="composer",
             compact=True,
             highlight_cursor_line=False,
-            placeholder="Say something. Enter sends, ctrl+j is a new line, ? shows the keys.",
+            placeholder="Say something. Enter sends, ? shows the keys.",
         )
         self._past: list[str] = []
         self._at = 0
@@ -62,6 +62,12 @@ class Composer(TextArea):
         self._pasted.clear()
         self.text = self._short(text)
         self.move_cursor(self.document.end)
+
+    def attach(self, name: str, text: str) -> None:
+        """Add a file; its name and its length stand for its text."""
+        shown = f"[{name}, {len(text):,} characters]"
+        self._pasted[shown] = f"{name}:\n\n{text}\n"
+        self.insert(f"{shown} ")
 
     def action_newline(self) -> None:
         self.insert("\n")

@@ -22,10 +22,13 @@ esc              stop the reply; leave editing
 [b]This conversation[/b]
 ctrl+e           edit your last message
 ctrl+r           make the last reply again
+ctrl+g           continue a reply that was cut
+ctrl+t           attach a text file
 ctrl+b           branches as a tree
 alt+left, right  the branch before, after
 ctrl+y           copy the last reply
-shift+tab        go to the messages: up, down, e edit, r again, c copy, left and right branch
+shift+tab        go to the messages: up, down, e edit, r again, g continue, c copy,
+                 t show thinking, left and right branch
 ctrl+home        show all earlier messages
 f3               system prompt
 f9               export as markdown
@@ -35,24 +38,32 @@ ctrl+n           new
 ctrl+o           list and search: enter opens, f2 renames, f8 deletes
 
 [b]All[/b]
-f4               settings: capacity, window, bits, temperature …
+f4               settings: capacity, length of replies, temperature, seed …
 f5               models
 f6               light or dark
-f7               show or hide the cache
+f7               show or hide what the model remembers
 ? or f1          this
-ctrl+q           leave; everything is kept (ctrl+c stops a reply, or leaves)
+ctrl+q           quit; everything is kept (ctrl+c stops a reply, or quits)
 
-[b]The map[/b]
-Each sign stands for some cells of the caches, a cell for a token in all layers of a kind. Colours are
-conversations, the one you look at brightest; shades are kinds of layers.
-█ its own   ▓ shared with another branch or conversation   ◆ sink, always seen
-░ kept, but out of the next token's sight   ▚ re-based: moved when messages were forgotten   · free"""
+[b]In dialogs[/b]
+tab, up, down    the next field; enter takes it, esc cancels
+
+[b]The right side[/b]
+Text that the model has read stays in its memory, so that it need not read it again. A color is a chat, in
+the list on the left as well. The bar at the top is as long as the chat may become."""
 
 
 class Dialog(ModalScreen[T]):
-    """A box over the screen; escape closes it without a result."""
+    """A box over the screen; escape closes it without a result. The first field has the focus."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Leave")]
+    AUTO_FOCUS = "Input, TextArea, Tree, OptionList, Button"
+
+    # Fields that use the arrows themselves handle them first.
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "leave", "Cancel"),
+        Binding("down,right", "app.focus_next", show=False),
+        Binding("up,left", "app.focus_previous", show=False),
+    ]
 
     def action_leave(self) -> None:
         self.dismiss(None)
@@ -61,6 +72,7 @@ class Dialog(ModalScreen[T]):
 class Keys(Dialog[None]):
     """Shows the list of keys."""
 
+    AUTO_FOCUS = "*"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark,f1,q", "leave", show=False)]
 
     def compose(self) -> ComposeResult:
@@ -96,7 +108,7 @@ class AskLong(Ask):
             yield TextArea(self._text)
             with Horizontal(classes="buttons"):
                 yield Button("Save (ctrl+s)", variant="primary", id="save")
-                yield Button("Leave (esc)", id="leave")
+                yield Button("Cancel (esc)", id="cancel")
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         self.dismiss(self.query_one(TextArea).text if event.button.id == "save" else None)

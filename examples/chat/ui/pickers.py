@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
@@ -14,8 +15,8 @@ from textual.widgets import Input, Label, OptionList, Tree
 from textual.widgets.option_list import Option
 from textual.widgets.tree import TreeNode
 
-from ..models import DEFAULT, SUGGESTIONS, memory
-from ..tree import Conversation, Message, titled
+from ..models import DEFAULT, SUGGESTIONS, cached_models, memory, models_in
+from ..tree import Conversation, Message, parted, titled
 from .dialogs import Dialog
 
 
@@ -29,9 +30,12 @@ class Branches(Dialog[str]):
 
     def compose(self) -> ComposeResult:
         tree: Tree[str] = Tree("Branches", id="branches")
+        tree.guide_depth = 3
         tree.show_root = False
         with Vertical(classes="box wide"):
-            yield Label("Branches: enter goes to one. What they share is in the cache once.")
+            yield Label(
+                "Branches: enter goes to one, ● is on the screen. What they share is read and kept once."
+            )
             yield tree
 
     def on_mount(self) -> None:
@@ -49,14 +53,20 @@ class Branches(Dialog[str]):
             while len(children) == 1:
                 self._leaf(node, children[0])
                 children = self._conversation.children(children[0].id)
-            stack += [(self._leaf(node, child, is_fork=True), child.id) for child in children]
+            stack += [
+                (self._leaf(node, child, f"{place} of {len(children)}"), child.id)
+                for place, child in enumerate(children, 1)
+            ]
 
-    def _leaf(self, node: TreeNode[str], message: Message, is_fork: bool = False) -> TreeNode[str]:
-        sign = "●" if message.id in self._path else "○"
-        who = "you" if message.role == "user" else "model"
-        label = Text(
-            f"{sign} {who}: {titled(message.text) or '…'}", "bold" if message.id in self._path else ""
-        )
+    def _leaf(self, node: TreeNode[str], message: Message, place: str = "") -> TreeNode[str]:
+        """Add a message. An alternative, with its place, is a node in which what follows it is listed."""
+        is_shown, is_fork = message.id in self._path, bool(place)
+        label = Text("● " if is_shown else "○ ", "bold" if is_shown else "dim")
+        if place:
+            label.append(f" {place} ", "reverse")
+            label.append(" ")
+        said = titled(parted(message.text)[1] or message.text) or "…"
+        label.append(f"{'You' if message.role == 'user' else 'Model'}: {said}", "bold" if is_shown else "")
         added = node.add(label, data=message.id, expand=is_fork, allow_expand=is_fork)
         if message.id == self._conversation.leaf:
             self.call_after_refresh(self.query_one(Tree).move_cursor, added)
@@ -68,18 +78,39 @@ class Branches(Dialog[str]):
 
 
 class Models(Dialog[str]):
-    """A dialog for the model: the one from the wheel (""), a suggestion, or any path or name."""
+    """A dialog for the model: that of the wheel (""), one on this machine, a suggestion, or any other."""
 
     def compose(self) -> ComposeResult:
-        room = memory()
         with Vertical(classes="box wide"):
-            yield Label(f"A model. This machine has {room:.0f} GB of memory.")
-            yield Input(placeholder="folder of an mlx-lm model, or its name on the hub; enter takes it")
-            options = [Option(f"{DEFAULT}   comes as a wheel, no download", id="")]
-            for name, needed, what in SUGGESTIONS:
-                fits = "" if needed <= room + 1 else "   (too large here)"
+            yield Label(f"A model. This machine has {memory():.0f} GB of memory.")
+            yield Input(placeholder="a name on the hub, or a folder; enter takes it")
+            yield OptionList(markup=False)
+
+    def on_mount(self) -> None:
+        self._list("")
+
+    def _list(self, typed: str) -> None:
+        options = self.query_one(OptionList)
+        options.clear_options()
+        options.add_options(self._options(typed))
+        options.highlighted = 0 if options.option_count else None
+
+    def _options(self, typed: str) -> list[Option]:
+        """The models whose names contain what is typed, or those in the folder of this name."""
+        if typed and (path := Path(typed).expanduser()).is_dir():
+            return [Option(f"{found.name}   in this folder", id=str(found)) for found in models_in(path)]
+        room, here = memory(), cached_models()
+        options = [Option(f"{DEFAULT}   comes as a wheel, no download", id="")]
+        options += [Option(f"{name}   on this machine", id=name) for name in here]
+        for name, needed, what in SUGGESTIONS:
+            fits = "" if needed <= room + 1 else "   (too large here)"
+            if name not in here:
                 options.append(Option(f"{name}   from {needed} GB: {what}{fits}", id=name))
-            yield OptionList(*options, markup=False)
+        return [option for option in options if typed.lower() in str(option.prompt).lower()]
+
+    @on(Input.Changed)
+    def _changed(self, event: Input.Changed) -> None:
+        self._list(event.value.strip())
 
     @on(Input.Submitted)
     def _typed(self, event: Input.Submitted) -> None:
@@ -97,6 +128,7 @@ class Conversations(Vertical):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f2", "app.rename", "Rename"),
         Binding("f8", "app.delete", "Delete"),
+        Binding("down", "enter_list", show=False),
         Binding("escape", "app.write", "Back"),
     ]
 
@@ -108,6 +140,9 @@ class Conversations(Vertical):
     def compose(self) -> ComposeResult:
         yield Input(placeholder="search")
         yield OptionList(markup=False)
+
+    def action_enter_list(self) -> None:
+        self.query_one(OptionList).focus()
 
     @property
     def highlighted(self) -> str | None:

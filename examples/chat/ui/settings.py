@@ -10,32 +10,44 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import Button, Input, Label
 
-from ..settings import Settings
+from ..settings import FRACTIONS, Settings
 from .dialogs import Dialog
 
 FIELDS = {
-    "capacity": "Capacity: most tokens in a cache; the oldest turns make room. Empty: no bound",
-    "window": "Window: how many tokens a token sees. Empty: all",
-    "sinks": "Sinks: first tokens that a window never hides",
-    "bits": "Bits of stored keys and values: 8, 6, 5, 4, 3, 2. Empty: the model's own",
-    "temperature": "Temperature of sampling; 0: always the likeliest token",
-    "top_p": "Top-p: sample from the likeliest tokens that have this probability together",
+    "capacity": "Capacity: most tokens kept of a chat; empty: no limit",
     "max_tokens": "Longest reply, in tokens",
-    "memory": "Memory for all caches, in MB; what has to leave goes to files",
+    "temperature": "Temperature; 0 always takes the likeliest token",
+    "top_p": "Top-p: choose from the likeliest, up to this share",
+    "min_p": "Min-p: never choose what is less likely than this",
+    "repetition_penalty": "Repetition penalty, from 1 (none) to 2",
+    "seed": "Seed: repeats a chosen reply; empty: another each time",
+    "window": "Window: how far back a token sees; empty: to the start",
+    "sinks": "Sinks: first tokens that a window never hides",
+    "bits": "Bits of what is kept: 8 6 5 4 3 2; empty: the model's",
+    "memory": "Memory for all chats, in MB; what is over goes to disk",
 }
+
+ABSURD = 1_000_000
+"""A capacity above which one is questioned, where the bytes of a token are not known."""
 
 
 class SettingsScreen(Dialog[Settings]):
-    """Edits the settings. A value out of bounds is reported, and the dialog stays open."""
+    """Edits the settings. A value out of bounds is reported, and the dialog stays open.
+
+    Args:
+        most: the most tokens for which this machine has memory.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "save", "Save", priority=True)]
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, most: int = ABSURD) -> None:
         super().__init__()
         self._values = asdict(settings)
+        self._most = most
+        self._questioned: Settings | None = None
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="box wide settings"):
+        with VerticalScroll(can_focus=False, classes="box wide settings"):
             yield Label("[b]Settings[/b]")
             for name, what in FIELDS.items():
                 value = self._values[name]
@@ -45,7 +57,7 @@ class SettingsScreen(Dialog[Settings]):
             yield Label("", id="wrong")
             with Horizontal(classes="buttons"):
                 yield Button("Save (ctrl+s)", variant="primary", id="save")
-                yield Button("Leave (esc)", id="leave")
+                yield Button("Cancel (esc)", id="cancel")
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         if event.button.id == "save":
@@ -61,14 +73,21 @@ class SettingsScreen(Dialog[Settings]):
             settings = Settings.of({name: self._read(name) for name in FIELDS})
         except ValueError as error:
             self.query_one("#wrong", Label).update(str(error))
-        else:
-            self.dismiss(settings)
+            return
+        if settings.capacity and settings.capacity > self._most and settings != self._questioned:
+            self._questioned = settings
+            self.query_one("#wrong", Label).update(
+                f"A chat of {settings.capacity:,} tokens does not fit this machine's memory, "
+                f"which has room for about {self._most:,}. Save again to keep it."
+            )
+            return
+        self.dismiss(settings)
 
     def _read(self, name: str) -> Any:
         text = self.query_one(f"#{name}", Input).value.strip()
         if not text:
             return None
         try:
-            return float(text) if name in ("temperature", "top_p") else int(text)
+            return float(text) if name in FRACTIONS else int(text)
         except ValueError:
             raise ValueError(f"{name} must be a number, got {text!r}") from None

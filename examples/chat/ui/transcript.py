@@ -10,19 +10,20 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
+from textual.events import Click
 from textual.markup import escape
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
-from ..tree import Message, cleaned
+from ..tree import Message, cleaned, parted
 
 SHOWN = 30
 """The number of newest messages shown at first; earlier ones are shown on demand."""
 
 ENDINGS = {
     "stopped": "stopped",
-    "length": "cut at the longest reply (settings)",
-    "capacity": "cut: there is no room for more",
+    "length": "cut at the longest reply",
+    "capacity": "cut: the chat is full; continuing forgets its oldest messages",
 }
 
 
@@ -32,7 +33,9 @@ class MessageView(Vertical, can_focus=True):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e,enter", "act('edit')", "Edit"),
         Binding("r", "act('again')", "Again"),
+        Binding("g", "act('go_on')", "Continue"),
         Binding("c", "act('copy')", "Copy"),
+        Binding("t", "think", "Thinking", show=False),
         Binding("left", "act('before')", "Branch ‹", show=False),
         Binding("right", "act('after')", "Branch ›", show=False),
         Binding("up", "app.focus_previous", show=False),
@@ -45,18 +48,32 @@ class MessageView(Vertical, can_focus=True):
         self.place = place
         self.places = places
         self._names = names
+        self._thought, self._text = (
+            parted(message.text) if message.role == "assistant" else ("", message.text)
+        )
 
     def compose(self) -> ComposeResult:
         yield Static(self._header(), classes="header")
         if self.message.role == "user":
-            yield Static(Content(self.message.text), classes="body")
+            yield Static(Content(self._text), classes="body")
         else:
-            yield Markdown(cleaned(self.message.text), classes="body", open_links=False)
+            if self._thought:
+                yield Static(thinking(self._thought), classes="thought", markup=False)
+                yield Static(Content(self._thought), classes="thinking")
+            yield Markdown(cleaned(self._text), classes="body", open_links=False)
         if note := self._note():
             yield Static(Text(note), classes="note")
 
     async def action_act(self, what: str) -> None:
         await self.run_action(f"app.{what}_message({self.message.id!r})")
+
+    def action_think(self) -> None:
+        """Show or hide the thinking."""
+        self.toggle_class("shown")
+
+    def on_click(self, event: Click) -> None:
+        if event.widget and event.widget.has_class("thought"):
+            self.action_think()
 
     def _header(self) -> Content:
         name, id_ = self._names[self.message.role], self.message.id
@@ -66,6 +83,8 @@ class MessageView(Vertical, can_focus=True):
         else:
             words.append(f"[@click=app.again_message('{id_}')]↻ again[/]")
             words.append(f"[@click=app.copy_message('{id_}')]copy[/]")
+            if self.message.ended:
+                words.append(f"[@click=app.go_on_message('{id_}')]▸ continue[/]")
         if self.places > 1:
             words.append(
                 f"[@click=app.before_message('{id_}')]‹[/] branch {self.place} of {self.places} "
@@ -80,11 +99,17 @@ class MessageView(Vertical, can_focus=True):
         return "; ".join(parts)
 
 
+def thinking(thought: str, is_over: bool = True) -> str:
+    """The line that stands for the thinking of a reply."""
+    words = f"{len(thought.split()):,} words"
+    return f"▸ thought for {words} (t shows them)" if is_over else f"▸ thinking, {words} so far"
+
+
 class Forgotten(Static):
     """Marks the end of the messages that are forgotten."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(f"┄┄ {count} messages above are forgotten ┄┄")
+        super().__init__(f"┄┄ {count} message{'s' if count > 1 else ''} above are forgotten ┄┄")
 
 
 class Earlier(Static):
@@ -101,20 +126,34 @@ class Writing(Vertical):
         super().__init__(classes="assistant writing")
         self._author = name
         self._stream: MarkdownStream | None = None
+        self._text = ""
+        self._written = 0
 
     def compose(self) -> ComposeResult:
         yield Static(
             Content.from_markup(f"[b]{escape(self._author)}[/b]  [@click=app.stop]■ stop (esc)[/]"),
             classes="header",
         )
+        yield Static(classes="thought", markup=False)
         yield Markdown(classes="body", open_links=False)
-        yield Static("waiting for the model …", classes="note")
+        yield Static("…", classes="note", markup=False)
 
     async def write(self, text: str) -> None:
-        if self._stream is None:
-            self._stream = Markdown.get_stream(self.query_one(Markdown))
-            self.query_one(".note").display = False
-        await self._stream.write(cleaned(text))
+        """Add text. Of thinking only the number of words is shown."""
+        self._text += text
+        if "<think>".startswith(self._text.strip()):
+            # It may become thinking.
+            return
+        thought, rest = parted(self._text)
+        if thought and self._text.lstrip().startswith("<think>"):
+            self.query_one(".thought", Static).update(thinking(thought, is_over=bool(rest)))
+        else:
+            rest = self._text
+        if len(rest) > self._written:
+            if self._stream is None:
+                self._stream = Markdown.get_stream(self.query_one(Markdown))
+            await self._stream.write(cleaned(rest[self._written :]))
+            self._written = len(rest)
 
     def note(self, text: str) -> None:
         self.query_one(".note", Static).update(text)
@@ -131,6 +170,7 @@ class Transcript(VerticalScroll, can_focus=False):
         super().__init__(id="transcript")
         self._path: tuple[Any, ...] = ()
         self._all = False
+        self.start = 0
         self.writing: Writing | None = None
 
     async def show(
@@ -139,6 +179,7 @@ class Transcript(VerticalScroll, can_focus=False):
         path: Sequence[tuple[Message, int, int]],
         names: dict[str, str],
         writing: str | None,
+        start: int = 0,
     ) -> None:
         """Show a branch, keeping the widgets that stay the same.
 
@@ -147,6 +188,7 @@ class Transcript(VerticalScroll, can_focus=False):
             path: the messages, each with its place among its siblings (from 1) and their number.
             names: the names of the roles.
             writing: the reply in progress so far; None if there is none.
+            start: the number of messages that are forgotten.
         """
         if self._path and self._path[0] != conversation:
             self._all = False
@@ -154,7 +196,8 @@ class Transcript(VerticalScroll, can_focus=False):
             await self.writing.finish()
             await self.writing.remove()
             self.writing = None
-        wanted = self._wanted(conversation, path, names)
+        self.start = start
+        wanted = self._wanted(conversation, path, names, start)
         if wanted != self._path:
             await self._update(wanted, path, names)
         if writing is not None and self.writing is None:
@@ -175,10 +218,10 @@ class Transcript(VerticalScroll, can_focus=False):
         return 0 if self._all else max(0, len(path) - SHOWN)
 
     def _wanted(
-        self, conversation: str, path: Sequence[tuple[Message, int, int]], names: dict[str, str]
+        self, conversation: str, path: Sequence[tuple[Message, int, int]], names: dict[str, str], start: int
     ) -> tuple[Any, ...]:
         """The values that the widgets depend on: the conversation, then an entry for each widget."""
-        first, start = self._first(path), path[-1][0].start if path else 0
+        first = self._first(path)
         entries: list[Any] = [("earlier", first)] if first else []
         for index in range(first, len(path)):
             message, place, places = path[index]
