@@ -223,12 +223,9 @@ def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     for name, share in plots.formats(rows):
         ends = [(text, end) for text in ("topics", "code") for end in (name, f"{name}.plain")]
         lines.append(f"| {name} | {share:.3f} | {' | '.join(_increase(rows, *end) for end in ends)} |")
-    theirs = (
-        f"{_increase(rows, 'topics', f'{bits}.mlx-lm')} and {_increase(rows, 'code', f'{bits}.mlx-lm')} in "
-        f"{bits} bits"
-        for bits in (8, 4)
-    )
-    lines += ["", f"mlx-lm's `QuantizedKVCache`, on text and code: {', '.join(theirs)}."]
+    for bits in (8, 4):
+        found = [_increase(rows, text, f"{bits}.mlx-lm") for text in ("topics", "code")]
+        lines.append(f"| {bits}, mlx-lm's cache | | | {found[0]} | | {found[1]} |")
     return "\n".join(lines) + "\n"
 
 
