@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 """Options by name: one width for keys and values, or "keys and values" separately."""
 SHORT = ("8", "6", "5", "4", "3", "2", "8 and 4", "5 and 4", "5 and 3")
 """What is measured on the second text."""
-THEIRS = 8, 4
+THEIRS = (4,)
 """Bits of mlx-lm's own cache."""
 
 

@@ -121,7 +121,8 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     axis.axhline(0, color="0.7", linewidth=1)
     for name, share in formats(rows):
         more, plain = (loss(rows, "topics", end) for end in (name, f"{name}.plain"))
-        assert more is not None
+        if more is None:
+            continue
         is_off, alike = more > LARGEST_LOSS, " and " not in name
         height, color = min(more, LARGEST_LOSS), "C0" if alike else "C1"
         if plain is not None:

@@ -206,18 +206,19 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     options: dict[str, Any] = conversation.limits._asdict()
     if pool.quantization is None:
         return options
-    if pool.quantization.transform != "none":
-        options["kv_transform"] = pool.quantization.transform
     bits: list[Any] = [None] * len(pool.layout.entries)
     for leaf in reversed(pool.leaves):
         if leaf.rule is not None:
             # An entry of several leaves is described by its first leaf, which the reversed loop reaches last.
             bits[leaf.layer] = [codec and codec.bits for codec in pool.codecs(leaf)]
-    return options | {
+    options |= {
         "kv_bits": bits,
         "kv_group_size": pool.quantization.group_size,
         "quantize_after": pool.quantization.after,
     }
+    if pool.quantization.transform != "none":
+        options["kv_transform"] = pool.quantization.transform
+    return options
 
 
 def by_layer(bits: Sequence[Any]) -> KvBits:

@@ -238,29 +238,36 @@ def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
 def _hadamard(features: mx.array, undo: bool = False, scale: float = 1.0) -> mx.array:
     """Multiplies features (..., dim) by a Hadamard matrix, or undoes that, and then by a scale.
 
-    A query of which it is undone has the products with transformed keys that it had with the keys.
+    A query of which it is undone has the products with transformed keys that it had with the keys. If dim is
+    no power of two, blocks of the largest power that divides it are multiplied one by one.
     """
-    dim, dtype = features.shape[-1], features.dtype
+    *rest, dim = shape = features.shape
+    block, dtype = min(dim & -dim, _BLOCK), features.dtype
+    if block < dim:
+        features = features.reshape(*rest, dim // block, block)
     if dtype == mx.float32 or not is_cpu():
-        return features @ _matrix(dim, dtype, undo, scale)
-    # A CPU multiplies in 16 bits much slower, and rounds every sum.
-    return (features.astype(mx.float32) @ _matrix(dim, mx.float32, undo, scale)).astype(dtype)
+        found = features @ _matrix(block, dtype, undo, scale)
+    else:
+        # A CPU multiplies in 16 bits much slower, and rounds every sum.
+        found = (features.astype(mx.float32) @ _matrix(block, mx.float32, undo, scale)).astype(dtype)
+    return found.reshape(shape) if block < dim else found
+
+
+_BLOCK = 512
+"""The largest block of features that is transformed as one: a file could name any number."""
 
 
 @lru_cache(256)
-def _matrix(dim: int, dtype: mx.Dtype, undo: bool, scale: float) -> mx.array:
-    """A symmetric Hadamard matrix (dim, dim) or its inverse, times a scale.
+def _matrix(size: int, dtype: mx.Dtype, undo: bool, scale: float) -> mx.array:
+    """A symmetric Hadamard matrix (size, size) or its inverse, times a scale; the size is a power of two.
 
-    If dim is no power of two, there are blocks of the largest power that divides it. Matrix and inverse are
-    1 and -1 times powers of two, which are exact in 16 bits. A product is one primitive, as is
-    `mx.hadamard_transform`, whose sums overflow float16 and which is not its own inverse for every size.
+    The two are 1 and -1 times powers of two, which are exact in 16 bits. A product is one primitive, as is
+    `mx.hadamard_transform`, whose sums overflow float16.
     """
-    block = dim & -dim
-    power = block.bit_length() - 1
+    power = size.bit_length() - 1
     matrix = np.ones((1, 1))
-    while len(matrix) < block:
+    while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix *= scale * 2.0 ** -(power // 2 if undo else power - power // 2)
-    made = mx.array(np.kron(np.eye(dim // block), matrix), dtype)
+    made = mx.array(matrix * scale * 2.0 ** -(power // 2 if undo else power - power // 2), dtype)
     mx.eval(made)
     return made

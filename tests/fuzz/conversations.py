@@ -26,7 +26,7 @@ from .models import MODELS, held, run
 from .sequences import state_of
 from .target import Target, drawn
 
-STORAGES: tuple[dict[str, Any], ...] = ({}, {"kv_bits": (8, 4), "kv_group_size": 32})
+STORAGES: tuple[dict[str, Any], ...] = ({}, {"kv_bits": (6, 4), "kv_group_size": 32})
 
 
 class Source(NamedTuple):
