@@ -75,7 +75,7 @@ def test_conversations_have_colors_of_their_own() -> None:
         "○ Two" + "9".rjust(35),
         "▚▚▚▚▚▚███",
     ]
-    assert "▚ remembered once, used by several" in lines
+    assert "▚ remembered once, used by several chats" in lines
     assert "Each block is one token (a piece of a" in lines
 
 

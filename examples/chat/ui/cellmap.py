@@ -26,7 +26,7 @@ FREE, OWN, SHARED, HIDDEN, MOVED, SINK, DISK = range(7)
 SIGNS = "·█▚▁▀◆░"
 MEANINGS = {
     OWN: "remembered",
-    SHARED: "remembered once, used by several branches or chats",
+    SHARED: "remembered once, used by several chats or versions",
     MOVED: "moved up when older text was forgotten",
     SINK: "the beginning, always looked at",
     HIDDEN: "too far back: no longer looked at",
