@@ -88,9 +88,9 @@ def shifted(fields: Fields) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (metadata("version", "2"), "format version 2 is newer than 1; update mlx_kvcache"),
-        (metadata("version", "1.5"), "unknown format version: '1.5', expected '1'"),
-        (metadata("version", 1), "unknown format version: 1, expected '1'"),
+        (metadata("version", "3"), "format version 3 is newer than 2; update mlx_kvcache"),
+        (metadata("version", "1.5"), "unknown format version: '1.5', expected '2'"),
+        (metadata("version", 1), "unknown format version: 1, expected '2'"),
         (lambda fields: fields["__metadata__"].pop("version"), "unknown format version: None"),
         (metadata("header", None), "metadata field 'header' is None, expected a string"),
         (metadata("header", "[1]"), r"metadata field 'header' is \[1\], expected an object"),

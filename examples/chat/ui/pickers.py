@@ -27,6 +27,7 @@ class Branches(Dialog[str]):
         super().__init__()
         self._conversation = conversation
         self._path = {message.id for message in conversation.path}
+        self._newest: TreeNode[str] | None = None
 
     def compose(self) -> ComposeResult:
         tree: Tree[str] = Tree("Branches", id="branches")
@@ -42,6 +43,9 @@ class Branches(Dialog[str]):
         tree = self.query_one(Tree)
         tree.root.expand()
         self._add(tree.root, None)
+        # Asking for the last line gives all nodes theirs. The next key finds the cursor in its place.
+        if tree.last_line >= 0:
+            tree.move_cursor(self._newest)
         tree.focus()
 
     def _add(self, node: TreeNode[str], parent: str | None) -> None:
@@ -69,7 +73,7 @@ class Branches(Dialog[str]):
         label.append(f"{'You' if message.role == 'user' else 'Model'}: {said}", "bold" if is_shown else "")
         added = node.add(label, data=message.id, expand=is_fork, allow_expand=is_fork)
         if message.id == self._conversation.leaf:
-            self.call_after_refresh(self.query_one(Tree).move_cursor, added)
+            self._newest = added
         return added
 
     def on_tree_node_selected(self, event: Tree.NodeSelected[str]) -> None:

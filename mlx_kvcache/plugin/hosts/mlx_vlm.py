@@ -21,6 +21,7 @@ MLX_VLM = Host(
         "generate.ar.BatchGenerator.insert": "self prompts max_tokens prompt_kwargs",
         "generate.ar.BatchGenerator._apc_extra_hash": "self prompt_kwargs",
         "generate.ar.BatchGenerator._apc_pick_for": "self sequence",
+        "generate.ar.BatchGenerator._build_mixed_prompt_batch": "self sequences",
         "generate.ar.PromptProcessingBatch.generate": "self",
         "generate.ar.PromptProcessingBatch.remove": "self uid",
         "generate.ar.GenerationBatch._step": "self",
