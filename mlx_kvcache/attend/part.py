@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..cells.placement import Placed
-from ..cells.spans import Spans, count
+from ..cells.spans import Spans, clip, count
 from ..cells.table import Level
 from ..storage.codec import Index, index_of
 
@@ -97,6 +97,9 @@ class Stack(NamedTuple):
         padding: for each row, how many of these columns it does not see, from the first on; None if all
             rows see all.
         prefix: the cells outside the stack that all rows see first.
+        others: the cells outside the stack that only some rows see, after the prefix: for each group of
+            rows, their number and these cells. Empty if there are none.
+        order: the rows by group; None if they are in order.
     """
 
     parts: list[Part]
@@ -106,6 +109,8 @@ class Stack(NamedTuple):
     seen: Index
     padding: tuple[int, ...] | None
     prefix: Spans
+    others: list[tuple[int, Spans]]
+    order: tuple[int, ...] | None
 
     def mask(self) -> mx.array | None:
         """The mask of the columns that are seen, (rows, 1, 1, columns). None if all rows see all."""
@@ -117,7 +122,7 @@ class Stack(NamedTuple):
 
 def stacks_of(placed: list[Placed], parts: list[Part], levels: Mapping[int, Level], n: int) -> list[Stack]:
     """Returns the stacks of a batch of n tokens, without the parts that are in none."""
-    groups: list[tuple[tuple[tuple[int, ...], int, Spans], list[tuple[int, int, Part]]]] = []
+    groups: list[tuple[tuple[tuple[int, ...], int], list[Leveled]]] = []
     for own, part in zip(placed, parts, strict=True):
         if len(own.rows) != 1 or own.fresh or len(own.writes) != 1 or own.writes[0].segment not in levels:
             continue
@@ -126,19 +131,32 @@ def stacks_of(placed: list[Placed], parts: list[Part], levels: Mapping[int, Leve
         size, (stack, level) = count(own.reads) - count(prefix), levels[segment]
         if own.reads[: len(prefix)] != prefix or own.reads[len(prefix)].start != column + 1 - size:
             continue
-        key = stack, column, prefix
-        if groups and groups[-1][0] == key and groups[-1][1][-1][0] == level - 1:
-            groups[-1][1].append((level, size, part))
+        key, new = (stack, column), Leveled(level, size, prefix, part)
+        if groups and groups[-1][0] == key and groups[-1][1][-1].level == level - 1:
+            groups[-1][1].append(new)
         else:
-            groups.append((key, [(level, size, part)]))
-    return [_stack(*group, n) for group in groups if len(group[1]) > 1]
+            groups.append((key, [new]))
+    return [_stack(*key, rows, n) for key, rows in groups if len(rows) > 1]
 
 
-def _stack(key: tuple[tuple[int, ...], int, Spans], rows: list[tuple[int, int, Part]], n: int) -> Stack:
-    stack, column, prefix = key
-    first, widest, parts = rows[0][0], max(size for _, size, _ in rows), [part for _, _, part in rows]
-    padding = tuple(widest - size for _, size, _ in rows)
+class Leveled(NamedTuple):
+    """A row of a stack: its level, the number of cells that it sees there, and the cells before these."""
+
+    level: int
+    size: int
+    prefix: Spans
+    part: Part
+
+
+def _stack(stack: tuple[int, ...], column: int, rows: list[Leveled], n: int) -> Stack:
+    first, widest, parts = rows[0].level, max(row.size for row in rows), [row.part for row in rows]
+    padding = tuple(widest - row.size for row in rows)
     levels, every = slice(first, first + len(rows)), slice(None)
+    prefix = _common([row.prefix for row in rows])
+    alike: dict[Spans, list[int]] = {}
+    for number, row in enumerate(rows):
+        alike.setdefault(clip(row.prefix, prefix[-1].end if prefix else 0), []).append(number)
+    order = [number for numbers in alike.values() for number in numbers]
     return Stack(
         parts,
         rows_of([part.indices[0] for part in parts], n),
@@ -147,7 +165,21 @@ def _stack(key: tuple[tuple[int, ...], int, Spans], rows: list[tuple[int, int, P
         (levels, every, slice(column + 1 - widest, column + 1)),
         padding if any(padding) else None,
         prefix,
+        [(len(numbers), rest) for rest, numbers in alike.items()] if any(alike) else [],
+        None if order == sorted(order) else tuple(order),
     )
+
+
+def _common(prefixes: Sequence[Spans]) -> Spans:
+    """The cells with which all of these begin."""
+    common = []
+    for spans in zip(*prefixes, strict=False):
+        if len({span[:3] for span in spans}) > 1:
+            break
+        common.append(min(spans, key=lambda span: span.length))
+        if len(set(spans)) > 1:
+            break
+    return tuple(common)
 
 
 class Attending(NamedTuple):

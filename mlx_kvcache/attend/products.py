@@ -5,8 +5,9 @@ That is over keys in several pieces, which need no concatenation, over quantized
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -48,43 +49,116 @@ def attend_all(rows: mx.array, pieces: Sequence[Lanes], scale: float = 1.0) -> m
     return weighted_sum(mx.softmax(scores_of(rows, pieces, scale), axis=-1, precise=True), pieces)
 
 
+class Apart(NamedTuple):
+    """Keys and values that only some of B rows see.
+
+    Attributes:
+        groups: for each group of rows, their number and the cells that they see, (1, n_kv_heads, S, ...).
+        order, back: the indices that sort the rows by group, and those that undo it; None if they are sorted.
+    """
+
+    groups: list[tuple[int, list[Lanes]]]
+    order: mx.array | None
+    back: mx.array | None
+
+    def scores(self, rows: mx.array) -> mx.array:
+        """Returns the products of rows (B, heads, m, dim) with the keys that each sees, padded with -inf."""
+        widest = max(_size(pieces) for _, pieces in self.groups)
+
+        def of(own: mx.array, pieces: list[Lanes]) -> mx.array:
+            if not pieces:
+                return mx.full((*own.shape[:3], widest), -mx.inf, own.dtype)
+            scores, missing = _scores_of_all(own, pieces), widest - _size(pieces)
+            edges = [(0, 0), (0, 0), (0, 0), (0, missing)]
+            return mx.pad(scores, edges, constant_values=-mx.inf) if missing else scores
+
+        return self._by_group(rows, of)
+
+    def weighted(self, weights: mx.array) -> mx.array:
+        """Returns the sums of the values that each row sees by weights, whose shape is that of the scores."""
+        dim = max(values.dim for _, pieces in self.groups for _, values in pieces)
+
+        def of(own: mx.array, pieces: list[Lanes]) -> mx.array:
+            if not pieces:
+                return mx.zeros((*own.shape[:3], dim), own.dtype)
+            return _weighted_of_all(own[..., : _size(pieces)], pieces)
+
+        return self._by_group(weights, of)
+
+    def _by_group(self, rows: mx.array, of: Callable[[mx.array, list[Lanes]], mx.array]) -> mx.array:
+        """Joins the results of a function of each group's rows and cells."""
+        rows = rows if self.order is None else rows[self.order]
+        borders = list(accumulate(n for n, _ in self.groups))
+        each = zip(mx.split(rows, borders[:-1]), self.groups, strict=True)
+        joined = mx.concatenate([of(own, pieces) for own, (_, pieces) in each])
+        return joined if self.back is None else joined[self.back]
+
+
 def attend_levels(
-    rows: mx.array, own: Lanes, mask: mx.array | None, prefix: Sequence[Lanes], sinks: mx.array | None
+    rows: mx.array,
+    own: Lanes,
+    mask: mx.array | None,
+    prefix: Sequence[Lanes],
+    apart: Apart | None,
+    sinks: mx.array | None,
 ) -> mx.array:
-    """Attends from B rows, each to cells of its own, and to a prefix that they share and that is read once.
+    """Attends from B rows, each to cells of its own, and to cells that several share and that are read once.
 
     Args:
         rows: scaled queries (B, n_kv_heads, m, head_dim).
         own: the cells of each row, (B, n_kv_heads, S, ...).
         mask: (B, 1, 1, S), True where a row sees a cell of its own; None if it sees all.
         prefix: the cells that all rows see, (1, n_kv_heads, P, ...).
+        apart: the cells that only some rows see.
         sinks: learned sinks (n_kv_heads, m), or None.
 
     Returns:
         (B, n_kv_heads, m, value_dim).
     """
-    n, groups, m, _ = rows.shape
+    n, heads, m, _ = rows.shape
     scores = own[0].scores(rows)
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf)
     pieces = [scores]
     if prefix:
-        # All rows become rows of one product: heads first.
-        together = scores_of(rows.swapaxes(0, 1).reshape(1, groups, n * m, -1), prefix)
-        pieces.append(together.reshape(groups, n, m, -1).swapaxes(0, 1))
+        pieces.append(_scores_of_all(rows, prefix))
+    if apart:
+        pieces.append(apart.scores(rows))
     if sinks is not None:
-        pieces.append(mx.broadcast_to(sinks.astype(scores.dtype)[None, :, :, None], (n, groups, m, 1)))
-    size = scores.shape[3]
+        pieces.append(mx.broadcast_to(sinks.astype(scores.dtype)[None, :, :, None], (n, heads, m, 1)))
     weights = mx.softmax(mx.concatenate(pieces, axis=-1) if pieces[1:] else scores, axis=-1, precise=True)
     if not pieces[1:]:
         return own[1].weighted(weights)
-    out = own[1].weighted(weights[..., :size])
-    if prefix:
-        shared = weights[..., size : size + pieces[1].shape[3]].swapaxes(0, 1).reshape(1, groups, n * m, -1)
-        read = weighted_sum(shared, prefix).reshape(groups, n, m, -1).swapaxes(0, 1)
-        # Add in float32, so that rounding does not grow.
-        out = out.astype(mx.float32) + read.astype(mx.float32)
-    return out
+    borders = list(accumulate(piece.shape[3] for piece in pieces))
+    of_own, *shares = mx.split(weights, borders[:-1], axis=-1)
+    read = [_weighted_of_all(shares.pop(0), prefix)] if prefix else []
+    if apart:
+        read.append(apart.weighted(shares.pop(0)))
+    if not read:
+        return own[1].weighted(of_own)
+    if isinstance(own[1], Plain):
+        # One primitive, which adds in float32.
+        return mx.addmm(sum(read[1:], start=read[0]), of_own, own[1].array)
+    return sum((part.astype(mx.float32) for part in read), start=own[1].weighted(of_own).astype(mx.float32))
+
+
+def _size(pieces: Sequence[Lanes]) -> int:
+    """The number of cells in all pieces."""
+    return sum(keys.arrays[0].shape[2] for keys, _ in pieces)
+
+
+def _scores_of_all(rows: mx.array, pieces: Sequence[Lanes]) -> mx.array:
+    """Returns the products of rows (B, heads, m, dim) with keys that all see, as rows of one product."""
+    n, heads, m, dim = rows.shape
+    together = scores_of(rows.swapaxes(0, 1).reshape(1, heads, n * m, dim), pieces)
+    return together.reshape(heads, n, m, -1).swapaxes(0, 1)
+
+
+def _weighted_of_all(weights: mx.array, pieces: Sequence[Lanes]) -> mx.array:
+    """Returns the sums of values that all rows see, by weights (B, heads, m, S), as rows of one product."""
+    n, heads, m, size = weights.shape
+    together = weighted_sum(weights.swapaxes(0, 1).reshape(1, heads, n * m, size), pieces)
+    return together.reshape(heads, n, m, -1).swapaxes(0, 1)
 
 
 def attend_single(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

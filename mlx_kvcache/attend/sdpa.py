@@ -17,7 +17,7 @@ from ..storage import codec
 from ..storage.masks import Mask, array_mask, positions_of
 from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
-from .products import STRETCH, attend_all, attend_levels, attend_single
+from .products import STRETCH, Apart, attend_all, attend_levels, attend_single
 from .step import Step
 
 SHORTEST = 64
@@ -131,21 +131,31 @@ def attend_stack(
     """
     stack, buffers = step.stacks[number], step.store.layers[layer]
     pair, mask = buffers.pairs[stack.segment], step.once(_stack_mask, number)
-    if not (stack.prefix or pair.is_packed or codec.is_cpu()):
+    if not (stack.prefix or stack.others or pair.is_packed or codec.is_cpu()):
         keys, values = pair.keys[0][stack.seen], pair.values[0][stack.seen]
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     else:
         # Query heads that share a K/V head become rows of one product.
         (n, heads, _, dim), groups = queries.shape, buffers.form.heads
         rows = (queries * scale).reshape(n, groups, heads // groups, dim)
-        prefix = buffers.lanes(stack.prefix)
+        prefix, apart = buffers.lanes(stack.prefix), None
+        if stack.others:
+            cells = [(size, buffers.lanes(spans)) for size, spans in stack.others]
+            apart = Apart(cells, *step.once(_stack_order, number))
         own_sinks = None if sinks is None else sinks.reshape(groups, heads // groups)
-        out = attend_levels(rows, pair.lanes(stack.seen), mask, prefix, own_sinks).reshape(n, heads, 1, -1)
+        out = attend_levels(rows, pair.lanes(stack.seen), mask, prefix, apart, own_sinks)
+        out = out.reshape(n, heads, 1, -1)
     return out.astype(queries.dtype)
 
 
 def _stack_mask(step: Step, number: int) -> mx.array | None:
     return step.stacks[number].mask()
+
+
+def _stack_order(step: Step, number: int) -> tuple[mx.array | None, mx.array | None]:
+    """The indices that sort a stack's rows by the cells outside it, and those that undo it."""
+    order = step.stacks[number].order
+    return (None, None) if order is None else (mx.array(order), mx.argsort(mx.array(order)))
 
 
 def _batch_order(step: Step) -> mx.array | None:

@@ -303,13 +303,13 @@ def _place_stack(
             return
         segments = tuple(placement.new_segment(table, capacity, stack.is_packed) for _ in blocks)
         placement.levels |= {name: Level(segments, height) for height, name in enumerate(segments)}
-    for segment, block, own in zip(segments, blocks, stack.owns, strict=True):
+    for segment, block, prefix, own in zip(segments, blocks, stack.prefixes, stack.owns, strict=True):
         sequence, rows, begin, end, old, kept, during, _, _ = block
         undo = old
         if is_moved:
             start = column - count(own)
             placement.moves.append(Move(segment, own, start))
-            during = stack.prefix + laid_out(segment, start, own)
+            during = prefix + laid_out(segment, start, own)
             converts = stack.is_packed and any(span.segment not in table.packed for span in own)
             undo = old if count(kept) < count(old) or converts else during
         writes = (Span(segment, column, begin, 1),)

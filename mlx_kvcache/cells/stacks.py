@@ -1,8 +1,9 @@
-"""Decides which rows of a decoding batch are stacked: rows of about the same length, on the same prefix.
+"""Decides which rows of a decoding batch are stacked: rows that have about as many cells of their own.
 
 The segments of a stack lie in one array, and the rows in it end in the same column. So one update writes the
-next token of all rows, and one product attends to their keys, as in a padded batch. Rows that differ much in
-length are not stacked, because padding would cost more than it saves.
+next token of all rows, and one product attends to their keys, as in a padded batch. Long prefixes that rows
+share with each other, or with sequences outside the batch, stay where they are. Rows that differ much in the
+length of the rest are not stacked, because padding would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .spans import FOREVER, Span, Spans, clip, count
+from .spans import FOREVER, Spans, clip, count
 from .table import CellTable
 
 LONG = 256
@@ -34,15 +35,15 @@ class Stack(NamedTuple):
 
     Attributes:
         sequences: the sequences, in batch order.
-        prefix: the cells that all of them see first, which stay where they are.
-        owns: for each, the cells after the prefix.
+        prefixes: for each, the first cells that it sees, which stay where they are because others share them.
+        owns: for each, the cells after its prefix.
         column: the column of the next token.
         segments: the segments where the cells lie already; empty if they must move to a new stack.
         is_packed: whether the next cells are quantized.
     """
 
     sequences: tuple[int, ...]
-    prefix: Spans
+    prefixes: tuple[Spans, ...]
     owns: tuple[Spans, ...]
     column: int
     segments: tuple[int, ...]
@@ -52,67 +53,74 @@ class Stack(NamedTuple):
 def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
     """Returns the stacks of a batch, without the rows that are not stacked. Rows are in batch order."""
     found = []
-    for prefix, alike in _alike(table, rows):
-        for members in _buckets(alike, prefix):
-            owns, is_packed = [_after(prefix, row) for row in members], members[0].is_packed
-            runs = _runs(table, owns, is_packed)
-            stay = [run for run in runs if len(run) > 1]
-            full = [run for run in stay if owns[run[0]][-1].stop == table.capacity[owns[run[0]][-1].segment]]
-            goes_on = len(runs) == 1 or (stay and len(runs) <= RUNS and not full)
-            for run in stay if goes_on else [list(range(len(members)))]:
-                own = tuple(owns[index] for index in run)
-                segments = tuple(spans[-1].segment for spans in own) if goes_on else ()
-                column = own[0][-1].stop if segments else max(map(count, own))
-                names = tuple(members[index].sequence for index in run)
-                found.append(Stack(names, prefix, own, column, segments, is_packed))
+    for members in _buckets(_divided(table, rows)):
+        owns, is_packed = [own for _, _, own in members], members[0][0].is_packed
+        runs = _runs(table, owns, is_packed)
+        stay = [run for run in runs if len(run) > 1]
+        full = [run for run in stay if owns[run[0]][-1].stop == table.capacity[owns[run[0]][-1].segment]]
+        goes_on = len(runs) == 1 or (stay and len(runs) <= RUNS and not full)
+        for run in stay if goes_on else [list(range(len(members)))]:
+            chosen, prefixes, own = zip(*(members[index] for index in run), strict=True)
+            segments = tuple(spans[-1].segment for spans in own) if goes_on else ()
+            column = own[0][-1].stop if segments else max(map(count, own))
+            names = tuple(row.sequence for row in chosen)
+            found.append(Stack(names, prefixes, own, column, segments, is_packed))
     return found
 
 
-def _alike(table: CellTable, rows: Iterable[Row]) -> list[tuple[Spans, list[Row]]]:
-    """Groups rows by the prefix that they share, and by how they are stored."""
+Divided = tuple[Row, Spans, Spans]
+"""A row, the first of its cells, which stay where they are, and the others."""
+
+
+def _divided(table: CellTable, rows: Iterable[Row]) -> list[Divided]:
+    """Divides the cells of rows, in batch order. Leaves out those of which all is shared."""
     # What is stored twice counts twice, so only a table without a bound affords it.
     copied = LONG if table.room == FOREVER else 1
-    by_first: dict[tuple[int, int, int], list[Row]] = {}
+    common: dict[tuple[int, int, int], list[Row]] = {}
+    for row in (rows := list(rows)):
+        common.setdefault(row.kept[0][:3], []).append(row)
+    found = []
     for row in rows:
-        by_first.setdefault(row.kept[0][:3], []).append(row)
-    groups: dict[tuple[Spans, bool], list[Row]] = {}
-    for (segment, start, position), members in by_first.items():
+        members = common[row.kept[0][:3]]
         # Each row keeps a cell of its own, which says where its next token goes.
-        size = min(min(row.kept[0].length, count(row.kept) - 1) for row in members)
-        is_kept = size > 0 and size * (len(members) - 1) >= copied
-        prefix = (Span(segment, start, position, size),) if is_kept else ()
-        for row in members:
-            if _shared(table, row.sequence, _after(prefix, row)) < copied:
-                groups.setdefault((prefix, row.is_packed), []).append(row)
-    return [(prefix, members) for (prefix, _), members in groups.items() if len(members) > 1]
+        size = min(min(other.kept[0].length, count(other.kept) - 1) for other in members)
+        begin = row.kept[0].position
+        border = begin + size if size * (len(members) - 1) >= copied else begin
+        shared = _shared(table, row.sequence, clip(row.kept, border))
+        if sum(stop - start for start, stop in shared) >= copied:
+            border = min(shared[-1][1], row.kept[-1].end - 1)
+        own = clip(row.kept, border)
+        if sum(stop - start for start, stop in _shared(table, row.sequence, own)) < copied:
+            found.append((row, clip(row.kept, 0, border), own))
+    return found
 
 
-def _after(prefix: Spans, row: Row) -> Spans:
-    """The cells of a row after the prefix."""
-    return clip(row.kept, prefix[-1].end) if prefix else row.kept
-
-
-def _shared(table: CellTable, sequence: int, spans: Spans) -> int:
-    """The number of cells that other sequences hold, too."""
-    shared = 0
-    for segment, start, _, length in spans:
+def _shared(table: CellTable, sequence: int, spans: Spans) -> list[tuple[int, int]]:
+    """The positions in these spans, as intervals, of cells that other sequences hold, too."""
+    shared = []
+    for segment, start, position, length in spans:
         if len(table.owners(segment)) > 1:
-            stop, others = start + length, table.cells(segment, but=sequence)
-            shared += sum(max(0, min(high, stop) - max(low, start)) for low, high in others)
+            for low, high in table.cells(segment, but=sequence):
+                low, high = max(low, start), min(high, start + length)
+                if low < high:
+                    shared.append((position + low - start, position + high - start))
     return shared
 
 
-def _buckets(rows: list[Row], prefix: Spans) -> list[list[Row]]:
-    """Divides rows by length, so that none has much more padding than cells. Leaves out single rows."""
-    sizes = {row.sequence: count(row.kept) - count(prefix) for row in rows}
-    left, found = sorted(rows, key=lambda row: -sizes[row.sequence]), []
+def _buckets(rows: list[Divided]) -> list[list[Divided]]:
+    """Groups rows that are stored alike, so that none has much more padding than cells.
+
+    Leaves out single rows.
+    """
+    sizes = {row.sequence: (row.is_packed, count(own)) for row, _, own in rows}
+    left, found = sorted(sizes, key=lambda sequence: sizes[sequence], reverse=True), []
     while left:
-        longest = sizes[left[0].sequence]
-        least = longest - max(SLACK, longest // 2)
-        bucket = {row.sequence for row in left if sizes[row.sequence] >= least}
-        left = [row for row in left if row.sequence not in bucket]
+        is_packed, longest = sizes[left[0]]
+        least = is_packed, longest - max(SLACK, longest // 2)
+        bucket = {sequence for sequence in left if sizes[sequence] >= least}
+        left = [sequence for sequence in left if sequence not in bucket]
         if len(bucket) > 1:
-            found.append([row for row in rows if row.sequence in bucket])
+            found.append([each for each in rows if each[0].sequence in bucket])
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_kvcache.attend.part import Part, stacks_of
 from mlx_kvcache.cells.placement import DEAD, Placement, compact
 from mlx_kvcache.cells.spans import FOREVER, Span, clip, count
 from mlx_kvcache.cells.stacks import LONG, SLACK
@@ -74,16 +75,38 @@ def test_a_prefix_that_rows_share_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "shared", "moves"), [(FOREVER, LONG - 1, 2), (FOREVER, LONG, 0), (9999, 1, 0)]
+    ("room", "shared", "moved"), [(FOREVER, LONG - 1, 300), (FOREVER, LONG, 300 - LONG), (9999, 1, 299)]
 )
-def test_what_others_share_is_not_stored_twice(room: int, shared: int, moves: int) -> None:
-    """Short runs are, if the room has no bound."""
+def test_what_others_share_is_not_stored_twice(room: int, shared: int, moved: int) -> None:
+    """Short runs are, if the room has no bound. Others stay where they are, and the rest is stacked."""
     table = table_of(300, 300, room=room)
     for sequence in (0, 1):
         table.assign(
             {sequence + 2: table[sequence]._replace(end=shared, spans=clip(table[sequence].spans, 0, shared))}
         )
-    assert len(decoded(table, 0, 1).moves) == moves
+    placement = decoded(table, 0, 1)
+    assert [count(move.pieces) for move in placement.moves] == [moved, moved]
+    assert [count(own.reads[:-1]) for own in placement.placed] == [300 - moved] * 2
+    assert not decoded(table, 0, 1).moves
+
+
+def test_rows_on_several_prefixes_are_one_stack() -> None:
+    """Also rows that others share with them, or that have grown from a prefix in its own segment."""
+    table = table_of(LONG, LONG + 44, 20)
+    for sequence, origin in ((3, 0), (4, 1), (5, 0), (6, 1), (7, 0)):
+        table.assign({sequence: table[origin]})
+        placed(table, Causal(), 0, **{f"s{sequence}": sequence})
+    table.assign({8: table[7]})
+    before = table.live
+    placement = decoded(table, 3, 4, 5, 6, 7)
+    assert [count(move.pieces) for move in placement.moves] == [3, 4, 5, 6, 7]
+    assert table.live == before + 7 + 5, "of the prefixes nothing is copied"
+    [stack] = stacks_of(
+        placement.placed, [Part(own, 5, table.levels) for own in placement.placed], table.levels, 5
+    )
+    assert stack.prefix == () and stack.others == [(3, table[0].spans), (2, table[1].spans)]
+    assert stack.order == (0, 2, 4, 1, 3)
+    assert not decoded(table, 3, 4, 5, 6, 7).moves
 
 
 def test_a_room_without_space_for_padding_is_left_as_it_is() -> None:

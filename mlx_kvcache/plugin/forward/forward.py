@@ -454,7 +454,7 @@ class Forward:
         if self.is_by_token:
             raise _no_arrays()
         whole = step.whole if self._is_decoding else None
-        if whole and not whole.prefix:
+        if whole and not (whole.prefix or whole.others):
             return step.store.layers[leaf.index].pairs[whole.segment].read(whole.seen)
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)
