@@ -33,10 +33,14 @@ KvFloat = Iterable[int] | Literal["last"]
 
 
 def reusable(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns options that can make several caches: copies `kv_float`, which may be an iterator."""
-    layers = options.get("kv_float", ())
-    is_listed = isinstance(layers, str) or not isinstance(layers, Iterable)
-    return options if is_listed else options | {"kv_float": tuple(layers)}
+    """Returns options that can make several caches: copies those that may be iterators."""
+    once = ("kv_float", "kv_text")
+    copies = {
+        name: tuple(options[name])
+        for name in once
+        if isinstance(options.get(name), Iterable) and not isinstance(options[name], str)
+    }
+    return options | copies
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     if all(codec.transform == "none" for codec in codecs):
         # So that it equals what stores the same, as in `Quantization`.
         by_leaf = replace(by_leaf, transform="none")
+    elif storage.kv_text:
+        by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", tuple(storage.kv_text)))
     keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
@@ -108,6 +114,7 @@ class Storage(NamedTuple):
     kv_float: KvFloat = ()
     quantize_after: int = 0
     kv_transform: Transform = "hadamard"
+    kv_text: Sequence[int] = ()
 
 
 OPTIONS = (*Limits._fields, *Storage._fields, "group")
@@ -195,6 +202,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     quantization = quantization_of(pool, storage)
     if quantization:
         pool = pool.sibling(quantization)
+        pool.text = list(storage.kv_text)
     if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
     return Conversation(pool, limits)
@@ -218,6 +226,8 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     }
     if pool.quantization.transform != "none":
         options["kv_transform"] = pool.quantization.transform
+    if pool.quantization.centers:
+        options["kv_text"] = pool.text
     return options
 
 
