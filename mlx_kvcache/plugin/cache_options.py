@@ -10,6 +10,7 @@ import difflib
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import mlx.nn as nn
@@ -57,7 +58,8 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     """Returns the quantization of a model's pool, or None if no layer is quantized.
 
     Raises:
-        ValueError: as `Quantization`, or `kv_float` names a layer that the model does not have.
+        ValueError: as `Quantization`, `kv_float` names a layer that the model does not have, or `kv_text` is
+            no list of the model's tokens.
     """
     group_size, (after,) = storage.kv_group_size, whole(quantize_after=storage.quantize_after)
     in_float = _float_layers(pool.layout, storage.kv_float)
@@ -74,11 +76,21 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
         # So that it equals what stores the same, as in `Quantization`.
         by_leaf = replace(by_leaf, transform="none")
     elif storage.kv_text:
-        by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", tuple(storage.kv_text)))
+        by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", _tokens(storage.kv_text)))
     keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
     return replace(by_leaf, bits=keyed.pop()) if len(keyed) == 1 else by_leaf
+
+
+def _tokens(text: Iterable[Any]) -> tuple[int, ...]:
+    """Returns the tokens of a text as ints. Raises ValueError for anything else."""
+    for token in (tokens := tuple(text)):
+        if not hasattr(token, "__index__") or token < 0:
+            raise ValueError(
+                f"kv_text contains {token!r}; it must be token ids, as tokenizer.encode returns them"
+            )
+    return tuple(map(index, tokens))
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
@@ -202,7 +214,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     quantization = quantization_of(pool, storage)
     if quantization:
         pool = pool.sibling(quantization)
-        pool.text = list(storage.kv_text)
+        pool.text = _tokens(storage.kv_text) if quantization.centers else ()
     if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
     return Conversation(pool, limits)
@@ -227,7 +239,7 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     if pool.quantization.transform != "none":
         options["kv_transform"] = pool.quantization.transform
     if pool.quantization.centers:
-        options["kv_text"] = pool.text
+        options["kv_text"] = list(pool.text)
     return options
 
 

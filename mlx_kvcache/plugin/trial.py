@@ -251,7 +251,9 @@ def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
 
 def _centers(pool: Pool, text: tuple[int, ...]) -> Centers:
     """Measure the mean keys and values of a text's tokens."""
-    rows = _rows(pool)
+    vocabulary, rows = _run(_rows(pool), [0]).shape[-1], _rows(pool)
+    if max(text) >= vocabulary:
+        raise ValueError(f"kv_text contains the token {max(text)}, but the model has {vocabulary} tokens")
     for begin in range(0, len(text), BLOCK):
         _run(rows, list(text[begin : begin + BLOCK]))
     means = {}

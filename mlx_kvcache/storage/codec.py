@@ -130,13 +130,20 @@ class Packed(NamedTuple):
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
-        return _times(self._dequantized(dtype), self.codec, "undo")
+        cells = self._dequantized(dtype)
+        return cells if self.codec.transform == "none" else _times(cells, self.codec, "undo")
 
     def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
-        return self._product(_times(rows, self.codec, "meet", scale), transpose=True)
+        if self.codec.transform != "none":
+            # The scale costs nothing as a part of the matrix.
+            rows = _times(rows, self.codec, "meet", scale)
+        elif scale != 1:
+            rows = rows * scale
+        return self._product(rows, transpose=True)
 
     def weighted(self, weights: mx.array) -> mx.array:
-        return _times(self._product(weights, transpose=False), self.codec, "undo")
+        sums = self._product(weights, transpose=False)
+        return sums if self.codec.transform == "none" else _times(sums, self.codec, "undo")
 
     def _dequantized(self, dtype: mx.Dtype) -> mx.array:
         """The features as they are in the words, transformed or not."""
@@ -176,7 +183,8 @@ def grown(array: mx.array, cells: int) -> mx.array:
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:
     """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
-    tokens = _times(tokens, codec, "apply")
+    if codec.transform != "none":
+        tokens = _times(tokens, codec, "apply")
     if tokens.dtype == mx.float32:
         tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
     words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
@@ -234,11 +242,9 @@ Way = Literal["apply", "undo", "meet"]
 def _times(features: mx.array, codec: Codec, way: Way, scale: float = 1.0) -> mx.array:
     """Multiplies features (..., heads, n, dim) by a matrix of the codec's transform, and by a scale.
 
-    The scale costs nothing as a part of the matrix. If dim is no power of two and there is no center, blocks
-    of the largest power that divides it are multiplied one by one.
+    If dim is no power of two and there is no center, blocks of the largest power that divides it are
+    multiplied one by one.
     """
-    if codec.transform == "none":
-        return features if scale == 1 else features * scale
     *rest, dim = shape = features.shape
     block, dtype = dim if codec.center else min(dim & -dim, _BLOCK), features.dtype
     if block < dim:

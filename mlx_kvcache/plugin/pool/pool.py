@@ -150,7 +150,7 @@ class Pool:
         self.forms: dict[int, Form | None] = dict.fromkeys(range(len(self.leaves)))
         self.mirrored: set[int] = set()
         self.ask: Callable[..., Any] = lambda pool, question: None
-        self.text: list[int] = []
+        self.text: tuple[int, ...] = ()
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
