@@ -76,16 +76,19 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
         # So that it equals what stores the same, as in `Quantization`.
         by_leaf = replace(by_leaf, transform="none")
     elif storage.kv_text:
-        by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", _tokens(storage.kv_text)))
+        by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", tuple(storage.kv_text)))
     keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
     return replace(by_leaf, bits=keyed.pop()) if len(keyed) == 1 else by_leaf
 
 
-def _tokens(text: Iterable[Any]) -> tuple[int, ...]:
+def _tokens(text: Any) -> tuple[int, ...]:
     """Returns the tokens of a text as ints. Raises ValueError for anything else."""
-    for token in (tokens := tuple(text)):
+    listed = text.tolist() if hasattr(text, "tolist") else text
+    if not isinstance(listed, Iterable):
+        raise ValueError(f"kv_text must be token ids, as tokenizer.encode returns them; got {text!r}")
+    for token in (tokens := tuple(listed)):
         if not hasattr(token, "__index__") or token < 0:
             raise ValueError(
                 f"kv_text contains {token!r}; it must be token ids, as tokenizer.encode returns them"
@@ -201,7 +204,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
             "model must be a model of mlx-lm or mlx-vlm, "
             f"got {class_of(model)} without layers or make_cache{hint}"
         )
-    limits = limits.checked()
+    limits, storage = limits.checked(), storage._replace(kv_text=_tokens(storage.kv_text))
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None
     rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
@@ -214,7 +217,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     quantization = quantization_of(pool, storage)
     if quantization:
         pool = pool.sibling(quantization)
-        pool.text = _tokens(storage.kv_text) if quantization.centers else ()
+        pool.text = tuple(storage.kv_text) if quantization.centers else ()
     if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
     return Conversation(pool, limits)

@@ -398,5 +398,5 @@ def make_prompt_cache(
             that change the cache and calls of the model raise it when ranks are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
-    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform, tuple(kv_text))
+    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform, kv_text)
     return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

@@ -251,6 +251,7 @@ def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
         ({"kv_bits": 8, "kv_float": "first"}, "got 'first'"),
         ({"kv_bits": 8, "kv_group_size": 48}, "48"),
         ({"kv_bits": 8, "kv_float": [3]}, "kv_float contains 3; layer indices are -3 to 2"),
+        ({"kv_text": None}, r"kv_text must be token ids, .* got None"),
         ({"kv_bits": 4, "kv_text": "words"}, r"kv_text contains 'w'; it must be token ids"),
         (
             {"kv_bits": 4, "kv_text": [3, 10**9]},
