@@ -27,7 +27,7 @@ from .hosts.host import name_of
 from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
 from .pool.splice import Splice, plan_splice, splice
-from .ranks import ranks_of
+from .ranks import ranks_of, told_tokens
 
 
 class PromptCache(list[Any]):
@@ -213,7 +213,10 @@ class PromptCache(list[Any]):
         if not after:
             raise ValueError("after has 0 tokens: at least 1 token is needed")
         share(recompute=recompute)
-        with self._rows.edit(f"splice {len(before)} tokens to {len(after)}"):
+        about = f"splice {len(before)} tokens to {len(after)}"
+        if not self.pool.ranks.is_alone:
+            about += f", {min_run=}, {recompute=}, {told_tokens(before)} to {told_tokens(after)}"
+        with self._rows.edit(about):
             planned = plan_splice(self._conversation, before, after, min_run, recompute)
             splice(self._conversation, after, planned)
             return planned
