@@ -188,7 +188,8 @@ class PromptCache(list[Any]):
         At any time, the cache holds the first `position` tokens of `after`. What was computed after text that
         is gone still knows that text, so logits differ slightly from those of a fresh computation.
 
-        A fork waits for the same runs. `end_splice` forgets them, and so does another splice.
+        A fork waits for the same runs, and a cache that goes back still does. `end_splice` forgets them, and
+        so does another splice.
 
         Args:
             before: the tokens that the cache holds.
