@@ -239,7 +239,7 @@ def _splices(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
         "SmolLM2-135M-Instruct on the 255 tokens that follow a changed prompt, on "
         f"{_where(told)}. Each cell has the increase of the loss over that of a fresh computation, and how "
-        "often both foretell the same token.",
+        "often both predict the same next token.",
         "",
         f"| change | {' | '.join(plots.WAYS.values())} |",
         f"|---|{'---|' * len(plots.WAYS)}",

@@ -27,7 +27,7 @@ from .hosts.host import name_of
 from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
 from .pool.splice import Splice, plan_splice, splice
-from .ranks import ranks_of
+from .ranks import ranks_of, told_tokens
 
 
 class PromptCache(list[Any]):
@@ -188,7 +188,8 @@ class PromptCache(list[Any]):
         At any time, the cache holds the first `position` tokens of `after`. What was computed after text that
         is gone still knows that text, so logits differ slightly from those of a fresh computation.
 
-        A fork waits for the same runs. `end_splice` forgets them, and so does another splice.
+        A fork waits for the same runs, and a cache that goes back still does. `end_splice` forgets them, and
+        so does another splice.
 
         Args:
             before: the tokens that the cache holds.
@@ -213,7 +214,10 @@ class PromptCache(list[Any]):
         if not after:
             raise ValueError("after has 0 tokens: at least 1 token is needed")
         share(recompute=recompute)
-        with self._rows.edit(f"splice {len(before)} tokens to {len(after)}"):
+        about = f"splice {len(before)} tokens to {len(after)}"
+        if not self.pool.ranks.is_alone:
+            about += f", {min_run=}, {recompute=}, {told_tokens(before)} to {told_tokens(after)}"
+        with self._rows.edit(about):
             planned = plan_splice(self._conversation, before, after, min_run, recompute)
             splice(self._conversation, after, planned)
             return planned
