@@ -37,6 +37,8 @@ WAYS: dict[str, dict[str, Any]] = {
 """Options by name: one width for keys and values, or "keys and values" separately."""
 SHORT = ("8", "6", "5", "4", "3", "2", "8 and 4", "5 and 4", "5 and 3")
 """What is measured on the second text."""
+CENTERED = ("5 and 4", "4", "3")
+"""What is also measured with centers, which are taken from the other text."""
 THEIRS = (4,)
 """Bits of mlx-lm's own cache."""
 
@@ -45,11 +47,12 @@ def run(setting: Setting) -> Iterator[Row]:
     """Bytes and loss of SmolLM2 on two texts of 2,048 tokens, with quantized keys and values."""
     model, tokenizer = setting.load("smollm2")
     size = setting.of(TOKENS, BLOCK)
-    yield from _on("topics", model, topics(tokenizer, size + 1), setting.of([*WAYS], ["8 and 4"]))
-    yield from _on("code", model, code(tokenizer, size + 1), setting.of(SHORT, ["8 and 4"]))
+    first, second = topics(tokenizer, size + 1), code(tokenizer, size + 1)
+    yield from _on("topics", model, first, second[:-1], setting.of([*WAYS], ["8 and 4"]))
+    yield from _on("code", model, second, first[:-1], setting.of(SHORT, ["8 and 4"]))
 
 
-def _on(text: str, model: Any, tokens: list[int], names: Iterable[str]) -> Iterator[Row]:
+def _on(text: str, model: Any, tokens: list[int], other: list[int], names: Iterable[str]) -> Iterator[Row]:
     """Bytes and loss on one text, with and without the transform, and those of mlx-lm's cache."""
 
     def compared(key: str, work: str, cache: Any) -> Row:
@@ -67,6 +70,9 @@ def _on(text: str, model: Any, tokens: list[int], names: Iterable[str]) -> Itera
         if cache.pool.quantization.transform != "none":
             plain = make_prompt_cache(model, kv_transform="none", **options)
             yield compared(f"{name}.plain", f"{name} bits without transform", plain)
+        if name in CENTERED:
+            centered = make_prompt_cache(model, kv_text=other, **options)
+            yield compared(f"{name}.centered", f"{name} bits, centered", centered)
     for bits in THEIRS:
         theirs = [QuantizedKVCache(64, bits) for _ in model.layers]
         yield compared(f"{bits}.mlx-lm", f"{bits} bits of mlx-lm's QuantizedKVCache", theirs)

@@ -151,10 +151,10 @@ def _one_row(keeps: Any = None, length: int = 512) -> Case:
     return _filled(f"one row after {length:,}", model, theirs, "KVCache", length)
 
 
-def _packed_row(bits: int = 8) -> Case:
+def packed_row(bits: int = 8, **options: Any) -> Case:
     model, theirs = _llama(), [QuantizedKVCache(64, bits) for _ in range(LAYERS)]
     text = mx.ones((1, 256), mx.int32)
-    ours = make_prompt_cache(model, kv_bits=bits)
+    ours = make_prompt_cache(model, kv_bits=bits, **options)
     for cache in (ours, theirs):
         read(model, cache, text, 256)
     return Case(f"one row in {bits} bits", model, ours, theirs, "QuantizedKVCache")
@@ -233,8 +233,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "window": _window,
     "chunks": lambda: _read("one row in chunks", build("llama4", is_dense=True)),
     "hybrid": lambda: _read("one row of a hybrid model", hybrid(128)),
-    "packed": _packed_row,
-    "packed.4": lambda: _packed_row(4),
+    "packed": packed_row,
+    "packed.4": lambda: packed_row(4),
     "batch.2": _batch("2 rows of 64", [64] * 2),
     "batch.8": _batch("8 rows of 64", [64] * 8),
     "batch.32": _batch("32 rows of 64", [64] * 32),

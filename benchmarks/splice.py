@@ -61,7 +61,7 @@ def _rows(key: str, work: str, logits: mx.array, fresh: mx.array, change: Change
 
 
 def _foretold(model: Any, cache: PromptCache, tokens: list[int]) -> mx.array:
-    """Read tokens, and return the logits (255, vocabulary) that foretell the last 255."""
+    """Read tokens, and return the logits (255, vocabulary) that predict the last 255."""
     begin = max(0, len(tokens) - AFTER)
     for start in [*range(0, begin, BLOCK), begin]:
         stop = min(start + BLOCK, begin) if start < begin else len(tokens)

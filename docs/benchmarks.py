@@ -215,17 +215,18 @@ def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
         f"SmolLM2-135M-Instruct on 2,048 tokens in blocks of 256, on {_where(told)}. The text is the start "
         "of `pydoc_data.topics`, the code that of `argparse`. Cells are the increase of the loss over float; "
-        "empty ones were not measured.",
+        "empty ones were not measured. Centers are those of the other text.",
         "",
-        "| bits of keys and values | bytes, as a share of float16 | text | text, no transform | code | "
-        "code, no transform |",
-        "|---|---|---|---|---|---|",
+        "| bits of keys and values | bytes, as a share of float16 | text | no transform | centered "
+        "| code | no transform | centered |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, share in plots.formats(rows):
-        ends = [(text, end) for text in ("topics", "code") for end in (name, f"{name}.plain")]
+        ways = name, f"{name}.plain", f"{name}.centered"
+        ends = [(text, way) for text in ("topics", "code") for way in ways]
         lines.append(f"| {name} | {share:.3f} | {' | '.join(_increase(rows, *end) for end in ends)} |")
     theirs = [_increase(rows, text, "4.mlx-lm") for text in ("topics", "code")]
-    lines.append(f"| 4, mlx-lm's cache | 0.281 | | {theirs[0]} | | {theirs[1]} |")
+    lines.append(f"| 4, mlx-lm's cache | 0.281 | | {theirs[0]} | | | {theirs[1]} | |")
     return "\n".join(lines) + "\n"
 
 
@@ -238,7 +239,7 @@ def _splices(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
         "SmolLM2-135M-Instruct on the 255 tokens that follow a changed prompt, on "
         f"{_where(told)}. Each cell has the increase of the loss over that of a fresh computation, and how "
-        "often both foretell the same token.",
+        "often both predict the same next token.",
         "",
         f"| change | {' | '.join(plots.WAYS.values())} |",
         f"|---|{'---|' * len(plots.WAYS)}",

@@ -32,6 +32,6 @@ for turn, result in enumerate(RESULTS):
             f"turn {turn + 1}: {session.reused} of {len(prompt)} tokens reused, {len(session.rest)} computed"
         )
 
-    # What the model thought is not shown to it again.
+    # SmolLM2 does not think: all before its last sentence stands for that, and is not shown to it again.
     thought, _, answer = "".join(part.text for part in parts).rpartition(".")
     history.append({"role": "assistant", "content": answer.strip() or thought})

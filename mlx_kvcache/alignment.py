@@ -56,7 +56,11 @@ def common_runs(before: Sequence[int], after: Sequence[int], min_run: int) -> li
     Args:
         min_run: the shortest run to return, at least 1. The common prefix is returned whatever its length.
     """
-    old, new = np.asarray(before, np.int64), np.asarray(after, np.int64)
+    try:
+        old, new = np.asarray(before, np.int64), np.asarray(after, np.int64)
+    except OverflowError:
+        names = {token: n for n, token in enumerate({*before, *after})}
+        old, new = (np.array([names[token] for token in text]) for text in (before, after))
     head = _agreement(old, new)
     tail = _agreement(old[head:][::-1], new[head:][::-1])
     if tail < min_run:

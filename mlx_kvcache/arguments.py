@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 EXTENT = 2**31 - 1  # MLX's limit for a dimension
@@ -35,8 +36,13 @@ def whole(least: int | None = 0, **numbers: int) -> tuple[int, ...]:
 
 
 def share(**numbers: float) -> None:
-    """Raises ValueError for a number, by the name that the error gives it, that is not from 0.0 to 1.0."""
+    """Raises ValueError for a number, by the name that the error gives it, that is not from 0.0 to 1.0.
+
+    Raises TypeError for what is no number.
+    """
     for name, number in numbers.items():
+        if not isinstance(number, Real):
+            raise TypeError(f"{name} must be a number between 0.0 and 1.0, got {number!r:.60}")
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{name} must be between 0.0 and 1.0, got {number}")
 

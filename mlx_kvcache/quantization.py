@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from .arguments import whole
 
@@ -23,18 +25,47 @@ Transform = Literal["hadamard", "none"]
 """
 TRANSFORMED = 8
 """Codecs of fewer bits than this have the transform. With more, rounding hardly changes a model's output."""
+CENTERED = 512
+"""The largest number of features of a head that can have a center."""
+
+Centers = tuple[tuple[int, bytes, bytes], ...]
+"""Layers with the centers of their keys and values, as a `Codec` has them. Compares by value."""
+Means = Mapping[int, tuple[Any, Any]]
+"""The mean key and the mean value of each head, by layer: two arrays (n_kv_heads, head_dim)."""
 
 
 class Codec(NamedTuple):
-    """MLX's affine quantization, with a 16-bit scale and a 16-bit bias for each group of features."""
+    """MLX's affine quantization, with a 16-bit scale and a 16-bit bias for each group of features.
+
+    The center, if there is one, has the direction of each head's mean, (heads, head_dim) in float16. The
+    transform turns it into features that are all equal. The biases take these up, so how far a token lies
+    in this direction does not widen the range that the bits divide.
+    """
 
     bits: int
     group_size: int
     transform: Transform = "none"
+    center: bytes = b""
 
     def plain(self) -> Codec:
         """Returns the codec without the transform."""
-        return self._replace(transform="none")
+        return self._replace(transform="none", center=b"")
+
+    def centered(self, center: bytes) -> Codec:
+        """Returns the codec with a center, or as it is if it has no transform."""
+        return self if self.transform == "none" else self._replace(center=center)
+
+    def check(self, heads: int, head_dim: int, which: str = "") -> None:
+        """Raises ValueError if these heads do not fit the group size or the center; `which` names them."""
+        check_head_dim(head_dim, self.group_size, which)
+        if self.center and len(self.center) != heads * head_dim * np.float16().nbytes:
+            owner = f" of {which}" if which else ""
+            raise ValueError(
+                f"the center{owner} has {len(self.center)} bytes, expected 2 for each of {heads} heads of "
+                f"{head_dim} features"
+            )
+        if self.center and head_dim > CENTERED:
+            raise ValueError(f"head_dim {head_dim} is too large for a center, which has at most {CENTERED}")
 
 
 Codecs = tuple[Codec | None, Codec | None]
@@ -54,28 +85,41 @@ class Quantization:
         transform: "hadamard" transforms keys and values of fewer than 8 bits, which lowers the loss; "none"
             quantizes them as they are. Latents, which models with multi-head latent attention store, are
             never transformed.
+        centers: for some layers, the mean key and the mean value of each head, two arrays (n_kv_heads,
+            head_dim), measured on any text. The transform then also removes what all tokens have in common,
+            which lowers the loss further. Only the directions of the means matter.
 
     Raises:
-        ValueError: unsupported bits, group size or transform, or a negative `after`.
+        ValueError: unsupported bits, group size or transform, a negative `after`, or centers that are not
+            finite numbers.
     """
 
     bits: Bits | Callable[[int], Bits] = 8
     group_size: int = 64
     after: int = 0
     transform: Transform = "hadamard"
+    centers: Means | Centers = ()
 
     def __post_init__(self) -> None:
         checked_codec(WIDTHS[0], self.group_size, self.transform)
         whole(after=self.after)
+        if isinstance(self.centers, Mapping):
+            object.__setattr__(self, "centers", centers_of(self.centers))
         if not callable(self.bits):
             codecs = self._codecs(self.bits)
             if all(codec is None or codec.transform == "none" for codec in codecs):
                 # So that it equals what stores the same.
                 object.__setattr__(self, "transform", "none")
+                object.__setattr__(self, "centers", ())
 
     def of(self, layer: int) -> Codecs:
         """Returns the codecs of a layer. Raises ValueError for unsupported bits."""
-        return self._codecs(self.bits(layer) if callable(self.bits) else self.bits)
+        keys, values = self._codecs(self.bits(layer) if callable(self.bits) else self.bits)
+        assert isinstance(self.centers, tuple)
+        for own, key_center, value_center in self.centers:
+            if own == layer:
+                keys, values = keys and keys.centered(key_center), values and values.centered(value_center)
+        return keys, values
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError if `head_dim` is not a multiple of the group size."""
@@ -95,15 +139,38 @@ class Quantization:
         return codec if width < TRANSFORMED else codec.plain()
 
 
-def checked_codec(bits: int, group_size: int, transform: Transform = "none") -> Codec:
-    """Returns a codec. Raises ValueError for unsupported bits, group size or transform."""
+def checked_codec(bits: int, group_size: int, transform: Transform = "none", center: bytes = b"") -> Codec:
+    """Returns a codec. Raises ValueError for unsupported bits, group size, transform or center."""
     if type(bits) is not int or bits not in WIDTHS:
         raise ValueError(f"cannot quantize to {bits!r} bits; supported: {WIDTHS}")
     if type(group_size) is not int or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size {group_size!r} is not supported; supported: {GROUP_SIZES}")
     if transform not in get_args(Transform):
         raise ValueError(f"transform {transform!r} is not supported; supported: {get_args(Transform)}")
-    return Codec(bits, group_size, transform)
+    if center and transform == "none":
+        raise ValueError("a codec without a transform has a center")
+    if not np.isfinite(np.frombuffer(center, np.float16)).all():
+        raise ValueError("the center of a codec has numbers that are not finite")
+    return Codec(bits, group_size, transform, center)
+
+
+def centers_of(means: Means) -> Centers:
+    """Returns the centers of layers. Raises ValueError if one is no array of finite numbers of this form."""
+    return tuple(
+        (layer, _direction(layer, keys), _direction(layer, values))
+        for layer, (keys, values) in sorted(means.items())
+    )
+
+
+def _direction(layer: int, mean: Any) -> bytes:
+    rows = np.array(mean, np.float32)
+    if rows.ndim != 2 or not np.isfinite(rows).all():
+        raise ValueError(
+            f"layer {layer} has a center {rows.shape}, expected (n_kv_heads, head_dim) finite numbers"
+        )
+    # Without the length, rounding to 16 bits neither overflows nor depends on the model's scale.
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    return (rows / np.where(lengths, lengths, 1)).astype(np.float16).tobytes()
 
 
 def check_head_dim(head_dim: int, group_size: int, which: str = "") -> None:

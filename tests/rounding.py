@@ -9,7 +9,7 @@ from mlx_kvcache.quantization import Codec
 
 def rounded(array: mx.array, codec: Codec) -> mx.array:
     """Features (..., dim) as they are read after a codec has stored them."""
-    bits, group_size, transform = codec
+    bits, group_size, transform, _ = codec
     is_plain = transform == "none"
     stored = (array if is_plain else transformed(array)).astype(mx.float16)
     words, *rest = mx.quantize(stored, group_size=group_size, bits=bits)

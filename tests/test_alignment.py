@@ -85,3 +85,11 @@ def test_short_runs_and_empty_texts() -> None:
     assert common_runs([1, 2, 3, 4], [1, 9, 3, 4], 3) == [(0, 0, 1)]
     assert common_runs([1, 2, 3, 4], [1, 9, 3, 4], 2) == [(0, 0, 1), (2, 2, 2)]
     assert common_runs([1, 2], [1, 2], 64) == [(0, 0, 2)]
+
+
+def test_numbers_of_any_size() -> None:
+    """The keys of pictures stand among tokens, and may have more bits than NumPy's integers."""
+    random = Random(2)
+    before = [random.choice([-1, 0, 1]) * 2 ** random.randrange(200) for _ in range(300)]
+    after = [*before[:9], 2**90, *before[14:]]
+    assert common_runs(before, after, 8) == [Run(0, 0, 9), Run(14, 10, 286)]

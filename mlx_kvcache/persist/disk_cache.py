@@ -23,8 +23,7 @@ from ..arguments import whole
 from ..errors import CacheError, CacheFileError, CacheFullError
 from ..radix_tree import shared_length
 from . import atomic
-from .container import read_contents
-from .files import LONGEST, Base, Prepared, base_of
+from .files import LONGEST, Base, Prepared, base_of, contents_of
 from .index import (
     REPLACED,
     TOO_LARGE,
@@ -344,7 +343,7 @@ class PrefixFolder:
 @lru_cache(maxsize=10_000)
 def _base_in(path: Path) -> Base | None:
     """Return the base of a file in a folder. Such a file never changes, and its name is never used again."""
-    return base_of(read_contents(path).header)
+    return base_of(contents_of(path).header)
 
 
 def _kind(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -181,13 +182,16 @@ class Opened:
         return Snapshot(own.end, part_of(before, 0, length) + own.runs, own.forms or before.forms)
 
 
-def open_file(
-    path: str | PathLike[str],
-    verify: bool = True,
-    lazy: bool = False,
-    until: int | None = None,
-    most: int = LONGEST,
-) -> Opened:
+@lru_cache(maxsize=64)
+def contents_of(path: Path) -> container.Contents:
+    """As `read_contents` for a file that others may rely on.
+
+    Such a file never changes and its name is never used again, so its header is read once for all of them.
+    """
+    return container.read_contents(path)
+
+
+def open_file(path: str | PathLike[str], verify: bool = True, lazy: bool = False) -> Opened:
     """Read a file and validate its header, and the files that hold its first tokens.
 
     Args:
@@ -195,14 +199,22 @@ def open_file(
         verify: compare the checksums of all arrays. Without it, corrupt arrays are not detected; the header
             is always verified.
         lazy: read each array, unverified, when it is first evaluated, which only this thread may do.
-        until: read only the arrays of the first so many tokens, in caches that keep all tokens.
-        most: the most files to read.
 
     Raises:
         NotOursError: another program wrote this safetensors file.
         CacheFileError: the file cannot be read, is corrupt, or is not a saved cache.
     """
-    contents = container.read_contents(Path(path))
+    return _opened(container.read_contents(Path(path)), verify, lazy)
+
+
+def _opened(
+    contents: container.Contents,
+    verify: bool,
+    lazy: bool,
+    until: int | None = None,
+    most: int = LONGEST,
+) -> Opened:
+    """As `open_file`, but read only what the first `until` tokens need, and `most` files in all."""
     header, names = contents.header, None
     with faults_of(contents.path):
         caches = listing(header.get("caches"), "caches")
@@ -220,7 +232,8 @@ def open_file(
             raise ValueError(f"{end} tokens cannot begin with the {base.length} of {base.name}")
     before = None
     if base:
-        before = open_file(contents.path.with_name(base.name), verify, lazy, base.length, most - 1)
+        told = contents_of(contents.path.with_name(base.name))
+        before = _opened(told, verify, lazy, base.length, most - 1)
     with faults_of(contents.path):
         if base and before and (before.tokens or [])[: base.length] != (tokens or [])[: base.length]:
             raise ValueError(f"its first {base.length} tokens are not those of {base.name}")

@@ -12,14 +12,15 @@ import hashlib
 import re
 import secrets
 import sqlite3
+import sys
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice, takewhile
-from operator import index
 from pathlib import Path
-from struct import pack, unpack
+from struct import unpack
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..errors import CacheFileError
@@ -48,15 +49,23 @@ _TOKEN = 8
 
 def packed(tokens: Iterable[int]) -> bytes:
     """Return tokens as little-endian integers of 8 bytes. Raises ValueError if one is out of range."""
-    numbers = [index(token) for token in tokens]
-    if min(numbers, default=0) < 0 or max(numbers, default=0) >= 2**63:
+    try:
+        numbers = array("q", iter(tokens))
+    except OverflowError:
+        numbers = array("q", [-1])
+    if min(numbers, default=0) < 0:
         raise ValueError("tokens must be at least 0 and less than 2**63")
-    return pack(f"<{len(numbers)}q", *numbers)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
 
 
-def packed_start(tokens: Iterable[int]) -> bytes:
+def packed_start(tokens: Sequence[int]) -> bytes:
     """Return the tokens before the first one that is out of range, packed."""
-    return packed(takewhile(lambda token: 0 <= token < 2**63, tokens))
+    try:
+        return packed(tokens)
+    except ValueError:
+        return packed(takewhile(lambda token: 0 <= token < 2**63, tokens))
 
 
 def unpacked(blob: bytes) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ A file may be corrupt or malicious, so decoding validates every field. Faults ra
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -207,23 +208,33 @@ def _decode_form(told: Any) -> Form:
 
 
 def encode_codec(codec: Codec | None) -> list[Any] | None:
-    """Return a codec as JSON. Its transform is added only if there is one, as of version 2."""
+    """Return a codec as JSON. Its transform and center are added only if there are some, as of version 2."""
     if codec is None:
         return None
-    bits, group_size, transform = codec
-    return [bits, group_size] if transform == "none" else [bits, group_size, transform]
+    bits, group_size, transform, center = codec
+    told = [bits, group_size] if transform == "none" else [bits, group_size, transform]
+    return [*told, b64encode(center).decode()] if center else told
 
 
 def decode_codec(told: Any) -> Codec | None:
     """Return a codec, or None for float."""
-    return None if told is None else checked_codec(*codec_fields(told))
+    if told is None:
+        return None
+    fields, center = codec_fields(told)[:3], codec_fields(told)[3:]
+    return checked_codec(*fields, *(_center(text) for text in center))
+
+
+def _center(told: Any) -> bytes:
+    if not isinstance(told, str):
+        raise ValueError(f"the center of a codec is {short(told)}, expected a text")
+    return b64decode(told, validate=True)
 
 
 def codec_fields(told: Any) -> list[Any]:
-    """Return what `encode_codec` wrote: bits, group size and, if there is one, a transform."""
+    """Return what `encode_codec` wrote: bits, group size and, if there are some, a transform and a center."""
     fields = listing(told, "a codec")
-    if len(fields) not in (2, 3):
-        raise ValueError(f"a codec is {short(told)}, expected a list of 2 or 3")
+    if len(fields) not in (2, 3, 4):
+        raise ValueError(f"a codec is {short(told)}, expected a list of 2 to 4")
     return fields
 
 
@@ -259,8 +270,7 @@ def decode_lane(
     heads, length, dim = size
     if codec is None:
         return Plain(shaped(arrays, name, (1, heads, length, dim), dtype))
-    if dim % codec.group_size:
-        raise ValueError(f"head_dim {dim} is not a multiple of group_size {codec.group_size}")
+    codec.check(heads, dim)
     words = shaped(arrays, f"{name}.words", (1, heads, length, dim * codec.bits // 32), mx.uint32)
     groups = (1, heads, length, dim // codec.group_size)
     scales, biases = (

@@ -169,8 +169,8 @@ def _grouped(texts: Mapping[str, str]) -> Iterator[str]:
 def _storage(dtype: Any, codec: Any) -> str:
     if codec is None:
         return str(dtype)
-    bits, group_size, *transform = codec_fields(codec)
-    how = "".join(f"transform {short(name)}, " for name in transform)
+    bits, group_size, *more = codec_fields(codec)
+    how = "".join(f"transform {short(name)}, " for name in more[:1]) + "centered, " * (len(more) > 1)
     return f"{short(bits)} bits ({how}groups of {short(group_size)}, from {dtype})"
 
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import mlx.nn as nn
@@ -33,10 +34,14 @@ KvFloat = Iterable[int] | Literal["last"]
 
 
 def reusable(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns options that can make several caches: copies `kv_float`, which may be an iterator."""
-    layers = options.get("kv_float", ())
-    is_listed = isinstance(layers, str) or not isinstance(layers, Iterable)
-    return options if is_listed else options | {"kv_float": tuple(layers)}
+    """Returns options that can make several caches: copies those that may be iterators."""
+    once = ("kv_float", "kv_text")
+    copies = {
+        name: tuple(options[name])
+        for name in once
+        if isinstance(options.get(name), Iterable) and not isinstance(options[name], str)
+    }
+    return options | copies
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     """Returns the quantization of a model's pool, or None if no layer is quantized.
 
     Raises:
-        ValueError: as `Quantization`, or `kv_float` names a layer that the model does not have.
+        ValueError: as `Quantization`, `kv_float` names a layer that the model does not have, or `kv_text` is
+            no list of the model's tokens.
     """
     group_size, (after,) = storage.kv_group_size, whole(quantize_after=storage.quantize_after)
     in_float = _float_layers(pool.layout, storage.kv_float)
@@ -69,10 +75,25 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     if all(codec.transform == "none" for codec in codecs):
         # So that it equals what stores the same, as in `Quantization`.
         by_leaf = replace(by_leaf, transform="none")
+    elif storage.kv_text:
+        by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", tuple(storage.kv_text)))
     keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
         return None
     return replace(by_leaf, bits=keyed.pop()) if len(keyed) == 1 else by_leaf
+
+
+def _tokens(text: Any) -> tuple[int, ...]:
+    """Returns the tokens of a text as ints. Raises ValueError for anything else."""
+    listed = text.tolist() if hasattr(text, "tolist") else text
+    if not isinstance(listed, Iterable):
+        raise ValueError(f"kv_text must be token ids, as tokenizer.encode returns them; got {text!r}")
+    for token in (tokens := tuple(listed)):
+        if not hasattr(token, "__index__") or token < 0:
+            raise ValueError(
+                f"kv_text contains {token!r}; it must be token ids, as tokenizer.encode returns them"
+            )
+    return tuple(map(index, tokens))
 
 
 def _bits_of(leaf: Leaf, kv_bits: KvBits, mirrored: Container[int]) -> Bits:
@@ -108,6 +129,7 @@ class Storage(NamedTuple):
     kv_float: KvFloat = ()
     quantize_after: int = 0
     kv_transform: Transform = "hadamard"
+    kv_text: Sequence[int] = ()
 
 
 OPTIONS = (*Limits._fields, *Storage._fields, "group")
@@ -182,7 +204,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
             "model must be a model of mlx-lm or mlx-vlm, "
             f"got {class_of(model)} without layers or make_cache{hint}"
         )
-    limits = limits.checked()
+    limits, storage = limits.checked(), storage._replace(kv_text=_tokens(storage.kv_text))
     layout = layout_of(model)
     shifts = limits.capacity if limits.overflow == "shift" else None
     rewinds = [_rewind(rule, limits.rewind, shifts) for rule in layout.rules]
@@ -195,6 +217,7 @@ def _make(model: nn.Module, limits: Limits, storage: Storage, ranks: Ranks) -> C
     quantization = quantization_of(pool, storage)
     if quantization:
         pool = pool.sibling(quantization)
+        pool.text = tuple(storage.kv_text) if quantization.centers else ()
     if shifts and pool.scheme.refusal:
         raise NotSupportedError(f'overflow="shift": {pool.scheme.refusal}')
     return Conversation(pool, limits)
@@ -218,6 +241,8 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     }
     if pool.quantization.transform != "none":
         options["kv_transform"] = pool.quantization.transform
+    if pool.quantization.centers:
+        options["kv_text"] = list(pool.text)
     return options
 
 

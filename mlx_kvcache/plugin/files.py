@@ -427,6 +427,8 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
             options["kv_bits"] = by_layer([own and listing(own, "bits of a layer", 2) for own in bits])
             # Files of version 1, and of widths without a transform, do not name one.
             options["kv_transform"] = told.get("kv_transform", "none")
+            text = listing(told.get("kv_text", []), "kv_text")
+            options["kv_text"] = [integer(token, "a token of kv_text") for token in text]
     return options
 
 
@@ -441,11 +443,10 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def _merged(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges given options over saved ones. The saved transform belongs to the saved widths."""
-    options = {**saved, **given}
-    if "kv_bits" in given and "kv_transform" not in given:
-        options.pop("kv_transform", None)
-    return options
+    """Merges given options over saved ones. The saved transform and text belong to the saved widths."""
+    if "kv_bits" in given:
+        saved = {name: saved[name] for name in saved if name not in ("kv_transform", "kv_text")}
+    return {**saved, **given}
 
 
 def _made(model: nn.Module, options: Mapping[str, Any], ranks: Ranks = ALONE) -> Rows:

@@ -27,7 +27,7 @@ from .hosts.host import name_of
 from .pool.conversation import Conversation, Limits, Overflow
 from .pool.pool import Pool
 from .pool.splice import Splice, plan_splice, splice
-from .ranks import ranks_of
+from .ranks import ranks_of, told_tokens
 
 
 class PromptCache(list[Any]):
@@ -188,7 +188,8 @@ class PromptCache(list[Any]):
         At any time, the cache holds the first `position` tokens of `after`. What was computed after text that
         is gone still knows that text, so logits differ slightly from those of a fresh computation.
 
-        A fork waits for the same runs. `end_splice` forgets them, and so does another splice.
+        A fork waits for the same runs, and a cache that goes back still does. `end_splice` forgets them, and
+        so does another splice.
 
         Args:
             before: the tokens that the cache holds.
@@ -213,7 +214,10 @@ class PromptCache(list[Any]):
         if not after:
             raise ValueError("after has 0 tokens: at least 1 token is needed")
         share(recompute=recompute)
-        with self._rows.edit(f"splice {len(before)} tokens to {len(after)}"):
+        about = f"splice {len(before)} tokens to {len(after)}"
+        if not self.pool.ranks.is_alone:
+            about += f", {min_run=}, {recompute=}, {told_tokens(before)} to {told_tokens(after)}"
+        with self._rows.edit(about):
             planned = plan_splice(self._conversation, before, after, min_run, recompute)
             splice(self._conversation, after, planned)
             return planned
@@ -356,6 +360,7 @@ def make_prompt_cache(
     quantize_after: int = 0,
     group: mx.distributed.Group | None = None,
     kv_transform: Transform = "hadamard",
+    kv_text: Sequence[int] = (),
 ) -> PromptCache:
     """Makes a prompt cache for a model, with one entry for each entry of the model's own cache.
 
@@ -384,6 +389,8 @@ def make_prompt_cache(
             refer to each rank's own cache list. None, or a group of one, compares nothing.
         kv_transform: "hadamard" transforms keys and values of fewer than 8 bits before they are quantized,
             which lowers the loss; "none" quantizes them as they are.
+        kv_text: tokens of a text like those to come, 256 or more. The model reads it once, and transformed
+            keys and values are centered on their means over this text, which lowers the loss further.
 
     Raises:
         TypeError: model is not a model of mlx-lm or mlx-vlm, or an option does not exist.
@@ -395,5 +402,5 @@ def make_prompt_cache(
             that change the cache and calls of the model raise it when ranks are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
-    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform)
+    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform, kv_text)
     return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

@@ -43,7 +43,7 @@ class Record(NamedTuple):
     """Why the rank cannot do it, or ""."""
 
 
-def told_tokens(tokens: mx.array) -> str:
+def told_tokens(tokens: mx.array | Sequence[int]) -> str:
     """Describe tokens: all of them if they are few, else the first ones and a digest of all."""
     # Converted with NumPy: an MLX operation would wait for earlier work of its stream.
     numbers = np.array(tokens).astype(np.int64).ravel()

@@ -14,11 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..caches.recurrent import Arrays
 from ..cells.visibility import Chunk
 from ..errors import NotSupportedError
+from ..quantization import CENTERED, Centers, centers_of
 from ..storage.buffers import Form
+from .entries.keyvalue import stored
 from .entries.nested import entries_of
 from .forward.batch_rows import Rows
 from .forward.forward import newest
@@ -29,7 +32,6 @@ from .hosts.mixers import Mixers, find
 from .hosts.observe import PerModel
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Batching, Pool
-from .pool.weights import Version
 from .rope.probe import beyond
 from .rope.rebase import Head
 
@@ -47,15 +49,19 @@ NOISE = 0.1
 """Largest difference of equal logits, as a fraction of their standard deviation; allows for 16 bits."""
 EXACT = 0.01
 """The same in 32 bits."""
+BLOCK = 512
+"""The number of tokens in a block of a text on which centers are measured."""
+FIRST = 4
+"""How many of the oldest tokens' keys and values are left out then."""
 
 
 class _Findings:
-    """Answers about a model, by question, version of its weights and number of ranks."""
+    """Answers about a model, by question, version of its weights, number of ranks and what was given."""
 
     def __init__(self) -> None:
         # Held while the model runs, so that it is tested once. Other models have other locks.
         self.lock = threading.RLock()
-        self.answers: dict[tuple[str, Version, int], Any] = {}
+        self.answers: dict[tuple[Any, ...], Any] = {}
 
 
 _findings = PerModel(_Findings)
@@ -71,10 +77,10 @@ def try_out(pool: Pool) -> None:
     pool.ask = _answer
 
 
-def _answer(pool: Pool, question: str) -> Any:
+def _answer(pool: Pool, question: str, *given: Any) -> Any:
     """Answer a question about the pool's model, once for each version, in a pool made for the test."""
     model, version = pool.living_model, pool.version
-    findings, key = _findings.of(model), (question, version, pool.ranks.size)
+    findings, key = _findings.of(model), (question, version, pool.ranks.size, *given)
     with findings.lock:
         if key not in findings.answers:
             scratch = Pool(model, pool.layout, [REWIND] * len(pool.caches), None, pool.ranks, version)
@@ -86,10 +92,11 @@ def _answer(pool: Pool, question: str) -> Any:
             if question not in ("batching", "mixes"):
                 # The others come before it is known how to note inputs.
                 scratch.__dict__["mixers"] = {}
-            found = _QUESTIONS[question](scratch)
+            found = _QUESTIONS[question](scratch, *given)
             version.after_call(model)
             if not scratch.is_scratch:
-                pool.ranks.agree(f"go on with {question}: {found}")
+                # Ranks have other heads, or other layers, and so other centers.
+                pool.ranks.agree(f"go on with {question}: {'' if question == 'centers' else found}")
             answers = {known: answer for known, answer in findings.answers.items() if known[1] is version}
             findings.answers = answers | {key: found}
         return findings.answers[key]
@@ -242,6 +249,28 @@ def _refusals(pool: Pool, mixers: dict[int, Mixers]) -> Iterator[str]:
                 yield f"the states of layer {name} depend on more than the calls of its modules"
 
 
+def _centers(pool: Pool, text: tuple[int, ...]) -> Centers:
+    """Measure the mean keys and values of a text's tokens."""
+    vocabulary, rows = _run(_rows(pool), [0]).shape[-1], _rows(pool)
+    if max(text) >= vocabulary:
+        raise ValueError(f"kv_text contains the token {max(text)}, but the model has {vocabulary} tokens")
+    for begin in range(0, len(text), BLOCK):
+        _run(rows, list(text[begin : begin + BLOCK]))
+    means = {}
+    for leaf in pool.leaves:
+        form = pool.forms.get(leaf.index)
+        if leaf.rule and form and max(form.key_dim, form.value_dim) <= CENTERED:
+            keys, values = stored(rows.conversation, leaf)
+            means[leaf.index] = _mean(keys), _mean(values)
+    return centers_of(means)
+
+
+def _mean(array: mx.array) -> np.ndarray:
+    """Return the mean of all tokens but the first ones, whose keys are unlike others' in many models."""
+    first = min(FIRST, array.shape[2] // 2)
+    return np.array(array[0, :, first:].astype(mx.float32).mean(axis=1))
+
+
 def _run(rows: Rows, tokens: mx.array | list[int]) -> mx.array:
     """Return the logits (B, n, vocabulary) of tokens (B, n), or of a list of tokens of one row."""
     inputs = tokens if isinstance(tokens, mx.array) else mx.array([tokens])
@@ -267,13 +296,14 @@ def _alike(a: mx.array | None, b: mx.array | None) -> bool:
     return bool((apart <= SAME * size).item())
 
 
-_QUESTIONS: dict[str, Callable[[Pool], Any]] = {
+_QUESTIONS: dict[str, Callable[..., Any]] = {
     "forms": _written,
     "batching": _batching,
     "mixes": _mixes,
     "has_states": _has_states,
     "mixers": _mixers,
     "refusal": _refusal,
+    "centers": _centers,
 }
 
 

@@ -293,7 +293,9 @@ class SessionPool:
 
         def other_salts() -> list[int]:
             with self._lock:
-                trees = list(islice((tree for own, tree in self._trees.items() if own != salt), SALTS))
+                # What is spliced has a salt of its own, which nobody gave.
+                ours = {salt, spliced_salt(salt)}
+                trees = list(islice((tree for own, tree in self._trees.items() if own not in ours), SALTS))
                 return [common for tree in trees for common, _ in islice(tree.matches(tokens), 1)]
 
         is_empty = not nearest.closest and salt not in self._trees

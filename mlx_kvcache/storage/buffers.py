@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..cells.placement import Placement
 from ..cells.spans import Span
 from ..cells.table import Level
-from ..quantization import Codec, Codecs, Quantization, check_head_dim
+from ..quantization import Codec, Codecs, Quantization
 from .codec import Index, Lane, Packed, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
 Lanes = tuple[Lane, Lane]
@@ -45,12 +45,12 @@ class Form(NamedTuple):
     def packed_by(self, codecs: Codecs, name: str) -> Form:
         """Returns the form with these codecs. Raises ValueError if they do not fit the layer of this name."""
         keys, values = codecs
-        for what, dim, codec in (("keys", self.key_dim, keys), ("values", self.value_dim, values)):
-            if codec:
-                check_head_dim(dim, codec.group_size, f"the {what} of {name}")
         if self.heads == 1 and self.key_dim != self.value_dim:
             # One latent for all heads, which a transform does not improve.
             keys, values = keys and keys.plain(), values and values.plain()
+        for what, dim, codec in (("keys", self.key_dim, keys), ("values", self.value_dim, values)):
+            if codec:
+                codec.check(self.heads, dim, f"the {what} of {name}")
         # Layers with keys only have no values to quantize.
         return self._replace(key_codec=keys, value_codec=values if self.value_dim else None)
 

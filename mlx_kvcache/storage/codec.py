@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -131,29 +131,29 @@ class Packed(NamedTuple):
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         cells = self._dequantized(dtype)
-        return _hadamard(cells, undo=True) if self.codec.transform == "hadamard" else cells
+        return cells if self.codec.transform == "none" else _times(cells, self.codec, "undo")
 
     def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
-        if self.codec.transform == "hadamard":
+        if self.codec.transform != "none":
             # The scale costs nothing as a part of the matrix.
-            rows = _hadamard(rows, undo=True, scale=scale)
+            rows = _times(rows, self.codec, "meet", scale)
         elif scale != 1:
             rows = rows * scale
         return self._product(rows, transpose=True)
 
     def weighted(self, weights: mx.array) -> mx.array:
         sums = self._product(weights, transpose=False)
-        return _hadamard(sums, undo=True) if self.codec.transform == "hadamard" else sums
+        return sums if self.codec.transform == "none" else _times(sums, self.codec, "undo")
 
     def _dequantized(self, dtype: mx.Dtype) -> mx.array:
         """The features as they are in the words, transformed or not."""
-        words, scales, biases, (bits, group_size, _) = self
+        words, scales, biases, (bits, group_size, *_) = self
         # MLX computes in the dtype of the scales, even if another one is asked for.
         scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
     def _product(self, rows: mx.array, transpose: bool) -> mx.array:
-        words, scales, biases, (bits, group_size, _) = self
+        words, scales, biases, (bits, group_size, *_) = self
         if is_cuda():
             cells = self._dequantized(rows.dtype)
             return rows @ (cells.swapaxes(-1, -2) if transpose else cells)
@@ -183,8 +183,8 @@ def grown(array: mx.array, cells: int) -> mx.array:
 
 def packed(tokens: mx.array, codec: Codec) -> Packed:
     """Quantizes tokens (1, heads, n, dim), with 16-bit scales and biases."""
-    if codec.transform == "hadamard":
-        tokens = _hadamard(tokens)
+    if codec.transform != "none":
+        tokens = _times(tokens, codec, "apply")
     if tokens.dtype == mx.float32:
         tokens = mx.clip(tokens, -_LARGEST, _LARGEST).astype(mx.float16)
     words, scales, biases = mx.quantize(tokens, group_size=codec.group_size, bits=codec.bits)
@@ -235,21 +235,26 @@ def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
 
 
-def _hadamard(features: mx.array, undo: bool = False, scale: float = 1.0) -> mx.array:
-    """Multiplies features (..., dim) by a Hadamard matrix, or undoes that, and then by a scale.
+Way = Literal["apply", "undo", "meet"]
+"""Transforms features; undoes that; or changes rows, so that their products with features stay the same."""
 
-    A query of which it is undone has the products with transformed keys that it had with the keys. If dim is
-    no power of two, blocks of the largest power that divides it are multiplied one by one.
+
+def _times(features: mx.array, codec: Codec, way: Way, scale: float = 1.0) -> mx.array:
+    """Multiplies features (..., heads, n, dim) by a matrix of the codec's transform, and by a scale.
+
+    If dim is no power of two and there is no center, blocks of the largest power that divides it are
+    multiplied one by one.
     """
     *rest, dim = shape = features.shape
-    block, dtype = min(dim & -dim, _BLOCK), features.dtype
+    block, dtype = dim if codec.center else min(dim & -dim, _BLOCK), features.dtype
     if block < dim:
         features = features.reshape(*rest, dim // block, block)
     if dtype == mx.float32 or not is_cpu():
-        found = features @ _matrix(block, dtype, undo, scale)
+        found = features @ _matrix(block, dtype, way, scale, codec.center)
     else:
         # A CPU multiplies in 16 bits much slower, and rounds every sum.
-        found = (features.astype(mx.float32) @ _matrix(block, mx.float32, undo, scale)).astype(dtype)
+        found = features.astype(mx.float32) @ _matrix(block, mx.float32, way, scale, codec.center)
+        found = found.astype(dtype)
     return found.reshape(shape) if block < dim else found
 
 
@@ -257,17 +262,36 @@ _BLOCK = 512
 """The largest block of features that is transformed as one: a file could name any number."""
 
 
-@lru_cache(256)
-def _matrix(size: int, dtype: mx.Dtype, undo: bool, scale: float) -> mx.array:
-    """A symmetric Hadamard matrix (size, size) or its inverse, times a scale; the size is a power of two.
+@lru_cache(1024)
+def _matrix(size: int, dtype: mx.Dtype, way: Way, scale: float, center: bytes) -> mx.array:
+    """A Hadamard matrix (size, size) or its inverse, times a scale; with a center, one for each head.
 
-    The two are 1 and -1 times powers of two, which are exact in 16 bits. A product is one primitive, as is
-    `mx.hadamard_transform`, whose sums overflow float16.
+    With a center, features are first reflected, so that the center lies on the first axis. Hadamard's matrix
+    makes equal features of this axis. It is symmetric, and 1 and -1 times powers of two, which are exact in
+    16 bits. A product is one primitive, as is `mx.hadamard_transform`, whose sums overflow float16.
     """
-    power = size.bit_length() - 1
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
+    power = (size & -size).bit_length() - 1
+    matrix: np.ndarray = np.ones((1, 1))
+    while len(matrix) < size & -size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    made = mx.array(matrix * scale * 2.0 ** -(power // 2 if undo else power - power // 2), dtype)
+    matrix = np.kron(np.eye(size >> power), matrix)
+    if center:
+        directions = np.frombuffer(center, np.float16).astype(np.float64).reshape(-1, size)
+        matrix = np.stack([_reflection(direction) for direction in directions]) @ matrix
+    if way == "undo":
+        matrix = matrix.swapaxes(-1, -2)
+    made = mx.array(matrix * scale * 2.0 ** -(power - power // 2 if way == "apply" else power // 2), dtype)
     mx.eval(made)
     return made
+
+
+def _reflection(direction: np.ndarray) -> np.ndarray:
+    """The symmetric orthogonal matrix that turns a direction to the first axis (Householder 1958)."""
+    length, identity = np.linalg.norm(direction), np.eye(len(direction))
+    normal = direction / length - identity[0] if length else identity[0] * 0
+    square = normal @ normal
+    return identity - 2 / square * np.outer(normal, normal) if square > _TINY else identity
+
+
+_TINY = 1e-12
+"""Directions with a smaller square of the distance from the first axis are on it."""

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.bounds import COUNTS
 from benchmarks.counts import as_on_a_gpu, fused, primitives
-from benchmarks.graph import CASES, counted, evaluations
+from benchmarks.graph import CASES, counted, evaluations, packed_row
 
 
 @pytest.mark.parametrize("key", CASES)
@@ -21,8 +21,11 @@ def test_counts_are_within_their_bounds(key: str) -> None:
 def test_a_transform_is_three_products_more() -> None:
     """Of the new keys, of the new values and of the output; the queries' takes the place of their scale."""
     with as_on_a_gpu():
-        plain, transformed = (counted(key, CASES[key]())[0].ours for key in ("packed", "packed.4"))
-    assert transformed == plain + 3
+        plain, transformed, centered = (
+            counted("packed", case)[0].ours
+            for case in (packed_row(8), packed_row(4), packed_row(4, kv_text=range(20)))
+        )
+    assert plain + 3 == transformed == centered
 
 
 @pytest.mark.parametrize(("key", "steps"), [("one", 280), ("batch.8", 40)])

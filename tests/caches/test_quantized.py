@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_kvcache import (
@@ -295,3 +296,24 @@ def test_latents_and_8_bits_have_no_transform() -> None:
     for heads, value_dim, transforms in ((2, 64, ["none", "hadamard"]), (1, 64, ["none", "none"])):
         form = store.form_for(0, mx.zeros((1, heads, 1, 128)), mx.zeros((1, heads, 1, value_dim)))
         assert [codec and codec.transform for codec in form[5:]] == transforms
+
+
+def test_centers_that_do_not_fit_are_refused_with_their_numbers() -> None:
+    with pytest.raises(ValueError, match=r"layer 2 has a center \(3,\), expected \(n_kv_heads, head_dim\)"):
+        Quantization(4, centers={2: ([0, 1, 2], [0, 1, 2])})
+    with pytest.raises(ValueError, match=r"layer 2 .* finite"):
+        Quantization(4, centers={2: ([[np.nan]], [[0.0]])})
+    cache = made(Quantization(4, centers={0: (np.ones((HEADS + 1, DIM)), np.ones((HEADS, DIM)))}))
+    with pytest.raises(ValueError, match=f"keys of layer 0 .* each of {HEADS} heads of {DIM} features"):
+        put(cache, noise(3))
+
+
+def test_centers_are_of_transformed_layers_only() -> None:
+    centers = {1: (np.ones((HEADS, DIM)), np.eye(HEADS, DIM))}
+    assert Quantization(8, centers=centers) == Quantization(8)
+    quantization = Quantization((8, 4), centers=centers)
+    assert quantization == Quantization((8, 4), centers={1: (3 * np.ones((HEADS, DIM)), np.eye(HEADS, DIM))})
+    assert quantization != Quantization((8, 4))
+    keys, values = quantization.of(1)
+    assert keys and values and not keys.center and values.center and not values.plain().center
+    assert quantization.of(0) == Quantization((8, 4)).of(0)

@@ -42,6 +42,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "kv_float": often(st.sampled_from(((), "last", [0], [-1])), number | st.lists(number, max_size=2)),
     "quantize_after": number,
     "kv_transform": often(st.sampled_from(("hadamard", "none")), odd),
+    "kv_text": often(st.lists(st.integers(0, 40), max_size=6), odd),
 }
 options = st.fixed_dictionaries({}, optional=OPTIONS) | st.fixed_dictionaries(
     {}, optional={"overflow": st.just("shift"), "capacity": st.sampled_from((1, 8, 16)), "sinks": st.just(1)}

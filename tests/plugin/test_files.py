@@ -27,6 +27,7 @@ STORAGE: list[dict[str, Any]] = [
     {},
     {"kv_bits": (8, 4), "kv_group_size": GROUP, "kv_transform": "none"},
     {"kv_bits": (4, 6), "kv_group_size": GROUP},
+    {"kv_bits": 4, "kv_group_size": GROUP, "kv_text": TEXT[::-1]},
 ]
 
 
@@ -53,7 +54,7 @@ def assert_goes_on(
         assert difference(*results) <= 1e-6 * mx.std(results[0])
 
 
-@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed", "transformed"])
+@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed", "transformed", "centered"])
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "lazy"])
 @pytest.mark.parametrize("name", SOME)
 def test_what_is_loaded_goes_on_as_what_was_saved(

@@ -251,6 +251,12 @@ def test_generation_equals_mlx_lm_where_bits_are_enough() -> None:
         ({"kv_bits": 8, "kv_float": "first"}, "got 'first'"),
         ({"kv_bits": 8, "kv_group_size": 48}, "48"),
         ({"kv_bits": 8, "kv_float": [3]}, "kv_float contains 3; layer indices are -3 to 2"),
+        ({"kv_text": None}, r"kv_text must be token ids, .* got None"),
+        ({"kv_bits": 4, "kv_text": "words"}, r"kv_text contains 'w'; it must be token ids"),
+        (
+            {"kv_bits": 4, "kv_text": [3, 10**9]},
+            r"kv_text contains the token 1000000000, but the model has \d+ ",
+        ),
         ({"kv_bits": 8, "kv_transform": "fourier"}, "transform 'fourier' .*; supported: .'hadamard', 'none'"),
         ({"kv_bits": 8, "quantize_after": -1}, "after must be 0 or more, got -1"),
     ],

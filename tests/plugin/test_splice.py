@@ -6,6 +6,7 @@ and logits must equal those of a fresh computation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -246,6 +247,34 @@ def test_layers_driven_by_hand_cannot_let_tokens_join() -> None:
     assert cache.position == 2
 
 
+class _Busy(nn.Module):
+    """A layer that also does something else whenever it is called."""
+
+    def __init__(self, inner: nn.Module, act: Callable[[], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inner, self.act = inner, act
+
+    def __call__(self, *args: Any) -> Any:
+        self.act()
+        return self.inner(*args)
+
+
+def test_a_splice_inside_a_call_of_the_model_undoes_the_call() -> None:
+    model, before = tiny_llama(num_hidden_layers=1), drawn(Random(13), 150)
+    after, layer = [1, *before[5:]], model.model.layers[0]
+    cache = read(model, before)
+    # The first time that keys move, the model is called to find its rotation.
+    cache.fork().splice(before, after)
+    other, plain, rests = cache.fork(), layer.mlp, list[list[int]]()
+    layer.mlp = _Busy(plain, lambda: rests.append(other.splice(before, after).rest))
+    with pytest.raises(CacheError, match="inside the model's call"):
+        model(mx.array([[5]]), cache=cache)
+    layer.mlp = plain
+    assert cache.position == len(before)
+    assert difference(logits_of(model, other, rests[0])[-1], fresh(model, after)) <= 2e-5
+    assert difference(logits_of(model, cache, [5])[-1], fresh(model, [*before, 5])) <= 2e-5
+
+
 @pytest.mark.parametrize("name", ["learned positions", "states"])
 def test_models_whose_tokens_cannot_move(name: str) -> None:
     model = tiny_gpt2() if name == "learned positions" else model_of("qwen3_next")
@@ -265,6 +294,8 @@ def test_models_whose_tokens_cannot_move(name: str) -> None:
         (10, [], {}, ValueError, "after has 0 tokens"),
         (10, [1], {"min_run": 0}, ValueError, "min_run"),
         (10, [1], {"recompute": 1.5}, ValueError, "between 0.0 and 1.0, got 1.5"),
+        (10, [1], {"recompute": float("nan")}, ValueError, "between 0.0 and 1.0, got nan"),
+        (10, [1], {"recompute": "all"}, TypeError, "recompute must be a number .* got 'all'"),
         (10, list(range(33)), {}, CacheFullError, "33"),
         (10, "text", {}, TypeError, "after"),
     ],

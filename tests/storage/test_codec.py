@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvcache.quantization import Codec
+from mlx_kvcache.quantization import Codec, centers_of
 from mlx_kvcache.storage.codec import Plain, packed
 
 
@@ -67,3 +67,37 @@ def test_packed_products_without_a_kernel_for_their_shape(monkeypatch: pytest.Mo
     monkeypatch.setattr(mx, "quantized_matmul", None)
     for found, product in zip((cells.scores(rows), cells.weighted(weights)), expected, strict=True):
         assert np.allclose(np.array(found), np.array(product), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_what_all_tokens_have_in_common_costs_no_bits_with_a_center(
+    dim: int, dtype: mx.Dtype, device: str
+) -> None:
+    """In each head and level, for blocks of features and for single ones, whatever its sign and length."""
+    common, noise, queries = (
+        mx.random.normal(shape, key=mx.random.key(n))
+        for n, shape in enumerate([(1, 2, 1, dim), (2, 2, 50, dim), (2, 2, 3, dim)])
+    )
+    keys = (
+        noise + common * mx.array([[-9.0], [5.0]])[None, :, None] + mx.arange(2)[:, None, None, None]
+    ).astype(dtype)
+    [(_, center, other)] = centers_of({3: (common[0, :, 0], mx.zeros((2, dim)))})
+    plain, centered, zero = (
+        packed(keys, codec)
+        for codec in (
+            Codec(4, 32, "hadamard"),
+            Codec(4, 32, "hadamard", center),
+            Codec(4, 32, "hadamard", other),
+        )
+    )
+    errors = [
+        mx.square(lane.decoded(mx.float32) - keys.astype(mx.float32)).mean(axis=(0, 2, 3))
+        for lane in (plain, centered, zero)
+    ]
+    assert (errors[1] < 0.3 * errors[0]).all()
+    assert mx.allclose(errors[0], errors[2], rtol=1e-3)
+    decoded = Plain(centered.decoded(mx.float32))
+    weights = mx.softmax(mx.random.normal((2, 2, 3, 50), key=mx.random.key(9)), axis=-1)
+    assert mx.allclose(centered.scores(queries, 0.3), decoded.scores(queries, 0.3), rtol=1e-3, atol=1e-2)
+    assert mx.allclose(centered.weighted(weights), decoded.weighted(weights), rtol=1e-3, atol=1e-2)

@@ -382,6 +382,11 @@ class Rows(Caller):
                     if relative is not None:
                         heads = [conversation.head for conversation in self.conversations]
                         axes.note(self, columns, relative)
+                    if self.forward is None:
+                        raise CacheError(
+                            "a prompt cache of the same pool was changed or used inside the model's call; "
+                            "the forward was undone: change caches between calls, and call the model again"
+                        )
                     self.finish(output)
                 except BaseException:
                     if self.unfinished:

@@ -102,6 +102,7 @@ class Pool:
             recurrent states.
         mirrored: the leaves whose values the model replaces by arrays shaped like their keys.
         ask: answers a question about the model, such as "batching", by running it.
+        text: the tokens on which the centers of the quantization were measured.
         is_scratch: whether written arrays are discarded without being computed.
     """
 
@@ -148,7 +149,8 @@ class Pool:
         self.lock = threading.RLock()
         self.forms: dict[int, Form | None] = dict.fromkeys(range(len(self.leaves)))
         self.mirrored: set[int] = set()
-        self.ask: Callable[[Pool, str], Any] = lambda pool, question: None
+        self.ask: Callable[..., Any] = lambda pool, question: None
+        self.text: tuple[int, ...] = ()
         self._names = count()
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None

@@ -3,6 +3,9 @@
 The model runs on a few tokens with empty caches, once from position 0 and once from a later position, while
 calls of `mx.fast.rope` are recorded. A recorded call is accepted as a layer's rotation if it turns the keys
 cached by the first run into those cached by the second.
+
+In 16 bits, deep models amplify rounding until the keys of later layers have little in common. So there the
+keys are those of two more runs, in which attention finds zeros: then positions enter the keys only.
 """
 
 from __future__ import annotations
@@ -52,17 +55,21 @@ def scheme_of(model: nn.Module, ranks: Ranks = ALONE) -> Scheme:
 
 
 class _Probe:
-    """An empty cache of keys and values at a given position. It keeps the newest call's arrays."""
+    """An empty cache of keys and values at a given position. It keeps the newest call's arrays.
 
-    def __init__(self, offset: int) -> None:
+    A blank one gives attention zeros instead.
+    """
+
+    def __init__(self, offset: int, is_blank: bool) -> None:
         self.offset = self.start_position = offset
+        self.is_blank = is_blank
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.stored: Stored = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = self.stored = keys, values
-        return keys, values
+        return (mx.zeros_like(keys), mx.zeros_like(values)) if self.is_blank else (keys, values)
 
     @property
     def state(self) -> Stored:
@@ -85,12 +92,18 @@ Stored = tuple[mx.array, mx.array] | None
 
 
 def _run(
-    model: nn.Module, layout: Layout, offset: int, ranks: Ranks, unwritten: Container[int] = ()
+    model: nn.Module,
+    layout: Layout,
+    offset: int,
+    ranks: Ranks,
+    unwritten: Container[int] = (),
+    is_blank: bool = False,
 ) -> tuple[mx.array, list[Stored]]:
     """Return the logits of a few tokens, and what each leaf has stored.
 
     Args:
         unwritten: leaves that the model never writes, whose offset stays 0.
+        is_blank: whether attention finds zeros instead of keys and values.
     """
     leaves, caches = list[Any](), host_of(model).caches
 
@@ -100,7 +113,7 @@ def _run(
         leaves.append(
             caches.ArraysCache(entry.slots)
             if entry.rule is None
-            else _Probe(0 if len(leaves) in unwritten else offset)
+            else _Probe(0 if len(leaves) in unwritten else offset, is_blank)
         )
         return leaves[-1]
 
@@ -140,6 +153,10 @@ def _probe(model: nn.Module, ranks: Ranks) -> Scheme:
     with _recorded() as far_shifts:
         far = {place: _run(model, layout, place, ranks, unwritten)[0] for place in beyond(model)}
     unrecorded = _unrecorded(model)
+    if not ranks.least(all(own is None or own[0].dtype in _EXACT for own in stored)):
+        stored, near_stored = (
+            _run(model, layout, place, ranks, unwritten, is_blank=True)[1] for place in (0, distance)
+        )
     try:
         rotations = tuple(
             _layer_rotation(index, [*shifts, *unrecorded], distance, first, second)

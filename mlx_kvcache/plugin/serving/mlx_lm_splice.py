@@ -67,7 +67,7 @@ def fetch_spliced(
     # What was taken from a spliced cache is spliced, even if it is only its beginning.
     cache._conversation.text = tuple(tokens)
     logging.info(
-        "kept %d of %d prompt tokens, %d of them after a change; %d to compute",
+        "Reused %d of %d tokens by a splice: %d of them moved, %d are computed",
         *(plan.kept, len(tokens), plan.moved, len(plan.rest)),
     )
     return cache, plan.rest

@@ -80,8 +80,7 @@ def make_session_pool(
         # Only files of the same model with the same storage options are used.
         saved = options_of(made._conversation)
         storage = {name: saved.get(name) for name in ("kv_bits", "kv_group_size", "quantize_after")}
-        if "kv_transform" in saved:
-            storage["kv_transform"] = saved["kv_transform"]
+        storage |= {name: saved[name] for name in ("kv_transform", "kv_text") if name in saved}
         text = json.dumps([fingerprint(model, tokenizer), storage], sort_keys=True)
         namespace = hashlib.sha256(text.encode()).hexdigest()
         return DiskTier(PrefixFolder(Path(folder).expanduser(), folder_bytes, namespace), prepare, load)

@@ -40,7 +40,7 @@ def test_files_of_mlx_lms_own_caches(name: str, tmp_path: Path) -> None:
         assert difference(logits_of(model, ours, TEXT[30:34], 1), expected) <= 1e-4 * mx.std(expected)
 
 
-@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed", "transformed"])
+@pytest.mark.parametrize("storage", STORAGE, ids=["float", "packed", "transformed", "centered"])
 @pytest.mark.parametrize("name", SOME)
 def test_files_for_mlx_lm(name: str, storage: dict[str, Any], tmp_path: Path) -> None:
     """And the other way round; by mlx-lm's own function too, where a model is attached."""

@@ -64,6 +64,28 @@ def pipeline_edits(setting: Setting) -> None:
     _edits(setting, "pipeline")
 
 
+def splices(setting: Setting) -> None:
+    """Runs join in the middle of a block and after it, also in a fork, on each rank's heads or layers."""
+    for way in ("tensor", "pipeline"):
+        pair = setting.pair(way)
+        before = [*PROMPT, *range(1, 9)]
+        pair.feed(before)
+        after = [*before[:3], 91, 92, *before[6:14], 93, *before[18:], 94]
+        splice, own = (cache.splice(before, after, 4) for cache in (pair.whole, pair.cache))
+        assert own == splice and splice.moved == 18
+        pair.feed(splice.rest[:1])
+        branch = pair.fork()
+        for each in (pair, branch):
+            each.feed(splice.rest[1:])
+            assert each.cache.position == len(after)
+            each.feed([7])
+        pair.whole.splice([*after, 7], [5, *before], 4)
+        pair.cache.splice([*after, 7], [5, *before], 4)
+        pair.cache.end_splice()
+        pair.whole.end_splice()
+        pair.feed([6])
+
+
 def _generation(setting: Setting, way: str) -> None:
     """mlx-lm's loop has the next step under way when it is left, on a stream of its own."""
     pair = setting.pair(way, capacity=24, overflow="shift", sinks=2)

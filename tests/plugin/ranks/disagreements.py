@@ -123,6 +123,24 @@ def other_edits(setting: Setting) -> None:
         _told(RanksDisagreeError, lambda: own.rewind(1), "of conversation")
 
 
+def other_splices(setting: Setting) -> None:
+    """Ranks that would keep other tokens, although as many come before and after."""
+    pair, text = setting.pair("tensor"), list(range(1, 41))
+    pair.feed(text)
+    with _unharmed(pair):
+        after = [*text[:9], 50 + setting.rank, *text[12:]]
+        _told(
+            RanksDisagreeError, lambda: pair.cache.splice(text, after, 8), "splice 40 tokens to 38", "digest"
+        )
+        after[9] = 50
+        _told(
+            RanksDisagreeError,
+            lambda: pair.cache.splice(text, after, 8 + setting.rank),
+            "min_run=8",
+            "min_run=9",
+        )
+
+
 class _Fault(Exception):
     pass
 

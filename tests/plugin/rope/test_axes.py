@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -45,12 +46,16 @@ PIECES = st.one_of(
 @given(st.data())
 def test_edits_against_counting(data: st.DataObject) -> None:
     items: list[Item] = []
-    deltas = Deltas()
+    deltas, numbers = Deltas(), count()
     for _ in range(data.draw(st.integers(1, 6))):
         act = data.draw(st.sampled_from(["append", "append", "cut", "remove"]))
         if act == "append":
+            pieces = data.draw(st.lists(PIECES, min_size=1, max_size=3))
+            # Neighbors with one number would be one picture once what is between them is removed.
             new = items + [
-                item for piece in data.draw(st.lists(PIECES, min_size=1, max_size=3)) for item in piece
+                (item[0] if item[0] < 0 else number, *item[1:])
+                for piece, number in zip(pieces, numbers, strict=False)
+                for item in piece
             ]
             positions, _ = positions_of(new)
             # A block may end inside a picture.

@@ -129,6 +129,28 @@ def test_what_is_not_understood_is_refused(made: Callable[[], nn.Module]) -> Non
         make_prompt_cache(model, capacity=16, overflow="shift")
 
 
+def test_rounding_in_16_bits_hides_no_rotation() -> None:
+    """Attention that is this sharp makes later layers' keys differ more than rotations explain."""
+    model = tiny_llama(mx.bfloat16, num_hidden_layers=8)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 10
+    scheme = scheme_of(model)
+    assert scheme.refusal is None and [r.shift.dims for r in scheme.rotations if r] == [8] * 8
+    caches = [make_prompt_cache(model) for _ in range(2)]
+    for cache, text in zip(caches, (TEXT[:20], TEXT[4:20]), strict=True):
+        logits_of(model, cache, text)
+    caches[0].remove(0, 4)
+    # The first layer's keys depend on tokens and positions only.
+    ours, fresh = (cache[0].state[0].astype(mx.float32) for cache in caches)
+    assert (mx.abs(ours - fresh) <= 2**-7 * mx.abs(fresh).max()).all().item()
+
+
+def test_positions_that_are_learned_are_refused_in_16_bits() -> None:
+    model = tiny_gpt2()
+    model.set_dtype(mx.bfloat16)
+    assert "keys of layer 0" in str(scheme_of(model).refusal)
+
+
 @pytest.mark.parametrize("name", ["plain", "ministral3"])
 def test_overflow_shifts_by_itself(name: str) -> None:
     model = one_layer(name)

@@ -44,6 +44,7 @@ def test_a_pool_splices_on_request() -> None:
     assert opened(pool, CHANGED, splice=64) == 5 + 141 + 119
     # What is spliced is stored apart, and is not found without the option.
     assert opened(pool, CHANGED) == 5
+    assert set(pool.counts.departures) == {"first prompt", "departs"}
     assert opened(pool, [*CHANGED, 7], splice=64) == len(CHANGED)
     assert pool.counts.spliced == 1
     with pool.open([*CHANGED[:40], *CHANGED[60:]], splice=64, recompute=0.5) as session:
