@@ -32,7 +32,10 @@ STEPS = 512
 
 
 class Case(NamedTuple):
-    """A model, this package's caches and mlx-lm's for the same rows, and the number of rows."""
+    """A model, this package's caches and mlx-lm's for the same rows, and the number of rows.
+
+    `stored` are caches that the rows were forked from and that live on.
+    """
 
     work: str
     model: Any
@@ -40,6 +43,7 @@ class Case(NamedTuple):
     theirs: Any
     peer: str
     rows: int = 1
+    stored: Any = None
 
     def step(self, cache: Any) -> mx.array:
         """The logits of one more token in each row, not evaluated."""
@@ -213,15 +217,32 @@ def _batch(name: str, lengths: list[int], kind: Any = None, **options: Any) -> C
     return make
 
 
-def _forks() -> Case:
-    """8 forks of a prompt, each with 3 tokens of its own."""
-    model, rows, prompt = _llama(), 8, 512
-    shape = shape_of(model)
-    origin = fill(make_prompt_cache(model), prompt, shape=shape)
-    forks = [fill(origin.fork(), 3, seed, shape=shape) for seed in range(rows)]
-    other = [fill([KVCache() for _ in range(LAYERS)], prompt + 3, shape=shape) for _ in range(rows)]
-    theirs = [BatchKVCache.merge([cache[i] for cache in other]) for i in range(LAYERS)]
-    return Case(f"{rows} forks of {prompt}", model, _merged(forks), theirs, "BatchKVCache", rows)
+def _forks(prompts: int = 1, is_stored: bool = False, turn: int = 0) -> Callable[..., Case]:
+    """8 forks of a prompt, or of several, each with 3 tokens of its own.
+
+    What is stored lives on: the prompts and, with a turn of so many tokens, a conversation of each row.
+    """
+
+    def make() -> Case:
+        model, rows, length = _llama(), 8, 512
+        shape = shape_of(model)
+        kept = [fill(make_prompt_cache(model), length, seed, shape=shape) for seed in range(prompts)]
+        forks = [kept[row % prompts].fork() for row in range(rows)]
+        if turn:
+            kept += [fill(fork, turn, row, shape=shape) for row, fork in enumerate(forks)]
+            forks = [fork.fork() for fork in forks]
+        forks = [fill(fork, 3, row, shape=shape) for row, fork in enumerate(forks)]
+        size = length + turn + 3
+        other = [fill([KVCache() for _ in range(LAYERS)], size, shape=shape) for _ in range(rows)]
+        theirs = [BatchKVCache.merge([cache[i] for cache in other]) for i in range(LAYERS)]
+        what = f"{prompts} prompts" if prompts > 1 else "a prompt"
+        named = f"{rows} forks of {what} of {length}" + f" and a turn of {turn}" * (turn > 0)
+        case = Case(
+            named + " that are stored" * is_stored, model, _merged(forks), theirs, "BatchKVCache", rows
+        )
+        return case._replace(stored=kept) if is_stored else case
+
+    return make
 
 
 def _merged(single: list[Any]) -> list[Any]:
@@ -244,6 +265,9 @@ CASES: dict[str, Callable[..., Case]] = {
     "ragged.32": _batch("32 rows of 16 to 512", [16 * (i + 1) for i in range(32)]),
     "windows.8": _batch(f"8 rows in windows of {WINDOW}", [384] * 8, BatchRotatingKVCache),
     "packed.8": _batch("8 rows of 64 in 8 bits", [64] * 8, kv_bits=8),
-    "forks.8": _forks,
+    "forks.8": _forks(),
+    "forks.stored": _forks(is_stored=True),
+    "forks.stored.2": _forks(2, is_stored=True),
+    "forks.stored.8": _forks(is_stored=True, turn=300),
 }
 """What is counted, by key."""

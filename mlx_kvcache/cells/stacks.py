@@ -54,6 +54,10 @@ def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
     """Returns the stacks of a batch, without the rows that are not stacked. Rows are in batch order."""
     found = []
     for members in _buckets(_divided(table, rows)):
+        are_whole = all(len(row.kept) == 1 for row, _, _ in members)
+        if are_whole and len({prefix for _, prefix, _ in members}) > max(1, len(members) // 2):
+            # A row that is one run costs no more than a prefix that only it has.
+            continue
         owns, is_packed = [own for _, _, own in members], members[0][0].is_packed
         runs = _runs(table, owns, is_packed)
         stay = [run for run in runs if len(run) > 1]

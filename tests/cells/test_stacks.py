@@ -75,19 +75,16 @@ def test_a_prefix_that_rows_share_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "shared", "moved"), [(FOREVER, LONG - 1, 300), (FOREVER, LONG, 300 - LONG), (9999, 1, 299)]
+    ("room", "shared", "moves"), [(FOREVER, LONG - 1, 2), (FOREVER, LONG, 0), (9999, 1, 0)]
 )
-def test_what_others_share_is_not_stored_twice(room: int, shared: int, moved: int) -> None:
-    """Short runs are, if the room has no bound. Others stay where they are, and the rest is stacked."""
+def test_what_others_share_is_not_stored_twice(room: int, shared: int, moves: int) -> None:
+    """Short runs are, if the room has no bound. Rows that are one run with it are not stacked."""
     table = table_of(300, 300, room=room)
     for sequence in (0, 1):
         table.assign(
             {sequence + 2: table[sequence]._replace(end=shared, spans=clip(table[sequence].spans, 0, shared))}
         )
-    placement = decoded(table, 0, 1)
-    assert [count(move.pieces) for move in placement.moves] == [moved, moved]
-    assert [count(own.reads[:-1]) for own in placement.placed] == [300 - moved] * 2
-    assert not decoded(table, 0, 1).moves
+    assert len(decoded(table, 0, 1).moves) == moves
 
 
 def test_rows_on_several_prefixes_are_one_stack() -> None:
