@@ -23,11 +23,13 @@ class Batch:
     def __init__(self, model: nn.Module, seed: int, prefix: int, options: dict[str, Any]) -> None:
         self.model = model
         self.random = random.Random(seed)
-        self.prefix = self.drawn(prefix)
         self.options = options
-        self.origin = make_prompt_cache(model, **options)
-        if prefix:
-            mx.eval(model(mx.array([self.prefix]), cache=self.origin))
+        self.origins: list[tuple[list[int], Any]] = [([], make_prompt_cache(model, **options))]
+        """Stored conversations from which rows begin: their tokens, and a cache of these."""
+        for length in (prefix, prefix, prefix + 20) if prefix else ():
+            tokens, cache = self.drawn(length), make_prompt_cache(model, **options)
+            mx.eval(model(mx.array([tokens]), cache=cache))
+            self.origins.append((tokens, cache))
         self.rows: list[list[int]] = []
         self.layers: list[Any] = []
         self.kept: list[Any] = []
@@ -39,14 +41,14 @@ class Batch:
 
     def join(self) -> None:
         own = self.drawn(self.random.choice([1, 3, 20, 21, 22, 40]))
-        forks = bool(self.prefix) and self.random.random() < 0.7
-        cache = self.origin.fork() if forks else make_prompt_cache(self.model, **self.options)
+        prefix, origin = self.random.choice(self.origins)
+        cache = origin.fork()
         mx.eval(self.model(mx.array([own]), cache=cache))
         joining = [layer.merge([layer]) for layer in cache]
         for layer, other in zip(self.layers, joining, strict=False):
             layer.extend(other)
         self.layers = self.layers or joining
-        self.rows.append([*(self.prefix if forks else []), *own])
+        self.rows.append([*prefix, *own])
         self.kept += [cache] * (self.random.random() < 0.5)
 
     def keep(self, rows: list[int]) -> None:
@@ -119,7 +121,7 @@ def test_rows_that_come_and_go_equal_fresh_ones(window: int | None, bits: int | 
         assert mx.allclose(logits, batch.fresh(), rtol=0, atol=0.05 if bits else 1e-4)
         stacked += batch.stacked
     # Otherwise the trial of the model has found its rows to be wrong.
-    assert batch.origin.pool.batching == "ragged"
+    assert batch.origins[0][1].pool.batching == "ragged"
     assert stacked > 20
 
 
