@@ -130,7 +130,10 @@ def _buckets(rows: list[Divided]) -> list[list[Divided]]:
 
 def _runs(table: CellTable, owns: Sequence[Spans], is_packed: bool) -> list[list[int]]:
     """Divides rows, by index, into runs that lie in one stack, level by level, and can go on there."""
-    fits, runs = [_goes_on(table, own, is_packed) for own in owns], [[0]]
+    ends = [(own[-1].segment, own[-1].stop) for own in owns]
+    # Only one of several forks with the same last cell can have the next.
+    fits = [end not in ends[:n] and _goes_on(table, owns[n], is_packed) for n, end in enumerate(ends)]
+    runs = [[0]]
     for index in range(1, len(owns)):
         last, new = owns[index - 1][-1], owns[index][-1]
         below, level = table.levels.get(last.segment), table.levels.get(new.segment)

@@ -139,3 +139,12 @@ def test_a_window_moves_to_a_new_stack_when_much_is_dead() -> None:
     moved = [bool(decoded(table, 0, 1, rule=rule).moves) for _ in range(3 * DEAD)]
     assert moved[0] and sum(moved) == 3, "not at every step"
     assert all(count(table[sequence].spans) == 31 for sequence in (0, 1))
+
+
+def test_of_forks_of_stacked_rows_only_one_takes_the_next_cell() -> None:
+    table = table_of(20, 21)
+    decoded(table, 0, 1)
+    table.assign({2: table[0], 3: table[1]})
+    placement = decoded(table, 0, 1, 2, 3)
+    writes = {(own.writes[0].segment, own.writes[0].start) for own in placement.placed}
+    assert len(writes) == 4
