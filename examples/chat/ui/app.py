@@ -163,6 +163,7 @@ class Chat(Actions):
                 self.busy(event.what, event.share)
             case Ready():
                 self.model_name = event.model
+                transcript.marks = event.marks
                 self.busy(None)
                 if event.notice:
                     self.notify(event.notice, severity="warning", timeout=10, markup=False)
