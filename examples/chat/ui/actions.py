@@ -40,7 +40,7 @@ class Actions(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+e", "edit", "Edit", priority=True),
         Binding("ctrl+r", "again", "Again", priority=True),
-        Binding("ctrl+b", "branches", "Branches", priority=True),
+        Binding("ctrl+b", "branches", "Versions", priority=True),
         Binding("ctrl+n", "new", "New", priority=True),
         Binding("ctrl+o", "list", "Chats", priority=True),
         Binding("f4", "settings", "Settings", priority=True),

@@ -32,12 +32,12 @@ class Branches(Dialog[str]):
         self._newest: TreeNode[str] | None = None
 
     def compose(self) -> ComposeResult:
-        tree: Tree[str] = Tree("Branches", id="branches")
+        tree: Tree[str] = Tree("Versions", id="branches")
         tree.guide_depth = 3
         tree.show_root = False
         with Vertical(classes="box wide"):
             yield Label(
-                "Branches: enter goes to one, ● is on the screen. What they share is read and kept once."
+                "Versions: enter goes to one, ● is on the screen. What they share is read and kept once."
             )
             yield tree
 

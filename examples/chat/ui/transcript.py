@@ -37,8 +37,8 @@ class MessageView(Vertical, can_focus=True):
         Binding("g", "act('go_on')", "Continue"),
         Binding("c", "act('copy')", "Copy"),
         Binding("t", "think", "Thinking", show=False),
-        Binding("left", "act('before')", "Branch ‹", show=False),
-        Binding("right", "act('after')", "Branch ›", show=False),
+        Binding("left", "act('before')", "Version ‹", show=False),
+        Binding("right", "act('after')", "Version ›", show=False),
         Binding("up", "app.focus_previous", show=False),
         Binding("down", "app.focus_next", show=False),
     ]
@@ -90,7 +90,7 @@ class MessageView(Vertical, can_focus=True):
                 words.append(f"[@click=app.go_on_message('{id_}')]▸ continue[/]")
         if self.places > 1:
             words.append(
-                f"[@click=app.before_message('{id_}')]‹[/] branch {self.place} of {self.places} "
+                f"[@click=app.before_message('{id_}')]‹[/] version {self.place} of {self.places} "
                 f"[@click=app.after_message('{id_}')]›[/]"
             )
         return Content.from_markup("  ".join(words))
