@@ -74,8 +74,9 @@ ranks: $(VENV)/dev  ## the example with 2 and 4 processes, and every architectur
 soak-server: $(VENV)/dev  ## 1,000 requests of 8 clients to mlx-lm's server, of which some cannot be served
 	$(RUN) -m tests.plugin.serving.soak
 
-soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations
+soak-chat: $(VENV)/dev  ## 2,000 turns of chat at random, 50 of them compared with fresh computations; 50 hang-ups
 	CHAT_TURNS=2000 CHAT_CHECKS=50 $(RUN) -m pytest tests/chat/test_life.py
+	CHAT_HANGUPS=50 $(RUN) -m pytest -s tests/chat/test_hangup.py -k any_moment
 
 fuzz: $(VENV)/proof  ## fuzz files, options and calls; FUZZ_SECONDS for each of nine targets, 300 by default
 	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)

@@ -55,7 +55,7 @@ class Answer:
     def go_on(self, reply: Message) -> None:
         """Begin with a reply that was cut."""
         self.text = reply.text
-        self.written = reply.piece.text if reply.piece else reply.text
+        self.written = reply.piece.text if reply.piece else reply.text.removeprefix(self.prompt.opening)
         self.tokens = list(self.prompt.written)
         self.begun = len(self.tokens)
 
@@ -87,10 +87,12 @@ class Answer:
         self.last = self.clock()
         if not self.generated:
             self.first = self.last
+        # Of a reply whose thinking the prompt begins, the text shows that it is thinking.
+        text = part.text if self.tokens else self.prompt.opening + part.text
         self.tokens.append(part.token)
-        self.text += part.text
+        self.text += text
         self.written += part.text
-        self._untold += part.text
+        self._untold += text
         if part.finish_reason is not None or self.last - self._told >= PAUSE:
             self.tell()
         if part.finish_reason == "stop":

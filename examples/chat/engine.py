@@ -23,6 +23,7 @@ from .answer import Answer, Stopped
 from .events import Event, Progress, Stored
 from .prompt import SPLICE, Prompt, forget, prepare, remembered
 from .settings import Settings
+from .thinking import marks_of
 from .tree import Conversation, Cost, Message, Replied
 from .watch import Watch
 
@@ -62,6 +63,7 @@ class Engine:
             self.notice = f"Caches are not kept: {error}"
         self.watch = Watch(self.pool, self.settings.capacity, self.clock)
         self.reader = fingerprint(self.model, self.tokenizer)["tokenizer"]
+        self.marks = marks_of(self.tokenizer)
 
     def reply(
         self,
@@ -86,7 +88,7 @@ class Engine:
         conversation.read_by(self.reader)
         path = conversation.path_to(last.id)
         begin = self.clock()
-        prompt = prepare(self.pool, self.tokenizer, conversation, path, self.settings)
+        prompt = prepare(self.pool, self.tokenizer, conversation, path, name, self.settings)
         start = prompt.start
         answer = Answer(prompt, emit, is_stopped, self.clock, begin)
         if last.role == "assistant":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .thinking import MARKS, Marks
 from .tree import Conversation, Cost, Replied
 
 if TYPE_CHECKING:
@@ -22,10 +23,16 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """A model is loaded. `notice` is a warning for the user, or ""."""
+    """A model is loaded.
+
+    Attributes:
+        notice: a warning for the user, or "".
+        marks: the marks of thinking to look for in its replies.
+    """
 
     model: str
     notice: str = ""
+    marks: tuple[Marks, ...] = MARKS
 
 
 @dataclass(frozen=True)

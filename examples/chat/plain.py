@@ -24,8 +24,8 @@ HELP = """\
 /regenerate       answer the last message again
 /continue         go on with a reply that was cut
 /attach FILE TEXT say TEXT with the text of a file
-/fork             go on in a new branch; the old one stays as it is
-/switch N         go to branch N
+/fork             go on in a new version; the old one stays as it is
+/switch N         go to version N
 /stats            what the model remembers, and what that has saved
 /help             this list
 /quit             the end"""
@@ -142,20 +142,20 @@ class Plain:
     def _fork(self, _: str) -> None:
         self.branches.append(self.conversation.leaf)
         self.current = len(self.branches) - 1
-        print(f"Branch {self.current + 1} of {len(self.branches)}; what was said is shared, not copied.")
+        print(f"Version {self.current + 1} of {len(self.branches)}; what was said is shared, not copied.")
 
     def _switch(self, rest: str) -> None:
         if not rest.isdigit() or not 1 <= int(rest) <= len(self.branches):
-            raise IndexError(f"there is no branch {rest or '?'}; there are 1 to {len(self.branches)}")
+            raise IndexError(f"there is no version {rest or '?'}; there are 1 to {len(self.branches)}")
         self.current = int(rest) - 1
         self.conversation.leaf = self.branches[self.current]
-        print(f"Branch {rest} of {len(self.branches)}.")
+        print(f"Version {rest} of {len(self.branches)}.")
 
     def _stats(self, _: str) -> None:
         seen = self.engine.watch.seen()
         fullness = Fullness.of(seen)
-        print(f"{fullness.count} in this branch, {fullness.note}")
-        print(f"{len(self.branches)} branches, {amount(seen.nbytes / 1e6)} MB for them all")
+        print(f"{fullness.count} in this version, {fullness.note}")
+        print(f"{len(self.branches)} versions, {amount(seen.nbytes / 1e6)} MB for them all")
         totals = seen.totals
         print(f"so far {totals.headline}; wrote {totals.generated:,}, forgot {totals.forgotten:,}")
 

@@ -11,6 +11,7 @@ from mlx_kvcache.sessions import Session, SessionPool
 
 from .reading import Context, Piece, Turn, compose, encoded
 from .settings import Settings
+from .thinking import begun_by, marks_of
 from .tree import Conversation, Message
 
 SPLICE = 32
@@ -33,6 +34,7 @@ class Prompt:
         start: the number of forgotten messages at the beginning.
         read: the last message as the model reads it; None if it cannot be separated from the
             messages before it.
+        opening: the mark of thinking with which the template begins the reply; "" if it does not.
         forgotten: the number of tokens that the model no longer sees.
     """
 
@@ -42,6 +44,7 @@ class Prompt:
     written: list[int]
     start: int
     read: Piece | None
+    opening: str
     forgotten: int = 0
 
     @property
@@ -60,7 +63,12 @@ def remembered(tokenizer: Any, conversation: Conversation) -> tuple[Context, lis
 
 
 def prepare(
-    pool: SessionPool, tokenizer: Any, conversation: Conversation, path: Sequence[Message], settings: Settings
+    pool: SessionPool,
+    tokenizer: Any,
+    conversation: Conversation,
+    path: Sequence[Message],
+    name: str,
+    settings: Settings,
 ) -> Prompt:
     """Open the cache that holds most of a branch, and make room for the reply.
 
@@ -69,31 +77,33 @@ def prepare(
 
     Args:
         path: the branch; it ends with a message of the user, or with a reply that is continued.
+        name: the id of the reply's message.
 
     Raises:
         TooLong: there is no room, even if all earlier messages are forgotten.
     """
     turns = [message.turn for message in path]
-    written = _tokens_of(tokenizer, turns.pop()) if path[-1].role == "assistant" else []
+    begun = turns.pop() if path[-1].role == "assistant" else None
     system, start, salt = conversation.system, path[-1].start, conversation.salt(list(path))
     before = compose(tokenizer, system, turns[start:])
-    goal, context = _fitting(tokenizer, system, turns, start, before, len(written), settings)
-    tokens, cut = context.tokens + written, before.length - context.length
-    last = _last_piece(context, turns[-1])
-    if goal == start:
+    opening = begun_by(before.text, marks_of(tokenizer))
+    written = _tokens_of(tokenizer, begun, opening) if begun else []
+    goal, context, kept = _fitting(tokenizer, system, turns, start, before, written, settings)
+    tokens, forgotten = context.tokens + kept, len(written) - len(kept)
+    # Later replies on this branch find a cache without forgotten tokens under a name of its own.
+    own = name if begun else path[-1].id, -forgotten or goal
+    session: Session | None = None
+    if goal == start and not forgotten:
         session = pool.open(tokens, salt, splice=SPLICE if before.is_changed else 0)
-        return Prompt(session, turns, context, written, goal, last)
-    name = (path[-1].id, goal)
-    if not before.is_changed:
-        session = pool.open(before.tokens + written, salt)
-        begin = len(before.opening.tokens)
-        if _drop(session, begin, begin + cut, name, tokens):
-            return Prompt(session, turns, context, written, goal, last, cut)
-        session.close()
-    session = pool.open(tokens, salt, splice=SPLICE)
-    # Later replies on this branch find it under its own name.
-    session.salt = name
-    return Prompt(session, turns, context, written, goal, last, cut)
+    elif not (before.is_changed or forgotten):
+        session = _dropped(pool, before, written, salt, own, tokens)
+    if session is None:
+        session = pool.open(tokens, salt, splice=SPLICE)
+        session.salt = own
+    last = _last_piece(context, turns[-1])
+    return Prompt(
+        session, turns, context, written, goal, last, opening, before.length - context.length + forgotten
+    )
 
 
 def forget(prompt: Prompt, name: str) -> bool:
@@ -131,30 +141,53 @@ def _fitting(
     turns: list[Turn],
     start: int,
     context: Context,
-    written: int,
+    written: list[int],
     settings: Settings,
-) -> tuple[int, Context]:
+) -> tuple[int, Context, list[int]]:
     """Find the first message from which on there is room for a reply, and the context from there.
 
     Args:
-        written: the number of tokens of the reply that are there already.
+        written: the tokens of the reply that are there already.
+
+    Returns:
+        The first message, the context, and the tokens of the reply that are kept. If only the last message is
+        left and there is no room for the reply, these are its newest, half as many as there is room for.
     """
     if settings.capacity is None:
-        return start, context
+        return start, context, written
     room = min(settings.max_tokens, settings.capacity // 4)
     starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > start]
     for later in [start, *starts]:
         context = context if later == start else compose(tokenizer, system, turns[later:])
-        needed = context.length + written + room
-        if needed <= settings.capacity:
-            return later, context
+        if context.length + len(written) + room <= settings.capacity:
+            return later, context, written
+    needed = context.length + room
+    if written and needed <= settings.capacity:
+        return later, context, written[-((settings.capacity - context.length + 1) // 2) :]
     raise TooLong(
         f"with room for an answer this takes {needed:,} tokens, and the capacity is {settings.capacity:,}"
     )
 
 
-def _tokens_of(tokenizer: Any, turn: Turn) -> list[int]:
-    return list(turn.piece.tokens) if turn.piece else encoded(tokenizer, turn.text)
+def _tokens_of(tokenizer: Any, reply: Turn, opening: str) -> list[int]:
+    return list(reply.piece.tokens) if reply.piece else encoded(tokenizer, reply.text.removeprefix(opening))
+
+
+def _dropped(
+    pool: SessionPool,
+    before: Context,
+    written: list[int],
+    salt: tuple[str, int] | None,
+    own: tuple[str, int],
+    tokens: list[int],
+) -> Session | None:
+    """The session of a branch with its first turns removed from the cache; None if that is not possible."""
+    session = pool.open(before.tokens + written, salt)
+    begin = len(before.opening.tokens)
+    if _drop(session, begin, begin + len(session.tokens) - len(tokens), own, tokens):
+        return session
+    session.close()
+    return None
 
 
 def _last_piece(context: Context, last: Turn) -> Piece | None:

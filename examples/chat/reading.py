@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
+
+from .thinking import Marks, marks_of, parted
 
 
 class Piece(NamedTuple):
@@ -67,6 +69,10 @@ class Context:
         return [token for piece in (self.opening, *self.pieces, self.rest) for token in piece.tokens]
 
     @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in (self.opening, *self.pieces, self.rest))
+
+    @property
     def length(self) -> int:
         """The number of tokens."""
         return sum(len(piece.tokens) for piece in (self.opening, *self.pieces, self.rest))
@@ -119,18 +125,15 @@ def compose(tokenizer: Any, system: str, turns: Sequence[Turn]) -> Context:
 
 def rendered(tokenizer: Any, system: str, turns: Sequence[Turn], answer: bool = True) -> str:
     """Render a conversation with the model's template, with the prefix of an answer if `answer` is true."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     if not tokenizer.chat_template:
         return _plainly(system, turns, answer)
-    before = [{"role": "system", "content": system}] if system else []
-    try:
-        return _template(tokenizer, before + messages, answer)
-    except TemplateError:
-        if not (system and messages):
-            raise
-        # Some templates do not support a system prompt; it goes before the first message.
-        first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
-        return _template(tokenizer, [first, *messages[1:]], answer)
+    refusals = []
+    for messages in _forms(system, turns, marks_of(tokenizer)):
+        try:
+            return _template(tokenizer, messages, answer)
+        except TemplateError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
@@ -174,6 +177,31 @@ def _opening(tokenizer: Any, system: str) -> Piece:
     except (TemplateError, IndexError):
         return NOTHING
     return Piece(text, tuple(encoded(tokenizer, text)))
+
+
+def _forms(system: str, turns: Sequence[Turn], marks: tuple[Marks, ...]) -> Iterator[list[dict[str, str]]]:
+    """The messages as templates take them: nearly all take the first form."""
+    whole = [{"role": turn.role, "content": turn.text} for turn in turns]
+    yield from _with_system(system, whole)
+    # Some templates refuse replies that contain the marks of thinking, which has a field of its own there.
+    apart = [
+        _apart(turn, marks) if turn.role == "assistant" else each
+        for turn, each in zip(turns, whole, strict=True)
+    ]
+    if apart != whole:
+        yield from _with_system(system, apart)
+
+
+def _with_system(system: str, messages: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+    yield [{"role": "system", "content": system}, *messages] if system else messages
+    if system and messages:
+        # Some templates do not support a system prompt; it goes before the first message.
+        yield [{**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+
+
+def _apart(turn: Turn, marks: tuple[Marks, ...]) -> dict[str, str]:
+    thought, answer = parted(turn.text, marks)
+    return {"role": turn.role, "content": answer} | ({"thinking": thought} if thought else {})
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], answer: bool) -> str:

@@ -264,15 +264,6 @@ def amount(number: float) -> str:
     return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
 
 
-def parted(text: str) -> tuple[str, str]:
-    """The thinking at the beginning of a reply, and the rest; no rest if the thinking has not ended."""
-    begin, end = "<think>", "</think>"
-    if not text.lstrip().startswith(begin) and end not in text:
-        return "", text
-    thought, _, rest = text.partition(end)
-    return thought.replace(begin, "", 1).strip(), rest.lstrip()
-
-
 def titled(text: str) -> str:
     """Make a title from a conversation's first message."""
     first = " ".join(cleaned(text).split())

@@ -96,7 +96,7 @@ class Worker(threading.Thread):
         engine = Engine(model, tokenizer, settings, self._folder, **self._options)
         self._close()
         self._engine = engine
-        self._emit(Ready(name or models.DEFAULT, self._engine.notice))
+        self._emit(Ready(name or models.DEFAULT, engine.notice, engine.marks))
 
     def _configure(self, settings: Settings) -> None:
         from .engine import Engine

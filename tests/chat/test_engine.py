@@ -7,15 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models import gpt2
 
 from examples.chat.engine import Engine
 from examples.chat.events import Progress, Reading, Said, Seen, Stored
 from examples.chat.prompt import TooLong
-from examples.chat.reading import Piece
+from examples.chat.reading import Piece, compose
 from examples.chat.settings import Settings
 from examples.chat.tree import Conversation, Message, new_id
+from tests.plugin.tiny import randomized
 
 from .fresh import difference_to_fresh, tokens_of
 from .test_reading import with_template
@@ -317,4 +321,79 @@ def test_another_system_prompt(tiny_model: tuple[nn.Module, Any]) -> None:
     talk.conversation.system = "Be kind."
     cost = talk.say("Again").cost
     assert cost.prefilled > cost.reused
+    talk.check()
+
+
+@pytest.fixture(scope="session")
+def learned_model(tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Positions are added to the embeddings, so keys cannot be moved to other positions."""
+    arguments = gpt2.ModelArgs(
+        model_type="gpt2",
+        n_ctx=512,
+        n_embd=32,
+        n_head=2,
+        n_layer=2,
+        n_positions=512,
+        layer_norm_epsilon=1e-5,
+        vocab_size=49152,
+    )
+    return randomized(gpt2.Model(arguments)), tokenizer
+
+
+def greedy(model: nn.Module, tokens: list[int], count: int) -> list[int]:
+    """The likeliest tokens after these, with the model's own cache."""
+    return [int(token) for token, _ in generate_step(mx.array(tokens), model, max_tokens=count)]
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_full_chat_goes_on_where_keys_cannot_move(
+    learned_model: tuple[nn.Module, Any], earlier: int
+) -> None:
+    talk = Talk(learned_model, capacity=96, max_tokens=200)
+    for _ in range(earlier):
+        talk.engine.settings = replace(talk.engine.settings, max_tokens=8)
+        talk.say("an earlier question")
+        talk.engine.settings = replace(talk.engine.settings, max_tokens=200)
+    reply = talk.say("a b c")
+    assert reply.ended == "capacity"
+    for _ in range(3):
+        rest = talk.answer(reply)
+        # It forgets what is oldest, and reads the rest again.
+        assert rest.text.startswith(reply.text)
+        assert rest.ended == "capacity"
+        assert rest.cost.forgotten > 0
+        assert talk.events[-1].cached <= 96
+        context = compose(talk.engine.tokenizer, "Be brief.", [talk.asked.turn]).tokens
+        kept = list(reply.piece.tokens)
+        kept = kept[len(kept) + len(context) - rest.cost.read :]
+        written = list(rest.piece.tokens[len(reply.piece.tokens) :])
+        assert greedy(learned_model[0], context + kept, len(written)) == written
+        reply = rest
+    # The next question makes room as always.
+    assert talk.say("d e f").start > 0
+
+
+def test_a_reply_that_forgot_its_own_beginning_goes_on(flat_model: tuple[nn.Module, Any]) -> None:
+    talk = Talk(flat_model, capacity=80, max_tokens=100)
+    reply = talk.say("a b c")
+    assert reply.ended == "length"
+    rest = talk.answer(reply)
+    assert (rest.ended, rest.cost.generated) == ("length", 100)
+    assert rest.text.startswith(reply.text)
+    assert talk.events[-1].cached <= 80
+
+
+def test_after_a_reply_that_forgot_and_went_on_only_what_is_new_is_read(
+    flat_model: tuple[nn.Module, Any],
+) -> None:
+    talk = Talk(flat_model, capacity=96, max_tokens=12)
+    while not (cost := talk.say("a b c").cost).forgotten:
+        pass
+    reply = talk.conversation.path[-1]
+    assert reply.ended == "length"
+    while not (rest := talk.answer(reply)).cost.forgotten:
+        reply = rest
+    talk.check()
+    cost = talk.say("d e f").cost
+    assert cost.prefilled <= len(talk.asked.piece.tokens) + 1
     talk.check()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from examples.chat.library import Library
+from mlx_kvcache.persist import container
 
 from .running import notices, running
 from .terminals import ENDS, ChatProcess
@@ -135,25 +139,43 @@ def test_a_script(start: Start, tiny: Path, tmp_path: Path) -> None:
     chat.end("vanish")
 
 
+STAGES = ["leaving", "start", "loading", "replying", "typing"]
+
+
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CHAT_HANGUPS", "2"))))
-async def test_at_any_moment(seed: int, start: Start, tmp_path: Path) -> None:
-    """With the real model, from the first byte on the screen to the middle of a reply."""
+def test_at_any_moment(seed: int, start: Start, tokenizer: Any, tmp_path: Path) -> None:
+    """With the real model, from the first byte on the screen to the middle of a reply and of leaving."""
     rng = random.Random(seed)
-    way = rng.choice(ENDS)
+    way, stage = rng.choice(ENDS), STAGES[seed % len(STAGES)]
     chat = start(way, "--max-tokens", "1000000")
-    stage = rng.choice(["start", "loading", "replying"])
-    text = "Count from one to a thousand, in words."
-    if stage == "replying":
-        replying(chat, text)
-    elif stage == "loading":
+    text, draft = "Count from one to a thousand, in words.", "and this"
+    if stage == "loading":
         chat.until("Say something")
         chat.type(f"{text}\r")
         chat.until(r"stop \(esc\)")
-    chat.until_bytes(rng.randrange(1, 20_000))
+    elif stage != "start":
+        replying(chat, text)
+    if stage == "typing":
+        chat.type(draft)
+        chat.until(draft)
+    # Without a message the screen comes to rest after about 20,000 bytes.
+    chat.until_bytes(rng.randrange(1, 20_000 if stage == "start" else 100_000))
+    told = max((int(n.replace(",", "")) for n in re.findall(r"wrote ([\d,]+) at", chat.text)), default=0)
+    if stage == "leaving":
+        chat.type("\x11")
     seconds = chat.end(way)
-    sys.stdout.write(f"{stage:10} {way:8} {seconds:.2f} s\n")
-    if stage != "start":
-        asked, *replied = saved(tmp_path)
-        assert asked["text"] == text
-        assert replied or stage == "loading"
-        assert all(each["text"] and each["ended"] == "stopped" for each in replied)
+    asked, *replied = saved(tmp_path) if stage != "start" else ({},)
+    written = sum(len(tokenizer.encode(each["text"])) for each in replied)
+    sys.stdout.write(f"{stage:9} {way:8} {seconds:5.2f} s, {told:4} tokens shown, {written:4} saved\n")
+    library = Library(tmp_path / "data")
+    library.load()
+    _, other = library.load_state()
+    assert library.problems == []
+    for path in (tmp_path / "data" / "caches").glob("**/*.safetensors"):
+        # The checksums of all arrays are compared.
+        assert list(container.read_arrays(container.read_contents(path)))
+    assert asked.get("text", text) == text
+    assert all(each["text"] and each["ended"] == "stopped" for each in replied)
+    # The newest tokens may have been counted before their text was told.
+    assert written >= told - 4
+    assert other.get("draft", "") == (draft if stage == "typing" else "")

@@ -109,14 +109,14 @@ def test_commands(plain: Callable[..., Plain], capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     for said in (
         "reused 0 of 24 tokens",
-        "Branch 2 of 2; what was said is shared, not copied.",
+        "Version 2 of 2; what was said is shared, not copied.",
         "Taken back: Say hi.",
         "[there is no message 0; there are 0]",
         "/edit needs the new text.",
         "[there is no message 5; there are 0]",
-        "[there is no branch 3; there are 1 to 2]",
-        "2 branches",
-        "tokens in this branch, no limit",
+        "[there is no version 3; there are 1 to 2]",
+        "2 versions",
+        "tokens in this version, no limit",
         "so far reused",
         "[the last reply is complete; only",
         "[cannot read missing.txt: No such file",

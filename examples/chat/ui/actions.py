@@ -17,6 +17,7 @@ from ..attachment import CannotRead, read_text
 from ..desk import Desk, Refused
 from ..export import as_markdown, file_name
 from ..models import memory
+from ..thinking import parted
 from ..tree import Message
 from ..worker import Worker
 from .composer import Composer
@@ -39,7 +40,7 @@ class Actions(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+e", "edit", "Edit", priority=True),
         Binding("ctrl+r", "again", "Again", priority=True),
-        Binding("ctrl+b", "branches", "Branches", priority=True),
+        Binding("ctrl+b", "branches", "Versions", priority=True),
         Binding("ctrl+n", "new", "New", priority=True),
         Binding("ctrl+o", "list", "Chats", priority=True),
         Binding("f4", "settings", "Settings", priority=True),
@@ -165,7 +166,8 @@ class Actions(App[None]):
             self.action_copy_message(replies[-1].id)
 
     def action_copy_message(self, id: str) -> None:  # noqa: A002
-        self.copy_to_clipboard(self.desk.current.messages[id].text)
+        text = self.desk.current.messages[id].text
+        self.copy_to_clipboard(parted(text, self.query_one(Transcript).marks)[1] or text)
         self.notify("Copied.")
 
     async def action_before(self) -> None:
@@ -183,7 +185,7 @@ class Actions(App[None]):
 
     @work
     async def action_branches(self) -> None:
-        picked = await self.push_screen_wait(Branches(self.desk.current))
+        picked = await self.push_screen_wait(Branches(self.desk.current, self.query_one(Transcript).marks))
         if picked is not None:
             await self.attempt(lambda: self.desk.look_at(self.desk.current.messages[picked]))
 

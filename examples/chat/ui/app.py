@@ -38,7 +38,7 @@ REFRESH = 1.0
 """Seconds after which the folder is looked at for what other chats have written."""
 
 HELLO = """\
-[b]Say something below.[/b] Then edit it (ctrl+e), make the reply again (ctrl+r), walk between the branches
+[b]Say something below.[/b] Then edit it (ctrl+e), make the reply again (ctrl+r), walk between the versions
 (ctrl+b). On the right is the text that the model remembers, so that it reads nothing twice."""
 
 
@@ -163,6 +163,7 @@ class Chat(Actions):
                 self.busy(event.what, event.share)
             case Ready():
                 self.model_name = event.model
+                transcript.marks = event.marks
                 self.busy(None)
                 if event.notice:
                     self.notify(event.notice, severity="warning", timeout=10, markup=False)

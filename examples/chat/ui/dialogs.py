@@ -24,11 +24,11 @@ ctrl+e           edit your last message
 ctrl+r           make the last reply again
 ctrl+g           continue a reply that was cut
 ctrl+t           attach a text file
-ctrl+b           branches as a tree
-alt+left, right  the branch before, after
+ctrl+b           versions as a tree
+alt+left, right  the version before, after
 ctrl+y           copy the last reply
 shift+tab        go to the messages: up, down, e edit, r again, g continue, c copy,
-                 t show thinking, left and right branch
+                 t show thinking, left and right version
 ctrl+home        show all earlier messages
 f3               system prompt
 f9               export as markdown

@@ -16,26 +16,28 @@ from textual.widgets.option_list import Option
 from textual.widgets.tree import TreeNode
 
 from ..models import DEFAULT, SUGGESTIONS, cached_models, memory, models_in
-from ..tree import Conversation, Message, parted, titled
+from ..thinking import MARKS, Marks, parted
+from ..tree import Conversation, Message, titled
 from .dialogs import Dialog
 
 
 class Branches(Dialog[str]):
     """A dialog with a conversation's messages as a tree. Returns the id of the chosen message."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, marks: tuple[Marks, ...] = MARKS) -> None:
         super().__init__()
+        self._marks = marks
         self._conversation = conversation
         self._path = {message.id for message in conversation.path}
         self._newest: TreeNode[str] | None = None
 
     def compose(self) -> ComposeResult:
-        tree: Tree[str] = Tree("Branches", id="branches")
+        tree: Tree[str] = Tree("Versions", id="branches")
         tree.guide_depth = 3
         tree.show_root = False
         with Vertical(classes="box wide"):
             yield Label(
-                "Branches: enter goes to one, ● is on the screen. What they share is read and kept once."
+                "Versions: enter goes to one, ● is on the screen. What they share is read and kept once."
             )
             yield tree
 
@@ -69,7 +71,7 @@ class Branches(Dialog[str]):
         if place:
             label.append(f" {place} ", "reverse")
             label.append(" ")
-        said = titled(parted(message.text)[1] or message.text) or "…"
+        said = titled(parted(message.text, self._marks)[1] or message.text) or "…"
         label.append(f"{'You' if message.role == 'user' else 'Model'}: {said}", "bold" if is_shown else "")
         added = node.add(label, data=message.id, expand=is_fork, allow_expand=is_fork)
         if message.id == self._conversation.leaf:

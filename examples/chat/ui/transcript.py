@@ -15,7 +15,8 @@ from textual.markup import escape
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
-from ..tree import Message, cleaned, parted
+from ..thinking import MARKS, Marks, may_begin, parted
+from ..tree import Message, cleaned
 
 SHOWN = 30
 """The number of newest messages shown at first; earlier ones are shown on demand."""
@@ -36,20 +37,22 @@ class MessageView(Vertical, can_focus=True):
         Binding("g", "act('go_on')", "Continue"),
         Binding("c", "act('copy')", "Copy"),
         Binding("t", "think", "Thinking", show=False),
-        Binding("left", "act('before')", "Branch ‹", show=False),
-        Binding("right", "act('after')", "Branch ›", show=False),
+        Binding("left", "act('before')", "Version ‹", show=False),
+        Binding("right", "act('after')", "Version ›", show=False),
         Binding("up", "app.focus_previous", show=False),
         Binding("down", "app.focus_next", show=False),
     ]
 
-    def __init__(self, message: Message, place: int, places: int, names: dict[str, str]) -> None:
+    def __init__(
+        self, message: Message, place: int, places: int, names: dict[str, str], marks: tuple[Marks, ...]
+    ) -> None:
         super().__init__(classes=message.role)
         self.message = message
         self.place = place
         self.places = places
         self._names = names
         self._thought, self._text = (
-            parted(message.text) if message.role == "assistant" else ("", message.text)
+            parted(message.text, marks) if message.role == "assistant" else ("", message.text)
         )
 
     def compose(self) -> ComposeResult:
@@ -58,7 +61,7 @@ class MessageView(Vertical, can_focus=True):
             yield Static(Content(self._text), classes="body")
         else:
             if self._thought:
-                yield Static(thinking(self._thought), classes="thought", markup=False)
+                yield Static(f"{thinking(self._thought)} (t shows them)", classes="thought", markup=False)
                 yield Static(Content(self._thought), classes="thinking")
             yield Markdown(cleaned(self._text), classes="body", open_links=False)
         if note := self._note():
@@ -87,7 +90,7 @@ class MessageView(Vertical, can_focus=True):
                 words.append(f"[@click=app.go_on_message('{id_}')]▸ continue[/]")
         if self.places > 1:
             words.append(
-                f"[@click=app.before_message('{id_}')]‹[/] branch {self.place} of {self.places} "
+                f"[@click=app.before_message('{id_}')]‹[/] version {self.place} of {self.places} "
                 f"[@click=app.after_message('{id_}')]›[/]"
             )
         return Content.from_markup("  ".join(words))
@@ -102,7 +105,7 @@ class MessageView(Vertical, can_focus=True):
 def thinking(thought: str, is_over: bool = True) -> str:
     """The line that stands for the thinking of a reply."""
     words = f"{len(thought.split()):,} words"
-    return f"▸ thought for {words} (t shows them)" if is_over else f"▸ thinking, {words} so far"
+    return f"▸ thought for {words}" if is_over else f"▸ thinking, {words} so far"
 
 
 class Forgotten(Static):
@@ -122,9 +125,10 @@ class Earlier(Static):
 class Writing(Vertical):
     """A reply in progress."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, marks: tuple[Marks, ...] = MARKS) -> None:
         super().__init__(classes="assistant writing")
         self._author = name
+        self._marks = marks
         self._stream: MarkdownStream | None = None
         self._text = ""
         self._written = 0
@@ -141,14 +145,12 @@ class Writing(Vertical):
     async def write(self, text: str) -> None:
         """Add text. Of thinking only the number of words is shown."""
         self._text += text
-        if "<think>".startswith(self._text.strip()):
-            # It may become thinking.
+        if may_begin(self._text, self._marks):
             return
-        thought, rest = parted(self._text)
-        if thought and self._text.lstrip().startswith("<think>"):
+        thought, rest = parted(self._text, self._marks)
+        if thought:
             self.query_one(".thought", Static).update(thinking(thought, is_over=bool(rest)))
-        else:
-            rest = self._text
+            self.add_class("thinks")
         if len(rest) > self._written:
             if self._stream is None:
                 self._stream = Markdown.get_stream(self.query_one(Markdown))
@@ -164,13 +166,18 @@ class Writing(Vertical):
 
 
 class Transcript(VerticalScroll, can_focus=False):
-    """The messages of the current branch, the newest at the bottom."""
+    """The messages of the current branch, the newest at the bottom.
+
+    Attributes:
+        marks: the marks of thinking to look for.
+    """
 
     def __init__(self) -> None:
         super().__init__(id="transcript")
         self._path: tuple[Any, ...] = ()
         self._all = False
         self.start = 0
+        self.marks: tuple[Marks, ...] = MARKS
         self.writing: Writing | None = None
 
     async def show(
@@ -201,7 +208,7 @@ class Transcript(VerticalScroll, can_focus=False):
         if wanted != self._path:
             await self._update(wanted, path, names)
         if writing is not None and self.writing is None:
-            self.writing = Writing(names["assistant"])
+            self.writing = Writing(names["assistant"], self.marks)
             await self.mount(self.writing)
             if writing:
                 await self.writing.write(writing)
@@ -250,4 +257,4 @@ class Transcript(VerticalScroll, can_focus=False):
         if entry[0] == "forgotten":
             return Forgotten(entry[1])
         message, place, places = by_name[entry[0]]
-        return MessageView(message, place, places, names)
+        return MessageView(message, place, places, names, self.marks)
