@@ -90,7 +90,7 @@ class MessageView(Vertical, can_focus=True):
                 words.append(f"[@click=app.go_on_message('{id_}')]▸ continue[/]")
         if self.places > 1:
             words.append(
-                f"[@click=app.before_message('{id_}')]‹[/] version {self.place} of {self.places} "
+                f"[@click=app.before_message('{id_}')]‹[/]version {self.place} of {self.places}"
                 f"[@click=app.after_message('{id_}')]›[/]"
             )
         return Content.from_markup("  ".join(words))
