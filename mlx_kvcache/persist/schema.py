@@ -220,8 +220,8 @@ def decode_codec(told: Any) -> Codec | None:
     """Return a codec, or None for float."""
     if told is None:
         return None
-    fields, center = codec_fields(told)[:3], codec_fields(told)[3:]
-    return checked_codec(*fields, *(_center(text) for text in center))
+    fields = codec_fields(told)
+    return checked_codec(*fields[:3], *map(_center, fields[3:]))
 
 
 def _center(told: Any) -> bytes:

@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.generate import generate_step
-from mlx_lm.models import gpt2
 
 from examples.chat.engine import Engine
 from examples.chat.events import Progress, Reading, Said, Seen, Stored
@@ -19,7 +16,8 @@ from examples.chat.prompt import TooLong
 from examples.chat.reading import Piece, compose
 from examples.chat.settings import Settings
 from examples.chat.tree import Conversation, Message, new_id
-from tests.plugin.tiny import randomized
+from tests.plugin.running import greedy
+from tests.plugin.tiny import tiny_gpt2
 
 from .fresh import difference_to_fresh, tokens_of
 from .test_reading import with_template
@@ -327,22 +325,7 @@ def test_another_system_prompt(tiny_model: tuple[nn.Module, Any]) -> None:
 @pytest.fixture(scope="session")
 def learned_model(tokenizer: Any) -> tuple[nn.Module, Any]:
     """Positions are added to the embeddings, so keys cannot be moved to other positions."""
-    arguments = gpt2.ModelArgs(
-        model_type="gpt2",
-        n_ctx=512,
-        n_embd=32,
-        n_head=2,
-        n_layer=2,
-        n_positions=512,
-        layer_norm_epsilon=1e-5,
-        vocab_size=49152,
-    )
-    return randomized(gpt2.Model(arguments)), tokenizer
-
-
-def greedy(model: nn.Module, tokens: list[int], count: int) -> list[int]:
-    """The likeliest tokens after these, with the model's own cache."""
-    return [int(token) for token, _ in generate_step(mx.array(tokens), model, max_tokens=count)]
+    return tiny_gpt2(n_positions=512, n_embd=32, vocab_size=49152), tokenizer
 
 
 @pytest.mark.parametrize("earlier", [0, 1])

@@ -38,16 +38,16 @@ def tiny_llama(dtype: mx.Dtype = mx.float32, **changes: object) -> nn.Module:
     return randomized(llama.Model(llama.ModelArgs.from_dict(arguments | changes)), dtype)
 
 
-def tiny_gpt2() -> nn.Module:
+def tiny_gpt2(n_positions: int = 64, n_embd: int = 16, vocab_size: int = VOCABULARY) -> nn.Module:
     arguments = gpt2.ModelArgs(
         model_type="gpt2",
-        n_ctx=64,
-        n_embd=16,
+        n_ctx=n_positions,
+        n_embd=n_embd,
         n_head=2,
         n_layer=2,
-        n_positions=64,
+        n_positions=n_positions,
         layer_norm_epsilon=1e-5,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
     )
     return randomized(gpt2.Model(arguments))
 
