@@ -25,6 +25,8 @@ Transform = Literal["hadamard", "none"]
 """
 TRANSFORMED = 8
 """Codecs of fewer bits than this have the transform. With more, rounding hardly changes a model's output."""
+RECENT = 16
+"""How many of the newest tokens are also held in float where codecs have fewer bits than `TRANSFORMED`."""
 CENTERED = 512
 """The largest number of features of a head that can have a center."""
 
@@ -89,9 +91,15 @@ class Quantization:
             head_dim), measured on any text. The transform then also removes what all tokens have in common,
             which lowers the loss further. Only the directions of the means matter.
 
+        recent: how many of a sequence's newest tokens are also held in float, and read so, in layers with
+            fewer than 8 bits. The next tokens attend most to these, so a few lower the loss more than
+            another bit does. The tokens of a forward pass see each other in float, too, so with `recent`
+            outputs depend on how a text is divided into passes. After a fork, a load or a removal, there may
+            be fewer for the next tokens.
+
     Raises:
-        ValueError: unsupported bits, group size or transform, a negative `after`, or centers that are not
-            finite numbers.
+        ValueError: unsupported bits, group size or transform, a negative `after` or `recent`, or centers
+            that are not finite numbers.
     """
 
     bits: Bits | Callable[[int], Bits] = 8
@@ -99,18 +107,20 @@ class Quantization:
     after: int = 0
     transform: Transform = "hadamard"
     centers: Means | Centers = ()
+    recent: int = RECENT
 
     def __post_init__(self) -> None:
         checked_codec(WIDTHS[0], self.group_size, self.transform)
-        whole(after=self.after)
+        whole(after=self.after, recent=self.recent)
         if isinstance(self.centers, Mapping):
             object.__setattr__(self, "centers", centers_of(self.centers))
         if not callable(self.bits):
             codecs = self._codecs(self.bits)
+            # So that it equals what stores the same.
             if all(codec is None or codec.transform == "none" for codec in codecs):
-                # So that it equals what stores the same.
                 object.__setattr__(self, "transform", "none")
                 object.__setattr__(self, "centers", ())
+            object.__setattr__(self, "recent", self.recent_of(codecs))
 
     def of(self, layer: int) -> Codecs:
         """Returns the codecs of a layer. Raises ValueError for unsupported bits."""
@@ -120,6 +130,10 @@ class Quantization:
             if own == layer:
                 keys, values = keys and keys.centered(key_center), values and values.centered(value_center)
         return keys, values
+
+    def recent_of(self, codecs: Codecs) -> int:
+        """Returns how many of the newest tokens layers of these codecs also hold in float."""
+        return self.recent if any(codec and codec.bits < TRANSFORMED for codec in codecs) else 0
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError if `head_dim` is not a multiple of the group size."""

@@ -24,14 +24,19 @@ def scores_of(rows: mx.array, pieces: Sequence[Lanes], scale: float = 1.0) -> mx
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
-def weighted_sum(weights: mx.array, pieces: Sequence[Lanes]) -> mx.array:
-    """Returns the sums of all values by weights (1, heads, m, S), (1, heads, m, value_dim)."""
-    if len(pieces) == 1:
-        return pieces[0][1].weighted(weights)
+def weighted_sum(weights: mx.array, pieces: Sequence[Lanes], others: Sequence[mx.array] = ()) -> mx.array:
+    """Returns the sums of all values by weights (1, heads, m, S), plus others, (1, heads, m, value_dim)."""
     borders = list(accumulate(keys.arrays[0].shape[2] for keys, _ in pieces))
-    shares = mx.split(weights, borders[:-1], axis=-1)
+    shares = mx.split(weights, borders[:-1], axis=-1) if len(pieces) > 1 else [weights]
+    *before, last = (values for _, values in pieces)
+    sums = [*others, *(values.weighted(share) for values, share in zip(before, shares[:-1], strict=True))]
+    if not sums:
+        return last.weighted(weights)
+    if isinstance(last, Plain) and len(sums) <= 2:
+        # One primitive, which adds in float32.
+        return mx.addmm(sum(sums[1:], start=sums[0]), shares[-1], last.array)
+    sums.append(last.weighted(shares[-1]))
     # Add in float32, so that rounding does not grow with the number of pieces.
-    sums = (values.weighted(share) for share, (_, values) in zip(shares, pieces, strict=True))
     first, *rest = (part.astype(mx.float32) for part in sums)
     return sum(rest, start=first)
 
@@ -96,7 +101,7 @@ class Apart(NamedTuple):
 
 def attend_levels(
     rows: mx.array,
-    own: Lanes,
+    own: Sequence[Lanes],
     mask: mx.array | None,
     prefix: Sequence[Lanes],
     apart: Apart | None,
@@ -106,7 +111,7 @@ def attend_levels(
 
     Args:
         rows: scaled queries (B, n_kv_heads, m, head_dim).
-        own: the cells of each row, (B, n_kv_heads, S, ...).
+        own: the cells of each row, (B, n_kv_heads, S, ...), in pieces.
         mask: (B, 1, 1, S), True where a row sees a cell of its own; None if it sees all.
         prefix: the cells that all rows see, (1, n_kv_heads, P, ...).
         apart: the cells that only some rows see.
@@ -116,7 +121,7 @@ def attend_levels(
         (B, n_kv_heads, m, value_dim).
     """
     n, heads, m, _ = rows.shape
-    scores = own[0].scores(rows)
+    scores = scores_of(rows, own)
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf)
     pieces = [scores]
@@ -128,18 +133,13 @@ def attend_levels(
         pieces.append(mx.broadcast_to(sinks.astype(scores.dtype)[None, :, :, None], (n, heads, m, 1)))
     weights = mx.softmax(mx.concatenate(pieces, axis=-1) if pieces[1:] else scores, axis=-1, precise=True)
     if not pieces[1:]:
-        return own[1].weighted(weights)
+        return weighted_sum(weights, own)
     borders = list(accumulate(piece.shape[3] for piece in pieces))
     of_own, *shares = mx.split(weights, borders[:-1], axis=-1)
     read = [_weighted_of_all(shares.pop(0), prefix)] if prefix else []
     if apart:
         read.append(apart.weighted(shares.pop(0)))
-    if not read:
-        return own[1].weighted(of_own)
-    if isinstance(own[1], Plain):
-        # One primitive, which adds in float32.
-        return mx.addmm(sum(read[1:], start=read[0]), of_own, own[1].array)
-    return sum((part.astype(mx.float32) for part in read), start=own[1].weighted(of_own).astype(mx.float32))
+    return weighted_sum(of_own, own, read)
 
 
 def _size(pieces: Sequence[Lanes]) -> int:

@@ -115,10 +115,10 @@ def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.ar
     assert step.run is not None
     segment, _, seen = step.run
     buffers, (_, heads, _, dim) = step.store.layers[layer], queries.shape
-    lanes = buffers.pairs[segment].lanes(seen)
+    pieces = buffers.pairs[segment].newest(seen)
     # Query heads that share a K/V head become rows of one product.
     rows = queries.reshape(1, buffers.form.heads, -1, dim)
-    return attend_all(rows, [lanes], scale).reshape(1, heads, 1, -1).astype(queries.dtype)
+    return attend_all(rows, pieces, scale).reshape(1, heads, 1, -1).astype(queries.dtype)
 
 
 def attend_stack(
@@ -143,7 +143,7 @@ def attend_stack(
             cells = [(size, buffers.lanes(spans)) for size, spans in stack.others]
             apart = Apart(cells, *step.once(_stack_order, number))
         own_sinks = None if sinks is None else sinks.reshape(groups, heads // groups)
-        out = attend_levels(rows, pair.lanes(stack.seen), mask, prefix, apart, own_sinks)
+        out = attend_levels(rows, pair.newest(stack.seen), mask, prefix, apart, own_sinks)
         out = out.reshape(n, heads, 1, -1)
     return out.astype(queries.dtype)
 

@@ -103,9 +103,18 @@ class Step:
                     f"{sequence} but are in this batch of {self.n} tokens, so the batch is undone: it would "
                     "attend to unwritten cells; put every layer in every batch"
                 )
+        if not self.is_decoding:
+            self._forget()
         self.is_over = True
         # The fast paths do not check `is_over`.
         self.run = self.whole = None
+
+    def _forget(self) -> None:
+        """Drops the tokens in float that only those of this step see."""
+        for buffers in self.store.layers.values():
+            for segment in self._segments() if buffers.form.recent else ():
+                if segment in buffers.pairs:
+                    buffers.pairs[segment].forget()
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes the batch's keys and values, or nothing if an exception interrupts."""
@@ -212,7 +221,7 @@ class Step:
         if pair.is_packed:
             pair.write(new, keys, values)
             buffers.written = self.name
-            return pair.read(seen) if reads else None
+            return pair.read_newest(seen) if reads else None
         stored_keys, stored_values = pair.keys[0], pair.values[0]
         stored_keys[new], stored_values[new] = keys, values
         buffers.written = self.name
@@ -260,7 +269,7 @@ class Step:
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""
-        pieces = self.store.layers[layer].read(part.cells)
+        pieces = self.store.layers[layer].read_newest(part.cells)
         if part.fresh:
             pieces.append(self._fresh(layer, part))
         return concatenated(pieces)
@@ -269,25 +278,33 @@ class Step:
         """K and V of a part's new tokens from the batch, because not all of them are stored."""
         keys, values = (take(array, part.rows) for array in self._batches[layer])
         form = self.store.layers[layer].form
-        if form.is_packed and any(segment in self._packed for segment, _, _ in part.stores):
+        if (
+            form.is_packed
+            and not form.recent
+            and any(segment in self._packed for segment, _, _ in part.stores)
+        ):
             # Quantize and decode them like stored tokens, or outputs would depend on how a prompt is split.
             return form.decoded(form.stored((Plain(keys), Plain(values)), is_packed=True))
         return keys, values
 
     def lanes(self, layer: int, part: Part, cells: Spans) -> list[Lanes]:
         """Returns some of a part's cells as lanes, and its new tokens if the part is `fresh`."""
-        pieces = self.stored(layer, cells)
+        pieces = self.stored(layer, cells, newest=True)
         if part.fresh:
             keys, values = self._fresh(layer, part)
             pieces.append((Plain(keys), Plain(values)))
         return pieces
 
-    def stored(self, layer: int, cells: Spans) -> list[Lanes]:
-        """Returns cells as lanes: as they are stored if each sequence has one query, else in float."""
+    def stored(self, layer: int, cells: Spans, newest: bool = False) -> list[Lanes]:
+        """Returns cells as lanes: as they are stored if each sequence has one query, else in float.
+
+        With `newest`, they are the newest of a sequence.
+        """
         buffers = self.store.layers[layer]
         if self.is_decoding or not buffers.form.is_packed:
-            return buffers.lanes(cells)
-        return [(Plain(keys), Plain(values)) for keys, values in buffers.read(cells)]
+            return buffers.newest(cells) if newest else buffers.lanes(cells)
+        read = buffers.read_newest(cells) if newest else buffers.read(cells)
+        return [(Plain(keys), Plain(values)) for keys, values in read]
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
         """Returns the history of the batch: keys, values and mask, padded as the config says."""

@@ -196,6 +196,7 @@ def _decode_form(told: Any) -> Form:
     if any(name not in _FLOATS for name in names):
         raise ValueError(f"keys and values have dtypes {short(names)}, expected floats: {', '.join(_FLOATS)}")
     key_dtype, value_dtype = (_DTYPES[name] for name in names)
+    keys, values = (decode_codec(codec) for codec in listing(layer.get("codecs"), "codecs", 2))
     return Form(
         integer(layer.get("heads"), "the number of heads", 1),
         # With empty keys and values, the size of the file would not bound the number of cells.
@@ -203,7 +204,8 @@ def _decode_form(told: Any) -> Form:
         integer(value_dim, "head_dim of values"),
         key_dtype,
         value_dtype,
-        *(decode_codec(codec) for codec in listing(layer.get("codecs"), "codecs", 2)),
+        keys,
+        values,
     )
 
 
@@ -241,7 +243,7 @@ def codec_fields(told: Any) -> list[Any]:
 def _decode_lanes(
     arrays: Mapping[str, mx.array], name: str, form: Form, length: int, is_packed: bool
 ) -> Lanes:
-    heads, key_dim, value_dim, key_dtype, value_dtype, keys, values = form if is_packed else form.plain()
+    heads, key_dim, value_dim, key_dtype, value_dtype, keys, values, _ = form if is_packed else form.plain()
     return (
         decode_lane(arrays, f"{name}.keys", (heads, length, key_dim), key_dtype, keys),
         decode_lane(arrays, f"{name}.values", (heads, length, value_dim), value_dtype, values),

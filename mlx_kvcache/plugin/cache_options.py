@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
-from ..quantization import Bits, Quantization, Transform
+from ..quantization import RECENT, Bits, Quantization, Transform
 from .hosts.layout import Layout, Leaf, language_model_of, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Checkpoints, Pool, pool_for
@@ -70,8 +70,11 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
         for leaf in pool.leaves
     )
     # Checks every width, including those of layers in float.
-    by_leaf = Quantization(_ByLeaf(bits), group_size, after, storage.kv_transform)
+    (recent,) = whole(kv_recent=storage.kv_recent)
+    by_leaf = Quantization(_ByLeaf(bits), group_size, after, storage.kv_transform, recent=recent)
     codecs = [codec for leaf in pool.leaves for codec in by_leaf.of(leaf.index) if codec]
+    if not any(by_leaf.recent_of(by_leaf.of(leaf.index)) for leaf in pool.leaves):
+        by_leaf = replace(by_leaf, recent=0)
     if all(codec.transform == "none" for codec in codecs):
         # So that it equals what stores the same, as in `Quantization`.
         by_leaf = replace(by_leaf, transform="none")
@@ -130,6 +133,7 @@ class Storage(NamedTuple):
     quantize_after: int = 0
     kv_transform: Transform = "hadamard"
     kv_text: Sequence[int] = ()
+    kv_recent: int = RECENT
 
 
 OPTIONS = (*Limits._fields, *Storage._fields, "group")
@@ -241,6 +245,8 @@ def options_of(conversation: Conversation) -> dict[str, Any]:
     }
     if pool.quantization.transform != "none":
         options["kv_transform"] = pool.quantization.transform
+    if pool.quantization.recent:
+        options["kv_recent"] = pool.quantization.recent
     if pool.quantization.centers:
         options["kv_text"] = list(pool.text)
     return options

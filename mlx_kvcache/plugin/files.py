@@ -408,6 +408,7 @@ def _loaded_from_mlx_lm(path: Path, model: nn.Module, options: Mapping[str, Any]
     return rows
 
 
+_OF_WIDTHS = "kv_transform", "kv_text", "kv_recent"
 _NUMBERS = [name for name in Limits._fields if name != "overflow"]
 
 
@@ -429,6 +430,7 @@ def _saved_options(opened: Opened) -> dict[str, Any]:
             options["kv_transform"] = told.get("kv_transform", "none")
             text = listing(told.get("kv_text", []), "kv_text")
             options["kv_text"] = [integer(token, "a token of kv_text") for token in text]
+            options["kv_recent"] = integer(told.get("kv_recent", 0), "kv_recent")
     return options
 
 
@@ -443,9 +445,9 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def _merged(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges given options over saved ones. The saved transform and text belong to the saved widths."""
+    """Merges given options over saved ones. Some saved ones belong to the saved widths."""
     if "kv_bits" in given:
-        saved = {name: saved[name] for name in saved if name not in ("kv_transform", "kv_text")}
+        saved = {name: saved[name] for name in saved if name not in _OF_WIDTHS}
     return {**saved, **given}
 
 

@@ -18,7 +18,7 @@ from ..arguments import share, size_of, token_ids, whole
 from ..caches.interface import Recurrent, checked_recurrent
 from ..errors import CacheError, NotSupportedError
 from ..persist.files import Base, Prepared
-from ..quantization import Transform
+from ..quantization import RECENT, Transform
 from .cache_options import KvBits, KvFloat, Storage, check_options, new_conversation, with_checked_options
 from .entries.nested import entries_of
 from .files import alone, loaded, prepared, save_for_mlx_lm, write
@@ -361,6 +361,7 @@ def make_prompt_cache(
     group: mx.distributed.Group | None = None,
     kv_transform: Transform = "hadamard",
     kv_text: Sequence[int] = (),
+    kv_recent: int = RECENT,
 ) -> PromptCache:
     """Makes a prompt cache for a model, with one entry for each entry of the model's own cache.
 
@@ -391,6 +392,9 @@ def make_prompt_cache(
             which lowers the loss; "none" quantizes them as they are.
         kv_text: tokens of a text like those to come, 256 or more. The model reads it once, and transformed
             keys and values are centered on their means over this text, which lowers the loss further.
+        kv_recent: how many of the newest tokens are also held in float, and read so, where widths are below 8
+            bits. The tokens of one call of the model see each other in float, too. 0 reads all tokens as
+            they are quantized, so that a text may be divided into calls in any way.
 
     Raises:
         TypeError: model is not a model of mlx-lm or mlx-vlm, or an option does not exist.
@@ -402,5 +406,5 @@ def make_prompt_cache(
             that change the cache and calls of the model raise it when ranks are about to do different things.
     """
     limits = Limits(capacity, overflow, sinks, rewind, checkpoints, checkpoint_bytes)
-    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform, kv_text)
+    storage = Storage(kv_bits, kv_group_size, kv_float, quantize_after, kv_transform, kv_text, kv_recent)
     return PromptCache(alone(new_conversation(model, limits, storage, ranks_of(group))))

@@ -7,17 +7,17 @@ arrays, which `Store.adopt` then puts in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..cells.placement import Placement
-from ..cells.spans import Span
+from ..cells.spans import Span, Spans
 from ..cells.table import Level
 from ..quantization import Codec, Codecs, Quantization
-from .codec import Index, Lane, Packed, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
+from .codec import Index, Lane, Packed, Plain, alias, as_stored, cell_bytes, grown, index_of, joined, zeros
 
 Lanes = tuple[Lane, Lane]
 """Keys and values of the same cells."""
@@ -36,13 +36,15 @@ class Form(NamedTuple):
     value_dtype: mx.Dtype
     key_codec: Codec | None = None
     value_codec: Codec | None = None
+    recent: int = 0
+    """How many of the newest tokens packed segments hold in float, too."""
 
     @property
     def is_packed(self) -> bool:
         """Whether packed segments of this layer are quantized."""
         return self.key_codec is not None or self.value_codec is not None
 
-    def packed_by(self, codecs: Codecs, name: str) -> Form:
+    def packed_by(self, codecs: Codecs, name: str, recent: int = 0) -> Form:
         """Returns the form with these codecs. Raises ValueError if they do not fit the layer of this name."""
         keys, values = codecs
         if self.heads == 1 and self.key_dim != self.value_dim:
@@ -52,7 +54,8 @@ class Form(NamedTuple):
             if codec:
                 codec.check(self.heads, dim, f"the {what} of {name}")
         # Layers with keys only have no values to quantize.
-        return self._replace(key_codec=keys, value_codec=values if self.value_dim else None)
+        values = values if self.value_dim else None
+        return self._replace(key_codec=keys, value_codec=values, recent=recent)
 
     def untransformed(self) -> Form:
         """Returns the form whose codecs have no transform."""
@@ -61,7 +64,7 @@ class Form(NamedTuple):
 
     def plain(self) -> Form:
         """Returns the form of segments that are not packed."""
-        return self._replace(key_codec=None, value_codec=None)
+        return self._replace(key_codec=None, value_codec=None, recent=0)
 
     def checked(self, n: int, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Converts K and V of n tokens to this form's dtypes. Raises ValueError if they do not fit it."""
@@ -97,13 +100,26 @@ class Form(NamedTuple):
         return lanes[0].decoded(self.key_dtype), lanes[1].decoded(self.value_dtype)
 
     def pair(self, parts: Sequence[Lanes], capacity: int, is_packed: bool) -> Pair:
-        """Returns a new pair of these K and V, concatenated, and zeros up to at least `capacity` cells."""
+        """Returns a new pair of these K and V, concatenated, and zeros up to at least `capacity` cells.
+
+        A packed pair keeps the last ones in float, too, as far as they come in float.
+        """
         stored = [self.stored(lanes, is_packed) for lanes in parts]
         size = sum(keys.arrays[0].shape[2] for keys, _ in stored)
         if size < capacity:
             stored.append(self.zeros(capacity - size, is_packed))
         keys, values = zip(*stored, strict=True)
-        return Pair(self, joined(keys), joined(values))
+        return Pair(self, joined(keys), joined(values), self.recent_of(parts, size) if is_packed else None)
+
+    def recent_of(self, parts: Sequence[Lanes], end: int) -> Recent:
+        """Returns the last of these cells, as far as they are in float; `end` is the cell after them."""
+        found = Recent(end)
+        for keys, values in reversed(parts):
+            if not (isinstance(keys, Plain) and isinstance(values, Plain)) or found.length >= self.recent:
+                break
+            own = Recent(end - found.length, self.decoded((keys, values)))
+            found = own.then(*found.floats) if found.floats else own
+        return found.newest(self.recent)
 
     def _sides(self, is_packed: bool) -> tuple[Side, Side]:
         form = self if is_packed else self.plain()
@@ -117,6 +133,66 @@ Side = tuple[int, mx.Dtype, Codec | None]
 """The features, dtype and codec of keys or of values."""
 
 
+class Recent(NamedTuple):
+    """The cells before `end` of a packed segment in float, (levels, heads, length, dim).
+
+    The same cells are quantized, too, so whoever shares, copies or saves cells may leave these out. The
+    arrays are never changed in place.
+    """
+
+    end: int = 0
+    floats: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def length(self) -> int:
+        return self.floats[0].shape[2] if self.floats else 0
+
+    @property
+    def begin(self) -> int:
+        return self.end - self.length
+
+    def at(self, index: Index) -> tuple[mx.array, mx.array]:
+        """Returns views of some of the cells."""
+        assert self.floats is not None
+        own = index[0], index[1], slice(index[2].start - self.begin, index[2].stop - self.begin)
+        return self.floats[0][own], self.floats[1][own]
+
+    def newest(self, size: int, end: int | None = None) -> Recent:
+        """Returns the newest `size` cells of those before `end`."""
+        end = self.end if end is None else end
+        begin = max(self.begin, end - size)
+        if (begin, end) == (self.begin, self.end):
+            return self
+        return Recent(end, self.at(index_of(begin, end)) if begin < end else None)
+
+    def then(self, keys: mx.array, values: mx.array) -> Recent:
+        """Returns these cells followed by others."""
+        floats = concatenated([self.floats, (keys, values)] if self.floats else [(keys, values)])
+        return Recent(self.end + keys.shape[2], floats)
+
+    def with_levels(self, index: Index, keys: mx.array, values: mx.array, height: int) -> Recent:
+        """Returns these cells with those that follow or are replaced on some of the levels."""
+        levels, heads, cells = index
+        start, stop, found = cells.start, cells.stop, self
+        if start > self.end:
+            found = Recent(start)
+        elif start < self.begin:
+            # Other levels are ahead.
+            keys, values = keys[:, :, self.begin - start :], values[:, :, self.begin - start :]
+            start = self.begin
+        if stop <= start:
+            return self
+        if stop > found.end:
+            # The other levels read these cells after they have written them.
+            sizes = [(height, array.shape[1], stop - found.end, array.shape[3]) for array in (keys, values)]
+            found = found.then(mx.zeros(sizes[0], keys.dtype), mx.zeros(sizes[1], values.dtype))
+        assert found.floats is not None
+        floats = alias(found.floats[0]), alias(found.floats[1])
+        own = levels, heads, slice(start - found.begin, stop - found.begin)
+        floats[0][own], floats[1][own] = keys, values
+        return Recent(found.end, floats)
+
+
 class Pair:
     """Keys and values of one segment in one layer, or of a stack of segments, whose levels come first.
 
@@ -124,23 +200,35 @@ class Pair:
     changes the array objects. A pair therefore has array objects of its own.
     """
 
-    __slots__ = ("capacity", "form", "is_packed", "keys", "values")
+    __slots__ = ("_before", "capacity", "form", "is_packed", "keys", "recent", "values")
 
-    def __init__(self, form: Form, keys: Lane, values: Lane) -> None:
+    def __init__(self, form: Form, keys: Lane, values: Lane, recent: Recent | None = None) -> None:
         self.form = form
         self.keys = keys.like(map(alias, keys.arrays))
         self.values = values.like(map(alias, values.arrays))
         self.capacity = keys.arrays[0].shape[2]
         self.is_packed = isinstance(keys, Packed) or isinstance(values, Packed)
+        self.recent = recent or Recent()
+        """Always empty unless the form has `recent` and the pair is packed."""
+        self._before = self.recent
+        """What `recent` was before the last write, which may be taken back."""
 
-    def copy(self) -> Pair:
-        """Returns a pair of the same contents, which writes to this one do not change."""
-        return Pair(self.form, self.keys, self.values)
+    def copy(self, cells: int = 0) -> Pair:
+        """Returns a pair of the same contents, which writes to this one do not change.
+
+        It is extended with zeros to this number of cells.
+        """
+        keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
+        values = self.values.like(grown(array, cells) for array in self.values.arrays)
+        pair = Pair(self.form, keys, values, self.recent)
+        pair._before = self._before
+        return pair
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
+        """All arrays."""
         if self.is_packed:
-            return *self.keys.arrays, *self.values.arrays
+            return *self.keys.arrays, *self.values.arrays, *(self.recent.floats or ())
         return self.keys[0], self.values[0]
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
@@ -148,14 +236,40 @@ class Pair:
         if self.is_packed:
             self.keys.write(index, keys)
             self.values.write(index, values)
+            if self.form.recent:
+                self._remember(index, keys, values)
         else:
             self.keys[0][index], self.values[0][index] = keys, values
 
+    def _remember(self, index: Index, keys: mx.array, values: mx.array) -> None:
+        start, (height, *_) = index[2].start, self.keys.arrays[0].shape
+        old, size = self.recent, self.form.recent
+        if keys.shape[0] < height:
+            if index[2].stop > old.end:
+                old = old.newest(size)
+            self.recent = self._before = old.with_levels(index, keys, values, height)
+            return
+        if start != old.end:
+            if start == self._before.end:
+                old = self._before
+            else:
+                old = old.newest(size, start) if old.begin < start < old.end else Recent(start)
+        self._before = old.newest(size)
+        # The tokens of this forward see each other in float, so all of them stay until it is over.
+        self.recent = self._before.then(keys, values)
+
+    def forget(self) -> None:
+        """Drops the cells in float that the next forward does not see."""
+        if self.recent.length > self.form.recent:
+            end, floats = self.recent.newest(self.form.recent)
+            # A view would keep the whole array in memory.
+            self.recent = Recent(end, floats and (floats[0] + 0, floats[1] + 0))
+
     def assign(self, index: Index, lanes: Lanes) -> None:
         """Writes cells that are stored as these are."""
-        keys, values = lanes
-        for own, new in zip(self.arrays, (*keys.arrays, *values.arrays), strict=True):
-            own[index] = new
+        for own, new in zip((self.keys, self.values), lanes, strict=True):
+            for array, cells in zip(own.arrays, new.arrays, strict=True):
+                array[index] = cells
 
     def grow(self, cells: int) -> None:
         """Extends the pair with zeros to this number of cells, and evaluates it."""
@@ -177,6 +291,27 @@ class Pair:
     def lanes(self, index: Index) -> Lanes:
         """Returns views of some cells."""
         return self.keys.at(index), self.values.at(index)
+
+    def newest(self, index: Index) -> list[Lanes]:
+        """Returns views of some cells, those in float that are held in float, too."""
+        levels, heads, cells = index
+        border = self.border(cells.start, cells.stop)
+        found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
+        if border < cells.stop:
+            keys, values = self.recent.at((levels, heads, slice(border, cells.stop)))
+            found.append((Plain(keys), Plain(values)))
+        return found
+
+    def border(self, start: int, stop: int) -> int:
+        """Returns the first of the cells [start, stop) that `newest` returns in float, or `stop`."""
+        begin = max(start, self.recent.begin)
+        return begin if begin < stop <= self.recent.end else stop
+
+    def read_newest(self, index: Index) -> tuple[mx.array, mx.array]:
+        """As `read`, with those cells unrounded that are held in float, too."""
+        if not self.recent.floats:
+            return self.read(index)
+        return concatenated([self.form.decoded(lanes) for lanes in self.newest(index)])
 
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -208,12 +343,7 @@ class Buffers:
         if pair is None:
             level = self._levels.get(segment)
             return Pair(self.form, *self.form.zeros(cells, is_packed, len(level.stack) if level else 1))
-        if pair.capacity < cells:
-            keys, values = (
-                lane.like(grown(a, cells) for a in lane.arrays) for lane in (pair.keys, pair.values)
-            )
-            return Pair(self.form, keys, values)
-        return pair
+        return pair.copy(cells) if pair.capacity < cells else pair
 
     def index(self, segment: int, low: int, high: int) -> Index:
         """Returns the index of the cells [low, high) of a segment in its pair."""
@@ -232,6 +362,38 @@ class Buffers:
     def lanes(self, spans: Iterable[Span]) -> list[Lanes]:
         """Returns views of the cells of spans as they are stored. Unwritten cells are zeros."""
         return [self.holding(s, a + n).lanes(self.index(s, a, a + n)) for s, a, _, n in spans]
+
+    def newest(self, spans: Spans) -> list[Lanes]:
+        """As `lanes`, with the newest cells in float as far as they are held so."""
+        if not (self.form.recent and spans):
+            return self.lanes(spans)
+        segment, start, _, length = spans[-1]
+        index = self.index(segment, start, start + length)
+        return [*self.lanes(spans[:-1]), *self.holding(segment, start + length).newest(index)]
+
+    def nbytes(self, spans: Spans, packed: Container[int]) -> int:
+        """Returns the bytes of the cells of a sequence, of which some segments are packed."""
+        total = sum(span.length * self.form.cell_bytes(span.segment in packed) for span in spans)
+        pair = self.pairs.get(spans[-1].segment) if spans else None
+        if pair and pair.recent.floats:
+            stop = spans[-1].stop
+            total += (stop - pair.border(spans[-1].start, stop)) * self.form.cell_bytes(False)
+        return total
+
+    def read_newest(self, spans: Spans) -> list[tuple[mx.array, mx.array]]:
+        """As `read`, with the newest cells unrounded as far as they are held in float, too."""
+        if not self.form.recent:
+            return self.read(spans)
+        return [self.form.decoded(lanes) for lanes in self.newest(spans)]
+
+
+def stacked(levels: Sequence[Recent]) -> Recent:
+    """Returns the newest cells of all levels of a stack that are held in float on each of them."""
+    length = min(recent.length for recent in levels)
+    each = [recent.newest(length).floats for recent in levels]
+    keys, values = zip(*(floats for floats in each if floats), strict=True) if length else ((), ())
+    floats = (mx.concatenate(list(keys)), mx.concatenate(list(values))) if length else None
+    return Recent(levels[0].end, floats)
 
 
 Staged = dict[int, dict[int, Pair]]
@@ -266,7 +428,8 @@ class Store:
 
     def codecs(self, layer: int) -> Codecs:
         """The codecs of a layer's keys and values in packed segments."""
-        return self.layers[layer].form[5:]
+        form = self.layers[layer].form
+        return form.key_codec, form.value_codec
 
     def form_for(self, layer: int, keys: mx.array, values: mx.array) -> Form:
         """Returns the form of a layer whose first keys and values are these.
@@ -293,8 +456,11 @@ class Store:
     def _with_codecs(self, layer: int, form: Form) -> Form:
         """The form of a new layer for arrays of this form."""
         dtypes = self._dtype or form.key_dtype, self._dtype or form.value_dtype
-        codecs = self._quantization.of(layer) if self._quantization else (None, None)
-        return Form(*form[:3], *dtypes).packed_by(codecs, f"layer {layer}")
+        form = Form(*form[:3], *dtypes)
+        if self._quantization is None:
+            return form
+        codecs = self._quantization.of(layer)
+        return form.packed_by(codecs, f"layer {layer}", self._quantization.recent_of(codecs))
 
     def open(self, layer: int, form: Form) -> Buffers:
         """Creates the buffers of a layer. Layers of equal form share one `Form` object."""
@@ -307,6 +473,7 @@ class Store:
         staged: Staged = {}
         for layer, buffers in self.layers.items() if placement.moves else ():
             pairs = staged[layer] = {}
+            recent: dict[int, list[Recent]] = {}
             for segment, pieces, cell, _ in placement.moves:
                 size = placement.capacity[segment], segment in placement.packed
                 if segment in placement.levels:
@@ -318,12 +485,17 @@ class Store:
                         index = index_of(cell, cell + span.length, height)
                         pairs[segment].assign(index, buffers.form.stored(lanes, size[1]))
                         cell += span.length
+                    if buffers.form.recent and size[1]:
+                        newest = buffers.form.recent_of(buffers.newest(pieces), cell)
+                        recent.setdefault(stack[0], []).append(newest)
                 elif rebase is None:
-                    pairs[segment] = buffers.form.pair(buffers.lanes(pieces), *size)
+                    pairs[segment] = buffers.form.pair(buffers.newest(pieces), *size)
                 else:
                     keys, values = rebase(layer, *concatenated(buffers.read(pieces)))
                     pairs[segment] = buffers.holding(segment, *size).copy()
                     pairs[segment].write(index_of(cell, cell + keys.shape[2]), keys, values)
+            for segment, levels in recent.items():
+                pairs[segment].recent = stacked(levels)
         return staged
 
     def adopt(self, staged: Staged) -> None:

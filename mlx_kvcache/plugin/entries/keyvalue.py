@@ -180,9 +180,7 @@ class KeyValueLayer(Layer):
         buffers = self._cache._store.layers.get(self.leaf.index)
         if buffers is None:
             return 0
-        packed, cell_bytes = self._cache._table.packed, buffers.form.cell_bytes
-        spans = (span for spans in self._spans() for span in spans)
-        return sum(span.length * cell_bytes(span.segment in packed) for span in spans)
+        return sum(buffers.nbytes(spans, self._cache._table.packed) for spans in self._spans())
 
     @property
     def state(self) -> Any:

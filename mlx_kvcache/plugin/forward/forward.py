@@ -455,7 +455,7 @@ class Forward:
             raise _no_arrays()
         whole = step.whole if self._is_decoding else None
         if whole and not (whole.prefix or whole.others):
-            return step.store.layers[leaf.index].pairs[whole.segment].read(whole.seen)
+            return step.store.layers[leaf.index].pairs[whole.segment].read_newest(whole.seen)
         parts = self._parts(step)
         widest = max(part.earlier_size if part else 0 for part in parts)
         gathered: tuple[list[mx.array | None], list[mx.array | None]] = [], []
