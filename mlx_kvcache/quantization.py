@@ -26,7 +26,7 @@ Transform = Literal["hadamard", "none"]
 TRANSFORMED = 8
 """Codecs of fewer bits than this have the transform. With more, rounding hardly changes a model's output."""
 RECENT = 16
-"""How many of the newest tokens are also held in float where codecs have fewer bits than `TRANSFORMED`."""
+"""How many of the newest tokens are also held in float if a codec has fewer bits than `TRANSFORMED`."""
 CENTERED = 512
 """The largest number of features of a head that can have a center."""
 
@@ -91,11 +91,11 @@ class Quantization:
             head_dim), measured on any text. The transform then also removes what all tokens have in common,
             which lowers the loss further. Only the directions of the means matter.
 
-        recent: how many of a sequence's newest tokens are also held in float, and read so, in layers with
-            fewer than 8 bits. The next tokens attend most to these, so a few lower the loss more than
-            another bit does. The tokens of a forward pass see each other in float, too, so with `recent`
-            outputs depend on how a text is divided into passes. After a fork, a load or a removal, there may
-            be fewer for the next tokens.
+        recent: how many of a sequence's newest tokens are also held in float, and read so; always 0 if no
+            width is below 8. The next tokens attend most to these, so a few lower the loss more than another
+            bit does. The tokens of a forward pass see each other in float, too, so outputs depend on how a
+            text is divided into passes. Where a fork or a removal has taken tokens, the next ones may see
+            fewer in float.
 
     Raises:
         ValueError: unsupported bits, group size or transform, a negative `after` or `recent`, or centers
@@ -120,7 +120,8 @@ class Quantization:
             if all(codec is None or codec.transform == "none" for codec in codecs):
                 object.__setattr__(self, "transform", "none")
                 object.__setattr__(self, "centers", ())
-            object.__setattr__(self, "recent", self.recent_of(codecs))
+            if all(codec is None or codec.bits >= TRANSFORMED for codec in codecs):
+                object.__setattr__(self, "recent", 0)
 
     def of(self, layer: int) -> Codecs:
         """Returns the codecs of a layer. Raises ValueError for unsupported bits."""
@@ -130,10 +131,6 @@ class Quantization:
             if own == layer:
                 keys, values = keys and keys.centered(key_center), values and values.centered(value_center)
         return keys, values
-
-    def recent_of(self, codecs: Codecs) -> int:
-        """Returns how many of the newest tokens layers of these codecs also hold in float."""
-        return self.recent if any(codec and codec.bits < TRANSFORMED for codec in codecs) else 0
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError if `head_dim` is not a multiple of the group size."""

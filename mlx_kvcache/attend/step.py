@@ -103,14 +103,16 @@ class Step:
                     f"{sequence} but are in this batch of {self.n} tokens, so the batch is undone: it would "
                     "attend to unwritten cells; put every layer in every batch"
                 )
-        if not self.is_decoding:
-            self._forget()
+        self.forget()
         self.is_over = True
         # The fast paths do not check `is_over`.
         self.run = self.whole = None
 
-    def _forget(self) -> None:
-        """Drops the tokens in float that only those of this step see."""
+    def forget(self) -> None:
+        """Drops the quantized tokens that are held in float only because tokens of this step see them."""
+        if self.is_decoding:
+            # The next step drops the few.
+            return
         for buffers in self.store.layers.values():
             for segment in self._segments() if buffers.form.recent else ():
                 if segment in buffers.pairs:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ..cells.placement import Placement, capacity_for
-from ..cells.spans import Sequence, Span, Spans, count, laid_out
+from ..cells.spans import Sequence, Span, Spans, clip, count, laid_out
 from ..cells.table import CellTable
 from ..errors import CacheFullError
 from ..storage.buffers import Form, Lanes, Staged, Store
@@ -62,9 +62,14 @@ def snapshot_of(table: CellTable, store: Store, sequence: int) -> Snapshot:
 
 
 def _runs(table: CellTable, store: Store, spans: Spans) -> Iterator[Run]:
-    """Yield the runs of neighboring positions that are stored in the same way."""
+    """Yield the runs of neighboring positions that are stored in the same way.
+
+    The newest tokens are a run of their own, in float, if all quantized layers hold them so, too.
+    """
+    border = _border(store, spans)
+    older, newest = clip(spans, 0, border), clip(spans, border)
     groups: list[list[Span]] = []
-    for span in spans:
+    for span in older:
         last = groups[-1][-1] if groups else None
         if last and last.end == span.position and table.packs((last,)) == table.packs((span,)):
             groups[-1].append(span)
@@ -78,6 +83,21 @@ def _runs(table: CellTable, store: Store, spans: Spans) -> Iterator[Run]:
             keys, values = zip(*stored, strict=True)
             layers[layer] = joined(keys), joined(values)
         yield Run(own[0].position, count(own), layers)
+    if newest:
+        layers = {layer: buffers.newest(newest)[0] for layer, buffers in store.layers.items()}
+        yield Run(border, count(newest), layers)
+
+
+def _border(store: Store, spans: Spans) -> int:
+    """The first position of the tokens that all quantized layers hold in float, too, or the end."""
+    if not spans:
+        return 0
+    segment, start, position, length = spans[-1]
+    pairs = [buffers.pairs.get(segment) for buffers in store.layers.values() if buffers.form.recent]
+    stop = start + length
+    return (
+        position - start + max((pair.border(start, stop) if pair else stop for pair in pairs), default=stop)
+    )
 
 
 def restore(

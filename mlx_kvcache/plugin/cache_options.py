@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
-from ..quantization import RECENT, Bits, Quantization, Transform
+from ..quantization import RECENT, TRANSFORMED, Bits, Quantization, Transform
 from .hosts.layout import Layout, Leaf, language_model_of, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Checkpoints, Pool, pool_for
@@ -73,7 +73,7 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     (recent,) = whole(kv_recent=storage.kv_recent)
     by_leaf = Quantization(_ByLeaf(bits), group_size, after, storage.kv_transform, recent=recent)
     codecs = [codec for leaf in pool.leaves for codec in by_leaf.of(leaf.index) if codec]
-    if not any(by_leaf.recent_of(by_leaf.of(leaf.index)) for leaf in pool.leaves):
+    if all(codec.bits >= TRANSFORMED for codec in codecs):
         by_leaf = replace(by_leaf, recent=0)
     if all(codec.transform == "none" for codec in codecs):
         # So that it equals what stores the same, as in `Quantization`.

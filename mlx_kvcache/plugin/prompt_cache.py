@@ -392,7 +392,7 @@ def make_prompt_cache(
             which lowers the loss; "none" quantizes them as they are.
         kv_text: tokens of a text like those to come, 256 or more. The model reads it once, and transformed
             keys and values are centered on their means over this text, which lowers the loss further.
-        kv_recent: how many of the newest tokens are also held in float, and read so, where widths are below 8
+        kv_recent: how many of the newest tokens are also held in float, and read so, if a width is below 8
             bits. The tokens of one call of the model see each other in float, too. 0 reads all tokens as
             they are quantized, so that a text may be divided into calls in any way.
 

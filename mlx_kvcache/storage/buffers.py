@@ -55,7 +55,7 @@ class Form(NamedTuple):
                 codec.check(self.heads, dim, f"the {what} of {name}")
         # Layers with keys only have no values to quantize.
         values = values if self.value_dim else None
-        return self._replace(key_codec=keys, value_codec=values, recent=recent)
+        return self._replace(key_codec=keys, value_codec=values, recent=recent if keys or values else 0)
 
     def untransformed(self) -> Form:
         """Returns the form whose codecs have no transform."""
@@ -459,8 +459,7 @@ class Store:
         form = Form(*form[:3], *dtypes)
         if self._quantization is None:
             return form
-        codecs = self._quantization.of(layer)
-        return form.packed_by(codecs, f"layer {layer}", self._quantization.recent_of(codecs))
+        return form.packed_by(self._quantization.of(layer), f"layer {layer}", self._quantization.recent)
 
     def open(self, layer: int, form: Form) -> Buffers:
         """Creates the buffers of a layer. Layers of equal form share one `Form` object."""
@@ -494,6 +493,7 @@ class Store:
                     keys, values = rebase(layer, *concatenated(buffers.read(pieces)))
                     pairs[segment] = buffers.holding(segment, *size).copy()
                     pairs[segment].write(index_of(cell, cell + keys.shape[2]), keys, values)
+                    pairs[segment].forget()
             for segment, levels in recent.items():
                 pairs[segment].recent = stacked(levels)
         return staged

@@ -76,7 +76,7 @@ def distance(a: mx.array, b: mx.array) -> float:
 )
 def test_bytes_and_error(bits: Any, most: float, error: float, dtype: mx.Dtype) -> None:
     """Bytes are beside those of float16, whatever the dtype."""
-    cache = made(Quantization(bits), dtype)
+    cache = made(Quantization(bits, recent=0), dtype)
     kv = noise(512, dtype=dtype)
     put(cache, kv)
     assert cache.nbytes <= most * 2 * HEADS * 512 * DIM * 2
@@ -168,7 +168,7 @@ def test_what_is_shared_and_packed_is_moved_to_a_packed_copy() -> None:
 
 
 def test_what_is_shared_stays_in_float_while_it_is() -> None:
-    cache = made(Quantization(4, after=50))
+    cache = made(Quantization(4, after=50, recent=0))
     kv = noise(50)
     put(cache, kv)
     cache.copy_prefix(0, 1, 50)
@@ -182,7 +182,8 @@ def test_what_is_shared_stays_in_float_while_it_is() -> None:
 @pytest.mark.parametrize("bits", [8, (8, 4), (None, 8)])
 def test_removal_rotates_what_is_packed(bits: Any) -> None:
     shift = rope_shift(DIM)
-    packed, plain = made(Quantization(bits), mx.float32, shift), made(None, mx.float32, shift)
+    quantization = Quantization(bits, recent=0)
+    packed, plain = made(quantization, mx.float32, shift), made(None, mx.float32, shift)
     for cache in (packed, plain):
         put(cache, noise(300, dtype=mx.float32))
         cache.remove(0, 100, 150)

@@ -18,7 +18,7 @@ def test_the_tokens_of_a_block_are_read_as_if_all_were_stored(
 ) -> None:
     kv = mx.random.normal((1, 3, 20, 64), key=mx.random.key(0))
     cache = kind(8)
-    cache.init(mx.float32, capacity=64, quantization=Quantization(4, after=after, transform=transform))
+    cache.init(mx.float32, capacity=64, quantization=Quantization(4, 64, after, transform, recent=0))
     with cache.forward(Batch.run(0, 0, 20)):
         cache.layer(0).put(kv, kv)
         keys, values, _ = cache.layer(0).get()

@@ -77,7 +77,7 @@ def assert_equal(ours: mx.array, expected: mx.array, exact: int = 1) -> None:
 def test_equals_rounded_keys_and_values(name: str) -> None:
     """A block, single tokens, back, and a fork that goes on."""
     model = model_of(name)
-    cache = make_prompt_cache(model, kv_bits=(8, 6), kv_group_size=GROUP)
+    cache = make_prompt_cache(model, kv_bits=(8, 6), kv_group_size=GROUP, kv_recent=0)
     block = 1 if name in DIFFERS_IN_BLOCKS else 12
     theirs = theirs_rounded(model, (8, 6))
     expected = mx.concatenate(
@@ -149,7 +149,7 @@ def test_each_layer_is_told_how() -> None:
         ({"kv_bits": 8}, ["QuantizedKVCache"] * 3),
         ({"kv_bits": 8, "kv_float": "last"}, ["QuantizedKVCache", "QuantizedKVCache", "KVCache"]),
         ({"kv_bits": 8, "kv_float": [0, -1]}, ["KVCache", "QuantizedKVCache", "KVCache"]),
-        ({"kv_bits": lambda layer: (8, 4) if layer else None}, ["KVCache"] * 3),
+        ({"kv_bits": lambda layer: (8, 4) if layer else None, "kv_recent": 0}, ["KVCache"] * 3),
         ({"kv_bits": 8, "quantize_after": 10}, ["KVCache"] * 3),
     ]
     sizes = []
@@ -177,7 +177,10 @@ def test_an_iterator_of_layers_serves_every_cache() -> None:
 
 def test_a_cache_begins_in_float() -> None:
     model = tiny_llama(head_dim=64)
-    cache, plain = make_prompt_cache(model, kv_bits=4, quantize_after=20), make_prompt_cache(model)
+    cache, plain = (
+        make_prompt_cache(model, kv_bits=4, quantize_after=20, kv_recent=0),
+        make_prompt_cache(model),
+    )
     logits_of(model, cache, TEXT[:20]), logits_of(model, plain, TEXT[:20])
     assert cache.nbytes == plain.nbytes
     assert difference(logits_of(model, cache.fork(), [1]), logits_of(model, plain.fork(), [1])) > 0

@@ -347,7 +347,10 @@ class Forward:
         return joined_outputs(outputs)
 
     def finish(self) -> None:
-        """Store the new states of the recurrences."""
+        """Store the new states of the recurrences, and drop what only this forward needs."""
+        for step in self._steps:
+            if isinstance(step, Step):
+                step.forget()
         if not self._states:
             return
         inputs = {}
