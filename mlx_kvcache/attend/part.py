@@ -49,11 +49,10 @@ class Part:
         begin, end: the positions of its tokens, [begin, end).
         stores: the writes: for each, the segment, the index of the cells, and the selection of tokens.
         cells: the stored cells that the tokens see, by rising position.
-        ranges: the positions of all keys that they see.
         fresh: the tokens also see their own keys in the batch, because `cells` stops before them.
     """
 
-    __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
+    __slots__ = ("begin", "cells", "end", "fresh", "indices", "rows", "sequence", "stores")
 
     def __init__(self, placed: Placed, n: int, levels: Mapping[int, Level]) -> None:
         self.sequence, self.indices, self.begin, self.end, writes, self.cells, self.fresh = placed
@@ -65,9 +64,21 @@ class Part:
             level = levels.get(segment)
             index = index_of(cell, cell + size, level.height if level else None)
             self.stores.append((segment, index, rows))
-        self.ranges = [(span.position, span.end) for span in self.cells]
-        if self.fresh:
-            self.ranges.append((self.begin, self.end))
+
+    def move(self, placed: Placed) -> None:
+        """Becomes the part of the next step: as many tokens, in the cells after those of this one.
+
+        It must not be `fresh`, so that all its tokens are in one run of cells.
+        """
+        [(segment, index, rows)], [write] = self.stores, placed.writes
+        self.begin, self.end, self.cells = placed.begin, placed.end, placed.reads
+        self.stores[0] = segment, (*index[:2], slice(write.start, write.start + write.length)), rows
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The positions of all keys that the tokens see."""
+        stored = [(span.position, span.end) for span in self.cells]
+        return [*stored, (self.begin, self.end)] if self.fresh else stored
 
     @property
     def size(self) -> int:
@@ -112,6 +123,13 @@ class Stack(NamedTuple):
     others: list[tuple[int, Spans]]
     order: tuple[int, ...] | None
 
+    def moved(self) -> Stack:
+        """Returns the stack of the next step, after its parts have moved and see the same cells outside it."""
+        levels, _, column = self.new
+        sizes = [part.cells[-1].length for part in self.parts]
+        new, seen, padding = _columns(levels, column.stop, sizes)
+        return self._replace(new=new, seen=seen, padding=padding)
+
     def mask(self) -> mx.array | None:
         """The mask of the columns that are seen, (rows, 1, 1, columns). None if all rows see all."""
         if self.padding is None:
@@ -149,9 +167,7 @@ class Leveled(NamedTuple):
 
 
 def _stack(stack: tuple[int, ...], column: int, rows: list[Leveled], n: int) -> Stack:
-    first, widest, parts = rows[0].level, max(row.size for row in rows), [row.part for row in rows]
-    padding = tuple(widest - row.size for row in rows)
-    levels, every = slice(first, first + len(rows)), slice(None)
+    first, parts = rows[0].level, [row.part for row in rows]
     prefix = _common([row.prefix for row in rows])
     alike: dict[Spans, list[int]] = {}
     for number, row in enumerate(rows):
@@ -161,12 +177,20 @@ def _stack(stack: tuple[int, ...], column: int, rows: list[Leveled], n: int) -> 
         parts,
         rows_of([part.indices[0] for part in parts], n),
         stack[first],
-        (levels, every, slice(column, column + 1)),
-        (levels, every, slice(column + 1 - widest, column + 1)),
-        padding if any(padding) else None,
+        *_columns(slice(first, first + len(rows)), column, [row.size for row in rows]),
         prefix,
         [(len(numbers), rest) for rest, numbers in alike.items()] if any(alike) else [],
         None if order == sorted(order) else tuple(order),
+    )
+
+
+def _columns(levels: slice, column: int, sizes: list[int]) -> tuple[Index, Index, tuple[int, ...] | None]:
+    """The fields `new`, `seen` and `padding` of a stack whose rows see so many cells up to this column."""
+    widest, every = max(sizes), slice(None)
+    return (
+        (levels, every, slice(column, column + 1)),
+        (levels, every, slice(column + 1 - widest, column + 1)),
+        tuple([widest - size for size in sizes]) if min(sizes) < widest else None,
     )
 
 

@@ -17,7 +17,7 @@ from ..cells.table import CellTable
 from ..cells.visibility import Rule
 from ..errors import CacheError
 from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
-from ..storage.codec import Index, Plain, index_of
+from ..storage.codec import Index, Plain
 from ..storage.masks import Mask, array_mask, positions_of
 from .part import Part, Stack, stacks_of, take
 
@@ -33,6 +33,8 @@ class Step:
         self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: Store, table: CellTable
     ) -> None:
         self.n = n
+        self.rows = {own.sequence: own.rows for own in placed}
+        """The batch indices of each sequence."""
         self._levels = table.levels
         self.parts = [Part(part, n, table.levels) for part in placed]
         self.stacks = stacks_of(placed, self.parts, table.levels, n)
@@ -50,6 +52,10 @@ class Step:
         self.name = next(_names)
         self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
+        levels = table.levels
+        written = {s: levels.get(s) for part in self.parts for s, _, _ in part.stores}
+        self._segments = {level.stack if level else s: s for s, level in written.items()}.values()
+        """Of the segments that are written, one for each pair of buffers."""
         self.run = self._only_run()
         """The segment, the new cells and the visible cells, if the step reads and writes one run of cells of
         one sequence, in batch order; otherwise None."""
@@ -60,10 +66,24 @@ class Step:
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
 
+    @property
+    def can_move(self) -> bool:
+        """Whether `move` may be called: the step is fast, and all that its tokens see is stored."""
+        return not (self.is_over or self._keeps_batch) and bool(self.run or self.stacks)
+
     def move(self, placed: list[Placed]) -> None:
-        """Becomes the next step of the same sequences, with the same number of tokens."""
-        self.parts = [Part(part, self.n, self._levels) for part in placed]
-        self.stacks = stacks_of(placed, self.parts, self._levels, self.n)
+        """Becomes the next step of the same sequences: as many tokens, in the cells after those of this one.
+
+        Most of what a step finds out depends on which segments it uses, so it stays.
+        """
+        stays = True
+        for part, new in zip(self.parts, placed, strict=True):
+            stays = stays and part.cells[:-1] == new.reads[:-1]
+            part.move(new)
+        if stays:
+            self.stacks = [stack.moved() for stack in self.stacks]
+        else:
+            self.stacks = stacks_of(placed, self.parts, self._levels, self.n)
         self.whole = self._whole()
         self.name = next(_names)
         self.opened.clear()
@@ -133,10 +153,6 @@ class Step:
                     self._batches[layer] = batch
             raise
 
-    def _segments(self) -> set[int]:
-        """The segments that this step writes to."""
-        return {segment for part in self.parts for segment, _, _ in part.stores}
-
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
         parts = self.parts
         for stack in self.stacks:
@@ -162,16 +178,11 @@ class Step:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays of all layers that this step writes to."""
-        segments = self._segments()
-        each = {
-            id(pair): pair
-            for buffers in self.store.layers.values()
-            for segment in segments
-            if (pair := buffers.pairs.get(segment))
-        }
         arrays: list[mx.array] = []
-        for pair in each.values():
-            arrays += pair.arrays if pair.is_packed else (pair.keys[0], pair.values[0])
+        for buffers in self.store.layers.values():
+            for segment in self._segments:
+                if pair := buffers.pairs.get(segment):
+                    arrays += pair.arrays if pair.is_packed else (pair.keys[0], pair.values[0])
         return arrays
 
     @property
@@ -255,8 +266,7 @@ class Step:
         [(target, new, rows)], [seen] = part.stores, part.cells
         if rows is not None or target != seen.segment:
             return None
-        level = self._levels.get(target)
-        return target, new, index_of(seen.start, seen.stop, level.height if level else None)
+        return target, new, (*new[:2], slice(seen.start, seen.start + seen.length))
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""

@@ -19,7 +19,7 @@ from ..attend.sdpa import attend
 from ..attend.step import Step
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..cells.edits import drop_tail, graft, remove_range
-from ..cells.placement import Placement, allocated_after, append_each, compact, place
+from ..cells.placement import Placement, allocated_after, append, compact, place
 from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
@@ -384,10 +384,9 @@ class StepPlan(CellsPlan):
     def again(self) -> bool:
         cache, step = self._cache, self._step
         # Every other change of the cache replaces `_step`.
-        if step is None or cache._step is not step or step.is_over or not (step.run or step.stacks):
+        if step is None or cache._step is not step or not step.can_move:
             return False
-        rows = {part.sequence: part.indices for part in step.parts}
-        placement = append_each(cache._table, rows, cache._rule, cache._rewind)
+        placement = append(cache._table, step.rows, cache._rule, cache._rewind)
         if placement is None:
             return False
         try:

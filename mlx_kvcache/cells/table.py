@@ -5,7 +5,7 @@ Plans elsewhere are computed from the table without changing it; `CellTable.assi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple
 
 from .spans import EMPTY, FOREVER, Sequence, Spans, union
@@ -81,6 +81,13 @@ class CellTable:
     def owners(self, segment: int) -> Set[int]:
         return self._owners.get(segment, frozenset())
 
+    def are_alone(self, segments: Iterable[int]) -> bool:
+        """Whether each of these segments has one owner."""
+        for segment in segments:
+            if len(self._owners[segment]) != 1:
+                return False
+        return True
+
     def owned(self) -> tuple[int, ...]:
         """The segments with an owner."""
         return tuple(self._owners)
@@ -138,7 +145,7 @@ class CellTable:
         """
         grown = []
         for sequence, new in changes.items():
-            old = self[sequence].spans
+            old = self.sequences.get(sequence, EMPTY).spans
             if new is None or not old or len(old) != len(new.spans):
                 return False
             last, now = old[-1], new.spans[-1]
@@ -148,8 +155,11 @@ class CellTable:
                 or old[:-1] != new.spans[:-1]
             ):
                 return False
-            if len(old) > 1 and (last.start != now.start or any(s.segment == now.segment for s in old[:-1])):
+            if len(old) > 1 and last.start != now.start:
                 return False
+            for span in old[:-1]:
+                if span.segment == now.segment:
+                    return False
             grown.append((now.segment, now.length - last.length))
         self.sequences.update(changes)  # type: ignore[arg-type]
         for segment, more in grown:

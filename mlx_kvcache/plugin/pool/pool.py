@@ -323,6 +323,13 @@ class Pool:
         self._note_thread()
         self._sweep()
 
+    def goes_on(self, user: User) -> bool:
+        """Whether `user` was the last to take its turn, and nothing was dropped since: it need not again."""
+        if self._dropped or self._user is None or self._user() is not user:
+            return False
+        self._note_thread()
+        return True
+
     def _note_thread(self) -> None:
         """Detect a second live thread that uses the pool."""
         current, last = threading.current_thread(), self._thread and self._thread()
