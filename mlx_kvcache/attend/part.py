@@ -130,24 +130,23 @@ class Stack(NamedTuple):
         new, seen, padding = _columns(levels, column.stop, sizes)
         return self._replace(new=new, seen=seen, padding=padding)
 
-    def mask(self) -> mx.array | None:
-        """The mask of the columns that are seen, (rows, 1, 1, columns). None if all rows see all."""
-        if self.padding is None:
-            return None
+    def mask(self) -> mx.array:
+        """The mask of the columns that are seen, (rows, 1, 1, columns). Not all rows see all."""
+        assert self.padding is not None
         columns = np.arange(self.seen[2].stop - self.seen[2].start)
         return mx.array(columns >= np.array(self.padding)[:, None])[:, None, None, :]
 
 
-def stacks_of(placed: list[Placed], parts: list[Part], levels: Mapping[int, Level], n: int) -> list[Stack]:
+def stacks_of(parts: list[Part], levels: Mapping[int, Level], n: int) -> list[Stack]:
     """Returns the stacks of a batch of n tokens, without the parts that are in none."""
     groups: list[tuple[tuple[tuple[int, ...], int], list[Leveled]]] = []
-    for own, part in zip(placed, parts, strict=True):
-        if len(own.rows) != 1 or own.fresh or len(own.writes) != 1 or own.writes[0].segment not in levels:
+    for part in parts:
+        if len(part.indices) != 1 or part.fresh or len(part.stores) != 1 or part.stores[0][0] not in levels:
             continue
-        segment, column = own.writes[0].segment, own.writes[0].start
-        prefix = tuple(span for span in own.reads if span.segment != segment)
-        size, (stack, level) = count(own.reads) - count(prefix), levels[segment]
-        if own.reads[: len(prefix)] != prefix or own.reads[len(prefix)].start != column + 1 - size:
+        [(segment, index, _)], reads = part.stores, part.cells
+        prefix, column = tuple(span for span in reads if span.segment != segment), index[2].start
+        size, (stack, level) = count(reads) - count(prefix), levels[segment]
+        if reads[: len(prefix)] != prefix or reads[len(prefix)].start != column + 1 - size:
             continue
         key, new = (stack, column), Leveled(level, size, prefix, part)
         if groups and groups[-1][0] == key and groups[-1][1][-1].level == level - 1:

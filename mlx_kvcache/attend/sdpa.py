@@ -77,33 +77,33 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
                 return attend_single(given.queries, *history, given.scale)
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
-    step.check_put(layer)
+    step.written(layer)
+    # By sequence, where a stack's rows stand under the first.
     found: dict[int, mx.array] = {}
     for number, stack in enumerate(step.stacks):
         own = take(given.queries, stack.rows).swapaxes(0, 2)
         together = attend_stack(step, layer, number, own, given.scale, given.sinks).swapaxes(0, 2)
         if len(stack.parts) == step.n and stack.rows is None:
             return together
-        each = mx.split(together, len(stack.parts), axis=2)
-        found |= {part.sequence: out for part, out in zip(stack.parts, each, strict=True)}
+        found[stack.parts[0].sequence] = together
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
             found |= {part.sequence: out for (part, _), out in zip(shared.members, outputs, strict=True)}
-        left = [part for part in step.parts if part.sequence not in found]
+        left = [part for part in step.apart if part.sequence not in found]
         if single := _decodes(step, layer, left):
             outputs = _decoded(step, layer, single, given)
             if len(single) == step.n:
                 return _in_batch_order(step, outputs, given)
             shape = 1, given.queries.shape[1], 1, -1
             found |= {p.sequence: out.reshape(shape) for p, out in zip(single, outputs, strict=True)}
-    for part in step.parts:
+    for part in step.apart:
         if part.sequence not in found:
             queries, history = take(given.queries, part.rows), step.history(layer, part)
             found[part.sequence] = _stretches(step, part, queries, history, given)
-    if len(found) == 1 and step.parts[0].rows is None:
-        return found[step.parts[0].sequence]
-    outputs = [found[part.sequence] for part in step.parts]
+    outputs = [found[part.sequence] for part in step.parts if part.sequence in found]
+    if len(outputs) == 1 and step.parts[0].rows is None:
+        return outputs[0]
     back = step.once(_batch_order)
     joined = mx.concatenate(outputs, axis=2)
     return joined if back is None else mx.take(joined, back, axis=2)
@@ -111,10 +111,9 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
 
 def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.array:
     """Attends from the only token (1, n_heads, 1, head_dim) of a step with a `run`, which was put."""
-    step.check_put(layer)
     assert step.run is not None
     segment, _, seen = step.run
-    buffers, (_, heads, _, dim) = step.store.layers[layer], queries.shape
+    buffers, (_, heads, _, dim) = step.written(layer), queries.shape
     lanes = buffers.pairs[segment].lanes(seen)
     # Query heads that share a K/V head become rows of one product.
     rows = queries.reshape(1, buffers.form.heads, -1, dim)
@@ -129,8 +128,8 @@ def attend_stack(
     Returns:
         (rows, n_heads, 1, value_dim).
     """
-    stack, buffers = step.stacks[number], step.store.layers[layer]
-    pair, mask = buffers.pairs[stack.segment], step.once(_stack_mask, number)
+    stack, buffers = step.stacks[number], step.written(layer)
+    pair, mask = buffers.pairs[stack.segment], step.once(_stack_mask, number) if stack.padding else None
     if not (stack.prefix or stack.others or pair.is_packed or codec.is_cpu()):
         keys, values = pair.keys[0][stack.seen], pair.values[0][stack.seen]
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -37,8 +37,10 @@ class Step:
         """The batch indices of each sequence."""
         self._levels = table.levels
         self.parts = [Part(part, n, table.levels) for part in placed]
-        self.stacks = stacks_of(placed, self.parts, table.levels, n)
+        self.stacks = stacks_of(self.parts, table.levels, n)
         """The parts that are written and attended to together."""
+        self.apart = self._apart()
+        """The other parts."""
         self.whole = self._whole()
         """The stack, if all tokens are in one, in batch order; otherwise None."""
         self.rule = rule
@@ -80,15 +82,19 @@ class Step:
         for part, new in zip(self.parts, placed, strict=True):
             stays = stays and part.cells[:-1] == new.reads[:-1]
             part.move(new)
-        if stays:
+        if self.run:
+            self.run = self._only_run()
+        elif stays:
             self.stacks = [stack.moved() for stack in self.stacks]
+            self.whole = self._whole()
         else:
-            self.stacks = stacks_of(placed, self.parts, self._levels, self.n)
-        self.whole = self._whole()
+            self.stacks = stacks_of(self.parts, self._levels, self.n)
+            self.apart = self._apart()
+            self.whole = self._whole()
         self.name = next(_names)
         self.opened.clear()
-        self.set_later(())
-        self.run = self._only_run()
+        if self._found or self.later:
+            self.set_later(())
 
     def once(self, find: Callable[..., T], *args: Any) -> T:
         """Returns find(self, *args), computed once for all layers."""
@@ -153,18 +159,23 @@ class Step:
                     self._batches[layer] = batch
             raise
 
+    def _pair(self, buffers: Buffers, segment: int) -> Pair:
+        """The pair of a segment, with all cells that it has in the table."""
+        pair, capacity = buffers.pairs.get(segment), self._capacity[segment]
+        if pair is None or pair.capacity < capacity:
+            pair = buffers.pair(segment, capacity, segment in self._packed)
+        return pair
+
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
-        parts = self.parts
         for stack in self.stacks:
-            pair = buffers.pair(stack.segment, self._capacity[stack.segment], stack.segment in self._packed)
-            pair.write(stack.new, *(take(array, stack.rows).swapaxes(0, 2) for array in (keys, values)))
-            parts = [part for part in parts if part not in stack.parts]
+            new = take(keys, stack.rows).swapaxes(0, 2), take(values, stack.rows).swapaxes(0, 2)
+            self._pair(buffers, stack.segment).write(stack.new, *new)
         # One split for all sequences costs less than a slice for each.
-        is_joint = len(parts) > 1 and self.is_decoding
+        is_joint = len(self.apart) > 1 and self.n == len(self.parts)
         each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if is_joint else None
-        for part in parts:
+        for part in self.apart:
             for segment, index, rows in part.stores:
-                pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
+                pair = self._pair(buffers, segment)
                 if each:
                     pair.write(index, *(arrays[part.indices[0]] for arrays in each))
                 elif rows is None:
@@ -255,6 +266,10 @@ class Step:
         buffers.written = self.name
         return True
 
+    def _apart(self) -> list[Part]:
+        stacked = {part.sequence for stack in self.stacks for part in stack.parts}
+        return [part for part in self.parts if part.sequence not in stacked]
+
     def _whole(self) -> Stack | None:
         stack = self.stacks[0] if self.stacks else None
         return stack if stack and len(stack.parts) == self.n and stack.rows is None else None
@@ -301,18 +316,19 @@ class Step:
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
         """Returns the history of the batch: keys, values and mask, padded as the config says."""
-        self.check_put(layer)
+        self.written(layer)
         keys, values = concatenated([self.history(layer, part) for part in self.parts])
         padding = -keys.shape[2] % self._config.padding
         if padding:
             keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, padding), (0, 0)]) for array in (keys, values))
         return keys, values, self.once(Step._mask, padding)
 
-    def check_put(self, layer: int) -> None:
-        """Raises CacheError if the layer was not put in this step."""
+    def written(self, layer: int) -> Buffers:
+        """Returns the buffers of a layer. Raises CacheError if it was not put in this step."""
         buffers = self.store.layers.get(layer)
         if buffers is None or buffers.written != self.name:
             raise CacheError(f"layer {layer} has had no put in this batch")
+        return buffers
 
     def own_mask(self, part: Part) -> Mask:
         """Returns the mask of a part's queries over its history, both by rising position."""

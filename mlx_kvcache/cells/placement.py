@@ -124,10 +124,15 @@ def _placement(
     table: CellTable, blocks: list[_Block], stacks: list[Stack], rule: Rule, spare: int
 ) -> Placement:
     placement, left = Placement(), {block.sequence: block for block in blocks}
+    groups = {block.sequence: (block.sequence,) for block in blocks}
     for stack in stacks:
         _place_stack(table, placement, stack, [left.pop(name) for name in stack.sequences], rule, spare)
+        groups |= {**dict.fromkeys(stack.sequences, ()), stack.sequences[0]: stack.sequences}
     for block in left.values():
         _place_block(table, placement, block, rule, spare)
+    # Each stack where its first row is, so that outputs are mostly in batch order.
+    own = {placed.sequence: placed for placed in placement.placed}
+    placement.placed = [own[name] for names in groups.values() for name in names]
     return placement
 
 

@@ -234,13 +234,17 @@ class Forward:
                 return history
         elif not (self._is_decoding and step.put_whole(index, keys, values)):
             step.put(index, self._tokens(keys), self._tokens(values))
-        return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
+        if not self.is_ragged:
+            return self._arrays(step, leaf)
+        handle = Ragged(self, leaf)
+        return handle, handle
 
     def history(self, leaf: Leaf) -> Any:
         """The history that `update` returned."""
         step = self.step(leaf)
-        step.check_put(leaf.index)
-        return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
+        step.written(leaf.index)
+        handle = Ragged(self, leaf)
+        return (handle, handle) if self.is_ragged else self._arrays(step, leaf)
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         """The mask of the n columns for a leaf's history: None, "causal", an array or a handle."""
@@ -282,7 +286,6 @@ class Forward:
         if self.is_single and self.n == 1 and step.run and sinks is None:
             return attend_run(step, leaf.index, queries, scale)
         if self._is_decoding and step.whole:
-            step.check_put(leaf.index)
             return attend_stack(step, leaf.index, 0, queries, scale, sinks)
         given = Attending(self._tokens(queries), None, None, scale, sinks)
         return self._rows(attend(step, leaf.index, given))
@@ -388,10 +391,6 @@ class Forward:
                 "another prompt cache of the same pool has been used in the middle of a forward; run it again"
             )
         return step
-
-    def _handles(self, leaf: Leaf) -> tuple[Ragged, Ragged]:
-        handle = Ragged(self, leaf)
-        return handle, handle
 
     def _batch(self) -> Batch | None:
         """The tokens of the forward, or None if all columns are padding."""
