@@ -124,7 +124,7 @@ class Stack(NamedTuple):
     order: tuple[int, ...] | None
 
     def moved(self) -> Stack:
-        """Returns the stack of the next step, after its parts have moved and see the same cells outside it."""
+        """Returns the stack of the next step, after its parts have moved. They see the same cells outside."""
         levels, _, column = self.new
         sizes = [part.cells[-1].length for part in self.parts]
         new, seen, padding = _columns(levels, column.stop, sizes)

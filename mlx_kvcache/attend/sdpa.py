@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..cells.visibility import Causal, Chunk, Rule
 from ..storage import codec
+from ..storage.buffers import Buffers
 from ..storage.masks import Mask, array_mask, positions_of
 from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
@@ -77,7 +78,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
                 return attend_single(given.queries, *history, given.scale)
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
-    step.written(layer)
+    buffers = step.written(layer)
     # By sequence, where a stack's rows stand under the first.
     found: dict[int, mx.array] = {}
     for number, stack in enumerate(step.stacks):
@@ -86,18 +87,19 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
         if len(stack.parts) == step.n and stack.rows is None:
             return together
         found[stack.parts[0].sequence] = together
+    left = step.apart
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
             found |= {part.sequence: out for (part, _), out in zip(shared.members, outputs, strict=True)}
-        left = [part for part in step.apart if part.sequence not in found]
-        if single := _decodes(step, layer, left):
+            left = [part for part in left if part.sequence not in found]
+        if single := _decodes(step, buffers, left):
             outputs = _decoded(step, layer, single, given)
             if len(single) == step.n:
                 return _in_batch_order(step, outputs, given)
             shape = 1, given.queries.shape[1], 1, -1
             found |= {p.sequence: out.reshape(shape) for p, out in zip(single, outputs, strict=True)}
-    for part in step.apart:
+    for part in left:
         if part.sequence not in found:
             queries, history = take(given.queries, part.rows), step.history(layer, part)
             found[part.sequence] = _stretches(step, part, queries, history, given)
@@ -164,15 +166,14 @@ def _batch_order(step: Step) -> mx.array | None:
     return None if back == list(range(step.n)) else mx.array(back)
 
 
-def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
+def _decodes(step: Step, buffers: Buffers, left: list[Part]) -> list[Part]:
     """The parts with a single query for which plain products are faster than MLX's own attention."""
-    if not step.is_decoding:
-        return []
     if codec.is_cpu():
-        return left
+        return left if step.is_decoding else []
     # MLX's own attention would decode quantized cells first.
-    is_packed = step.store.layers[layer].form.is_packed
-    return [part for part in left if is_packed and step.is_packed(part)]
+    if not (buffers.form.is_packed and step.is_decoding):
+        return []
+    return [part for part in left if step.is_packed(part)]
 
 
 def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:

@@ -61,17 +61,14 @@ class Step:
         self.run = self._only_run()
         """The segment, the new cells and the visible cells, if the step reads and writes one run of cells of
         one sequence, in batch order; otherwise None."""
+        self.can_move = bool(self.run or self.stacks) and not self._keeps_batch
+        """Whether `move` may be called: the step is fast, and all that its tokens see is stored."""
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.opened: list[int] = []
         """The layers that were put for the first time in this step."""
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
-
-    @property
-    def can_move(self) -> bool:
-        """Whether `move` may be called: the step is fast, and all that its tokens see is stored."""
-        return not (self.is_over or self._keeps_batch) and bool(self.run or self.stacks)
 
     def move(self, placed: list[Placed]) -> None:
         """Becomes the next step of the same sequences: as many tokens, in the cells after those of this one.
@@ -89,7 +86,7 @@ class Step:
             self.whole = self._whole()
         else:
             self.stacks = stacks_of(self.parts, self._levels, self.n)
-            self.apart = self._apart()
+            self.apart, self.can_move = self._apart(), bool(self.stacks)
             self.whole = self._whole()
         self.name = next(_names)
         self.opened.clear()
@@ -131,7 +128,7 @@ class Step:
                 )
         self.is_over = True
         # The fast paths do not check `is_over`.
-        self.run = self.whole = None
+        self.run, self.whole, self.can_move = None, None, False
 
     def put(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes the batch's keys and values, or nothing if an exception interrupts."""
@@ -229,7 +226,7 @@ class Step:
             keys, values = form.checked(self.n, layer, keys, values)
         pair = buffers.pairs.get(segment)
         if pair is None or pair.capacity < self._capacity[segment]:
-            pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
+            pair = self._pair(buffers, segment)
         # Decoding comes here for every layer and token, so the writes are inlined.
         if pair.is_packed:
             pair.write(new, keys, values)
@@ -240,29 +237,33 @@ class Step:
         buffers.written = self.name
         return (stored_keys[seen], stored_values[seen]) if reads else None
 
-    def put_whole(self, layer: int, keys: mx.array, values: mx.array) -> bool:
-        """Writes the tokens (n, n_kv_heads, 1, head_dim) of all rows of the step's only stack.
+    def put_rows(self, layer: int, keys: mx.array, values: mx.array) -> bool:
+        """Writes tokens (n, n_kv_heads, 1, head_dim), one of each sequence, of which some are stacked.
 
         Decoding a batch comes here for every layer and step. Returns False, and does nothing, if there is
         more to do than to write.
         """
-        stack, buffers = self.whole, self.store.layers.get(layer)
-        if stack is None or buffers is None or buffers.written == self.name:
+        buffers = self.store.layers.get(layer)
+        if not self.can_move or buffers is None or buffers.written == self.name:
             return False
-        pair, (n, heads, key_dim, value_dim) = buffers.pairs.get(stack.segment), (self.n, *buffers.form[:3])
+        n, (heads, key_dim, value_dim, key_dtype, value_dtype, *_) = self.n, buffers.form
         if (
-            pair is None
-            or pair.capacity < self._capacity[stack.segment]
-            or keys.shape != (n, heads, 1, key_dim)
+            keys.shape != (n, heads, 1, key_dim)
             or values.shape != (n, heads, 1, value_dim)
-            or keys.dtype != buffers.form.key_dtype
-            or values.dtype != buffers.form.value_dtype
+            or keys.dtype != key_dtype
+            or values.dtype != value_dtype
         ):
             return False
-        if pair.is_packed:
-            pair.write(stack.new, keys, values)
-        else:
-            pair.keys[0][stack.new], pair.values[0][stack.new] = keys, values
+        for stack in self.stacks:
+            own = (keys, values) if stack.rows is None else (keys[stack.rows], values[stack.rows])
+            pair = self._pair(buffers, stack.segment)
+            if pair.is_packed:
+                pair.write(stack.new, *own)
+            else:
+                pair.keys[0][stack.new], pair.values[0][stack.new] = own
+        for part in self.apart:
+            [(segment, new, _)], row = part.stores, slice(part.indices[0], part.indices[0] + 1)
+            self._pair(buffers, segment).write(new, keys[row], values[row])
         buffers.written = self.name
         return True
 

@@ -124,7 +124,7 @@ def _placement(
     table: CellTable, blocks: list[_Block], stacks: list[Stack], rule: Rule, spare: int
 ) -> Placement:
     placement, left = Placement(), {block.sequence: block for block in blocks}
-    groups = {block.sequence: (block.sequence,) for block in blocks}
+    groups: dict[int, tuple[int, ...]] = {block.sequence: (block.sequence,) for block in blocks}
     for stack in stacks:
         _place_stack(table, placement, stack, [left.pop(name) for name in stack.sequences], rule, spare)
         groups |= {**dict.fromkeys(stack.sequences, ()), stack.sequences[0]: stack.sequences}
@@ -184,8 +184,13 @@ def append(
             if position != held or low > 0:
                 return None
         run = (*spans[:-1], Span(segment, start, position, length + n))
-        seen = run if first <= run[0].position else seen_from(rule, run, begin)
-        placement.placed.append(Placed(sequence, own, begin, end, (Span(segment, cell, begin, n),), seen, False))
+        if rule.sinks:
+            seen = seen_from(rule, run, begin)
+        else:
+            seen = run if first <= run[0].position else clip(run, first)
+        placement.placed.append(
+            Placed(sequence, own, begin, end, (Span(segment, cell, begin, n),), seen, False)
+        )
         placement.changes[sequence] = Sequence(end, run if low <= run[0].position else clip(run, low))
         placement.undo[sequence] = old
         segments.append(segment)

@@ -83,10 +83,7 @@ class CellTable:
 
     def are_alone(self, segments: Iterable[int]) -> bool:
         """Whether each of these segments has one owner."""
-        for segment in segments:
-            if len(self._owners[segment]) != 1:
-                return False
-        return True
+        return max([len(self._owners[segment]) for segment in segments]) == 1
 
     def owned(self) -> tuple[int, ...]:
         """The segments with an owner."""

@@ -232,7 +232,7 @@ class Forward:
             history = step.exchange(index, keys, values, not self.is_ragged)
             if history is not None:
                 return history
-        elif not (self._is_decoding and step.put_whole(index, keys, values)):
+        elif not (self._is_decoding and step.put_rows(index, keys, values)):
             step.put(index, self._tokens(keys), self._tokens(values))
         if not self.is_ragged:
             return self._arrays(step, leaf)
@@ -285,8 +285,11 @@ class Forward:
             )
         if self.is_single and self.n == 1 and step.run and sinks is None:
             return attend_run(step, leaf.index, queries, scale)
-        if self._is_decoding and step.whole:
-            return attend_stack(step, leaf.index, 0, queries, scale, sinks)
+        if self._is_decoding:
+            if step.whole:
+                return attend_stack(step, leaf.index, 0, queries, scale, sinks)
+            given = Attending(queries.swapaxes(0, 2), None, None, scale, sinks)
+            return attend(step, leaf.index, given).swapaxes(0, 2)
         given = Attending(self._tokens(queries), None, None, scale, sinks)
         return self._rows(attend(step, leaf.index, given))
 
@@ -375,7 +378,10 @@ class Forward:
 
     def arrays(self) -> list[mx.array]:
         """The arrays that this forward wrote: buffers, recurrent states and their inputs."""
-        written = [array for step in self._steps if isinstance(step, Step) for array in step.arrays]
+        written: list[mx.array] = []
+        for step in self._steps:
+            if isinstance(step, Step):
+                written += step.arrays
         if self._states:
             for conversation in self.conversations:
                 written += self.pool.recurrent.written(conversation.sequence)
@@ -409,7 +415,7 @@ class Forward:
         """Drop padding: an array (B, heads, n, dim) of the model as (1, heads, tokens, dim)."""
         if self.is_single:
             return array
-        if self.is_by_token:
+        if self.is_by_token or self._is_decoding:
             return array.swapaxes(0, 2)
         if self._is_full:
             rows, heads, n, dim = array.shape

@@ -359,7 +359,8 @@ class Pool:
 
     def plan_forward(self, batch: Batch | None) -> Plan:
         """Plan to add a batch's tokens to all caches. Raises the errors of `start_forward`."""
-        return JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
+        plans = [cache._plan_forward(batch) for cache in self.caches] if batch else []
+        return plans[0] if len(plans) == 1 else JointPlan(plans)
 
     def wants_handles(self, sequence: int) -> bool:
         """Whether handles avoid a copy: the sequence is quantized or stored in several spans."""
