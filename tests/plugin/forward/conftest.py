@@ -1,0 +1,39 @@
+"""Every step that moves in these tests is compared with one that is made for the same cells."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvcache.attend.part import Part
+from mlx_kvcache.attend.step import Step
+from mlx_kvcache.cells.placement import Placed
+
+
+@pytest.fixture(autouse=True)
+def moved_as_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(self: Step, placed: list[Placed]) -> None:
+        move(self, placed)
+        table: Any = SimpleNamespace(levels=self._levels, capacity=self._capacity, packed=self._packed)
+        made = Step(placed, self.n, self.rule, self._config, self.store, table)
+        assert found_in(self) == found_in(made)
+
+    move = Step.move
+    monkeypatch.setattr(Step, "move", checked)
+
+
+def found_in(step: Step) -> list[Any]:
+    """All that a step finds out about its cells, in values that compare by content."""
+    found = step.parts, step.apart, step.stacks, step.whole, step.run, step.can_move, [*step._segments]
+    return [_plain(value) for value in (*found, step.rows, step.later)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        return [_plain(getattr(value, name)) for name in Part.__slots__]
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, mx.array) else value
