@@ -65,14 +65,15 @@ class Part:
             index = index_of(cell, cell + size, level.height if level else None)
             self.stores.append((segment, index, rows))
 
-    def move(self, placed: Placed) -> None:
-        """Becomes the part of the next step: as many tokens, in the cells after those of this one.
+    def move(self, cells: Spans) -> None:
+        """Becomes the part of the next step: as many tokens, in the last of these cells, which they see.
 
-        It must not be `fresh`, so that all its tokens are in one run of cells.
+        The part is not `fresh`, so all its tokens are in one run of cells.
         """
-        [(segment, index, rows)], [write] = self.stores, placed.writes
-        self.begin, self.end, self.cells = placed.begin, placed.end, placed.reads
-        self.stores[0] = segment, (*index[:2], slice(write.start, write.start + write.length)), rows
+        [(segment, index, rows)], n, last = self.stores, self.end - self.begin, cells[-1]
+        self.begin, self.end, self.cells = self.end, self.end + n, cells
+        stop = last.start + last.length
+        self.stores[0] = segment, (*index[:2], slice(stop - n, stop)), rows
 
     @property
     def ranges(self) -> list[tuple[int, int]]:

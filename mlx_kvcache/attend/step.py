@@ -70,15 +70,18 @@ class Step:
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
 
-    def move(self, placed: list[Placed]) -> None:
+    def move(self, reads: list[Spans]) -> None:
         """Becomes the next step of the same sequences: as many tokens, in the cells after those of this one.
 
-        Most of what a step finds out depends on which segments it uses, so it stays.
+        Most of what a step finds out depends on the segments it uses, so it stays.
+
+        Args:
+            reads: for each part the cells that its tokens see, the new ones last.
         """
         stays = True
-        for part, new in zip(self.parts, placed, strict=True):
-            stays = stays and part.cells[:-1] == new.reads[:-1]
-            part.move(new)
+        for part, cells in zip(self.parts, reads, strict=True):
+            stays = stays and part.cells[:-1] == cells[:-1]
+            part.move(cells)
         if self.run:
             self.run = self._only_run()
         elif stays:

@@ -386,12 +386,13 @@ class StepPlan(CellsPlan):
         # Every other change of the cache replaces `_step`.
         if step is None or cache._step is not step or not step.can_move:
             return False
-        placement = append(cache._table, step.rows, cache._rule, cache._rewind)
-        if placement is None:
+        appended = append(cache._table, step.rows, cache._rule, cache._rewind)
+        if appended is None:
             return False
+        placement, reads = appended
         try:
             cache._table.assign(placement.changes)
-            step.move(placement.placed)
+            step.move(reads)
             self._placement = placement
             self.made += 1
         except BaseException:

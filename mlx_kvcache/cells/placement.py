@@ -103,8 +103,12 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         NotSupportedError: a token would see a position that is not stored.
         CacheFullError: there is no room for the cells to keep and those that the tokens see meanwhile.
     """
-    if len(rows) == 1 and (appended := append(table, rows, rule, rewind)) is not None:
-        return appended
+    if len(rows) == 1 and (appended := append(table, rows, rule, rewind)):
+        (placement, [reads]), [(sequence, own)] = appended, rows.items()
+        begin, end = table[sequence].end, table[sequence].end + len(own)
+        write = Span(reads[-1].segment, reads[-1].stop - len(own), begin, len(own))
+        placement.placed.append(Placed(sequence, own, begin, end, (write,), reads, False))
+        return placement
     blocks = [_block(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
     new = sum(count(block.new) for block in blocks)
     live = table.live_after({block.sequence: Sequence(block.begin, block.during) for block in blocks})
@@ -149,26 +153,30 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
 
 def append(
     table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int
-) -> Placement | None:
+) -> tuple[Placement, list[Spans]] | None:
     """Plans the simplest case of `place`: last spans without other owners, and free cells after them.
 
-    Returns None in other cases. Decoding comes here for almost every token, so it calls little.
+    Decoding comes here for almost every token, so it calls and makes little.
+
+    Returns:
+        The plan without `placed`, and for each sequence the cells that its tokens see, the new ones last.
+        None in other cases.
     """
-    placement, segments, sees_all, new = Placement(), [], isinstance(rule, Causal), 0
+    placement, reads, segments, sees_all, new = Placement(), [], [], isinstance(rule, Causal), 0
     for sequence, own in rows.items():
         old = table.sequences.get(sequence)
         if old is None or not old.spans:
             return None
-        (begin, spans), n = old, len(own)
+        begin, spans = old
         segment, start, position, length = spans[-1]
-        cell, end = start + length, begin + n
+        end, after = begin + len(own), length + len(own)
         # The first positions to keep, and to see.
         low, first = (0, 0) if sees_all else (rule.lower(max(0, end - rewind)), rule.lower(begin))
         if (
             position + length != begin
             or low > begin
             or (rule.sinks and max(low, position) > 0)
-            or cell + n > table.capacity[segment]
+            or start + after > table.capacity[segment]
             or (end > table.pack_after and segment not in table.packed)
         ):
             return None
@@ -183,19 +191,16 @@ def append(
                 held += span.length
             if position != held or low > 0:
                 return None
-        run = (*spans[:-1], Span(segment, start, position, length + n))
+        run = (*spans[:-1], Span(segment, start, position, after))
         if rule.sinks:
-            seen = seen_from(rule, run, begin)
+            reads.append(seen_from(rule, run, begin))
         else:
-            seen = run if first <= run[0].position else clip(run, first)
-        placement.placed.append(
-            Placed(sequence, own, begin, end, (Span(segment, cell, begin, n),), seen, False)
-        )
+            reads.append(run if first <= run[0].position else clip(run, first))
         placement.changes[sequence] = Sequence(end, run if low <= run[0].position else clip(run, low))
         placement.undo[sequence] = old
         segments.append(segment)
-        new += n
-    return placement if table.live + new <= table.room and table.are_alone(segments) else None
+        new += len(own)
+    return (placement, reads) if table.live + new <= table.room and table.are_alone(segments) else None
 
 
 class _Block(NamedTuple):

@@ -146,17 +146,14 @@ class CellTable:
             if new is None or not old or len(old) != len(new.spans):
                 return False
             last, now = old[-1], new.spans[-1]
-            if (
-                last.segment != now.segment
-                or len(self._owners[now.segment]) > 1
-                or old[:-1] != new.spans[:-1]
-            ):
+            if last.segment != now.segment or len(self._owners[now.segment]) > 1:
                 return False
-            if len(old) > 1 and last.start != now.start:
-                return False
-            for span in old[:-1]:
-                if span.segment == now.segment:
+            if len(old) > 1:
+                if last.start != now.start or old[:-1] != new.spans[:-1]:
                     return False
+                for span in old[:-1]:
+                    if span.segment == now.segment:
+                        return False
             grown.append((now.segment, now.length - last.length))
         self.sequences.update(changes)  # type: ignore[arg-type]
         for segment, more in grown:

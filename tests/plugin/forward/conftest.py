@@ -11,12 +11,14 @@ import pytest
 from mlx_kvcache.attend.part import Part
 from mlx_kvcache.attend.step import Step
 from mlx_kvcache.cells.placement import Placed
+from mlx_kvcache.cells.spans import Span, Spans
 
 
 @pytest.fixture(autouse=True)
 def moved_as_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def checked(self: Step, placed: list[Placed]) -> None:
-        move(self, placed)
+    def checked(self: Step, reads: list[Spans]) -> None:
+        move(self, reads)
+        placed = [_placed(part) for part in self.parts]
         table: Any = SimpleNamespace(levels=self._levels, capacity=self._capacity, packed=self._packed)
         made = Step(placed, self.n, self.rule, self._config, self.store, table)
         assert found_in(self) == found_in(made)
@@ -29,6 +31,12 @@ def found_in(step: Step) -> list[Any]:
     """All that a step finds out about its cells, in values that compare by content."""
     found = step.parts, step.apart, step.stacks, step.whole, step.run, step.can_move, [*step._segments]
     return [_plain(value) for value in (*found, step.rows, step.later)]
+
+
+def _placed(part: Part) -> Placed:
+    n, last = part.end - part.begin, part.cells[-1]
+    write = Span(last.segment, last.stop - n, part.begin, n)
+    return Placed(part.sequence, part.indices, part.begin, part.end, (write,), part.cells, False)
 
 
 def _plain(value: Any) -> Any:
