@@ -79,7 +79,7 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
     buffers = step.written(layer)
-    # By sequence, where a stack's rows stand under the first.
+    # By sequence; the outputs of a stack stand under its first one.
     found: dict[int, mx.array] = {}
     for number, stack in enumerate(step.stacks):
         own = take(given.queries, stack.rows).swapaxes(0, 2)

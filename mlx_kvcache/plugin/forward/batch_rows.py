@@ -557,11 +557,13 @@ class Rows(Caller):
         """The number of columns of the model's input. Raises ValueError if rows or layers do not match."""
         given, layers = (*args, *kwargs.values()), len(self.pool.layout.entries)
         for value in given:
-            if not isinstance(value, mx.array) and is_cache(value) and len(value) < layers:
-                raise ValueError(
-                    f"the model is called with {len(value)} of the {layers} layers of its cache: pass all "
-                    "of them"
-                )
+            if not isinstance(value, mx.array) and is_cache(value):
+                if len(value) < layers:
+                    raise ValueError(
+                        f"the model is called with {len(value)} of the {layers} layers of its cache: pass "
+                        "all of them"
+                    )
+                break
         for value in given:
             if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:
                 if value.shape[0] != self._input_rows:

@@ -243,8 +243,9 @@ class Forward:
         """The history that `update` returned."""
         step = self.step(leaf)
         step.written(leaf.index)
-        handle = Ragged(self, leaf)
-        return (handle, handle) if self.is_ragged else self._arrays(step, leaf)
+        if not self.is_ragged:
+            return self._arrays(step, leaf)
+        return Ragged(self, leaf), Ragged(self, leaf)
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         """The mask of the n columns for a leaf's history: None, "causal", an array or a handle."""
