@@ -386,12 +386,16 @@ class StepPlan(CellsPlan):
         # Every other change of the cache replaces `_step`.
         if step is None or cache._step is not step or not step.can_move:
             return False
+        # After a row has begun a segment, rows may be stacked that could not be before.
+        if self._placement.capacity and not (step.run or step.stacks):
+            return False
         appended = append(cache._table, step.rows, cache._rule, cache._rewind)
         if appended is None:
             return False
         placement, reads = appended
         try:
-            cache._table.assign(placement.changes)
+            # The last tokens were in the last cells of their segments, so nobody has those after them.
+            cache._table.assign(placement.changes, is_growth=True)
             step.move(reads)
             self._placement = placement
             self.made += 1

@@ -105,10 +105,11 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
     """
     if len(rows) == 1 and (appended := append(table, rows, rule, rewind)):
         (placement, [reads]), [(sequence, own)] = appended, rows.items()
-        begin, end = table[sequence].end, table[sequence].end + len(own)
-        write = Span(reads[-1].segment, reads[-1].stop - len(own), begin, len(own))
-        placement.placed.append(Placed(sequence, own, begin, end, (write,), reads, False))
-        return placement
+        if len(table.owners(reads[-1].segment)) == 1:
+            begin, end = table[sequence].end, table[sequence].end + len(own)
+            write = Span(reads[-1].segment, reads[-1].stop - len(own), begin, len(own))
+            placement.placed.append(Placed(sequence, own, begin, end, (write,), reads, False))
+            return placement
     blocks = [_block(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
     new = sum(count(block.new) for block in blocks)
     live = table.live_after({block.sequence: Sequence(block.begin, block.during) for block in blocks})
@@ -154,15 +155,16 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
 def append(
     table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int
 ) -> tuple[Placement, list[Spans]] | None:
-    """Plans the simplest case of `place`: last spans without other owners, and free cells after them.
+    """Plans the simplest case of `place`: each sequence goes on in the cells after its last ones.
 
-    Decoding comes here for almost every token, so it calls and makes little.
+    The caller knows that no other sequence has these cells. Decoding comes here for almost every token, so it
+    calls and makes little.
 
     Returns:
         The plan without `placed`, and for each sequence the cells that its tokens see, the new ones last.
         None in other cases.
     """
-    placement, reads, segments, sees_all, new = Placement(), [], [], isinstance(rule, Causal), 0
+    placement, reads, sees_all, new = Placement(), [], isinstance(rule, Causal), 0
     for sequence, own in rows.items():
         old = table.sequences.get(sequence)
         if old is None or not old.spans:
@@ -198,9 +200,8 @@ def append(
             reads.append(run if first <= run[0].position else clip(run, first))
         placement.changes[sequence] = Sequence(end, run if low <= run[0].position else clip(run, low))
         placement.undo[sequence] = old
-        segments.append(segment)
         new += len(own)
-    return (placement, reads) if table.live + new <= table.room and table.are_alone(segments) else None
+    return (placement, reads) if table.live + new <= table.room else None
 
 
 class _Block(NamedTuple):

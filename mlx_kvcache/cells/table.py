@@ -5,7 +5,7 @@ Plans elsewhere are computed from the table without changing it; `CellTable.assi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import NamedTuple
 
 from .spans import EMPTY, FOREVER, Sequence, Spans, union
@@ -81,10 +81,6 @@ class CellTable:
     def owners(self, segment: int) -> Set[int]:
         return self._owners.get(segment, frozenset())
 
-    def are_alone(self, segments: Iterable[int]) -> bool:
-        """Whether each of these segments has one owner."""
-        return max([len(self._owners[segment]) for segment in segments]) == 1
-
     def owned(self) -> tuple[int, ...]:
         """The segments with an owner."""
         return tuple(self._owners)
@@ -101,11 +97,15 @@ class CellTable:
             total += sum(high - low for low, high in held) - self._live.get(segment, 0)
         return total
 
-    def assign(self, changes: Changes) -> None:
-        """Applies all changes, or none if an exception interrupts. Their segments need a capacity."""
+    def assign(self, changes: Changes, is_growth: bool = False) -> None:
+        """Applies all changes, or none if an exception interrupts. Their segments need a capacity.
+
+        Args:
+            is_growth: the new cells follow those of their sequences, and no other sequence has them.
+        """
         before = {sequence: self.sequences.get(sequence) for sequence in changes}
         try:
-            if not self._extend(changes):
+            if not self._extend(changes, is_growth):
                 self._replace(changes)
         except BaseException:
             self.restore(before)
@@ -135,8 +135,10 @@ class CellTable:
         for segment in self._owners:
             self._recount(segment)
 
-    def _extend(self, changes: Changes) -> bool:
+    def _extend(self, changes: Changes, is_growth: bool) -> bool:
         """Applies the change of decoded tokens, without a recount: sequences grow in segments of their own.
+
+        In segments that others share it needs `is_growth`, and all cells of before must stay.
 
         Returns False, and does nothing, in other cases.
         """
@@ -146,7 +148,9 @@ class CellTable:
             if new is None or not old or len(old) != len(new.spans):
                 return False
             last, now = old[-1], new.spans[-1]
-            if last.segment != now.segment or len(self._owners[now.segment]) > 1:
+            if last.segment != now.segment:
+                return False
+            if len(self._owners[now.segment]) > 1 and not (is_growth and last.start == now.start):
                 return False
             if len(old) > 1:
                 if last.start != now.start or old[:-1] != new.spans[:-1]:

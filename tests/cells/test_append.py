@@ -70,12 +70,6 @@ def test_the_way_that_decoding_takes() -> None:
     assert windowed[0].changes == {0: Sequence(7, (Span(1, 4, 4, 3),))}
 
 
-def _shared() -> CellTable:
-    table = _one()
-    table.assign({1: table[0]})
-    return table
-
-
 def _two() -> CellTable:
     table = _one()
     table.assign({0: Sequence(6, (Span(1, 0, 0, 3), Span(1, 5, 3, 3)))})
@@ -94,7 +88,6 @@ def _short() -> CellTable:
         (_two(), 1, Causal(), 0),
         (_short(), 1, Window(1), 0),
         (_short(), 1, Window(1), 1),
-        (_shared(), 1, Causal(), 0),
         (_one(), 5, Causal(), 0),
         (_one(room=7), 2, Causal(), 0),
         (_one(pack_after=6), 1, Causal(), 0),
@@ -108,7 +101,6 @@ def _short() -> CellTable:
         "two runs",
         "end not held",
         "end not held, and not needed",
-        "shared",
         "full",
         "no room",
         "to be packed",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -10,21 +9,24 @@ import pytest
 
 from mlx_kvcache.attend.part import Part
 from mlx_kvcache.attend.step import Step
+from mlx_kvcache.caches.causal import StepPlan
 from mlx_kvcache.cells.placement import Placed
-from mlx_kvcache.cells.spans import Span, Spans
+from mlx_kvcache.cells.spans import Span
 
 
 @pytest.fixture(autouse=True)
 def moved_as_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def checked(self: Step, reads: list[Spans]) -> None:
-        move(self, reads)
-        placed = [_placed(part) for part in self.parts]
-        table: Any = SimpleNamespace(levels=self._levels, capacity=self._capacity, packed=self._packed)
-        made = Step(placed, self.n, self.rule, self._config, self.store, table)
-        assert found_in(self) == found_in(made)
+    def checked(self: StepPlan) -> bool:
+        goes_on, cache, step = again(self), self._cache, self._step
+        if goes_on and step:
+            cache.check()
+            placed = [_placed(part) for part in step.parts]
+            made = Step(placed, step.n, cache._rule, cache._config, cache._store, cache._table)
+            assert found_in(step) == found_in(made)
+        return goes_on
 
-    move = Step.move
-    monkeypatch.setattr(Step, "move", checked)
+    again = StepPlan.again
+    monkeypatch.setattr(StepPlan, "again", checked)
 
 
 def found_in(step: Step) -> list[Any]:
