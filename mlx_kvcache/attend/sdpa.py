@@ -160,8 +160,16 @@ def _stack_order(step: Step, number: int) -> tuple[mx.array | None, mx.array | N
 
 
 def _batch_order(step: Step) -> mx.array | None:
-    """The indices that bring outputs, concatenated by part, into batch order. None if they are in order."""
-    order = [index for part in step.parts for index in part.indices]
+    """The indices that bring outputs into batch order. None if they are in order.
+
+    Outputs are concatenated by part, and those of a stack stand where its first part does.
+    """
+    pieces = {part.sequence: [part] for part in step.parts}
+    for stack in step.stacks:
+        for part in stack.parts[1:]:
+            pieces[part.sequence] = []
+        pieces[stack.parts[0].sequence] = stack.parts
+    order = [index for parts in pieces.values() for part in parts for index in part.indices]
     back = sorted(range(step.n), key=order.__getitem__)
     return None if back == list(range(step.n)) else mx.array(back)
 

@@ -135,7 +135,7 @@ def _placement(
         groups |= {**dict.fromkeys(stack.sequences, ()), stack.sequences[0]: stack.sequences}
     for block in left.values():
         _place_block(table, placement, block, rule, spare)
-    # Each stack where its first row is, so that outputs are mostly in batch order.
+    # A stack stands where its first row is in the batch, so that most outputs need not be reordered.
     own = {placed.sequence: placed for placed in placement.placed}
     placement.placed = [own[name] for names in groups.values() for name in names]
     return placement

@@ -199,7 +199,7 @@ class Rows(Caller):
         last, self._last = self._last, None
         if last is None or last.n != n or last.pool is not self.pool or self.padding.is_announced:
             return False
-        # Conversations are open as long as nothing was released.
+        # `again` refuses once a conversation was closed and released, so none is asked whether it is open.
         if last.conversations is not self.conversations or not self.pool.goes_on(self):
             return False
         for conversation, begin in zip(self.conversations, last.begins, strict=True):

@@ -324,7 +324,7 @@ class Pool:
         self._sweep()
 
     def goes_on(self, user: User) -> bool:
-        """Whether `user` was the last to take its turn, and nothing was dropped since: it need not again."""
+        """Whether `user` took the last turn and nothing waits for release: then it need not take another."""
         if self._dropped or self._user is None or self._user() is not user:
             return False
         self._note_thread()
