@@ -245,6 +245,16 @@ def _forks(prompts: int = 1, is_stored: bool = False, turn: int = 0) -> Callable
     return make
 
 
+def _fork() -> Case:
+    """One fork of a prompt, which is stored and lives on."""
+    model, length = _llama(), 512
+    shape, theirs = shape_of(model), [KVCache() for _ in range(LAYERS)]
+    kept = fill(make_prompt_cache(model), length, shape=shape)
+    ours = fill(kept.fork(), 3, shape=shape)
+    fill(theirs, length + 3, shape=shape)
+    return Case(f"a fork of a prompt of {length} that is stored", model, ours, theirs, "KVCache", stored=kept)
+
+
 def _merged(single: list[Any]) -> list[Any]:
     return [layer.merge([cache[i] for cache in single]) for i, layer in enumerate(single[0])]
 
@@ -254,6 +264,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "window": _window,
     "chunks": lambda: _read("one row in chunks", build("llama4", is_dense=True)),
     "hybrid": lambda: _read("one row of a hybrid model", hybrid(128)),
+    "fork": _fork,
     "packed": packed_row,
     "packed.4": lambda: packed_row(4),
     "batch.2": _batch("2 rows of 64", [64] * 2),

@@ -35,14 +35,8 @@ class Shared(NamedTuple):
 def shared_runs(step: Step) -> list[Shared]:
     """Returns the runs of cells for which cascade attention is faster."""
     groups: dict[tuple[int, int, int], list[Part]] = {}
-    stacked = [part for stack in step.stacks for part in stack.parts]
-    for part in step.parts:
-        if (
-            part.cells
-            and part not in stacked
-            and not step.later
-            and step.rule.lower(part.end - 1) <= part.ranges[0][0]
-        ):
+    for part in step.apart:
+        if part.cells and not step.later and step.rule.lower(part.end - 1) <= part.ranges[0][0]:
             # All its queries see all its earlier keys.
             groups.setdefault(part.cells[0][:3], []).append(part)
     found = []

@@ -49,11 +49,10 @@ class Part:
         begin, end: the positions of its tokens, [begin, end).
         stores: the writes: for each, the segment, the index of the cells, and the selection of tokens.
         cells: the stored cells that the tokens see, by rising position.
-        ranges: the positions of all keys that they see.
         fresh: the tokens also see their own keys in the batch, because `cells` stops before them.
     """
 
-    __slots__ = ("begin", "cells", "end", "fresh", "indices", "ranges", "rows", "sequence", "stores")
+    __slots__ = ("begin", "cells", "end", "fresh", "indices", "rows", "sequence", "stores")
 
     def __init__(self, placed: Placed, n: int, levels: Mapping[int, Level]) -> None:
         self.sequence, self.indices, self.begin, self.end, writes, self.cells, self.fresh = placed
@@ -65,9 +64,22 @@ class Part:
             level = levels.get(segment)
             index = index_of(cell, cell + size, level.height if level else None)
             self.stores.append((segment, index, rows))
-        self.ranges = [(span.position, span.end) for span in self.cells]
-        if self.fresh:
-            self.ranges.append((self.begin, self.end))
+
+    def move(self, cells: Spans) -> None:
+        """Becomes the part of the next step: as many tokens, in the last of these cells, which they see.
+
+        The part is not `fresh`, so all its tokens are in one run of cells.
+        """
+        [(segment, index, rows)], n, last = self.stores, self.end - self.begin, cells[-1]
+        self.begin, self.end, self.cells = self.end, self.end + n, cells
+        stop = last.start + last.length
+        self.stores[0] = segment, (*index[:2], slice(stop - n, stop)), rows
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The positions of all keys that the tokens see."""
+        stored = [(span.position, span.end) for span in self.cells]
+        return [*stored, (self.begin, self.end)] if self.fresh else stored
 
     @property
     def size(self) -> int:
@@ -112,24 +124,30 @@ class Stack(NamedTuple):
     others: list[tuple[int, Spans]]
     order: tuple[int, ...] | None
 
-    def mask(self) -> mx.array | None:
-        """The mask of the columns that are seen, (rows, 1, 1, columns). None if all rows see all."""
-        if self.padding is None:
-            return None
+    def moved(self) -> Stack:
+        """Returns the stack of the next step, after its parts have moved. They see the same cells outside."""
+        levels, _, column = self.new
+        sizes = [part.cells[-1].length for part in self.parts]
+        new, seen, padding = _columns(levels, column.stop, sizes)
+        return self._replace(new=new, seen=seen, padding=padding)
+
+    def mask(self) -> mx.array:
+        """The mask of the columns that are seen, (rows, 1, 1, columns). Not all rows see all."""
+        assert self.padding is not None
         columns = np.arange(self.seen[2].stop - self.seen[2].start)
         return mx.array(columns >= np.array(self.padding)[:, None])[:, None, None, :]
 
 
-def stacks_of(placed: list[Placed], parts: list[Part], levels: Mapping[int, Level], n: int) -> list[Stack]:
+def stacks_of(parts: list[Part], levels: Mapping[int, Level], n: int) -> list[Stack]:
     """Returns the stacks of a batch of n tokens, without the parts that are in none."""
     groups: list[tuple[tuple[tuple[int, ...], int], list[Leveled]]] = []
-    for own, part in zip(placed, parts, strict=True):
-        if len(own.rows) != 1 or own.fresh or len(own.writes) != 1 or own.writes[0].segment not in levels:
+    for part in parts:
+        if len(part.indices) != 1 or part.fresh or len(part.stores) != 1 or part.stores[0][0] not in levels:
             continue
-        segment, column = own.writes[0].segment, own.writes[0].start
-        prefix = tuple(span for span in own.reads if span.segment != segment)
-        size, (stack, level) = count(own.reads) - count(prefix), levels[segment]
-        if own.reads[: len(prefix)] != prefix or own.reads[len(prefix)].start != column + 1 - size:
+        [(segment, index, _)], reads = part.stores, part.cells
+        prefix, column = tuple(span for span in reads if span.segment != segment), index[2].start
+        size, (stack, level) = count(reads) - count(prefix), levels[segment]
+        if reads[: len(prefix)] != prefix or reads[len(prefix)].start != column + 1 - size:
             continue
         key, new = (stack, column), Leveled(level, size, prefix, part)
         if groups and groups[-1][0] == key and groups[-1][1][-1].level == level - 1:
@@ -149,9 +167,7 @@ class Leveled(NamedTuple):
 
 
 def _stack(stack: tuple[int, ...], column: int, rows: list[Leveled], n: int) -> Stack:
-    first, widest, parts = rows[0].level, max(row.size for row in rows), [row.part for row in rows]
-    padding = tuple(widest - row.size for row in rows)
-    levels, every = slice(first, first + len(rows)), slice(None)
+    first, parts = rows[0].level, [row.part for row in rows]
     prefix = _common([row.prefix for row in rows])
     alike: dict[Spans, list[int]] = {}
     for number, row in enumerate(rows):
@@ -161,12 +177,20 @@ def _stack(stack: tuple[int, ...], column: int, rows: list[Leveled], n: int) -> 
         parts,
         rows_of([part.indices[0] for part in parts], n),
         stack[first],
-        (levels, every, slice(column, column + 1)),
-        (levels, every, slice(column + 1 - widest, column + 1)),
-        padding if any(padding) else None,
+        *_columns(slice(first, first + len(rows)), column, [row.size for row in rows]),
         prefix,
         [(len(numbers), rest) for rest, numbers in alike.items()] if any(alike) else [],
         None if order == sorted(order) else tuple(order),
+    )
+
+
+def _columns(levels: slice, column: int, sizes: list[int]) -> tuple[Index, Index, tuple[int, ...] | None]:
+    """The fields `new`, `seen` and `padding` of a stack whose rows see so many cells up to this column."""
+    widest, every = max(sizes), slice(None)
+    return (
+        (levels, every, slice(column, column + 1)),
+        (levels, every, slice(column + 1 - widest, column + 1)),
+        tuple([widest - size for size in sizes]) if min(sizes) < widest else None,
     )
 
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..cells.visibility import Causal, Chunk, Rule
 from ..storage import codec
+from ..storage.buffers import Buffers
 from ..storage.masks import Mask, array_mask, positions_of
 from .cascade import attend_shared, shared_runs
 from .part import Attending, Part, take
@@ -77,33 +78,34 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
                 return attend_single(given.queries, *history, given.scale)
             return _stretches(step, step.parts[0], given.queries, history, given)
         step.put(layer, given.keys, given.values)
-    step.check_put(layer)
+    buffers = step.written(layer)
+    # By sequence; the outputs of a stack stand under its first one.
     found: dict[int, mx.array] = {}
     for number, stack in enumerate(step.stacks):
         own = take(given.queries, stack.rows).swapaxes(0, 2)
         together = attend_stack(step, layer, number, own, given.scale, given.sinks).swapaxes(0, 2)
         if len(stack.parts) == step.n and stack.rows is None:
             return together
-        each = mx.split(together, len(stack.parts), axis=2)
-        found |= {part.sequence: out for part, out in zip(stack.parts, each, strict=True)}
+        found[stack.parts[0].sequence] = together
+    left = step.apart
     if given.sinks is None:
         for shared in step.once(shared_runs):
             outputs = attend_shared(step, layer, shared, given)
             found |= {part.sequence: out for (part, _), out in zip(shared.members, outputs, strict=True)}
-        left = [part for part in step.parts if part.sequence not in found]
-        if single := _decodes(step, layer, left):
+            left = [part for part in left if part.sequence not in found]
+        if single := _decodes(step, buffers, left):
             outputs = _decoded(step, layer, single, given)
             if len(single) == step.n:
                 return _in_batch_order(step, outputs, given)
             shape = 1, given.queries.shape[1], 1, -1
             found |= {p.sequence: out.reshape(shape) for p, out in zip(single, outputs, strict=True)}
-    for part in step.parts:
+    for part in left:
         if part.sequence not in found:
             queries, history = take(given.queries, part.rows), step.history(layer, part)
             found[part.sequence] = _stretches(step, part, queries, history, given)
-    if len(found) == 1 and step.parts[0].rows is None:
-        return found[step.parts[0].sequence]
-    outputs = [found[part.sequence] for part in step.parts]
+    outputs = [found[part.sequence] for part in step.parts if part.sequence in found]
+    if len(outputs) == 1 and step.parts[0].rows is None:
+        return outputs[0]
     back = step.once(_batch_order)
     joined = mx.concatenate(outputs, axis=2)
     return joined if back is None else mx.take(joined, back, axis=2)
@@ -111,10 +113,9 @@ def attend(step: Step, layer: int, given: Attending) -> mx.array:
 
 def attend_run(step: Step, layer: int, queries: mx.array, scale: float) -> mx.array:
     """Attends from the only token (1, n_heads, 1, head_dim) of a step with a `run`, which was put."""
-    step.check_put(layer)
     assert step.run is not None
     segment, _, seen = step.run
-    buffers, (_, heads, _, dim) = step.store.layers[layer], queries.shape
+    buffers, (_, heads, _, dim) = step.written(layer), queries.shape
     pieces = buffers.pairs[segment].newest(seen)
     # Query heads that share a K/V head become rows of one product.
     rows = queries.reshape(1, buffers.form.heads, -1, dim)
@@ -129,8 +130,8 @@ def attend_stack(
     Returns:
         (rows, n_heads, 1, value_dim).
     """
-    stack, buffers = step.stacks[number], step.store.layers[layer]
-    pair, mask = buffers.pairs[stack.segment], step.once(_stack_mask, number)
+    stack, buffers = step.stacks[number], step.written(layer)
+    pair, mask = buffers.pairs[stack.segment], step.once(_stack_mask, number) if stack.padding else None
     if not (stack.prefix or stack.others or pair.is_packed or codec.is_cpu()):
         keys, values = pair.keys[0][stack.seen], pair.values[0][stack.seen]
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
@@ -159,21 +160,28 @@ def _stack_order(step: Step, number: int) -> tuple[mx.array | None, mx.array | N
 
 
 def _batch_order(step: Step) -> mx.array | None:
-    """The indices that bring outputs, concatenated by part, into batch order. None if they are in order."""
-    order = [index for part in step.parts for index in part.indices]
+    """The indices that bring outputs into batch order. None if they are in order.
+
+    Outputs are concatenated by part, and those of a stack stand where its first part does.
+    """
+    pieces = {part.sequence: [part] for part in step.parts}
+    for stack in step.stacks:
+        for part in stack.parts[1:]:
+            pieces[part.sequence] = []
+        pieces[stack.parts[0].sequence] = stack.parts
+    order = [index for parts in pieces.values() for part in parts for index in part.indices]
     back = sorted(range(step.n), key=order.__getitem__)
     return None if back == list(range(step.n)) else mx.array(back)
 
 
-def _decodes(step: Step, layer: int, left: list[Part]) -> list[Part]:
+def _decodes(step: Step, buffers: Buffers, left: list[Part]) -> list[Part]:
     """The parts with a single query for which plain products are faster than MLX's own attention."""
-    if not step.is_decoding:
-        return []
     if codec.is_cpu():
-        return left
+        return left if step.is_decoding else []
     # MLX's own attention would decode quantized cells first.
-    is_packed = step.store.layers[layer].form.is_packed
-    return [part for part in left if is_packed and step.is_packed(part)]
+    if not (buffers.form.is_packed and step.is_decoding):
+        return []
+    return [part for part in left if step.is_packed(part)]
 
 
 def _decoded(step: Step, layer: int, parts: list[Part], given: Attending) -> list[mx.array]:

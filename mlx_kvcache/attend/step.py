@@ -17,7 +17,7 @@ from ..cells.table import CellTable
 from ..cells.visibility import Rule
 from ..errors import CacheError
 from ..storage.buffers import Buffers, Form, Lanes, Pair, Store, concatenated
-from ..storage.codec import Index, Plain, index_of
+from ..storage.codec import Index, Plain
 from ..storage.masks import Mask, array_mask, positions_of
 from .part import Part, Stack, stacks_of, take
 
@@ -33,10 +33,14 @@ class Step:
         self, placed: list[Placed], n: int, rule: Rule, config: CacheConfig, store: Store, table: CellTable
     ) -> None:
         self.n = n
+        self.rows = {own.sequence: own.rows for own in placed}
+        """The batch indices of each sequence."""
         self._levels = table.levels
         self.parts = [Part(part, n, table.levels) for part in placed]
-        self.stacks = stacks_of(placed, self.parts, table.levels, n)
+        self.stacks = stacks_of(self.parts, table.levels, n)
         """The parts that are written and attended to together."""
+        self.apart = self._apart()
+        """The other parts."""
         self.whole = self._whole()
         """The stack, if all tokens are in one, in batch order; otherwise None."""
         self.rule = rule
@@ -50,9 +54,15 @@ class Step:
         self.name = next(_names)
         self._batches: dict[int, tuple[mx.array, mx.array]] = {}
         self._keeps_batch = any(part.fresh for part in self.parts)
+        levels = table.levels
+        written = {s: levels.get(s) for part in self.parts for s, _, _ in part.stores}
+        self._segments = {level.stack if level else s: s for s, level in written.items()}.values()
+        """Of the segments that are written, one for each pair of buffers."""
         self.run = self._only_run()
         """The segment, the new cells and the visible cells, if the step reads and writes one run of cells of
         one sequence, in batch order; otherwise None."""
+        self.can_move = not self._keeps_batch
+        """Whether `move` may be called: all that the tokens see is stored."""
         self._form: Form | None = None
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.opened: list[int] = []
@@ -60,15 +70,30 @@ class Step:
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
 
-    def move(self, placed: list[Placed]) -> None:
-        """Becomes the next step of the same sequences, with the same number of tokens."""
-        self.parts = [Part(part, self.n, self._levels) for part in placed]
-        self.stacks = stacks_of(placed, self.parts, self._levels, self.n)
-        self.whole = self._whole()
+    def move(self, reads: list[Spans]) -> None:
+        """Becomes the next step of the same sequences: as many tokens, in the cells after those of this one.
+
+        Most of what a step finds out depends on the segments it uses, so it stays.
+
+        Args:
+            reads: for each part the cells that its tokens see, the new ones last.
+        """
+        stays = True
+        for part, cells in zip(self.parts, reads, strict=True):
+            stays = stays and part.cells[:-1] == cells[:-1]
+            part.move(cells)
+        if self.run:
+            self.run = self._only_run()
+        elif stays:
+            self.stacks = [stack.moved() for stack in self.stacks]
+            self.whole = self._whole()
+        else:
+            self.stacks = stacks_of(self.parts, self._levels, self.n)
+            self.apart, self.whole, self.run = self._apart(), self._whole(), self._only_run()
         self.name = next(_names)
         self.opened.clear()
-        self.set_later(())
-        self.run = self._only_run()
+        if self._found or self.later:
+            self.set_later(())
 
     def once(self, find: Callable[..., T], *args: Any) -> T:
         """Returns find(self, *args), computed once for all layers."""
@@ -106,7 +131,7 @@ class Step:
         self.forget()
         self.is_over = True
         # The fast paths do not check `is_over`.
-        self.run = self.whole = None
+        self.run, self.whole, self.can_move = None, None, False
 
     def forget(self) -> None:
         """Drops the quantized tokens that are held in float only because tokens of this step see them."""
@@ -114,7 +139,7 @@ class Step:
             # The next step drops the few.
             return
         for buffers in self.store.layers.values():
-            for segment in self._segments() if buffers.form.recent else ():
+            for segment in self._segments if buffers.form.recent else ():
                 if segment in buffers.pairs:
                     buffers.pairs[segment].forget()
 
@@ -144,22 +169,23 @@ class Step:
                     self._batches[layer] = batch
             raise
 
-    def _segments(self) -> set[int]:
-        """The segments that this step writes to."""
-        return {segment for part in self.parts for segment, _, _ in part.stores}
+    def _pair(self, buffers: Buffers, segment: int) -> Pair:
+        """The pair of a segment, with all cells that it has in the table."""
+        pair, capacity = buffers.pairs.get(segment), self._capacity[segment]
+        if pair is None or pair.capacity < capacity:
+            pair = buffers.pair(segment, capacity, segment in self._packed)
+        return pair
 
     def _write(self, buffers: Buffers, layer: int, keys: mx.array, values: mx.array) -> None:
-        parts = self.parts
         for stack in self.stacks:
-            pair = buffers.pair(stack.segment, self._capacity[stack.segment], stack.segment in self._packed)
-            pair.write(stack.new, *(take(array, stack.rows).swapaxes(0, 2) for array in (keys, values)))
-            parts = [part for part in parts if part not in stack.parts]
+            new = take(keys, stack.rows).swapaxes(0, 2), take(values, stack.rows).swapaxes(0, 2)
+            self._pair(buffers, stack.segment).write(stack.new, *new)
         # One split for all sequences costs less than a slice for each.
-        is_joint = len(parts) > 1 and self.is_decoding
+        is_joint = len(self.apart) > 1 and self.n == len(self.parts)
         each = [mx.split(array, self.n, axis=2) for array in (keys, values)] if is_joint else None
-        for part in parts:
+        for part in self.apart:
             for segment, index, rows in part.stores:
-                pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
+                pair = self._pair(buffers, segment)
                 if each:
                     pair.write(index, *(arrays[part.indices[0]] for arrays in each))
                 elif rows is None:
@@ -173,16 +199,11 @@ class Step:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays of all layers that this step writes to."""
-        segments = self._segments()
-        each = {
-            id(pair): pair
-            for buffers in self.store.layers.values()
-            for segment in segments
-            if (pair := buffers.pairs.get(segment))
-        }
         arrays: list[mx.array] = []
-        for pair in each.values():
-            arrays += pair.arrays if pair.is_packed else (pair.keys[0], pair.values[0])
+        for buffers in self.store.layers.values():
+            for segment in self._segments:
+                if pair := buffers.pairs.get(segment):
+                    arrays += pair.arrays if pair.is_packed else (pair.keys[0], pair.values[0])
         return arrays
 
     @property
@@ -218,7 +239,7 @@ class Step:
             keys, values = form.checked(self.n, layer, keys, values)
         pair = buffers.pairs.get(segment)
         if pair is None or pair.capacity < self._capacity[segment]:
-            pair = buffers.pair(segment, self._capacity[segment], segment in self._packed)
+            pair = self._pair(buffers, segment)
         # Decoding comes here for every layer and token, so the writes are inlined.
         if pair.is_packed:
             pair.write(new, keys, values)
@@ -229,31 +250,42 @@ class Step:
         buffers.written = self.name
         return (stored_keys[seen], stored_values[seen]) if reads else None
 
-    def put_whole(self, layer: int, keys: mx.array, values: mx.array) -> bool:
-        """Writes the tokens (n, n_kv_heads, 1, head_dim) of all rows of the step's only stack.
+    def put_rows(self, layer: int, keys: mx.array, values: mx.array) -> bool:
+        """Writes tokens (n, n_kv_heads, 1, head_dim), one of each sequence.
 
         Decoding a batch comes here for every layer and step. Returns False, and does nothing, if there is
         more to do than to write.
         """
-        stack, buffers = self.whole, self.store.layers.get(layer)
-        if stack is None or buffers is None or buffers.written == self.name:
+        buffers = self.store.layers.get(layer)
+        if not self.can_move or buffers is None or buffers.written == self.name:
             return False
-        pair, (n, heads, key_dim, value_dim) = buffers.pairs.get(stack.segment), (self.n, *buffers.form[:3])
+        n, (heads, key_dim, value_dim, key_dtype, value_dtype, *_) = self.n, buffers.form
         if (
-            pair is None
-            or pair.capacity < self._capacity[stack.segment]
-            or keys.shape != (n, heads, 1, key_dim)
+            keys.shape != (n, heads, 1, key_dim)
             or values.shape != (n, heads, 1, value_dim)
-            or keys.dtype != buffers.form.key_dtype
-            or values.dtype != buffers.form.value_dtype
+            or keys.dtype != key_dtype
+            or values.dtype != value_dtype
         ):
             return False
-        if pair.is_packed:
-            pair.write(stack.new, keys, values)
-        else:
-            pair.keys[0][stack.new], pair.values[0][stack.new] = keys, values
+        for stack in self.stacks:
+            own = (keys, values) if stack.rows is None else (keys[stack.rows], values[stack.rows])
+            pair = self._pair(buffers, stack.segment)
+            if pair.is_packed:
+                pair.write(stack.new, *own)
+            else:
+                pair.keys[0][stack.new], pair.values[0][stack.new] = own
+        if self.apart:
+            # One split for all rows costs less than a slice for each.
+            each_key, each_value = mx.split(keys, n), mx.split(values, n)
+            for part in self.apart:
+                [(segment, new, _)], [row] = part.stores, part.indices
+                self._pair(buffers, segment).write(new, each_key[row], each_value[row])
         buffers.written = self.name
         return True
+
+    def _apart(self) -> list[Part]:
+        stacked = {part.sequence for stack in self.stacks for part in stack.parts}
+        return [part for part in self.parts if part.sequence not in stacked]
 
     def _whole(self) -> Stack | None:
         stack = self.stacks[0] if self.stacks else None
@@ -266,8 +298,7 @@ class Step:
         [(target, new, rows)], [seen] = part.stores, part.cells
         if rows is not None or target != seen.segment:
             return None
-        level = self._levels.get(target)
-        return target, new, index_of(seen.start, seen.stop, level.height if level else None)
+        return target, new, (*new[:2], slice(seen.start, seen.start + seen.length))
 
     def history(self, layer: int, part: Part) -> tuple[mx.array, mx.array]:
         """Returns K and V (1, n_kv_heads, S, head_dim) that a part's queries see, by rising position."""
@@ -310,18 +341,19 @@ class Step:
 
     def get(self, layer: int) -> tuple[mx.array, mx.array, Mask]:
         """Returns the history of the batch: keys, values and mask, padded as the config says."""
-        self.check_put(layer)
+        self.written(layer)
         keys, values = concatenated([self.history(layer, part) for part in self.parts])
         padding = -keys.shape[2] % self._config.padding
         if padding:
             keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, padding), (0, 0)]) for array in (keys, values))
         return keys, values, self.once(Step._mask, padding)
 
-    def check_put(self, layer: int) -> None:
-        """Raises CacheError if the layer was not put in this step."""
+    def written(self, layer: int) -> Buffers:
+        """Returns the buffers of a layer. Raises CacheError if it was not put in this step."""
         buffers = self.store.layers.get(layer)
         if buffers is None or buffers.written != self.name:
             raise CacheError(f"layer {layer} has had no put in this batch")
+        return buffers
 
     def own_mask(self, part: Part) -> Mask:
         """Returns the mask of a part's queries over its history, both by rising position."""

@@ -19,7 +19,7 @@ from ..attend.sdpa import attend
 from ..attend.step import Step
 from ..batch import Batch, CacheConfig, CausalOptions
 from ..cells.edits import drop_tail, graft, remove_range
-from ..cells.placement import Placement, allocated_after, append_each, compact, place
+from ..cells.placement import Placement, allocated_after, append, compact, place
 from ..cells.spans import FOREVER, Sequence, clip, resumable
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
@@ -384,15 +384,19 @@ class StepPlan(CellsPlan):
     def again(self) -> bool:
         cache, step = self._cache, self._step
         # Every other change of the cache replaces `_step`.
-        if step is None or cache._step is not step or step.is_over or not (step.run or step.stacks):
+        if step is None or cache._step is not step or not step.can_move:
             return False
-        rows = {part.sequence: part.indices for part in step.parts}
-        placement = append_each(cache._table, rows, cache._rule, cache._rewind)
-        if placement is None:
+        # After a row has begun a segment, rows may be stacked that could not be before.
+        if self._placement.capacity and not (step.run or step.stacks):
             return False
+        appended = append(cache._table, step.rows, cache._rule, cache._rewind)
+        if appended is None:
+            return False
+        placement, reads = appended
         try:
-            cache._table.assign(placement.changes)
-            step.move(placement.placed)
+            # The last tokens were in the last cells of their segments, so nobody has those after them.
+            cache._table.assign(placement.changes, is_growth=True)
+            step.move(reads)
             self._placement = placement
             self.made += 1
         except BaseException:

@@ -78,10 +78,6 @@ class JointPlan(Plan):
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._plans = plans
 
-    @property
-    def made(self) -> int:  # type: ignore[override]
-        return sum(plan.made for plan in self._plans)
-
     def make(self) -> None:
         for plan in self._plans:
             plan.make()
@@ -111,13 +107,17 @@ class JointPlan(Plan):
             plan.finish()
 
     def again(self) -> bool:
-        before = [plan.made for plan in self._plans]
-        is_whole = False
+        if not self._plans:
+            return False
+        before = self.made
         try:
-            is_whole = bool(self._plans) and all(plan.again() for plan in self._plans)
+            for plan in self._plans:
+                if not plan.again():
+                    return False
+            self.made += 1
         finally:
-            if not is_whole:
-                for plan, made in zip(self._plans, before, strict=True):
-                    if plan.made != made:
+            if self.made == before:
+                for plan in self._plans:
+                    if plan.made != before:
                         plan.undo()
-        return is_whole
+        return True

@@ -93,11 +93,12 @@ def _border(store: Store, spans: Spans) -> int:
     if not spans:
         return 0
     segment, start, position, length = spans[-1]
-    pairs = [buffers.pairs.get(segment) for buffers in store.layers.values() if buffers.form.recent]
-    stop = start + length
-    return (
-        position - start + max((pair.border(start, stop) if pair else stop for pair in pairs), default=stop)
-    )
+    borders, end = [], start + length
+    for buffers in store.layers.values():
+        if buffers.form.recent:
+            pair = buffers.pairs.get(segment)
+            borders.append(pair.border(buffers.index(segment, start, end)) if pair else end)
+    return position - start + max(borders, default=end)
 
 
 def restore(

@@ -14,7 +14,7 @@ from ..errors import CacheFullError, NotSupportedError
 from .spans import Sequence, Span, Spans, clip, count, covers, join, laid_out, resumable, seen_from
 from .stacks import Row, Stack, stacks_of
 from .table import CellTable, Level
-from .visibility import Rule
+from .visibility import Causal, Rule
 
 STEP = 256
 """Segments grow by this number of cells, a compromise between copies and unused memory."""
@@ -103,11 +103,13 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         NotSupportedError: a token would see a position that is not stored.
         CacheFullError: there is no room for the cells to keep and those that the tokens see meanwhile.
     """
-    if len(rows) == 1:
-        [(sequence, own)] = rows.items()
-        appended = append(table, sequence, own, rule, rewind)
-        if appended is not None:
-            return appended
+    if len(rows) == 1 and (appended := append(table, rows, rule, rewind)):
+        (placement, [reads]), [(sequence, own)] = appended, rows.items()
+        if len(table.owners(reads[-1].segment)) == 1:
+            begin, end = table[sequence].end, table[sequence].end + len(own)
+            write = Span(reads[-1].segment, reads[-1].stop - len(own), begin, len(own))
+            placement.placed.append(Placed(sequence, own, begin, end, (write,), reads, False))
+            return placement
     blocks = [_block(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
     new = sum(count(block.new) for block in blocks)
     live = table.live_after({block.sequence: Sequence(block.begin, block.during) for block in blocks})
@@ -127,10 +129,15 @@ def _placement(
     table: CellTable, blocks: list[_Block], stacks: list[Stack], rule: Rule, spare: int
 ) -> Placement:
     placement, left = Placement(), {block.sequence: block for block in blocks}
+    groups: dict[int, tuple[int, ...]] = {block.sequence: (block.sequence,) for block in blocks}
     for stack in stacks:
         _place_stack(table, placement, stack, [left.pop(name) for name in stack.sequences], rule, spare)
+        groups |= {**dict.fromkeys(stack.sequences, ()), stack.sequences[0]: stack.sequences}
     for block in left.values():
         _place_block(table, placement, block, rule, spare)
+    # A stack stands where its first row is in the batch, so that most outputs need not be reordered.
+    own = {placed.sequence: placed for placed in placement.placed}
+    placement.placed = [own[name] for names in groups.values() for name in names]
     return placement
 
 
@@ -146,55 +153,55 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
 
 
 def append(
-    table: CellTable, sequence: int, rows: tuple[int, ...], rule: Rule, rewind: int
-) -> Placement | None:
-    """Plans the simplest case of `place`: a last span without other owners, and free cells after it.
-
-    Returns None in other cases. Decoding comes here for almost every token, so it does little.
-    """
-    old, n = table[sequence], len(rows)
-    begin, spans = old
-    if not spans:
-        return None
-    segment, start, position, length = spans[-1]
-    stop, end = start + length, begin + n
-    low = rule.lower(max(0, end - rewind))
-    if (
-        position + length != begin
-        or low > begin
-        or (rule.sinks and max(low, position) > 0)
-        or stop + n > table.capacity[segment]
-        or table.live + n > table.room
-        or len(table.owners(segment)) > 1
-        or (end > table.pack_after and segment not in table.packed)
-    ):
-        return None
-    if len(spans) == 1:
-        if position > max(0, rule.lower(begin)):
-            return None
-    elif low > 0 or not covers(spans, 0, begin) or any(span.segment == segment for span in spans[:-1]):
-        return None
-    run = (*spans[:-1], Span(segment, start, position, length + n))
-    writes = (Span(segment, stop, begin, n),)
-    placed = Placed(sequence, rows, begin, end, writes, seen_from(rule, run, begin), False)
-    return Placement([placed], {sequence: Sequence(end, clip(run, low))}, {sequence: old})
-
-
-def append_each(
     table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int
-) -> Placement | None:
-    """Plans the simplest case of `place` for each of several sequences. Returns None in other cases."""
-    if table.live + sum(map(len, rows.values())) > table.room:
-        return None
-    joint = Placement()
+) -> tuple[Placement, list[Spans]] | None:
+    """Plans the simplest case of `place`: each sequence goes on in the cells after its last ones.
+
+    The caller knows that no other sequence has these cells. Decoding comes here for almost every token, so it
+    calls and makes little.
+
+    Returns:
+        The plan without `placed`, and for each sequence the cells that its tokens see, the new ones last.
+        None in other cases.
+    """
+    placement, reads, sees_all, new = Placement(), [], isinstance(rule, Causal), 0
     for sequence, own in rows.items():
-        placement = append(table, sequence, own, rule, rewind)
-        if placement is None:
+        old = table.sequences.get(sequence)
+        if old is None or not old.spans:
             return None
-        joint.placed += placement.placed
-        joint.changes |= placement.changes
-        joint.undo |= placement.undo
-    return joint
+        begin, spans = old
+        segment, start, position, length = spans[-1]
+        end, after = begin + len(own), length + len(own)
+        # The first positions to keep, and to see.
+        low, first = (0, 0) if sees_all else (rule.lower(max(0, end - rewind)), rule.lower(begin))
+        if (
+            position + length != begin
+            or low > begin
+            or (rule.sinks and max(low, position) > 0)
+            or start + after > table.capacity[segment]
+            or (end > table.pack_after and segment not in table.packed)
+        ):
+            return None
+        if len(spans) == 1:
+            if position > max(0, first):
+                return None
+        else:
+            held = 0
+            for span in spans[:-1]:
+                if span.position != held or span.segment == segment:
+                    return None
+                held += span.length
+            if position != held or low > 0:
+                return None
+        run = (*spans[:-1], Span(segment, start, position, after))
+        if rule.sinks:
+            reads.append(seen_from(rule, run, begin))
+        else:
+            reads.append(run if first <= run[0].position else clip(run, first))
+        placement.changes[sequence] = Sequence(end, run if low <= run[0].position else clip(run, low))
+        placement.undo[sequence] = old
+        new += len(own)
+    return (placement, reads) if table.live + new <= table.room else None
 
 
 class _Block(NamedTuple):

@@ -59,17 +59,19 @@ def clip(spans: Spans, begin: int, end: int = FOREVER) -> Spans:
         if begin <= position and position + length <= end:
             return spans
     kept = []
-    for span in spans:
-        low, high = max(begin, span.position), min(end, span.end)
+    for segment, start, position, length in spans:
+        low, high = max(begin, position), min(end, position + length)
         if low < high:
-            kept.append(Span(span.segment, span.start + low - span.position, low, high - low))
+            kept.append(Span(segment, start + low - position, low, high - low))
     return tuple(kept)
 
 
 def seen_from(rule: Rule, spans: Spans, position: int) -> Spans:
     """Returns the part of the spans that tokens at `position` or later may see."""
     low = max(0, rule.lower(position))
-    return clip(spans, 0, min(rule.sinks, low)) + clip(spans, low) if low else spans
+    if not low:
+        return spans
+    return clip(spans, 0, min(rule.sinks, low)) + clip(spans, low) if rule.sinks else clip(spans, low)
 
 
 def covers(spans: Spans, begin: int, end: int) -> bool:

@@ -97,11 +97,15 @@ class CellTable:
             total += sum(high - low for low, high in held) - self._live.get(segment, 0)
         return total
 
-    def assign(self, changes: Changes) -> None:
-        """Applies all changes, or none if an exception interrupts. Their segments need a capacity."""
+    def assign(self, changes: Changes, is_growth: bool = False) -> None:
+        """Applies all changes, or none if an exception interrupts. Their segments need a capacity.
+
+        Args:
+            is_growth: the new cells follow those of their sequences, and no other sequence has them.
+        """
         before = {sequence: self.sequences.get(sequence) for sequence in changes}
         try:
-            if not self._extend(changes):
+            if not self._extend(changes, is_growth):
                 self._replace(changes)
         except BaseException:
             self.restore(before)
@@ -131,25 +135,29 @@ class CellTable:
         for segment in self._owners:
             self._recount(segment)
 
-    def _extend(self, changes: Changes) -> bool:
+    def _extend(self, changes: Changes, is_growth: bool) -> bool:
         """Applies the change of decoded tokens, without a recount: sequences grow in segments of their own.
+
+        In segments that others share it needs `is_growth`, and all cells of before must stay.
 
         Returns False, and does nothing, in other cases.
         """
         grown = []
         for sequence, new in changes.items():
-            old = self[sequence].spans
+            old = self.sequences.get(sequence, EMPTY).spans
             if new is None or not old or len(old) != len(new.spans):
                 return False
             last, now = old[-1], new.spans[-1]
-            if (
-                last.segment != now.segment
-                or len(self._owners[now.segment]) > 1
-                or old[:-1] != new.spans[:-1]
-            ):
+            if last.segment != now.segment:
                 return False
-            if len(old) > 1 and (last.start != now.start or any(s.segment == now.segment for s in old[:-1])):
+            if len(self._owners[now.segment]) > 1 and not (is_growth and last.start == now.start):
                 return False
+            if len(old) > 1:
+                if last.start != now.start or old[:-1] != new.spans[:-1]:
+                    return False
+                for span in old[:-1]:
+                    if span.segment == now.segment:
+                        return False
             grown.append((now.segment, now.length - last.length))
         self.sequences.update(changes)  # type: ignore[arg-type]
         for segment, more in grown:

@@ -118,16 +118,13 @@ class Ranks:
         self.group = group
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
+        self.is_alone = self.size == 1
         self._votes = 0
         self._named = 0
         self._sections: list[_Section] = []
         self._fed: tuple[mx.array, Sequence[int]] | None = None
         self._stream: mx.Stream | None = None
         self._output: Callable[[], mx.array | None] = lambda: None
-
-    @property
-    def is_alone(self) -> bool:
-        return self.size == 1
 
     def new_name(self) -> str:
         """Return a name that is the same on all ranks: it counts the votes so far and the names since."""

@@ -109,7 +109,9 @@ class Form(NamedTuple):
         if size < capacity:
             stored.append(self.zeros(capacity - size, is_packed))
         keys, values = zip(*stored, strict=True)
-        return Pair(self, joined(keys), joined(values), self.recent_of(parts, size) if is_packed else None)
+        return Pair(
+            self, joined(keys), joined(values), Track(self.recent_of(parts, size)) if is_packed else None
+        )
 
     def recent_of(self, parts: Sequence[Lanes], end: int) -> Recent:
         """Returns the last of these cells, as far as they are in float; `end` is the cell after them."""
@@ -193,6 +195,33 @@ class Recent(NamedTuple):
         return Recent(found.end, floats)
 
 
+class Track(NamedTuple):
+    """The newest cells in float, and those before the last write, which may be taken back."""
+
+    now: Recent = Recent()
+    before: Recent = Recent()
+
+    def then(self, start: int, keys: mx.array, values: mx.array, size: int) -> Track:
+        """Returns the track after a write to the cells from `start` on; `size` older ones are kept."""
+        found = self.now
+        if start != found.end:
+            if start == self.before.end:
+                found = self.before
+            else:
+                found = found.newest(size, start) if found.begin < start < found.end else Recent(start)
+        # The tokens of a forward see each other in float, so all of them stay until it is over.
+        found = found.newest(size)
+        return Track(found.then(keys, values), found)
+
+    def forgotten(self, size: int) -> Track:
+        """Returns the track with `size` cells at most."""
+        if self.now.length <= size:
+            return self
+        end, floats = self.now.newest(size)
+        # A view would keep the whole array in memory.
+        return self._replace(now=Recent(end, floats and (floats[0] + 0, floats[1] + 0)))
+
+
 class Pair:
     """Keys and values of one segment in one layer, or of a stack of segments, whose levels come first.
 
@@ -200,18 +229,18 @@ class Pair:
     changes the array objects. A pair therefore has array objects of its own.
     """
 
-    __slots__ = ("_before", "capacity", "form", "is_packed", "keys", "recent", "values")
+    __slots__ = ("alone", "capacity", "form", "is_packed", "keys", "recent", "values")
 
-    def __init__(self, form: Form, keys: Lane, values: Lane, recent: Recent | None = None) -> None:
+    def __init__(self, form: Form, keys: Lane, values: Lane, recent: Track | None = None) -> None:
         self.form = form
         self.keys = keys.like(map(alias, keys.arrays))
         self.values = values.like(map(alias, values.arrays))
         self.capacity = keys.arrays[0].shape[2]
         self.is_packed = isinstance(keys, Packed) or isinstance(values, Packed)
-        self.recent = recent or Recent()
-        """Always empty unless the form has `recent` and the pair is packed."""
-        self._before = self.recent
-        """What `recent` was before the last write, which may be taken back."""
+        self.recent = recent or Track()
+        """Cells of all levels. Empty unless the pair is packed and its form has `recent`."""
+        self.alone: dict[int, Track] = {}
+        """Those of levels that were written last without the others."""
 
     def copy(self, cells: int = 0) -> Pair:
         """Returns a pair of the same contents, which writes to this one do not change.
@@ -221,14 +250,16 @@ class Pair:
         keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
         values = self.values.like(grown(array, cells) for array in self.values.arrays)
         pair = Pair(self.form, keys, values, self.recent)
-        pair._before = self._before
+        pair.alone |= self.alone
         return pair
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         """All arrays."""
         if self.is_packed:
-            return *self.keys.arrays, *self.values.arrays, *(self.recent.floats or ())
+            tracks = (self.recent, *self.alone.values())
+            floats = [array for track in tracks for array in track.now.floats or ()]
+            return *self.keys.arrays, *self.values.arrays, *floats
         return self.keys[0], self.values[0]
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
@@ -242,28 +273,33 @@ class Pair:
             self.keys[0][index], self.values[0][index] = keys, values
 
     def _remember(self, index: Index, keys: mx.array, values: mx.array) -> None:
-        start, (height, *_) = index[2].start, self.keys.arrays[0].shape
-        old, size = self.recent, self.form.recent
-        if keys.shape[0] < height:
-            if index[2].stop > old.end:
-                old = old.newest(size)
-            self.recent = self._before = old.with_levels(index, keys, values, height)
+        size, height = self.form.recent, self.keys.arrays[0].shape[0]
+        levels, _, cells = index
+        if keys.shape[0] == height:
+            self.recent = self.recent.then(cells.start, keys, values, size)
+            self.alone.clear()
             return
-        if start != old.end:
-            if start == self._before.end:
-                old = self._before
-            else:
-                old = old.newest(size, start) if old.begin < start < old.end else Recent(start)
-        self._before = old.newest(size)
-        # The tokens of this forward see each other in float, so all of them stay until it is over.
-        self.recent = self._before.then(keys, values)
+        if keys.shape[0] == 1:
+            own = self.alone.get(levels.start) or Track(self._of_level(levels, cells.start))
+            self.alone[levels.start] = own.then(cells.start, keys, values, size)
+        else:
+            for level in range(levels.start, levels.stop):
+                self.alone.pop(level, None)
+        old = self.recent.now
+        new = (old.newest(size) if cells.stop > old.end else old).with_levels(index, keys, values, height)
+        self.recent = Track(new, new)
+
+    def _of_level(self, level: slice, end: int) -> Recent:
+        """The cells before `end` of one level, as far as they are in float."""
+        now = self.recent.now
+        if not now.begin < end <= now.end:
+            return Recent(end)
+        return Recent(end, now.at((level, slice(None), slice(now.begin, end))))
 
     def forget(self) -> None:
         """Drops the cells in float that the next forward does not see."""
-        if self.recent.length > self.form.recent:
-            end, floats = self.recent.newest(self.form.recent)
-            # A view would keep the whole array in memory.
-            self.recent = Recent(end, floats and (floats[0] + 0, floats[1] + 0))
+        self.recent = self.recent.forgotten(self.form.recent)
+        self.alone = {level: track.forgotten(self.form.recent) for level, track in self.alone.items()}
 
     def assign(self, index: Index, lanes: Lanes) -> None:
         """Writes cells that are stored as these are."""
@@ -295,21 +331,30 @@ class Pair:
     def newest(self, index: Index) -> list[Lanes]:
         """Returns views of some cells, those in float that are held in float, too."""
         levels, heads, cells = index
-        border = self.border(cells.start, cells.stop)
+        border = self.border(index)
         found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
         if border < cells.stop:
-            keys, values = self.recent.at((levels, heads, slice(border, cells.stop)))
+            own = self._held(index)
+            every = slice(None) if own is not self.recent.now else levels
+            keys, values = own.at((every, heads, slice(border, cells.stop)))
             found.append((Plain(keys), Plain(values)))
         return found
 
-    def border(self, start: int, stop: int) -> int:
-        """Returns the first of the cells [start, stop) that `newest` returns in float, or `stop`."""
-        begin = max(start, self.recent.begin)
-        return begin if begin < stop <= self.recent.end else stop
+    def border(self, index: Index) -> int:
+        """Returns the first of some cells that `newest` returns in float, or the one after them."""
+        start, stop, own = index[2].start, index[2].stop, self._held(index)
+        begin: int = max(start, own.begin)
+        return begin if begin < stop <= own.end else stop
+
+    def _held(self, index: Index) -> Recent:
+        """The newest cells in float of these levels."""
+        level = index[0].start
+        is_alone = level in self.alone and index[0].stop == level + 1
+        return self.alone[level].now if is_alone else self.recent.now
 
     def read_newest(self, index: Index) -> tuple[mx.array, mx.array]:
         """As `read`, with those cells unrounded that are held in float, too."""
-        if not self.recent.floats:
+        if not self.form.recent:
             return self.read(index)
         return concatenated([self.form.decoded(lanes) for lanes in self.newest(index)])
 
@@ -374,10 +419,10 @@ class Buffers:
     def nbytes(self, spans: Spans, packed: Container[int]) -> int:
         """Returns the bytes of the cells of a sequence, of which some segments are packed."""
         total = sum(span.length * self.form.cell_bytes(span.segment in packed) for span in spans)
-        pair = self.pairs.get(spans[-1].segment) if spans else None
-        if pair and pair.recent.floats:
-            stop = spans[-1].stop
-            total += (stop - pair.border(spans[-1].start, stop)) * self.form.cell_bytes(False)
+        if self.form.recent and spans and spans[-1].segment in self.pairs:
+            segment, start, _, length = spans[-1]
+            border = self.pairs[segment].border(self.index(segment, start, start + length))
+            total += (start + length - border) * self.form.cell_bytes(False)
         return total
 
     def read_newest(self, spans: Spans) -> list[tuple[mx.array, mx.array]]:
@@ -495,7 +540,7 @@ class Store:
                     pairs[segment].write(index_of(cell, cell + keys.shape[2]), keys, values)
                     pairs[segment].forget()
             for segment, levels in recent.items():
-                pairs[segment].recent = stacked(levels)
+                pairs[segment].recent = Track(stacked(levels))
         return staged
 
     def adopt(self, staged: Staged) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from random import Random
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_kvcache import Batch, CausalCache, Quantization, SlidingWindowCache, attention, rope_shift
@@ -35,7 +36,9 @@ class Texts:
 
     def forward(self, sizes: Mapping[int, int]) -> dict[int, int]:
         """Adds tokens to sequences. Returns how many of the newest tokens of each are read unrounded."""
-        positions, names, new = [], [], []
+        positions: list[int] = []
+        names: list[int] = []
+        new = []
         for name, size in sizes.items():
             end = self.cache.end(name)
             positions += range(end, end + size)
@@ -62,7 +65,7 @@ class Texts:
 
     def unrounded(self, own: mx.array, keys: mx.array, values: mx.array) -> int:
         """How many of the newest keys and values are as they were put; the others are rounded."""
-        same = (keys == own).all(axis=(0, 1, 3)).tolist()
+        same = np.array((keys == own).all(axis=(0, 1, 3))).tolist()
         n = next((n for n, is_same in enumerate(reversed(same)) if not is_same), len(same))
         stop = own.shape[2] - n
         assert mx.array_equal(keys, values)
@@ -116,7 +119,8 @@ def test_rows_that_decode_together_keep_theirs() -> None:
         assert texts.forward({0: 1, 1: 1, 2: 1}) == dict.fromkeys((0, 1, 2), RECENT + 1)
     for _ in range(3):
         assert texts.forward({0: 1, 1: 1}) == dict.fromkeys((0, 1), RECENT + 1)
-    assert texts.forward({2: 1})[2] == RECENT - 3 + 1
+    assert [texts.forward({2: 1})[2] for _ in range(3)] == [RECENT - 1, RECENT, RECENT + 1]
+    assert texts.forward({2: 4})[2] == RECENT + 4
     texts.cache.remove(1, 0)
     for _ in range(RECENT):
         texts.forward({0: 1, 2: 1})
@@ -170,5 +174,5 @@ def test_every_key_is_as_it_was_put_or_rounded(seed: int) -> None:
             chosen = random.sample(names, random.randint(1, len(names)))
             for _ in range(random.choice([1, 1, 4])):
                 found = texts.forward(dict.fromkeys(chosen, 1))
-                assert all(found.values())
+                assert all(1 <= n <= RECENT + 1 for n in found.values())
         texts.cache.check()

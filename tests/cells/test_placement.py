@@ -274,5 +274,5 @@ def test_sinks_that_are_not_held() -> None:
     table.assign({0: Sequence(9, (Span(1, 0, 5, 4),))})
     with pytest.raises(NotSupportedError, match="sequence 0 cannot continue at position 9"):
         place(table, {0: (0,)}, Window(4, 2), 1)
-    assert append(table, 0, (0,), Window(4, 2), 9) is None
-    assert append(table, 0, (0,), Window(4), 1) is not None
+    assert append(table, {0: (0,)}, Window(4, 2), 9) is None
+    assert append(table, {0: (0,)}, Window(4), 1) is not None

@@ -98,9 +98,7 @@ def test_rows_on_several_prefixes_are_one_stack() -> None:
     placement = decoded(table, 3, 4, 5, 6, 7)
     assert [count(move.pieces) for move in placement.moves] == [3, 4, 5, 6, 7]
     assert table.live == before + 7 + 5, "of the prefixes nothing is copied"
-    [stack] = stacks_of(
-        placement.placed, [Part(own, 5, table.levels) for own in placement.placed], table.levels, 5
-    )
+    [stack] = stacks_of([Part(own, 5, table.levels) for own in placement.placed], table.levels, 5)
     assert stack.prefix == () and stack.others == [(3, table[0].spans), (2, table[1].spans)]
     assert stack.order == (0, 2, 4, 1, 3)
     assert not decoded(table, 3, 4, 5, 6, 7).moves

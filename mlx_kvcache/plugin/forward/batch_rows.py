@@ -91,7 +91,7 @@ class Rows(Caller):
         self.pool = pool
         self.conversations = list(conversations)
         self.is_batch = is_batch
-        self.padding = Padding(len(self.conversations))
+        self.padding = Padding([0] * len(self.conversations))
         self.forward: Forward | None = None
         # The next forward of as many tokens repeats it, which costs little.
         self._last: Forward | None = None
@@ -199,10 +199,9 @@ class Rows(Caller):
         last, self._last = self._last, None
         if last is None or last.n != n or last.pool is not self.pool or self.padding.is_announced:
             return False
-        if last.conversations is not self.conversations:
+        # `again` refuses once a conversation was closed and released, so none is asked whether it is open.
+        if last.conversations is not self.conversations or not self.pool.goes_on(self):
             return False
-        self.check_open()
-        self.pool.take_turn(self)
         for conversation, begin in zip(self.conversations, last.begins, strict=True):
             capacity = conversation.limits.capacity
             if conversation.waiting or (capacity is not None and begin + 2 * n > capacity):
@@ -264,8 +263,9 @@ class Rows(Caller):
         assert forward is not None
         forward.finish()
         self.written_last = forward.written
-        padding = self.padding.passed(forward.columns)
-        self.forward, self.padding, self.is_called, self.offsets = None, padding, False, None
+        if self.padding.is_announced:
+            self.padding = self.padding.passed(forward.columns)
+        self.forward, self.is_called, self.offsets = None, False, None
         # Others would only keep arrays of their states and inputs in memory.
         self._last = forward if forward.is_repeatable else None
         logits = found_logits(output) if forward.n == 1 else None
@@ -316,13 +316,14 @@ class Rows(Caller):
 
     def _find_offsets(self) -> tuple[Any, Any]:
         """The offsets before the forward under way, and after it."""
+        forward = self.forward
+        positions, n = (forward.begins, forward.n) if forward else (self.positions, 0)
         offsets = [
             position + conversation.head.lead - left
             for position, conversation, left in zip(
-                self.positions, self.conversations, self.padding.left, strict=True
+                positions, self.conversations, self.padding.left, strict=True
             )
         ]
-        n = self.forward.n if self.forward else 0
         if not self.is_batch:
             return offsets[0], offsets[0] + n
         before = mx.array(offsets, mx.int32)
@@ -555,11 +556,14 @@ class Rows(Caller):
     def _length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """The number of columns of the model's input. Raises ValueError if rows or layers do not match."""
         given, layers = (*args, *kwargs.values()), len(self.pool.layout.entries)
-        entries = next((len(value) for value in given if is_cache(value)), layers)
-        if entries < layers:
-            raise ValueError(
-                f"the model is called with {entries} of the {layers} layers of its cache: pass all of them"
-            )
+        for value in given:
+            if not isinstance(value, mx.array) and is_cache(value):
+                if len(value) < layers:
+                    raise ValueError(
+                        f"the model is called with {len(value)} of the {layers} layers of its cache: pass "
+                        "all of them"
+                    )
+                break
         for value in given:
             if isinstance(value, mx.array) and value.ndim >= 2 and value.shape[1]:
                 if value.shape[0] != self._input_rows:

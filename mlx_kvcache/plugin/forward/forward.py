@@ -41,17 +41,20 @@ class Padding:
     """The announced padding of each row: columns on the left, then tokens, then padding until `finalized`.
 
     Immutable: every method returns another object.
+
+    Attributes:
+        left: for each row, the columns of padding that come first.
+        lengths: for each row, the tokens that follow, if that is announced.
+        is_announced: whether any padding is still to come.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.left = [0] * rows
-        self.lengths: list[int] | None = None
-        self._right: list[int] | None = None
-
-    @property
-    def is_announced(self) -> bool:
-        """Whether any padding is still to come."""
-        return any(self.left) or self.lengths is not None or self._right is not None
+    def __init__(
+        self, left: list[int], lengths: list[int] | None = None, right: list[int] | None = None
+    ) -> None:
+        self.left = left
+        self.lengths = lengths
+        self._right = right
+        self.is_announced = any(left) or lengths is not None or right is not None
 
     def prepared(
         self, left: Sequence[int] | None, lengths: Sequence[int] | None, right: Sequence[int] | None
@@ -72,20 +75,18 @@ class Padding:
                     f"{name} must be {len(self.left)} numbers of 0 or more, one for each row, "
                     f"got {list(numbers)}"
                 )
-        other = self._copy()
+        new_left, new_lengths, new_right = self.left, self.lengths, self._right
         if left is not None:
-            other.left = [old + new for old, new in zip(self.left, left, strict=True)]
+            new_left = [old + new for old, new in zip(self.left, left, strict=True)]
         if lengths is not None:
-            other.lengths = list(lengths)
+            new_lengths = list(lengths)
         elif right is not None:
-            other._right = list(right)
-        return other
+            new_right = list(right)
+        return Padding(new_left, new_lengths, new_right)
 
     def finalized(self) -> Padding:
         """End the padding on the right."""
-        other = Padding(0)
-        other.left = self.left
-        return other
+        return Padding(self.left)
 
     def columns(self, n: int) -> list[Columns]:
         """For each row, the range of the next n columns that are tokens."""
@@ -102,33 +103,24 @@ class Padding:
 
     def passed(self, columns: Sequence[Columns]) -> Padding:
         """The padding that is left after a forward of these columns."""
-        if not self.is_announced:
-            return self
-        other = self._copy()
-        other.left = [left - first for left, (first, _) in zip(self.left, columns, strict=True)]
-        tokens = [stop - first for first, stop in columns]
-        if self.lengths is not None:
-            other.lengths = [rest - done for rest, done in zip(self.lengths, tokens, strict=True)]
+        left = [left - first for left, (first, _) in zip(self.left, columns, strict=True)]
+        lengths, tokens = self.lengths, [stop - first for first, stop in columns]
+        if lengths is not None:
+            lengths = [rest - done for rest, done in zip(lengths, tokens, strict=True)]
         elif self._right is not None:
-            other.lengths = [0] * len(tokens)
-        return other
-
-    def _copy(self) -> Padding:
-        return self.filtered(range(len(self.left)))
+            lengths = [0] * len(tokens)
+        return Padding(left, lengths, self._right)
 
     def filtered(self, keep: Sequence[int]) -> Padding:
         """The padding of some of the rows."""
-        chosen = Padding(0)
-        chosen.left = [self.left[row] for row in keep]
-        chosen.lengths = None if self.lengths is None else [self.lengths[row] for row in keep]
-        chosen._right = None if self._right is None else [self._right[row] for row in keep]
-        return chosen
+        left = [self.left[row] for row in keep]
+        lengths = None if self.lengths is None else [self.lengths[row] for row in keep]
+        right = None if self._right is None else [self._right[row] for row in keep]
+        return Padding(left, lengths, right)
 
     def extended(self, other: Padding) -> Padding:
         """Append another's rows. Padding on the right must be announced again afterwards."""
-        joined = Padding(0)
-        joined.left = self.left + other.left
-        return joined
+        return Padding(self.left + other.left)
 
 
 History = tuple[mx.array, mx.array]
@@ -240,15 +232,20 @@ class Forward:
             history = step.exchange(index, keys, values, not self.is_ragged)
             if history is not None:
                 return history
-        elif not (self._is_decoding and step.put_whole(index, keys, values)):
+        elif not (self._is_decoding and step.put_rows(index, keys, values)):
             step.put(index, self._tokens(keys), self._tokens(values))
-        return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
+        if not self.is_ragged:
+            return self._arrays(step, leaf)
+        handle = Ragged(self, leaf)
+        return handle, handle
 
     def history(self, leaf: Leaf) -> Any:
         """The history that `update` returned."""
         step = self.step(leaf)
-        step.check_put(leaf.index)
-        return self._handles(leaf) if self.is_ragged else self._arrays(step, leaf)
+        step.written(leaf.index)
+        if not self.is_ragged:
+            return self._arrays(step, leaf)
+        return Ragged(self, leaf), Ragged(self, leaf)
 
     def mask(self, leaf: Leaf, return_array: bool, window_size: int | None) -> Any:
         """The mask of the n columns for a leaf's history: None, "causal", an array or a handle."""
@@ -289,9 +286,11 @@ class Forward:
             )
         if self.is_single and self.n == 1 and step.run and sinks is None:
             return attend_run(step, leaf.index, queries, scale)
-        if self._is_decoding and step.whole:
-            step.check_put(leaf.index)
-            return attend_stack(step, leaf.index, 0, queries, scale, sinks)
+        if self._is_decoding:
+            if step.whole:
+                return attend_stack(step, leaf.index, 0, queries, scale, sinks)
+            given = Attending(queries.swapaxes(0, 2), None, None, scale, sinks)
+            return attend(step, leaf.index, given).swapaxes(0, 2)
         given = Attending(self._tokens(queries), None, None, scale, sinks)
         return self._rows(attend(step, leaf.index, given))
 
@@ -383,7 +382,10 @@ class Forward:
 
     def arrays(self) -> list[mx.array]:
         """The arrays that this forward wrote: buffers, recurrent states and their inputs."""
-        written = [array for step in self._steps if isinstance(step, Step) for array in step.arrays]
+        written: list[mx.array] = []
+        for step in self._steps:
+            if isinstance(step, Step):
+                written += step.arrays
         if self._states:
             for conversation in self.conversations:
                 written += self.pool.recurrent.written(conversation.sequence)
@@ -399,10 +401,6 @@ class Forward:
                 "another prompt cache of the same pool has been used in the middle of a forward; run it again"
             )
         return step
-
-    def _handles(self, leaf: Leaf) -> tuple[Ragged, Ragged]:
-        handle = Ragged(self, leaf)
-        return handle, handle
 
     def _batch(self) -> Batch | None:
         """The tokens of the forward, or None if all columns are padding."""
@@ -421,7 +419,7 @@ class Forward:
         """Drop padding: an array (B, heads, n, dim) of the model as (1, heads, tokens, dim)."""
         if self.is_single:
             return array
-        if self.is_by_token:
+        if self.is_by_token or self._is_decoding:
             return array.swapaxes(0, 2)
         if self._is_full:
             rows, heads, n, dim = array.shape

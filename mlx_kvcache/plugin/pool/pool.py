@@ -323,6 +323,13 @@ class Pool:
         self._note_thread()
         self._sweep()
 
+    def goes_on(self, user: User) -> bool:
+        """Whether `user` took the last turn and nothing waits for release: then it need not take another."""
+        if self._dropped or self._user is None or self._user() is not user:
+            return False
+        self._note_thread()
+        return True
+
     def _note_thread(self) -> None:
         """Detect a second live thread that uses the pool."""
         current, last = threading.current_thread(), self._thread and self._thread()
@@ -352,7 +359,8 @@ class Pool:
 
     def plan_forward(self, batch: Batch | None) -> Plan:
         """Plan to add a batch's tokens to all caches. Raises the errors of `start_forward`."""
-        return JointPlan([cache._plan_forward(batch) for cache in self.caches] if batch else [])
+        plans = [cache._plan_forward(batch) for cache in self.caches] if batch else []
+        return plans[0] if len(plans) == 1 else JointPlan(plans)
 
     def wants_handles(self, sequence: int) -> bool:
         """Whether handles avoid a copy: the sequence is quantized or stored in several spans."""

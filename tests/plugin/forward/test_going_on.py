@@ -142,3 +142,21 @@ def test_layers_driven_by_hand(went_on: list[bool]) -> None:
         assert keys[0, 0, :, 0].tolist() == list(range(position + 1))
         assert values[0, 0, :, 0].tolist() == [-p for p in range(position + 1)]
     assert sum(went_on) >= 17
+
+
+def test_rows_whose_windows_leave_a_prefix_that_they_share(went_on: list[bool]) -> None:
+    model, rng = tiny_llama(), random.Random(0)
+    model.make_cache = lambda: [RotatingKVCache(290) for _ in model.layers]
+    chats = [Chat(make_prompt_cache(model), [])]
+    chats[0].feed(model, [rng.randrange(97) for _ in range(280)])
+    chats.append(Chat(chats[0].cache.fork(), chats[0].text))
+    for chat in chats:
+        chat.feed(model, [rng.randrange(97) for _ in range(2)])
+    layers = [own[0].merge(own) for own in zip(*(chat.cache for chat in chats), strict=True)]
+    texts = [chat.text for chat in chats]
+    for _ in range(16):
+        texts = [[*text, rng.randrange(97)] for text in texts]
+        found = model(mx.array([text[-1:] for text in texts]), cache=layers)
+    for row, text in enumerate(texts):
+        assert difference(found[row, -1], logits_of(model, make_theirs(model), text)[-1]) <= 1e-4
+    assert sum(went_on) > 12
