@@ -20,22 +20,24 @@ def scores_of(rows: mx.array, pieces: Sequence[Lanes], scale: float = 1.0) -> mx
 
     They are (1, heads, m, S).
     """
-    parts = [keys.scores(rows, scale) for keys, _ in pieces]
-    return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if len(pieces) == 1:
+        return pieces[0][0].scores(rows, scale)
+    return mx.concatenate([keys.scores(rows, scale) for keys, _ in pieces], axis=-1)
 
 
 def weighted_sum(weights: mx.array, pieces: Sequence[Lanes], others: Sequence[mx.array] = ()) -> mx.array:
     """Returns the sums of all values by weights (1, heads, m, S), plus others, (1, heads, m, value_dim)."""
-    borders = list(accumulate(keys.arrays[0].shape[2] for keys, _ in pieces))
-    shares = mx.split(weights, borders[:-1], axis=-1) if len(pieces) > 1 else [weights]
-    *before, last = (values for _, values in pieces)
-    sums = [*others, *(values.weighted(share) for values, share in zip(before, shares[:-1], strict=True))]
+    [*before, (_, last)], sums = pieces, list(others)
+    if before:
+        borders = list(accumulate(keys.arrays[0].shape[2] for keys, _ in before))
+        *shares, weights = mx.split(weights, borders, axis=-1)
+        sums += [values.weighted(share) for (_, values), share in zip(before, shares, strict=True)]
     if not sums:
         return last.weighted(weights)
     if isinstance(last, Plain) and len(sums) <= 2:
         # One primitive, which adds in float32.
-        return mx.addmm(sum(sums[1:], start=sums[0]), shares[-1], last.array)
-    sums.append(last.weighted(shares[-1]))
+        return mx.addmm(sum(sums[1:], start=sums[0]), weights, last.array)
+    sums.append(last.weighted(weights))
     # Add in float32, so that rounding does not grow with the number of pieces.
     first, *rest = (part.astype(mx.float32) for part in sums)
     return sum(rest, start=first)

@@ -209,9 +209,16 @@ class Track(NamedTuple):
                 found = self.before
             else:
                 found = found.newest(size, start) if found.begin < start < found.end else Recent(start)
+        end, floats = found
+        if floats is None:
+            return Track(Recent(end + keys.shape[2], (keys, values)), found)
+        # Decoding comes here for every layer and token, so this is `newest` and `then` in one.
+        old_keys, old_values = floats
+        if old_keys.shape[2] > size:
+            old_keys, old_values = old_keys[:, :, -size:], old_values[:, :, -size:]
+        floats = mx.concatenate([old_keys, keys], axis=2), mx.concatenate([old_values, values], axis=2)
         # The tokens of a forward see each other in float, so all of them stay until it is over.
-        found = found.newest(size)
-        return Track(found.then(keys, values), found)
+        return Track(Recent(end + keys.shape[2], floats), Recent(end, (old_keys, old_values)))
 
     def forgotten(self, size: int) -> Track:
         """Returns the track with `size` cells at most."""
@@ -257,8 +264,9 @@ class Pair:
     def arrays(self) -> tuple[mx.array, ...]:
         """All arrays."""
         if self.is_packed:
-            tracks = (self.recent, *self.alone.values())
-            floats = [array for track in tracks for array in track.now.floats or ()]
+            floats: tuple[mx.array, ...] = self.recent.now.floats or ()
+            for track in self.alone.values():
+                floats += track.now.floats or ()
             return *self.keys.arrays, *self.values.arrays, *floats
         return self.keys[0], self.values[0]
 
@@ -330,6 +338,8 @@ class Pair:
 
     def newest(self, index: Index) -> list[Lanes]:
         """Returns views of some cells, those in float that are held in float, too."""
+        if not self.form.recent:
+            return [self.lanes(index)]
         levels, heads, cells = index
         border = self.border(index)
         found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
@@ -342,15 +352,16 @@ class Pair:
 
     def border(self, index: Index) -> int:
         """Returns the first of some cells that `newest` returns in float, or the one after them."""
-        start, stop, own = index[2].start, index[2].stop, self._held(index)
-        begin: int = max(start, own.begin)
-        return begin if begin < stop <= own.end else stop
+        start, stop, (end, floats) = index[2].start, index[2].stop, self._held(index)
+        begin: int = max(start, end - floats[0].shape[2]) if floats else end
+        return begin if begin < stop <= end else stop
 
     def _held(self, index: Index) -> Recent:
         """The newest cells in float of these levels."""
         level = index[0].start
-        is_alone = level in self.alone and index[0].stop == level + 1
-        return self.alone[level].now if is_alone else self.recent.now
+        if level in self.alone and index[0].stop == level + 1:
+            return self.alone[level].now
+        return self.recent.now
 
     def read_newest(self, index: Index) -> tuple[mx.array, mx.array]:
         """As `read`, with those cells unrounded that are held in float, too."""

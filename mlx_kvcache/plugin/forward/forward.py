@@ -347,7 +347,7 @@ class Forward:
 
     def finish(self) -> None:
         """Store the new states of the recurrences, and drop what only this forward needs."""
-        for step in self._steps:
+        for step in self._steps if self.n > 1 else ():
             if isinstance(step, Step):
                 step.forget()
         if not self._states:

@@ -32,7 +32,9 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
     assert worst[worst.size // 2] <= 0.02
 
 
-@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"kv_bits": (8, 4), "quantize_after": 9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"kv_bits": 8}, {"kv_bits": (8, 4), "kv_recent": 0, "quantize_after": 9}], ids=str
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_block_sees_its_own_tokens_as_smaller_blocks_see_them(name: str, options: dict[str, Any]) -> None:
     """Blocks longer than a window with what can be dropped, of which not all tokens are stored."""
