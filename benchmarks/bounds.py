@@ -74,6 +74,8 @@ COUNTS = {
     "graph.hybrid": Bound(0.98, 0.98),
     "graph.fork": Bound(1.0, 1.0),
     "graph.packed": aim(1.39, 1.0),
+    "graph.packed.half": Bound(1.0, 1.0),
+    "graph.packed.half.4": aim(1.31, 1.12),
     "graph.batch.2": Bound(0.93, 0.93),
     "graph.batch.8": Bound(0.93, 0.93),
     "graph.batch.32": Bound(0.93, 0.93),

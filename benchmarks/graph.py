@@ -155,13 +155,15 @@ def _one_row(keeps: Any = None, length: int = 512) -> Case:
     return _filled(f"one row after {length:,}", model, theirs, "KVCache", length)
 
 
-def packed_row(bits: int = 8, **options: Any) -> Case:
+def packed_row(bits: int = 8, dtype: mx.Dtype = mx.float32, **options: Any) -> Case:
     model, theirs = _llama(), [QuantizedKVCache(64, bits) for _ in range(LAYERS)]
+    model.set_dtype(dtype)
     text = mx.ones((1, 256), mx.int32)
     ours = make_prompt_cache(model, kv_bits=bits, **options)
     for cache in (ours, theirs):
         read(model, cache, text, 256)
-    return Case(f"one row in {bits} bits", model, ours, theirs, "QuantizedKVCache")
+    of = "" if dtype == mx.float32 else " of bfloat16"
+    return Case(f"one row in {bits} bits{of}", model, ours, theirs, "QuantizedKVCache")
 
 
 def _window() -> Case:
@@ -267,6 +269,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "fork": _fork,
     "packed": packed_row,
     "packed.4": lambda: packed_row(4),
+    "packed.half": lambda: packed_row(8, mx.bfloat16),
+    "packed.half.4": lambda: packed_row(4, mx.bfloat16),
     "batch.2": _batch("2 rows of 64", [64] * 2),
     "batch.8": _batch("8 rows of 64", [64] * 8),
     "batch.32": _batch("32 rows of 64", [64] * 32),

@@ -120,15 +120,16 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     axis = figure.subplots()
     axis.axhline(0, color="0.7", linewidth=1)
     for name, share in formats(rows):
-        more, plain = (loss(rows, "topics", end) for end in (name, f"{name}.plain"))
+        more, rounded = (loss(rows, "topics", end) for end in (name, f"{name}.rounded"))
         if more is None:
             continue
         is_off, alike = more > LARGEST_LOSS, " and " not in name
         height, color = min(more, LARGEST_LOSS), "C0" if alike else "C1"
-        if plain is not None:
-            # What the transform gains.
-            axis.plot([share, share], [height, min(plain, LARGEST_LOSS)], color=color, linewidth=1, alpha=0.5)
-            axis.scatter(share, min(plain, LARGEST_LOSS), color=color, marker="_")
+        if rounded is not None:
+            # What the newest tokens in float gain.
+            top = min(rounded, LARGEST_LOSS)
+            axis.plot([share, share], [height, top], color=color, linewidth=1, alpha=0.5)
+            axis.scatter(share, top, color=color, marker="_")
         axis.scatter(share, height, color=color, marker="^" if is_off else "o")
         axis.annotate(
             f"{name} ({more:+.0f}%)" if is_off else name,
@@ -142,7 +143,7 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     axis.set_xlim(0.05, 0.65)
     axis.set_xlabel("bytes of keys and values, as a share of float16")
     axis.set_ylabel("increase of loss over float, %")
-    title = "blue: the same bits for keys and values; orange: bits of keys and of values; bars: no transform"
+    title = "blue: the same bits for keys and values; orange: bits of keys and of values; bars: all tokens rounded"
     axis.set_title(title, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

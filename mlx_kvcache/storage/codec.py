@@ -81,11 +81,15 @@ class Plain(NamedTuple):
 
     def scores(self, rows: mx.array, scale: float = 1.0) -> mx.array:
         """Returns the products, times scale, of rows (1, heads, m, dim) with cells, (1, heads, m, cells)."""
-        rows = rows if scale == 1 else rows * scale
         if rows.shape[2] <= _FEW and self.array.shape[2] >= _MANY and is_cpu():
+            rows = rows if scale == 1 else rows * scale
             # BLAS copies its right operand first, and a few rows copy faster than many cells.
             return (self.array @ rows.swapaxes(-1, -2)).swapaxes(-1, -2)
-        return rows @ self.array.swapaxes(-1, -2)
+        cells = self.array.swapaxes(-1, -2)
+        if scale == 1:
+            return rows @ cells
+        # The scale costs no primitive.
+        return mx.addmm(mx.array(0, rows.dtype), rows, cells, alpha=scale, beta=0)
 
     def weighted(self, weights: mx.array) -> mx.array:
         """Returns the sums of the cells by weights (1, heads, m, cells), (1, heads, m, dim)."""
