@@ -109,9 +109,7 @@ class Form(NamedTuple):
         if size < capacity:
             stored.append(self.zeros(capacity - size, is_packed))
         keys, values = zip(*stored, strict=True)
-        return Pair(
-            self, joined(keys), joined(values), Track(self.recent_of(parts, size)) if is_packed else None
-        )
+        return Pair(self, joined(keys), joined(values), self.recent_of(parts, size) if is_packed else NONE)
 
     def recent_of(self, parts: Sequence[Lanes], end: int) -> Recent:
         """Returns the last of these cells, as far as they are in float; `end` is the cell after them."""
@@ -172,34 +170,28 @@ class Recent(NamedTuple):
         floats = concatenated([self.floats, (keys, values)] if self.floats else [(keys, values)])
         return Recent(self.end + keys.shape[2], floats)
 
-    def with_levels(self, index: Index, keys: mx.array, values: mx.array, height: int) -> Recent:
-        """Returns these cells with those that follow or are replaced on some of the levels."""
-        levels, heads, cells = index
-        start, stop, found = cells.start, cells.stop, self
-        if start > self.end:
-            found = Recent(start)
-        elif start < self.begin:
-            # Other levels are ahead.
-            keys, values = keys[:, :, self.begin - start :], values[:, :, self.begin - start :]
-            start = self.begin
-        if stop <= start:
-            return self
-        if stop > found.end:
-            # The other levels read these cells after they have written them.
-            sizes = [(height, array.shape[1], stop - found.end, array.shape[3]) for array in (keys, values)]
-            found = found.then(mx.zeros(sizes[0], keys.dtype), mx.zeros(sizes[1], values.dtype))
-        assert found.floats is not None
-        floats = alias(found.floats[0]), alias(found.floats[1])
-        own = levels, heads, slice(start - found.begin, stop - found.begin)
-        floats[0][own], floats[1][own] = keys, values
-        return Recent(found.end, floats)
+    def of(self, levels: slice) -> Recent:
+        """Returns these cells of some of the levels."""
+        return Recent(self.end, self.floats and (self.floats[0][levels], self.floats[1][levels]))
+
+
+NONE = Recent()
+
+
+def stacked(levels: Sequence[Recent]) -> Recent:
+    """Returns the newest cells of all levels of a stack that are held in float on each of them."""
+    length = min(recent.length for recent in levels)
+    each = [recent.newest(length).floats for recent in levels]
+    keys, values = zip(*(floats for floats in each if floats), strict=True) if length else ((), ())
+    floats = (mx.concatenate(list(keys)), mx.concatenate(list(values))) if length else None
+    return Recent(levels[0].end, floats)
 
 
 class Track(NamedTuple):
     """The newest cells in float, and those before the last write, which may be taken back."""
 
-    now: Recent = Recent()
-    before: Recent = Recent()
+    now: Recent
+    before: Recent = NONE
 
     def then(self, start: int, keys: mx.array, values: mx.array, size: int) -> Track:
         """Returns the track after a write to the cells from `start` on; `size` older ones are kept."""
@@ -220,6 +212,10 @@ class Track(NamedTuple):
         # The tokens of a forward see each other in float, so all of them stay until it is over.
         return Track(Recent(end + keys.shape[2], floats), Recent(end, (old_keys, old_values)))
 
+    def of(self, levels: slice) -> Track:
+        """Returns the track of some of the levels."""
+        return Track(self.now.of(levels), self.before.of(levels))
+
     def forgotten(self, size: int) -> Track:
         """Returns the track with `size` cells at most."""
         if self.now.length <= size:
@@ -236,18 +232,17 @@ class Pair:
     changes the array objects. A pair therefore has array objects of its own.
     """
 
-    __slots__ = ("alone", "capacity", "form", "is_packed", "keys", "recent", "values")
+    __slots__ = ("capacity", "form", "is_packed", "keys", "tracks", "values")
 
-    def __init__(self, form: Form, keys: Lane, values: Lane, recent: Track | None = None) -> None:
+    def __init__(self, form: Form, keys: Lane, values: Lane, recent: Recent = NONE) -> None:
         self.form = form
         self.keys = keys.like(map(alias, keys.arrays))
         self.values = values.like(map(alias, values.arrays))
         self.capacity = keys.arrays[0].shape[2]
         self.is_packed = isinstance(keys, Packed) or isinstance(values, Packed)
-        self.recent = recent or Track()
-        """Cells of all levels. Empty unless the pair is packed and its form has `recent`."""
-        self.alone: dict[int, Track] = {}
-        """Those of levels that were written last without the others."""
+        self.tracks = {(0, keys.arrays[0].shape[0]): Track(recent)}
+        """The newest cells in float, for each run of levels [low, high) that are written together; always
+        empty unless the pair is packed and its form has `recent`."""
 
     def copy(self, cells: int = 0) -> Pair:
         """Returns a pair of the same contents, which writes to this one do not change.
@@ -256,18 +251,18 @@ class Pair:
         """
         keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
         values = self.values.like(grown(array, cells) for array in self.values.arrays)
-        pair = Pair(self.form, keys, values, self.recent)
-        pair.alone |= self.alone
+        pair = Pair(self.form, keys, values)
+        pair.tracks = dict(self.tracks)
         return pair
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         """All arrays."""
         if self.is_packed:
-            floats: tuple[mx.array, ...] = self.recent.now.floats or ()
-            for track in self.alone.values():
-                floats += track.now.floats or ()
-            return *self.keys.arrays, *self.values.arrays, *floats
+            arrays = *self.keys.arrays, *self.values.arrays
+            for track in self.tracks.values():
+                arrays += track.now.floats or ()
+            return arrays
         return self.keys[0], self.values[0]
 
     def write(self, index: Index, keys: mx.array, values: mx.array) -> None:
@@ -276,38 +271,31 @@ class Pair:
             self.keys.write(index, keys)
             self.values.write(index, values)
             if self.form.recent:
-                self._remember(index, keys, values)
+                low, high, _ = index[0].indices(self.keys.arrays[0].shape[0])
+                track = self.tracks.get((low, high)) or self._track_of(low, high)
+                self.tracks[low, high] = track.then(index[2].start, keys, values, self.form.recent)
         else:
             self.keys[0][index], self.values[0][index] = keys, values
 
-    def _remember(self, index: Index, keys: mx.array, values: mx.array) -> None:
-        size, height = self.form.recent, self.keys.arrays[0].shape[0]
-        levels, _, cells = index
-        if keys.shape[0] == height:
-            self.recent = self.recent.then(cells.start, keys, values, size)
-            self.alone.clear()
-            return
-        if keys.shape[0] == 1:
-            own = self.alone.get(levels.start) or Track(self._of_level(levels, cells.start))
-            self.alone[levels.start] = own.then(cells.start, keys, values, size)
-        else:
-            for level in range(levels.start, levels.stop):
-                self.alone.pop(level, None)
-        old = self.recent.now
-        new = (old.newest(size) if cells.stop > old.end else old).with_levels(index, keys, values, height)
-        self.recent = Track(new, new)
-
-    def _of_level(self, level: slice, end: int) -> Recent:
-        """The cells before `end` of one level, as far as they are in float."""
-        now = self.recent.now
-        if not now.begin < end <= now.end:
-            return Recent(end)
-        return Recent(end, now.at((level, slice(None), slice(now.begin, end))))
+    def _track_of(self, low: int, high: int) -> Track:
+        """Makes a track of levels that were written apart, or with others, until now."""
+        inside = []
+        for (first, stop), track in sorted(self.tracks.items()):
+            if first < high and low < stop:
+                del self.tracks[first, stop]
+                if first < low:
+                    self.tracks[first, low] = track.of(slice(0, low - first))
+                if high < stop:
+                    self.tracks[high, stop] = track.of(slice(high - first, stop - first))
+                inside.append(track.of(slice(max(low - first, 0), min(high, stop) - first)))
+        if len(inside) == 1:
+            return inside[0]
+        each = [track.now for track in inside]
+        return Track(stacked(each) if len({recent.end for recent in each}) == 1 else NONE)
 
     def forget(self) -> None:
         """Drops the cells in float that the next forward does not see."""
-        self.recent = self.recent.forgotten(self.form.recent)
-        self.alone = {level: track.forgotten(self.form.recent) for level, track in self.alone.items()}
+        self.tracks = {levels: track.forgotten(self.form.recent) for levels, track in self.tracks.items()}
 
     def assign(self, index: Index, lanes: Lanes) -> None:
         """Writes cells that are stored as these are."""
@@ -344,24 +332,25 @@ class Pair:
         border = self.border(index)
         found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
         if border < cells.stop:
-            own = self._held(index)
-            every = slice(None) if own is not self.recent.now else levels
-            keys, values = own.at((every, heads, slice(border, cells.stop)))
+            keys, values = self._recent(levels).at((slice(None), heads, slice(border, cells.stop)))
             found.append((Plain(keys), Plain(values)))
         return found
 
     def border(self, index: Index) -> int:
         """Returns the first of some cells that `newest` returns in float, or the one after them."""
-        start, stop, (end, floats) = index[2].start, index[2].stop, self._held(index)
+        start, stop, (end, floats) = index[2].start, index[2].stop, self._recent(index[0])
         begin: int = max(start, end - floats[0].shape[2]) if floats else end
         return begin if begin < stop <= end else stop
 
-    def _held(self, index: Index) -> Recent:
-        """The newest cells in float of these levels."""
-        level = index[0].start
-        if level in self.alone and index[0].stop == level + 1:
-            return self.alone[level].now
-        return self.recent.now
+    def _recent(self, levels: slice) -> Recent:
+        """The newest cells in float of levels that are written together; none for others."""
+        low, high, _ = levels.indices(self.keys.arrays[0].shape[0])
+        if track := self.tracks.get((low, high)):
+            return track.now
+        for (first, stop), track in self.tracks.items():
+            if first <= low and high <= stop:
+                return track.now.of(slice(low - first, high - first))
+        return NONE
 
     def read_newest(self, index: Index) -> tuple[mx.array, mx.array]:
         """As `read`, with those cells unrounded that are held in float, too."""
@@ -441,15 +430,6 @@ class Buffers:
         if not self.form.recent:
             return self.read(spans)
         return [self.form.decoded(lanes) for lanes in self.newest(spans)]
-
-
-def stacked(levels: Sequence[Recent]) -> Recent:
-    """Returns the newest cells of all levels of a stack that are held in float on each of them."""
-    length = min(recent.length for recent in levels)
-    each = [recent.newest(length).floats for recent in levels]
-    keys, values = zip(*(floats for floats in each if floats), strict=True) if length else ((), ())
-    floats = (mx.concatenate(list(keys)), mx.concatenate(list(values))) if length else None
-    return Recent(levels[0].end, floats)
 
 
 Staged = dict[int, dict[int, Pair]]
@@ -551,7 +531,7 @@ class Store:
                     pairs[segment].write(index_of(cell, cell + keys.shape[2]), keys, values)
                     pairs[segment].forget()
             for segment, levels in recent.items():
-                pairs[segment].recent = Track(stacked(levels))
+                pairs[segment].tracks = {(0, len(levels)): Track(stacked(levels))}
         return staged
 
     def adopt(self, staged: Staged) -> None:

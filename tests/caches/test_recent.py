@@ -119,12 +119,25 @@ def test_rows_that_decode_together_keep_theirs() -> None:
         assert texts.forward({0: 1, 1: 1, 2: 1}) == dict.fromkeys((0, 1, 2), RECENT + 1)
     for _ in range(3):
         assert texts.forward({0: 1, 1: 1}) == dict.fromkeys((0, 1), RECENT + 1)
-    assert [texts.forward({2: 1})[2] for _ in range(3)] == [RECENT - 1, RECENT, RECENT + 1]
+    assert texts.forward({2: 1})[2] == RECENT + 1
     assert texts.forward({2: 4})[2] == RECENT + 4
     texts.cache.remove(1, 0)
     for _ in range(RECENT):
         texts.forward({0: 1, 2: 1})
     assert texts.forward({0: 1, 2: 1}) == {0: RECENT + 1, 2: RECENT + 1}
+
+
+def test_halves_of_a_stack_keep_theirs() -> None:
+    """However far one is ahead of the other, and when they meet again."""
+    texts = Texts(made(CausalCache()))
+    for name in range(5):
+        texts.forward({name: 30})
+    all_rows = dict.fromkeys(range(5), 1)
+    for names in (range(5), range(2), range(3, 5), range(2), range(3, 5), [1], [0], range(5)):
+        for _ in range(8):
+            found = texts.forward(dict.fromkeys(names, 1))
+            assert set(found.values()) == {RECENT + 1}, (names, found)
+    assert texts.forward(all_rows) == dict.fromkeys(range(5), RECENT + 1)
 
 
 def test_what_begins_in_float_goes_on_unrounded() -> None:
