@@ -151,11 +151,11 @@ class Recent(NamedTuple):
     def begin(self) -> int:
         return self.end - self.length
 
-    def at(self, index: Index) -> tuple[mx.array, mx.array]:
-        """Returns views of some of the cells."""
+    def at(self, begin: int, end: int) -> tuple[mx.array, mx.array]:
+        """Returns views of the cells [begin, end)."""
         assert self.floats is not None
-        own = index[0], index[1], slice(index[2].start - self.begin, index[2].stop - self.begin)
-        return self.floats[0][own], self.floats[1][own]
+        own = slice(begin - self.begin, end - self.begin)
+        return self.floats[0][:, :, own], self.floats[1][:, :, own]
 
     def newest(self, size: int, end: int | None = None) -> Recent:
         """Returns the newest `size` cells of those before `end`."""
@@ -163,7 +163,7 @@ class Recent(NamedTuple):
         begin = max(self.begin, end - size)
         if (begin, end) == (self.begin, self.end):
             return self
-        return Recent(end, self.at(index_of(begin, end)) if begin < end else None)
+        return Recent(end, self.at(begin, end) if begin < end else None)
 
     def then(self, keys: mx.array, values: mx.array) -> Recent:
         """Returns these cells followed by others."""
@@ -176,6 +176,7 @@ class Recent(NamedTuple):
 
 
 NONE = Recent()
+"""No cells in float."""
 
 
 def stacked(levels: Sequence[Recent]) -> Recent:
@@ -332,7 +333,7 @@ class Pair:
         border = self.border(index)
         found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
         if border < cells.stop:
-            keys, values = self._recent(levels).at((slice(None), heads, slice(border, cells.stop)))
+            keys, values = self._recent(levels).at(border, cells.stop)
             found.append((Plain(keys), Plain(values)))
         return found
 
