@@ -91,11 +91,10 @@ class Quantization:
             head_dim), measured on any text. The transform then also removes what all tokens have in common,
             which lowers the loss further. Only the directions of the means matter.
 
-        recent: how many of a sequence's newest tokens are also held in float, and read so; always 0 if no
-            width is below 8. The next tokens attend most to these, so a few lower the loss more than another
-            bit does. The tokens of a forward pass see each other in float, too, so outputs depend on how a
-            text is divided into passes. Where a fork or a removal has taken tokens, the next ones may see
-            fewer in float.
+        recent: how many of a sequence's newest tokens have a copy in float, which is read instead; always 0 if
+            no width is below 8. Attention usually weighs these tokens most. The tokens of a forward pass see
+            each other in float, too, so outputs depend on how a text is divided into passes. A fork or a
+            removal may drop copies.
 
     Raises:
         ValueError: unsupported bits, group size or transform, a negative `after` or `recent`, or centers

@@ -392,9 +392,9 @@ def make_prompt_cache(
             which lowers the loss; "none" quantizes them as they are.
         kv_text: tokens of a text like those to come, 256 or more. The model reads it once, and transformed
             keys and values are centered on their means over this text, which lowers the loss further.
-        kv_recent: how many of the newest tokens are also held in float, and read so, if a width is below 8
-            bits. The tokens of one call of the model see each other in float, too. 0 reads all tokens as
-            they are quantized, so that a text may be divided into calls in any way.
+        kv_recent: how many of the newest tokens have a copy in float, which attention reads instead, if a
+            width is below 8. The tokens of one call of the model see each other in float, too. With 0, all
+            tokens are read quantized, and outputs do not depend on how a text is divided into calls.
 
     Raises:
         TypeError: model is not a model of mlx-lm or mlx-vlm, or an option does not exist.
