@@ -90,10 +90,9 @@ class Quantization:
         centers: for some layers, the mean key and the mean value of each head, two arrays (n_kv_heads,
             head_dim), measured on any text. The transform then also removes what all tokens have in common,
             which lowers the loss further. Only the directions of the means matter.
-
-        recent: how many of a sequence's newest tokens have a copy in float, which is read instead; always 0 if
-            no width is below 8. Attention usually weighs these tokens most. The tokens of a forward pass see
-            each other in float, too, so outputs depend on how a text is divided into passes. A fork or a
+        recent: how many of a sequence's newest tokens have a copy in float, which is read instead; always 0
+            if no width is below 8. Attention usually weighs these tokens most. The tokens of a forward pass
+            see each other in float, too, so outputs depend on how a text is divided into passes. A fork or a
             removal may drop copies.
 
     Raises:

@@ -196,12 +196,9 @@ class Track(NamedTuple):
 
     def then(self, start: int, keys: mx.array, values: mx.array, size: int) -> Track:
         """Returns the track after a write to the cells from `start` on; `size` older ones are kept."""
-        found = self.now
+        found = self.ending(start)
         if start != found.end:
-            if start == self.before.end:
-                found = self.before
-            else:
-                found = found.newest(size, start) if found.begin < start < found.end else Recent(start)
+            found = found.newest(size, start) if found.begin < start < found.end else Recent(start)
         end, floats = found
         if floats is None:
             return Track(Recent(end + keys.shape[2], (keys, values)), found)
@@ -212,6 +209,10 @@ class Track(NamedTuple):
         floats = mx.concatenate([old_keys, keys], axis=2), mx.concatenate([old_values, values], axis=2)
         # The tokens of a forward see each other in float, so all of them stay until it is over.
         return Track(Recent(end + keys.shape[2], floats), Recent(end, (old_keys, old_values)))
+
+    def ending(self, stop: int) -> Recent:
+        """Returns the newest cells in float for a sequence whose last cell is the one before `stop`."""
+        return self.before if self.before.end == stop != self.now.end else self.now
 
     def of(self, levels: slice) -> Track:
         """Returns the track of some of the levels."""
@@ -333,24 +334,24 @@ class Pair:
         border = self.border(index)
         found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
         if border < cells.stop:
-            keys, values = self._recent(levels).at(border, cells.stop)
+            keys, values = self._recent(index).at(border, cells.stop)
             found.append((Plain(keys), Plain(values)))
         return found
 
     def border(self, index: Index) -> int:
         """Returns the first of some cells that `newest` returns in float, or the one after them."""
-        start, stop, (end, floats) = index[2].start, index[2].stop, self._recent(index[0])
+        start, stop, (end, floats) = index[2].start, index[2].stop, self._recent(index)
         begin: int = max(start, end - floats[0].shape[2]) if floats else end
         return begin if begin < stop <= end else stop
 
-    def _recent(self, levels: slice) -> Recent:
+    def _recent(self, index: Index) -> Recent:
         """The newest cells in float of levels that are written together; none for others."""
-        low, high, _ = levels.indices(self.keys.arrays[0].shape[0])
+        low, high, _ = index[0].indices(self.keys.arrays[0].shape[0])
         if track := self.tracks.get((low, high)):
-            return track.now
+            return track.ending(index[2].stop)
         for (first, stop), track in self.tracks.items():
             if first <= low and high <= stop:
-                return track.now.of(slice(low - first, high - first))
+                return track.ending(index[2].stop).of(slice(low - first, high - first))
         return NONE
 
     def read_newest(self, index: Index) -> tuple[mx.array, mx.array]:
