@@ -143,7 +143,7 @@ def bits(rows: Mapping[str, Row]) -> Figure:
     axis.set_xlim(0.05, 0.65)
     axis.set_xlabel("bytes of keys and values, as a share of float16")
     axis.set_ylabel("increase of loss over float, %")
-    title = "blue: the same bits for keys and values; orange: bits of keys and of values; bars: all tokens rounded"
+    title = "blue: the same bits for keys and values; orange: keys and values; bars: without copies in float"
     axis.set_title(title, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
