@@ -54,13 +54,13 @@ def test_the_run_for_a_gpu(
         raise ValueError("on purpose")
 
     monkeypatch.setitem(FULL, "going on", broken)
-    monkeypatch.setattr(gpu, "FOR_CHECKS", 0.5)
+    monkeypatch.setattr(gpu, "FOR_CHECKS", 0.1)
     # The run sets it, for itself.
     monkeypatch.setattr(measure, "MOST_SECONDS", measure.MOST_SECONDS)
     monkeypatch.setattr(gpu, "TIMES", {"decode": decode})
     out = tmp_path / "out.json"
     monkeypatch.setattr(
-        "sys.argv", ["gpu", "--quick", "--device", "cpu", "--seconds", "2", "--json", str(out)]
+        "sys.argv", ["gpu", "--quick", "--device", "cpu", "--seconds", "8", "--json", str(out)]
     )
     assert gpu.main() == 1
     told, shown = json.loads(out.read_text()), capsys.readouterr().out
