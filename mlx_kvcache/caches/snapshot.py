@@ -97,7 +97,8 @@ def _border(store: Store, spans: Spans) -> int:
     for buffers in store.layers.values():
         if buffers.form.recent:
             pair = buffers.pairs.get(segment)
-            borders.append(pair.border(buffers.index(segment, start, end)) if pair else end)
+            border = pair.border(buffers.index(segment, start, end)) if pair else end
+            borders.append(max(border, end - buffers.form.recent))
     return position - start + max(borders, default=end)
 
 
