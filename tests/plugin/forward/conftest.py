@@ -1,4 +1,4 @@
-"""Every step that moves in these tests is compared with one that is made for the same cells."""
+"""Steps that move in these tests are compared with one that is made for the same cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mlx_kvcache.cells.spans import Span
 def moved_as_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def checked(self: StepPlan) -> bool:
         goes_on, cache, step = again(self), self._cache, self._step
-        if goes_on and step:
+        # All of a short text, and some of a long one.
+        if goes_on and step and (self.made < 64 or self.made % 32 == 0):
             cache.check()
             placed = [_placed(part) for part in step.parts]
             made = Step(placed, step.n, cache._rule, cache._config, cache._store, cache._table)
