@@ -251,9 +251,7 @@ class Pair:
 
         It is extended with zeros to this number of cells.
         """
-        keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
-        values = self.values.like(grown(array, cells) for array in self.values.arrays)
-        pair = Pair(self.form, keys, values)
+        pair = Pair(self.form, *self._grown(cells))
         pair.tracks = dict(self.tracks)
         return pair
 
@@ -307,14 +305,19 @@ class Pair:
 
     def grow(self, cells: int) -> None:
         """Extends the pair with zeros to this number of cells, and evaluates it."""
-        keys = self.keys.like(grown(array, cells) for array in self.keys.arrays)
-        values = self.values.like(grown(array, cells) for array in self.values.arrays)
+        keys, values = self._grown(cells)
         mx.eval(keys.arrays, values.arrays)
         try:
             self.keys, self.values, self.capacity = keys, values, cells
         except BaseException:
             self.keys, self.values = self.lanes(index_of(0, self.capacity))
             raise
+
+    def _grown(self, cells: int) -> Lanes:
+        keys, values = (
+            lane.like(grown(array, cells) for array in lane.arrays) for lane in (self.keys, self.values)
+        )
+        return keys, values
 
     def read(self, index: Index) -> tuple[mx.array, mx.array]:
         """Returns some cells in float: views if they are stored so."""
