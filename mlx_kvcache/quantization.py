@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -113,13 +113,9 @@ class Quantization:
         if isinstance(self.centers, Mapping):
             object.__setattr__(self, "centers", centers_of(self.centers))
         if not callable(self.bits):
-            codecs = self._codecs(self.bits)
             # So that it equals what stores the same.
-            if all(codec is None or codec.transform == "none" for codec in codecs):
-                object.__setattr__(self, "transform", "none")
-                object.__setattr__(self, "centers", ())
-            if all(codec is None or codec.bits >= TRANSFORMED for codec in codecs):
-                object.__setattr__(self, "recent", 0)
+            for name, value in unused(self._codecs(self.bits)).items():
+                object.__setattr__(self, name, value)
 
     def of(self, layer: int) -> Codecs:
         """Returns the codecs of a layer. Raises ValueError for unsupported bits."""
@@ -146,6 +142,17 @@ class Quantization:
     def _codec(self, width: int) -> Codec:
         codec = checked_codec(width, self.group_size, self.transform)
         return codec if width < TRANSFORMED else codec.plain()
+
+
+def unused(codecs: Iterable[Codec | None]) -> dict[str, Any]:
+    """Returns the simplest value of each field of a `Quantization` that has no effect on these codecs."""
+    present = [codec for codec in codecs if codec]
+    fields: dict[str, Any] = {}
+    if all(codec.transform == "none" for codec in present):
+        fields |= {"transform": "none", "centers": ()}
+    if all(codec.bits >= TRANSFORMED for codec in present):
+        fields |= {"recent": 0}
+    return fields
 
 
 def checked_codec(bits: int, group_size: int, transform: Transform = "none", center: bytes = b"") -> Codec:

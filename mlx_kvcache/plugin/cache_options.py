@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..arguments import class_of, whole
 from ..cells.visibility import Causal, Chunk, Rule
 from ..errors import NotSupportedError
-from ..quantization import RECENT, TRANSFORMED, Bits, Quantization, Transform
+from ..quantization import RECENT, Bits, Quantization, Transform, unused
 from .hosts.layout import Layout, Leaf, language_model_of, layout_of
 from .pool.conversation import Conversation, Limits
 from .pool.pool import Checkpoints, Pool, pool_for
@@ -72,13 +72,9 @@ def quantization_of(pool: Pool, storage: Storage) -> Quantization | None:
     # Checks every width, including those of layers in float.
     (recent,) = whole(kv_recent=storage.kv_recent)
     by_leaf = Quantization(_ByLeaf(bits), group_size, after, storage.kv_transform, recent=recent)
-    codecs = [codec for leaf in pool.leaves for codec in by_leaf.of(leaf.index) if codec]
-    if all(codec.bits >= TRANSFORMED for codec in codecs):
-        by_leaf = replace(by_leaf, recent=0)
-    if all(codec.transform == "none" for codec in codecs):
-        # So that it equals what stores the same, as in `Quantization`.
-        by_leaf = replace(by_leaf, transform="none")
-    elif storage.kv_text:
+    # So that it equals what stores the same.
+    by_leaf = replace(by_leaf, **unused(codec for leaf in pool.leaves for codec in by_leaf.of(leaf.index)))
+    if storage.kv_text and by_leaf.transform != "none":
         by_leaf = replace(by_leaf, centers=pool.ask(pool, "centers", tuple(storage.kv_text)))
     keyed = {own for own, leaf in zip(bits, pool.leaves, strict=True) if leaf.rule is not None}
     if keyed <= {None}:
