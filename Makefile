@@ -119,7 +119,7 @@ bench-ranks: $(VENV)/dev  ## a token on 1, 2 and 4 local ranks, for docs/ranks.m
 bench-check: $(VENV)/dev  ## quick runs; fail where a ratio misses its bound
 	$(RUN) -m benchmarks --all --quick --check
 
-formats: $(VENV)/dev  ## measure bytes against loss for all bit widths, with and without transform, and print the tables
+formats: $(VENV)/bench  ## measure bytes against loss for all bit widths, with and without transform, and print the tables
 	$(RUN) -m benchmarks bits --json benchmarks/results
 	$(BIN)/python -m docs.benchmarks --formats
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import pydoc_data.topics
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -24,12 +25,45 @@ def code(tokenizer: Any, n: int) -> list[int]:
     return tokens[:n]
 
 
+def foretold(
+    model: Any, cache: Any, text: list[int], block: int, name: str = ""
+) -> Iterator[tuple[int, mx.array]]:
+    """Read a text in blocks, except its last token.
+
+    Yields:
+        For each block the index of its first token, and the log probabilities (n, vocabulary) of the tokens
+        that follow its tokens.
+    """
+    for start in tqdm(range(0, len(text) - 1, block), desc=name, unit="block", leave=False):
+        read = text[start : min(start + block, len(text) - 1)]
+        logits = model(mx.array([read]), cache=cache)[0].astype(mx.float32)
+        yield start, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
 def losses(model: Any, cache: Any, text: list[int], block: int, name: str = "") -> np.ndarray:
     """The loss in nats of each token of a text except the first; the text is read in blocks."""
-    found = []
-    for start in tqdm(range(0, len(text) - 1, block), desc=name, unit="block", leave=False):
-        read, foretold = text[start : start + block], text[start + 1 : start + block + 1]
-        logits = model(mx.array([read[: len(foretold)]]), cache=cache)[0].astype(mx.float32)
-        chosen = mx.take_along_axis(logits, mx.array(foretold)[:, None], axis=1)[:, 0]
-        found.append(np.array(mx.logsumexp(logits, axis=-1) - chosen))
-    return np.concatenate(found)
+    return np.concatenate(
+        [losses_of(logs, text[start:]) for start, logs in foretold(model, cache, text, block, name)]
+    )
+
+
+def losses_and_divergences(
+    model: Any, cache: Any, text: list[int], block: int, expected: mx.array
+) -> tuple[np.ndarray, np.ndarray]:
+    """The losses, and how far each prediction is from the expected one: KL divergence in nats.
+
+    Args:
+        expected: log probabilities (len(text) - 1, vocabulary), as `foretold` yields them.
+    """
+    found, apart = [], []
+    for start, logs in foretold(model, cache, text, block):
+        own = expected[start : start + len(logs)]
+        apart.append(np.array((mx.exp(own) * (own - logs)).sum(axis=-1)))
+        found.append(losses_of(logs, text[start:]))
+    return np.concatenate(found), np.concatenate(apart)
+
+
+def losses_of(logs: mx.array, text: list[int]) -> np.ndarray:
+    """The losses of the tokens that follow the first n ones, by log probabilities (n, vocabulary)."""
+    chosen = mx.take_along_axis(logs, mx.array(text[1 : len(logs) + 1])[:, None], axis=1)[:, 0]
+    return -np.array(chosen)
