@@ -213,23 +213,54 @@ def _summary(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
 
 def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     lines = [
-        f"SmolLM2-135M-Instruct on 2,048 tokens, on {_where(told)}. The text is the start of "
-        "`pydoc_data.topics`, the code that of `argparse`. Cells are the increase of the loss over float; "
-        "empty ones were not measured. *All* is with `kv_recent=0`, *plain* without the transform, too; "
-        "*centered* is with the newest tokens in float and the centers of the other text. Where tokens are "
-        "held in float, they are read in blocks of 8, otherwise of 256.",
-        "",
-        "| bits of keys and values | bytes, as a share of float16 | text | centered | all | plain "
-        "| code | centered | all | plain |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"On {_where(told)}. *Loss* is its increase over float, *KL* the divergence of the predictions from "
+        "those of float, in nats, the mean of all tokens. Empty cells were not measured. *Centered* is with "
+        "the centers of another text. *All* is with `kv_recent=0`, *plain* without the transform, too. "
+        "Where the newest tokens are held in float, texts are read in blocks of 8, otherwise of 256."
     ]
-    for name, share in plots.formats(rows):
-        ways = name, f"{name}.centered", f"{name}.rounded", f"{name}.plain"
-        ends = [(text, way) for text in ("topics", "code") for way in ways]
-        lines.append(f"| {name} | {share:.3f} | {' | '.join(_increase(rows, *end) for end in ends)} |")
-    theirs = [_increase(rows, text, "4.mlx-lm") for text in ("topics", "code")]
-    lines.append(f"| 4, mlx-lm's cache | 0.281 | | | | {theirs[0]} | | | | {theirs[1]} |")
+    shares = dict(plots.formats(rows))
+    for text, title in plots.TEXTS.items():
+        ways = {name: name for name in shares} | (_PEERS if text in ("topics", "code") else {})
+        lines += [
+            "",
+            f"{title}:",
+            "",
+            "| bits of keys and values | bytes, as a share of float16 | loss | KL | centered: loss | KL "
+            "| all: loss | plain: loss |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, called in ways.items():
+            cells = [
+                _increase(rows, text, name),
+                _divergence(rows, text, name),
+                _increase(rows, text, f"{name}.centered"),
+                _divergence(rows, text, f"{name}.centered"),
+                _increase(rows, text, f"{name}.rounded"),
+                _increase(rows, text, f"{name}.plain"),
+            ]
+            if any(cells):
+                share = shares.get(name) or _share(name)
+                lines.append(f"| {called} | {share:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+_PEERS = {
+    "4.mlx-lm": "4, mlx-lm's cache",
+    "4.kivi": "4, KIVI of VeloxQuant-MLX",
+    "3.kivi": "3, KIVI of VeloxQuant-MLX",
+}
+
+
+def _share(peer: str) -> float:
+    """The bytes of a peer's 2,048 tokens, as a share of float16. KIVI has 48 of them in float on average."""
+    bits, _, way = peer.partition(".")
+    in_float = 48 / 2048 if way == "kivi" else 0
+    return in_float + (1 - in_float) * (int(bits) + 0.5) / 16
+
+
+def _divergence(rows: Mapping[str, Row], text: str, end: str) -> str:
+    row = rows.get(f"bits.divergence.{text}.{end}")
+    return "" if row is None else f"{row.ours:.4f}"
 
 
 def _increase(rows: Mapping[str, Row], text: str, end: str) -> str:

@@ -192,6 +192,15 @@ def changes(rows: Mapping[str, Row]) -> dict[tuple[str, str], str]:
     return found
 
 
+TEXTS = {
+    "topics": "SmolLM2-135M-Instruct on the first 2,048 tokens of `pydoc_data.topics`",
+    "code": "SmolLM2-135M-Instruct on the first 2,048 tokens of the source of `argparse`",
+    "gemma3": "Gemma 3 270M, which has a window of 512 tokens in 15 of its 18 layers, on the first 1,024 "
+    "tokens of `pydoc_data.topics`",
+}
+"""Where bit widths were measured, by the part of the rows' keys."""
+
+
 def formats(rows: Mapping[str, Row]) -> list[tuple[str, float]]:
     """Each choice of bit widths, and its share of float16's bytes."""
     found, begin = [], "bits.bytes.topics."

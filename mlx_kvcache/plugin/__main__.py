@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from ..errors import CacheError, CacheFullError
-from ..quantization import GROUP_SIZES, WIDTHS
+from ..quantization import GROUP_SIZES, RECENT, WIDTHS
 from .attach import attach_all
 from .hosts.layout import HOSTS
 
@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-bits", type=_bits, metavar="N[,M]", help=text)
     text = "number of features that share a quantization scale (default: 64)"
     add("--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help=text)
+    text = "number of newest tokens that are read in float if widths are below 8 (default: %(default)s)"
+    add("--kv-recent", type=_whole, default=RECENT, metavar="N", help=text)
     text = "start to quantize when a cache holds more than N tokens (default: 0)"
     add("--quantize-after", type=_whole, default=0, metavar="N", help=text)
     text = "servers: if a prompt changes before its end, also reuse later runs of at least N tokens"
