@@ -428,24 +428,34 @@ def _generated(
 def _all_sampled(given: Mapping[int, tuple[Sampler, mx.array]]) -> dict[int, Iterable[int]]:
     """Sample from the logits (n, vocabulary) of each ticket: a token for each row.
 
-    The tokens of all sequences that take the likeliest ones are computed at once, which waits for the device
-    once.
+    Tokens are computed together, which waits for the device once. Only after drafts does a sampler choose one
+    token after another, because a rejected draft leaves the rest out.
     """
-    sampled: dict[int, Iterable[int]] = {}
     greedy = {ticket: logits for ticket, (sampler, logits) in given.items() if sampler is _greedy}
-    if greedy:
-        tokens: Any = _greedy(_normalized(mx.concatenate(list(greedy.values())))).tolist()
-        for ticket, end in zip(greedy, accumulate(map(len, greedy.values())), strict=True):
-            sampled[ticket] = tokens[end - len(greedy[ticket]) : end]
-    return sampled | {t: _sampled(sampler, own) for t, (sampler, own) in given.items() if t not in greedy}
+    others = {ticket: own for ticket, own in given.items() if ticket not in greedy}
+    drawn = {t: sampler(_normalized(own)) for t, (sampler, own) in others.items() if len(own) == 1}
+    sampled: dict[int, Iterable[int]] = {
+        t: _sampled(sampler, own) for t, (sampler, own) in others.items() if t not in drawn
+    }
+    likeliest = _greedy(_normalized(mx.concatenate(list(greedy.values())))) if greedy else mx.zeros(0)
+    mx.eval(likeliest, *drawn.values())
+    sampled |= {ticket: [_number(token)] for ticket, token in drawn.items()}
+    tokens: Any = likeliest.tolist()
+    for ticket, end in zip(greedy, accumulate(map(len, greedy.values())), strict=True):
+        sampled[ticket] = tokens[end - len(greedy[ticket]) : end]
+    return sampled
 
 
 def _sampled(sampler: Sampler, logits: mx.array) -> Iterator[int]:
     """Sample a token from each row of logits (n, vocabulary), one after another."""
     logits = _normalized(logits)
     for row in range(len(logits)):
-        token: Any = sampler(logits[row : row + 1]).item()
-        yield int(token)
+        yield _number(sampler(logits[row : row + 1]))
+
+
+def _number(token: mx.array) -> int:
+    number: Any = token.item()
+    return int(number)
 
 
 def _normalized(logits: mx.array) -> mx.array:

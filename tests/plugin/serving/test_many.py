@@ -188,6 +188,30 @@ def test_samplers() -> None:
     assert tokens[0][0] != tokens[1][0]
 
 
+def test_tokens_of_several_samplers_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sampler is called before a token of another is waited for."""
+    many, computed = Many(tiny_llama()), list[int]()
+    original, called = mx.eval, 0
+
+    def evaluate(*arrays: Any) -> None:
+        computed.append(called)
+        original(*arrays)
+
+    def sampler(logprobs: mx.array) -> mx.array:
+        nonlocal called
+        called += 1
+        return mx.argmin(logprobs, axis=-1)
+
+    for prompt in PROMPTS[:3]:
+        many.add(prompt, max_tokens=4, sampler=sampler)
+    many.add(PROMPTS[3], max_tokens=4)
+    many.step()
+    monkeypatch.setattr(mx, "eval", evaluate)
+    called = 0
+    many.step()
+    assert computed[-1] == called == 3
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_step_in_which_the_model_raises_is_made_again(name: str) -> None:
     model = build(name)
