@@ -108,6 +108,8 @@ BOUNDS = COUNTS | {
     "graph.time.one.4096": Bound(0.8, wanted=1.0),
     "graph.time.batch.8.256": Bound(0.8, wanted=1.0),
     "graph.time.batch.8.4096": Bound(0.8, wanted=1.0),
+    "graph.time.one.256.36": Bound(0.9, wanted=1.0),
+    "graph.time.batch.8.256.36": Bound(0.9, wanted=1.0),
     "chat.prompt": Bound(3.0, of_value=True),
     "chat.started": Bound(5.0, of_value=True, reason=LOADING),
     "chat.key": Bound(50.0, of_value=True),
