@@ -205,7 +205,7 @@ def test_refusals_in_the_generating_thread(tiny: Path, monkeypatch: pytest.Monke
 
 
 def survives(client: Client, expected: list[str], owner: type, name: str, patch: pytest.MonkeyPatch) -> bool:
-    """Assert that the server gives the expected replies after the method has raised. Returns whether it has."""
+    """Assert that the server replies as before after the method has raised. Returns whether it has."""
     original = getattr(owner, name)
     planted = 0
 
