@@ -273,7 +273,7 @@ def replayed(layer: int, arrays: Arrays, inputs: tuple[mx.array, ...]) -> Arrays
 SUBJECTS = [
     Subject(f"{kind}, {store}", partial(kind.make, add_offsets), STORES[store])
     for number, kind in enumerate(KINDS)
-    for store in (STORES if NTH == 1 else ["float", [*STORES][1 + number % (len(STORES) - 1)]])
+    for store in (STORES if NTH == 1 else [[*STORES][number % len(STORES)]])
 ] + [
     Subject("encoder", EncoderCache, None),
     Subject("recurrent", lambda: RecurrentCache(1, 9), None),

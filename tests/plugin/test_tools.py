@@ -21,19 +21,18 @@ SPANS = ((0, 17), (20, 26), (30, 71), (40, 43), (50, 60), (60, 61))
 PROMPTS = [TEXT[begin:end] for begin, end in SPANS]
 
 
-@pytest.mark.parametrize("prompt_length", [3, 20])
+@pytest.mark.parametrize(("prompt_length", "drafts"), [(3, 5), (20, 2)])
 @pytest.mark.parametrize("name", ["llama:window", "gemma3_text", "cohere2", "llama4"])
-def test_speculative_decoding_across_window_borders(name: str, prompt_length: int) -> None:
+def test_speculative_decoding_across_window_borders(name: str, prompt_length: int, drafts: int) -> None:
     """Windows and chunks of 8, a draft model that is often wrong: the tokens of the model alone."""
     model, draft = build(name), build(name, seed=1)
     prompt = TEXT[:prompt_length]
     expected = greedy(model, prompt, 30)
     with attach(model), attach(draft):
-        for drafts in (2, 5):
-            found = speculative_generate_step(
-                mx.array(prompt), model, draft, num_draft_tokens=drafts, max_tokens=30, prefill_step_size=7
-            )
-            assert [int(token) for token, _, _ in found] == expected
+        found = speculative_generate_step(
+            mx.array(prompt), model, draft, num_draft_tokens=drafts, max_tokens=30, prefill_step_size=7
+        )
+        assert [int(token) for token, _, _ in found] == expected
 
 
 def test_speculative_decoding_on_a_recurrence() -> None:
@@ -148,9 +147,9 @@ def test_a_bound_on_a_hybrid() -> None:
 
 
 def test_batch_generate_on_the_chat_model(chat_model: tuple[nn.Module, Any]) -> None:
-    """Four prompts of unequal length: the texts of four single generations."""
+    """Three prompts of unequal length: the texts of three single generations."""
     model, tokenizer = chat_model
-    subjects = ("Italy", "the country of Japan", "Peru", "Spain in Europe")
+    subjects = ("Italy", "the country of Japan", "Spain in Europe")
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"What is the capital of {subject}?"}], add_generation_prompt=True
