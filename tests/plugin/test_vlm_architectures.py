@@ -17,7 +17,7 @@ from mlx_vlm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
-from tests.plugin.configurations import KINDS, chosen, model_modules, module_of
+from tests.plugin.configurations import KINDS, chosen
 from tests.plugin.configurations.vlm import (
     VLM_CONFIGURATIONS,
     VLM_DIFFERS_IN_BLOCKS,
@@ -70,11 +70,33 @@ def assert_equal(ours: mx.array, expected: mx.array) -> None:
     assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
 
 
-# Text models of the same name in mlx-lm are written alike, and test_architectures.py has them.
-ONLY_HERE = [name for name in NAMES if module_of(name) not in model_modules()]
+SOME = [
+    "cohere_compass",
+    "falcon_perception",
+    "flint",
+    "glm4v",
+    "hrm_text",
+    "hunyuan_vl",
+    "inkling",
+    "lfm2_vl",
+    "limite",
+    "llava",
+    "longcat_flash_sparse",
+    "mimo_v2",
+    "mllama",
+    "molmo",
+    "nemotron_h_nano_omni",
+    "paligemma",
+    "plamo2vl",
+    "qwen2_5_vl",
+    "qwen3_5_text",
+    "xing4_0",
+    "zaya1_vl",
+]
+"""One of each kind of those that mlx-lm does not have. Those of the same name are written as in mlx-lm."""
 
 
-@pytest.mark.parametrize("name", chosen(NAMES, [*ONLY_HERE, *(name for name in KINDS if name in NAMES)]))
+@pytest.mark.parametrize("name", chosen(NAMES, [*SOME, *(name for name in KINDS if name in NAMES)]))
 def test_one_conversation_and_a_batch(name: str) -> None:
     """Blocks past every border, going back, two ways on, and rows of unequal lengths together."""
     model = build_language_model(name)
@@ -97,21 +119,6 @@ def test_one_conversation_and_a_batch(name: str) -> None:
         more = [(TEXT, OTHER)[row][40 + i] for i in range(3)]
         expected = theirs(model, name, before + more, len(before))[len(before) :]
         assert_equal(mx.concatenate([own[row] for own in found]), expected)
-
-
-SOME = ["flint", "longcat_flash_sparse", "qwen3_5_text", "xing4_0", "cohere_compass", "falcon_perception"]
-SOME += [
-    "inkling",
-    "llava",
-    "mllama",
-    "mimo_v2",
-    "nemotron_h_nano_omni",
-    "paligemma",
-    "plamo2vl",
-    "qwen2_5_vl",
-]
-SOME += ["zaya1_vl"]
-"""One of each kind: windows, latents with an index, recurrences, positions with sections, and so on."""
 
 
 @pytest.mark.parametrize("name", chosen(NAMES, SOME))
