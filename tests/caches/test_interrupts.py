@@ -32,7 +32,7 @@ from tests.interrupts import Tracer, places
 from tests.kinds import KINDS, STORES, add_offsets
 
 NTH = int(os.environ.get("INTERRUPTS_NTH", "200"))
-"""Of the lines of a call every so-manieth is tried, on each kind and store another one."""
+"""Of the lines of a call every so-manieth is tried; if not all are, each kind has only one store."""
 
 ROOM = 36
 SEQUENCES = range(4)
