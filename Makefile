@@ -24,11 +24,15 @@ AS_GPU := tests/attend/test_products.py tests/plugin/entries/test_entries.py \
 	$(patsubst %,tests/plugin/forward/test_%.py,going_on growth packed_blocks products) \
 	$(foreach name,llama gemma3_text llama4 deepseek_v3 gpt_oss qwen3_next mamba2,$(patsubst %,"tests/plugin/test_architectures.py::test_%[$(name)]",going_back_and_forking rows_of_unequal_length_in_one_batch))
 
+# What `make test` runs on one architecture of each kind; test_architectures.py has all of them always.
+OF_EACH_KIND := $(patsubst %,tests/plugin/%.py,test_configurations test_quantized test_replay entries/test_states \
+	serving/test_many test_vlm_architectures test_vlm_configurations)
+
 # Files that notice most in little time come first.
 CACHES_TESTS := $(patsubst %,tests/caches/test_%.py,encoder recurrent wrapper interface room growth quantized ancestor faults machine stream_machine)
 MUTANTS = PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(abspath $(BIN))/python -m tests.mutants mutants.sqlite
 
-.PHONY: help demo test test-choices test-as-gpu check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks formats figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
+.PHONY: help demo test test-choices test-as-gpu test-architectures check fmt soak replay interrupts soak-server soak-chat bench bench-graph bench-gpu bench-endless bench-chat bench-ranks bench-check ranks formats figures pictures screenshots models dist release-check audit test-lowest test-hosts docs fuzz peers coverage mutants clean
 
 help:           ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +52,9 @@ test-choices: $(VENV)/dev  ## tests of what depends on the device, as on a GPU: 
 test-as-gpu: $(VENV)/dev  ## all tests, each choice that depends on the device made as on a GPU
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal --device as-gpu
 
+test-architectures: $(VENV)/dev  ## every architecture where `make test` takes one of each kind
+	ARCHITECTURES=all OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(OF_EACH_KIND)
+
 check: $(VENV)/dev  ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,7 +71,7 @@ soak: $(VENV)/dev  ## random calls with faults against the oracle, a million tok
 	THREADS=8 THREADS_TOKENS=2000 THREADS_RUNS=20 $(RUN) -m pytest tests/plugin/pool/test_threads.py
 
 replay: $(VENV)/dev  ## recurrent layers: each of the newest tokens, every draft, 16,384 tokens without end
-	OPENBLAS_NUM_THREADS=1 REPLAY_WHOLE=1 SHIFT_TOKENS=16384 $(RUN) -m pytest -n 2 tests/plugin/test_replay.py
+	OPENBLAS_NUM_THREADS=1 ARCHITECTURES=all REPLAY_WHOLE=1 SHIFT_TOKENS=16384 $(RUN) -m pytest -n 2 tests/plugin/test_replay.py
 
 interrupts: $(VENV)/dev  ## an exception at every line of every call, on every kind, store and wrapper
 	OPENBLAS_NUM_THREADS=1 INTERRUPTS_NTH=1 $(RUN) -m pytest -n 2 tests/caches/test_interrupts.py tests/plugin/test_interrupts.py

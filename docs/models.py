@@ -110,7 +110,8 @@ PARTS = (
     Part(
         MLX_VLM,
         "**{passing} of {modules}** modules with a language model run; "
-        "`tests/plugin/test_vlm_architectures.py` compares\nthem. `tests/plugin/test_vlm_pictures.py` "
+        "`make test-architectures` compares them in\n`tests/plugin/test_vlm_architectures.py`. "
+        "`tests/plugin/test_vlm_pictures.py` "
         "compares whole models with [pictures in the prompt](guides/images.md).",
         VLM_CONFIGURATIONS,
         build_language_model,

@@ -9,7 +9,7 @@ from examples import smollm2
 from mlx_kvcache.plugin import make_session_pool
 
 TOOLS = "\n".join(
-    f"- tool_{i}(path): reads a file of kind {i} and returns its first lines." for i in range(16)
+    f"- tool_{i}(path): reads a file of kind {i} and returns its first lines." for i in range(8)
 )
 RESULTS = ("the file has 12 lines", "the file is empty", "there is no such file", "the file has 3 lines")
 

@@ -201,11 +201,12 @@ Way = Callable[[World], None]
 WAYS: list[Way] = [one_run, strangers, branches, several_runs, image]
 
 
-@pytest.mark.parametrize("dtype", EPSILON, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("feed", WAYS, ids=lambda feed: feed.__name__)
 @pytest.mark.parametrize("kind", CACHES)
-def test_as_near_as_mlx(kind: str, feed: Way, dtype: mx.Dtype, device: str) -> None:
-    feed(World(CACHES[kind](), dtype))
+def test_as_near_as_mlx(kind: str, feed: Way, device: str) -> None:
+    """Each kind in each way in one of the types, and in the other as on the other device."""
+    turn = list(CACHES).index(kind) + WAYS.index(feed) + (device == "GPU")
+    feed(World(CACHES[kind](), list(EPSILON)[turn % 2]))
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=["bfloat16", "float16"])
@@ -215,11 +216,11 @@ def test_learned_sinks_as_near_as_mlx(kind: str, dtype: mx.Dtype, device: str) -
 
 
 @pytest.mark.parametrize("store", list(STORES)[1:])
-@pytest.mark.parametrize("dtype", EPSILON, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("feed", WAYS[1:4], ids=lambda feed: feed.__name__)
-def test_packed_lanes_as_near_as_mlx(feed: Way, dtype: mx.Dtype, store: str, device: str) -> None:
+def test_packed_lanes_as_near_as_mlx(feed: Way, store: str, device: str) -> None:
     """The features are such as the codecs store exactly."""
-    feed(World(CausalCache(), dtype, STORES[store]))
+    turn = list(STORES).index(store) + WAYS.index(feed) + (device == "GPU")
+    feed(World(CausalCache(), list(EPSILON)[turn % 2], STORES[store]))
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=["bfloat16", "float16"])

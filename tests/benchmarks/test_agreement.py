@@ -14,9 +14,8 @@ from benchmarks.results import rows_of
 
 CASES = {
     ("full", mx.bfloat16): ("unequal rows", "forks", "files", "removal", "shifting", "quantized rows"),
-    ("full", mx.float16): ("shared prefix", "rewinding", "shifting", "generated text"),
+    ("full", mx.float16): ("shared prefix", "rewinding", "generated text"),
     ("window", mx.float16): ("unequal rows", "files"),
-    ("window", mx.bfloat16): ("forks",),
     ("latent", mx.bfloat16): ("unequal rows", "files"),
     ("chunks", mx.float16): ("going on",),
     ("recurrent", mx.bfloat16): ("unequal rows", "files"),

@@ -23,7 +23,7 @@ from tests.kinds import KINDS, STORES, Kind, add_offsets
 from tests.oracle import Oracle, Stream
 
 SEEDS = int(os.environ.get("MACHINE_SEEDS", "4"))
-STEPS = int(os.environ.get("MACHINE_STEPS", "300"))
+STEPS = int(os.environ.get("MACHINE_STEPS", "200"))
 """Of a run; from about 1,000 on Hypothesis cuts most of them short."""
 FAULTS = float(os.environ.get("MACHINE_FAULTS", "0.04"))
 """How many of the calls are interrupted at some line, or by the shift hook."""

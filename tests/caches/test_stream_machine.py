@@ -16,7 +16,7 @@ from tests.interrupts import Planted, Tracer
 from tests.kinds import add_offsets
 
 SEEDS = int(os.environ.get("MACHINE_SEEDS", "4")) // 10 or 1
-STEPS = int(os.environ.get("MACHINE_STEPS", "300"))
+STEPS = int(os.environ.get("MACHINE_STEPS", "200"))
 FAULTS = float(os.environ.get("MACHINE_FAULTS", "0.04"))
 SEQUENCES = range(4)
 LAYERS = range(2)

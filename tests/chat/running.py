@@ -64,7 +64,7 @@ def chat(folder: Path | None, model: Path, **options: Any) -> Observed:
 
 @asynccontextmanager
 async def running(
-    folder: Path | None, model: Path, size: tuple[int, int] = (120, 40), **options: Any
+    folder: Path | None, model: Path, size: tuple[int, int] = (110, 30), **options: Any
 ) -> AsyncIterator[Any]:
     app = chat(folder, model, **options)
     async with app.run_test(size=size) as pilot:

@@ -137,7 +137,7 @@ async def test_system_prompt(tiny: Path) -> None:
         assert pilot.app.desk.current.path[-1].cost.reused < pilot.app.desk.current.path[-1].cost.prefilled
 
 
-@pytest.mark.parametrize("size", [(80, 24), (140, 40)])
+@pytest.mark.parametrize("size", [(80, 24)])
 async def test_every_dialog_and_message_by_keys(tiny: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("the first line\nthe second line\n")

@@ -12,8 +12,8 @@ from examples.chat.settings import Settings
 
 from .life import Life
 
-TURNS = int(os.environ.get("CHAT_TURNS", "50"))
-CHECKS = int(os.environ.get("CHAT_CHECKS", "10"))
+TURNS = int(os.environ.get("CHAT_TURNS", "25"))
+CHECKS = int(os.environ.get("CHAT_CHECKS", "5"))
 ALLOWED = ("and the capacity is", "only a reply that was cut", "a conversation needs", "there is nothing")
 """What may be refused: the whole book, and what is not there."""
 

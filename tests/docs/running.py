@@ -9,17 +9,20 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
+from mlx_kvcache.plugin.attach import _all_models, _bind_all
 from tests.docs.pages import ROOT
 
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -114,9 +117,11 @@ class Reader:
 
     def _run(self, arguments: list[str]) -> str:
         placed = [str(self.path) if argument == "PATH" else argument for argument in arguments]
-        ending = [option for name in arguments for option in ENDING.get(name, [])]
+        placed += [option for name in arguments for option in ENDING.get(name, [])]
+        if placed[:2] == ["-m", "mlx_kvcache.plugin"] and placed[-1] == "--help":
+            return _help_of(placed[1:])
         done = subprocess.run(
-            [sys.executable, *placed, *ending],
+            [sys.executable, *placed],
             cwd=self.folder,
             env=self.environment,
             input=LINES,
@@ -126,6 +131,25 @@ class Reader:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+
+def _help_of(arguments: list[str]) -> str:
+    """Run a command that ends with its help in this process: another would first import mlx-lm."""
+    module, before = arguments[0], len(_all_models)
+    try:
+        with (
+            patch.object(sys, "argv", arguments),
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.suppress(SystemExit),
+        ):
+            runpy.run_module(module, run_name="__main__")
+            raise AssertionError(f"{arguments} does not end")
+    finally:
+        # The command has attached all models.
+        del _all_models[before:]
+        _bind_all()
+    assert "usage:" in out.getvalue(), f"{arguments} prints no help"
+    return out.getvalue()
 
 
 def parsed_by(parse: Callable[[str], object]) -> Callable[[Example], None]:

@@ -66,7 +66,7 @@ def test_going_back_and_forking(name: str) -> None:
     """Three tokens back after 23, or to the newest checkpoint before; then two ways on."""
     model = model_of(name)
     cache = make_prompt_cache(model)
-    in_blocks(model, cache, TEXT[:23], (8, 7))
+    in_blocks(model, cache, TEXT[:23], (8, 7, 4))
     point = cache.resume_point(20)
     if not cache.pool.layout.is_recurrent:
         assert point == 20
@@ -74,8 +74,8 @@ def test_going_back_and_forking(name: str) -> None:
     cache.rewind_to(point)
     fork = cache.fork()
     for each, tokens in ((cache, OTHER), (fork, TEXT[30:])):
-        expected = theirs(name, tuple(TEXT[:point] + tokens[:16]), point)
-        assert_equal(in_blocks(model, each, tokens[:16], (5,)), expected[point:])
+        expected = theirs(name, tuple(TEXT[:point] + tokens[:12]), point)
+        assert_equal(in_blocks(model, each, tokens[:12], (5,)), expected[point:])
     cache.rewind_to(0)
     assert_equal(in_blocks(model, cache, OTHER[:12], (9,)), theirs(name, tuple(OTHER[:12]), 9))
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+import mlx_lm
 import pytest
 from mlx_lm.models.cache import load_prompt_cache
 
@@ -118,14 +120,17 @@ def test_generate_with_a_bound(tiny: Path) -> None:
     assert "Generation: 30 tokens" in printed
 
 
-def test_generate_in_fewer_bits(folder: Path) -> None:
+def test_generate_in_fewer_bits(folder: Path, chat_model: tuple[nn.Module, Any]) -> None:
     """By an option of this package's for any command, and by mlx-lm's own from a length on."""
-    question = ("--model", folder, "--prompt", "My name is Ada. What is my name?", "-m", 6)
+    asked = "My name is Ada. What is my name?"
+    question = ("--model", folder, "--prompt", asked, "-m", 6)
+    model, tokenizer = chat_model
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": asked}], add_generation_prompt=True)
 
     def said(*arguments: object) -> str:
         return run(*arguments).splitlines()[1]
 
-    plain = said("generate", *question)
+    plain = mlx_lm.generate(model, tokenizer, prompt, max_tokens=6)
     assert len(plain) > 10
     assert said("--kv-bits", "8,6", "generate", *question) == plain
     assert said("generate", *question, "--kv-bits", 8, "--quantized-kv-start", 20) == plain

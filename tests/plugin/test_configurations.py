@@ -12,9 +12,12 @@ from tests.plugin.configurations import (
     CONFIGURATIONS,
     DIFFERS_IN_BLOCKS,
     DIFFERS_WITHOUT_CACHE,
+    KINDS,
+    MISSING,
     UNBUILDABLE,
     VOCABULARY,
     build,
+    chosen,
     model_modules,
     module_of,
 )
@@ -43,9 +46,14 @@ def test_every_model_module_has_its_place() -> None:
     assert not configured & set(UNBUILDABLE)
     assert sorted(configured | set(UNBUILDABLE)) == model_modules()
     assert set(DIFFERS_WITHOUT_CACHE) | set(DIFFERS_IN_BLOCKS) <= set(CONFIGURATIONS)
+    assert set(KINDS) <= set(CONFIGURATIONS) | MISSING
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGURATIONS))
+# All of them are run on both kinds of caches, and compared, by test_architectures.py.
+ALONE = sorted({*chosen(CONFIGURATIONS), *DIFFERS_WITHOUT_CACHE, *DIFFERS_IN_BLOCKS})
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_model_runs(name: str) -> None:
     model = build(name)
     whole = run(model, [TOKENS], [len(TOKENS)])

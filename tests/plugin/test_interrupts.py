@@ -24,7 +24,7 @@ from tests.interrupts import Tracer, places
 from tests.plugin.configurations import build
 from tests.plugin.tiny import tiny_llama
 
-NTH = int(os.environ.get("INTERRUPTS_NTH", "400"))
+NTH = int(os.environ.get("INTERRUPTS_NTH", "800"))
 """Of the lines of a call every so-manieth is tried, on each model another one."""
 
 PROMPT = [5, 17, 3, 88, 41, 7, 60, 2, 19, 33, 8, 71]

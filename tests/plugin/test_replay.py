@@ -22,7 +22,7 @@ from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 from mlx_kvcache.plugin.forward.forward import newest
 from mlx_kvcache.plugin.hosts.layout import layout_of
 from mlx_kvcache.plugin.pool import conversation
-from tests.plugin.configurations import CONFIGURATIONS, build
+from tests.plugin.configurations import CONFIGURATIONS, build, chosen
 from tests.plugin.forgetful import Forgetful
 from tests.plugin.running import difference, logits_of, model_of
 
@@ -63,7 +63,20 @@ def test_every_architecture_can_be_replayed(name: str) -> None:
     assert list(cache.pool.mixers) == recurrent
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+SOME = [
+    "mamba2",
+    "rwkv7",
+    "baichuan_m1",
+    "bailing_hybrid",
+    "falcon_h1",
+    "lfm2",
+    "qwen3_next",
+    "recurrent_gemma",
+]
+"""One of each kind, for tests that would take minutes on all."""
+
+
+@pytest.mark.parametrize("name", chosen(RECURRENT, SOME))
 def test_each_of_the_newest_64_tokens(name: str) -> None:
     """A block longer than `rewind`, a short block, and single tokens."""
     model = model_of(name)
@@ -78,20 +91,7 @@ def test_each_of_the_newest_64_tokens(name: str) -> None:
         assert_follows(name, fork, 130 - back)
 
 
-SOME = [
-    "mamba2",
-    "rwkv7",
-    "baichuan_m1",
-    "bailing_hybrid",
-    "falcon_h1",
-    "lfm2",
-    "qwen3_next",
-    "recurrent_gemma",
-]
-"""One of each kind, for tests that would take minutes on all."""
-
-
-@pytest.mark.parametrize("name", RECURRENT if IS_WHOLE else SOME)
+@pytest.mark.parametrize("name", chosen(RECURRENT, SOME))
 def test_again_and_again(name: str) -> None:
     """Back by all of eight tokens, ten times, in blocks and token by token, as speculative decoding does."""
     model = model_of(name)
@@ -148,7 +148,7 @@ DIVIDED = [name for name in RECURRENT if name not in ("longcat_flash_ngram", "ne
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 3.0] if IS_WHOLE else [0.1])
-@pytest.mark.parametrize("name", DIVIDED if IS_WHOLE else SOME)
+@pytest.mark.parametrize("name", chosen(DIVIDED, SOME))
 def test_speculative_decoding(name: str, noise: float) -> None:
     """The text is that of plain decoding, however much of the draft is accepted."""
     tokens, accepted = speculative(name, noisy(name, noise), 24)
@@ -173,7 +173,7 @@ def test_speculative_decoding_with_quantized_keys(name: str) -> None:
     assert 0 < sum(accepted) < 40
 
 
-@pytest.mark.parametrize("name", RECURRENT if IS_WHOLE else SOME)
+@pytest.mark.parametrize("name", chosen(RECURRENT, SOME))
 def test_rows_of_a_batch(name: str) -> None:
     """Rows of unequal length in one batch, each of which then goes back by itself."""
     model = model_of(name)
@@ -294,7 +294,7 @@ def test_text_without_end(name: str, farthest: int, monkeypatch: pytest.MonkeyPa
     assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", chosen(RECURRENT, SOME))
 def test_a_removal_that_states_keep(name: str) -> None:
     cache = make_prompt_cache(model_of(name))
     logits_of(model_of(name), cache, TEXT[:40])
@@ -307,7 +307,7 @@ def test_a_removal_that_states_keep(name: str) -> None:
     assert all(apart(a, b) < EXACT for a, b in zip(states_of(cache), before, strict=True))
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", chosen(RECURRENT, SOME))
 def test_a_removal_that_states_forget(name: str) -> None:
     """The first layer's inputs come from the tokens alone, so its state is that of a fresh computation."""
     model = model_of(name)

@@ -6,7 +6,6 @@ computing the text that remains afresh.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -18,7 +17,7 @@ from mlx_vlm.models.cache import make_prompt_cache as make_theirs
 
 from mlx_kvcache import NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
-from tests.plugin.configurations import model_modules, module_of
+from tests.plugin.configurations import KINDS, chosen
 from tests.plugin.configurations.vlm import (
     VLM_CONFIGURATIONS,
     VLM_DIFFERS_IN_BLOCKS,
@@ -71,7 +70,33 @@ def assert_equal(ours: mx.array, expected: mx.array) -> None:
     assert difference(ours / mx.std(expected), expected / mx.std(expected)) <= EXACT
 
 
-@pytest.mark.parametrize("name", NAMES)
+SOME = [
+    "cohere_compass",
+    "falcon_perception",
+    "flint",
+    "glm4v",
+    "hrm_text",
+    "hunyuan_vl",
+    "inkling",
+    "lfm2_vl",
+    "limite",
+    "llava",
+    "longcat_flash_sparse",
+    "mimo_v2",
+    "mllama",
+    "molmo",
+    "nemotron_h_nano_omni",
+    "paligemma",
+    "plamo2vl",
+    "qwen2_5_vl",
+    "qwen3_5_text",
+    "xing4_0",
+    "zaya1_vl",
+]
+"""One of each kind of those that mlx-lm does not have. Those of the same name are written as in mlx-lm."""
+
+
+@pytest.mark.parametrize("name", chosen(NAMES, [*SOME, *(name for name in KINDS if name in NAMES)]))
 def test_one_conversation_and_a_batch(name: str) -> None:
     """Blocks past every border, going back, two ways on, and rows of unequal lengths together."""
     model = build_language_model(name)
@@ -96,11 +121,7 @@ def test_one_conversation_and_a_batch(name: str) -> None:
         assert_equal(mx.concatenate([own[row] for own in found]), expected)
 
 
-# Text models of the same name in mlx-lm are written alike, and test_architectures.py has them.
-ONLY_HERE = [name for name in NAMES if os.environ.get("VLM_WHOLE") or module_of(name) not in model_modules()]
-
-
-@pytest.mark.parametrize("name", ONLY_HERE)
+@pytest.mark.parametrize("name", chosen(NAMES, SOME))
 def test_forgetting_and_fewer_bits(name: str) -> None:
     """Keys and values in 8 bits, a full cache that shifts, and a removal of the oldest tokens."""
     model = build_language_model(name, is_wide=name not in VLM_STAY_NARROW)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_vlm.models.cache import make_prompt_cache
 
-from tests.plugin.configurations import VOCABULARY, module_of
+from tests.plugin.configurations import VOCABULARY, chosen, module_of
 from tests.plugin.configurations.vlm import (
     VLM_CONFIGURATIONS,
     VLM_DIFFERS_IN_BLOCKS,
@@ -49,11 +47,7 @@ def test_every_language_module_has_its_place() -> None:
 
 
 # All of them are run on both kinds of caches, and compared, by test_vlm_architectures.py.
-ALONE = (
-    VLM_CONFIGURATIONS
-    if os.environ.get("VLM_WHOLE")
-    else {**VLM_DIFFERS_IN_BLOCKS, "llama": "", "qwen2_vl": ""}
-)
+ALONE = chosen(VLM_CONFIGURATIONS, [*VLM_DIFFERS_IN_BLOCKS, "llama", "qwen2_vl"])
 
 
 @pytest.mark.parametrize("name", sorted(ALONE))

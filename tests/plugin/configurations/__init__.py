@@ -9,8 +9,10 @@ from tests.plugin.configurations.tables import (
     DIFFERS_IN_BLOCKS,
     DIFFERS_WITHOUT_CACHE,
     FAULTY,
+    KINDS,
     MISSING,
     UNBUILDABLE,
+    chosen,
 )
 from tests.plugin.configurations.wide import STAY_NARROW
 
@@ -19,12 +21,14 @@ __all__ = [
     "DIFFERS_IN_BLOCKS",
     "DIFFERS_WITHOUT_CACHE",
     "FAULTY",
+    "KINDS",
     "MISSING",
     "STAY_NARROW",
     "UNBUILDABLE",
     "VOCABULARY",
     "WINDOW",
     "build",
+    "chosen",
     "model_modules",
     "module_of",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -32,6 +34,17 @@ _ALL: dict[str, Configuration] = (
 # "module" or "module:variant". Older releases of mlx-lm do not have all of these.
 CONFIGURATIONS = _installed(_ALL)
 MISSING = _ALL.keys() - CONFIGURATIONS.keys()
+
+KINDS = ["llama", "llama:window", "gemma3_text", "plamo3", "gpt_oss", "llama4", "gemma3n", "deepseek_v3"]
+KINDS += ["deepseek_v32", "longcat_flash", "mamba2", "rwkv7", "falcon_h1", "kimi_linear", "qwen3_next"]
+"""One of each kind: full attention, windows, both, chunks, shared layers, latents, an index beside them, two
+caches in one layer, recurrences, and recurrences beside attention."""
+
+
+def chosen(names: Iterable[str], kinds: Iterable[str] = KINDS) -> list[str]:
+    """One of each kind, or all names if the environment has ARCHITECTURES=all (`make test-architectures`)."""
+    return list(names if os.environ.get("ARCHITECTURES") == "all" else kinds)
+
 
 UNBUILDABLE: dict[str, str] = _installed(
     {

@@ -59,7 +59,7 @@ def distance(a: mx.array, b: mx.array) -> float:
     return found
 
 
-@pytest.mark.parametrize("block", [1, 5, 8, 12])
+@pytest.mark.parametrize("block", [5, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_mlx_lms_loop(name: str, dtype: mx.Dtype, block: int) -> None:

@@ -100,7 +100,8 @@ def served(model: Path, *arguments: object, is_attached: bool = True, **options:
             return mlx_lm_server.APIHandler(generator, *given, system_fingerprint="test")
 
         http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        thread = threading.Thread(target=http.serve_forever)
+        # At the end it waits for the next look at whether to end.
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield Client(http.server_port)

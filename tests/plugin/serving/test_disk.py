@@ -19,8 +19,7 @@ from mlx_kvcache.plugin import make_session_pool
 from mlx_kvcache.radix_tree import PrefixTree
 from mlx_kvcache.sessions import SessionPool
 from tests.interrupts import Planted
-from tests.plugin.configurations import build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.running import difference, logits_of, model_of
 from tests.plugin.tiny import tiny_llama
 
 TEXT = [(5 * i + 3 * i * i) % 90 for i in range(200)]
@@ -54,7 +53,7 @@ def say(pool: SessionPool, tokens: list[int], model: nn.Module = MODEL, exact: f
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next"])
 def test_conversations_with_little_memory(name: str, tmp_path: Path) -> None:
     """Random prompts over few tokens, of which memory keeps one and the folder some."""
-    model, rng = build(name), random.Random(1)
+    model, rng = model_of(name), random.Random(1)
     known: list[list[int]] = [TEXT[:12]]
     with make_session_pool(model, max_stored=1, folder=tmp_path, rewind=8) as pool:
         for _ in range(40):

@@ -14,8 +14,7 @@ from mlx_kvcache.persist.container import read_contents
 from mlx_kvcache.persist.files import base_of
 from mlx_kvcache.plugin import make_session_pool
 from mlx_kvcache.sessions import SessionPool
-from tests.plugin.configurations import build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.running import difference, logits_of, model_of
 from tests.plugin.serving.test_disk import MODEL, say
 
 TEXT = [Random(3).randrange(90) for _ in range(20)] + [(7 * i + i * i) % 90 for i in range(180)]
@@ -42,11 +41,11 @@ def bases(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3"])
 def test_branches_on_one_prefix_store_it_once(name: str, tmp_path: Path) -> None:
-    model, prompts = build(name), branches(6)
+    model, prompts = model_of(name), branches(3)
     with make_session_pool(model, folder=tmp_path) as pool:
         for prompt in prompts:
             say(pool, prompt, model)
-    assert len(files(tmp_path)) == 6 and len(bases(tmp_path)) == 5
+    assert len(files(tmp_path)) == 3 and len(bases(tmp_path)) == 2
     with make_session_pool(model, folder=tmp_path) as pool:
         assert min(say(pool, [*prompt, 1, 2], model) for prompt in prompts) > 100
 
@@ -72,7 +71,7 @@ def logits(pool: SessionPool, prompt: list[int]) -> mx.array:
 def test_a_conversation_that_goes_on_is_a_chain(tmp_path: Path) -> None:
     sizes = []
     with make_session_pool(MODEL, max_stored=1, folder=tmp_path) as pool:
-        for end in range(40, 200, 20):
+        for end in range(40, 160, 20):
             say(pool, [*TEXT[:end], end % 7])
             pool.flush()
             sizes.append(sum(path.stat().st_size for path in files(tmp_path)))
@@ -80,13 +79,13 @@ def test_a_conversation_that_goes_on_is_a_chain(tmp_path: Path) -> None:
     steps = [b - a for a, b in pairwise(sizes)]
     assert max(steps) < 1.5 * min(steps)
     with make_session_pool(MODEL, folder=tmp_path) as pool:
-        assert say(pool, [*TEXT[:180], 5, 5, 5]) == 181
+        assert say(pool, [*TEXT[:140], 0, 5, 5]) == 141
 
 
 def test_a_chain_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_cache, "LONGEST", 3)
     with make_session_pool(MODEL, max_stored=1, folder=tmp_path) as pool:
-        for end in range(40, 200, 20):
+        for end in range(40, 160, 20):
             say(pool, [*TEXT[:end], end % 7])
             pool.flush()
     parents = bases(tmp_path)
@@ -98,7 +97,7 @@ def test_a_chain_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_eviction_takes_branches_before_their_base(tmp_path: Path) -> None:
-    prompts = branches(8)
+    prompts = branches(6)
     with make_session_pool(MODEL, folder=tmp_path / "all") as pool:
         for prompt in prompts[:3]:
             say(pool, prompt)

@@ -27,7 +27,7 @@ from tests.plugin.serving.test_many import collected
 NAMES = ["llama", "gemma2", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "mamba2", "rwkv7", "falcon_h1"]
 """Full attention, windows, chunks, latent attention, hybrids, and recurrences alone."""
 MOST = 6
-NTH = int(os.environ.get("INTERRUPTS_NTH", "400"))
+NTH = int(os.environ.get("INTERRUPTS_NTH", "800"))
 """Of the lines of a step every so-manieth is interrupted."""
 EXACT = 1e-4
 """In units of the logits' standard deviation."""
@@ -106,7 +106,7 @@ def test_texts_are_those_of_plain_decoding(name: str) -> None:
     assert texts_of(many, 40) == plain(name, 40)
     assert 0 < many.accepted < many.drafted
     # The likeliest tokens of all.
-    texts = [collected(generate_many(model_of(name), PROMPTS, 20, draft_tokens=most)) for most in (0, MOST)]
+    texts = [collected(generate_many(model_of(name), PROMPTS, 10, draft_tokens=most)) for most in (0, MOST)]
     assert texts[0] == texts[1]
 
 

@@ -17,8 +17,7 @@ from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_kvcache.plugin import attach
 from mlx_kvcache.plugin.serving import mlx_lm_store as reuse
-from tests.plugin.configurations import build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.running import difference, logits_of, model_of
 from tests.plugin.tiny import tiny_llama
 
 TEXT = [(5 * i + 3 * i * i) % 90 for i in range(80)]
@@ -27,7 +26,7 @@ OTHER = [89 - token for token in TEXT]
 
 @pytest.fixture(params=["llama", "gemma3_text", "llama4", "qwen3_next"])
 def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    model = build(request.param)
+    model = model_of(request.param)
     with attach(model, rewind=4):
         yield model
 
@@ -68,7 +67,7 @@ def test_longer_shorter_and_equal_prompts(model: nn.Module) -> None:
 
 
 def test_prefixes_go_where_the_longer_cache_serves_them_and_stay_elsewhere() -> None:
-    full, window = build("llama"), build("gemma3_text")
+    full, window = model_of("llama"), model_of("gemma3_text")
     for model, left in ((full, 1), (window, 2)):
         with attach(model, rewind=4):
             store = LRUPromptCache()
@@ -209,7 +208,7 @@ def test_batches_reuse_what_single_prompts_do(model: nn.Module) -> None:
 
 
 def test_shorter_prefixes_of_hybrids_go_where_the_longer_cache_serves_them() -> None:
-    model = build("qwen3_next")
+    model = model_of("qwen3_next")
     with attach(model):
         store = LRUPromptCache()
         cache = filled(model, TEXT[:20], 20)
@@ -294,7 +293,7 @@ def test_stores_of_caches_that_are_not_ours_stay_as_they_are() -> None:
 
 def test_the_third_prompt_that_begins_alike_resumes_where_they_part() -> None:
     """Recurrent layers have no state inside a block, until a lookup has marked where prompts branch off."""
-    model, prefix = build("qwen3_next"), TEXT[:60]
+    model, prefix = model_of("qwen3_next"), TEXT[:60]
     with attach(model, rewind=4):
         store = LRUPromptCache()
         for number, reused in enumerate((0, 0, 60, 60)):

@@ -78,7 +78,11 @@ def way(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl, tiny_lfm2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "way"),
+    [(tiny_gemma3, batching), (tiny_qwen2_vl, streaming), (tiny_lfm2, streaming), (tiny_lfm2, batching)],
+    ids=lambda value: value.__name__,
+)
 def test_turns_and_branches(make: Callable[[], nn.Module], way: Any, vlm: tuple[nn.Module, Any]) -> None:
     model, processor = make(), vlm[1]
     first = prompt(40)
@@ -148,8 +152,11 @@ def test_pictures_are_told_apart(make: Callable[[], nn.Module], way: Any, vlm: t
     assert [reply.cached for reply in replies] == (before if is_cut else after)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefill_step_size": 8}], ids=str)
-@pytest.mark.parametrize("make", [tiny_gemma3, tiny_qwen2_vl, tiny_lfm2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(tiny_gemma3, {"prefill_step_size": 8}), (tiny_qwen2_vl, {}), (tiny_lfm2, {"prefill_step_size": 8})],
+    ids=["tiny_gemma3", "tiny_qwen2_vl", "tiny_lfm2"],
+)
 def test_rows_that_go_on_and_rows_that_begin(
     make: Callable[[], nn.Module], options: dict[str, Any], vlm: tuple[nn.Module, Any]
 ) -> None:

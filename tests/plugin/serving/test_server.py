@@ -110,20 +110,20 @@ def test_a_prompt_beyond_the_capacity_is_refused_with_the_numbers(tiny: Path) ->
 
 def test_a_reply_ends_at_the_capacity(tiny: Path, tokenizer: Any) -> None:
     room = 64 - len(tokenizer.encode(SHORT))
-    for more in ({}, {"seed": 1}):
-        with served(tiny, capacity=64) as client:
+    with served(tiny, capacity=64) as client:
+        for more in ({}, {"seed": 1}):
             answer = client.complete(SHORT, max_tokens=500, **more)
             assert answer.finish == "length"
             assert answer.body["usage"]["completion_tokens"] == room
             assert client.complete(SHORT).status == 200
 
 
-@pytest.mark.parametrize("more", [{}, {"seed": 1}])
-def test_long_prompts_and_replies_shift(tiny: Path, more: dict[str, object]) -> None:
+def test_long_prompts_and_replies_shift(tiny: Path) -> None:
     with served(tiny, capacity=64, overflow="shift", sinks=4) as client:
-        answers = at_once(client, LONG, SHORT, LONG, max_tokens=90, **more)
-        assert [answer.status for answer in answers] == [200] * 3
-        assert [answer.body["usage"]["completion_tokens"] for answer in answers] == [90] * 3
+        for more in ({}, {"seed": 1}):
+            answers = at_once(client, LONG, SHORT, LONG, max_tokens=90, **more)
+            assert [answer.status for answer in answers] == [200] * 3
+            assert [answer.body["usage"]["completion_tokens"] for answer in answers] == [90] * 3
 
 
 def test_another_model_and_back(tiny: Path, other: Path) -> None:
@@ -192,11 +192,20 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "name"), PLANTED, ids=lambda value: getattr(value, "__name__", value))
-def test_refusals_in_the_generating_thread(
-    tiny: Path, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_in_the_generating_thread(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever raises there, once: clients get a reply or an error, and the next ones get replies."""
+    with served(tiny) as client:
+        expected = [client.complete(prompt).text for prompt in (SHORT, LONG)]
+        reached = 0
+        for owner, name in PLANTED:
+            with monkeypatch.context() as patch:
+                reached += survives(client, expected, owner, name, patch)
+    # Not each is called by this server, or in each run.
+    assert reached > len(PLANTED) // 2
+
+
+def survives(client: Client, expected: list[str], owner: type, name: str, patch: pytest.MonkeyPatch) -> bool:
+    """Assert that the server replies as before after the method has raised. Returns whether it has."""
     original = getattr(owner, name)
     planted = 0
 
@@ -207,17 +216,16 @@ def test_refusals_in_the_generating_thread(
             raise CacheError("planted")
         return original(self, *args, **kwargs)
 
-    with served(tiny) as client:
-        expected = [client.complete(prompt).text for prompt in (SHORT, LONG)]
-        monkeypatch.setattr(owner, name, refusing)
-        planted = 1
-        # Alike in the beginning and unlike in length, so that a batch merges, forks, pads and filters.
-        for answer in at_once(client, SHORT, LONG, SHORT + " four", LONG + " more words", max_tokens=9):
-            assert answer.status in (200, 400, 500)
-            assert answer.status == 200 or "planted" in answer.body["error"]
-        planted = 2
-        assert [client.complete(prompt).text for prompt in (SHORT, LONG)] == expected
-        assert client.health() == 200
+    patch.setattr(owner, name, refusing)
+    planted = 1
+    # Alike in the beginning and unlike in length, so that a batch merges, forks, pads and filters.
+    for answer in at_once(client, SHORT, LONG, f"{SHORT} {name}", f"{LONG} {name} words", max_tokens=9):
+        assert answer.status in (200, 400, 500)
+        assert answer.status == 200 or "planted" in answer.body["error"]
+    is_reached, planted = planted == 2, 2
+    assert [client.complete(prompt).text for prompt in (SHORT, LONG)] == expected
+    assert client.health() == 200
+    return is_reached
 
 
 def one_step(budget: object) -> Iterator[None]:

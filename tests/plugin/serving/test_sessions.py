@@ -15,8 +15,7 @@ from mlx_kvcache import CacheError, NotSupportedError
 from mlx_kvcache.plugin import make_prompt_cache
 from mlx_kvcache.sessions import SessionPool
 from mlx_kvcache.sessions.session import Session
-from tests.plugin.configurations import build
-from tests.plugin.running import difference, logits_of
+from tests.plugin.running import difference, logits_of, model_of
 from tests.plugin.tiny import tiny_gpt2, tiny_llama
 
 TEXT = [(5 * i + 3 * i * i) % 90 for i in range(200)]
@@ -37,10 +36,10 @@ def afresh(model: nn.Module, tokens: list[int]) -> mx.array:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama4", "qwen3_next"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_conversations_that_share_beginnings(name: str, seed: int) -> None:
     """Random prompts over few tokens: whatever is reused, the answer is that of a fresh computation."""
-    model, rng = build(name), random.Random(seed)
+    model, rng = model_of(name), random.Random(seed)
     pool = pool_of(model, max_stored=5)
     known: list[list[int]] = [TEXT[:12]]
     for _ in range(25):
@@ -281,7 +280,7 @@ def test_a_stored_cache_that_somebody_closes_is_forgotten() -> None:
 
 def test_tokens_that_nobody_noted_are_dropped() -> None:
     """An application that leaves out the end token: what it told is stored."""
-    for model in (MODEL, build("gemma3_text"), build("mamba2")):
+    for model in (MODEL, model_of("gemma3_text"), model_of("mamba2")):
         pool = pool_of(model)
         with pool.open(TEXT[:20]) as session:
             computed(model, session)
@@ -325,7 +324,7 @@ def test_the_pools_lock_may_be_held_while_a_session_is_closed() -> None:
 
 def test_the_third_prompt_that_begins_alike_resumes_where_they_part() -> None:
     """Recurrent layers have no state inside a block, until a session has marked where prompts branch off."""
-    model = build("qwen3_next")
+    model = model_of("qwen3_next")
     pool = pool_of(model)
     for number, reused in enumerate((0, 0, 60, 60)):
         tokens = TEXT[:60] + TEXT[100 + number : 120]
@@ -337,7 +336,7 @@ def test_the_third_prompt_that_begins_alike_resumes_where_they_part() -> None:
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "rwkv7"])
 def test_an_edit_of_the_newest_message_computes_only_what_is_new(name: str) -> None:
     """Two turns with long replies; then the second message is another one."""
-    model = build(name)
+    model = model_of(name)
     pool = pool_of(model)
     with pool.open(TEXT[:20]) as session:
         computed(model, session)
