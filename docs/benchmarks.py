@@ -259,8 +259,8 @@ def _share(peer: str) -> float:
 
 
 def _divergence(rows: Mapping[str, Row], text: str, end: str) -> str:
-    row = rows.get(f"bits.divergence.{text}.{end}")
-    return "" if row is None else f"{row.ours:.4f}"
+    nats = plots.divergence(rows, text, end)
+    return "" if nats is None else f"{nats:.4f}"
 
 
 def _increase(rows: Mapping[str, Row], text: str, end: str) -> str:

@@ -27,8 +27,6 @@ CHIEF = {
     "host.evaluated.4096": "update alone, evaluated",
 }
 """The rows that the first picture shows, with their labels."""
-LARGEST_LOSS = 12
-"""The largest increase of loss in per cent on the axis; larger ones are labeled at its edge."""
 
 mpl.rcParams["svg.hashsalt"] = "mlx_kvcache"
 
@@ -115,35 +113,38 @@ def curve(told: Curve) -> Figure:
 
 
 def bits(rows: Mapping[str, Row]) -> Figure:
-    """Bytes against loss, for each choice of bit widths."""
-    figure = Figure(figsize=(7, 4))
+    """Bytes against how far predictions move, for each choice of bit widths."""
+    figure = Figure(figsize=(7, 4.5))
     axis = figure.subplots()
-    axis.axhline(0, color="0.7", linewidth=1)
     for name, share in formats(rows):
-        more, rounded = (loss(rows, "topics", end) for end in (name, f"{name}.rounded"))
-        if more is None:
+        own, rounded, other = (
+            divergence(rows, *end)
+            for end in (("topics", name), ("topics", f"{name}.rounded"), ("gemma3", name))
+        )
+        alike = " and " not in name
+        color = "C0" if alike else "C1"
+        if own is None:
             continue
-        is_off, alike = more > LARGEST_LOSS, " and " not in name
-        height, color = min(more, LARGEST_LOSS), "C0" if alike else "C1"
         if rounded is not None:
             # What the newest tokens in float gain.
-            top = min(rounded, LARGEST_LOSS)
-            axis.plot([share, share], [height, top], color=color, linewidth=1, alpha=0.5)
-            axis.scatter(share, top, color=color, marker="_")
-        axis.scatter(share, height, color=color, marker="^" if is_off else "o")
+            axis.plot([share, share], [own, rounded], color=color, linewidth=1, alpha=0.5)
+            axis.scatter(share, rounded, color=color, marker="_")
+        if other is not None:
+            axis.scatter(share, other, facecolors="none", edgecolors=color)
+        axis.scatter(share, own, color=color)
         axis.annotate(
-            f"{name} ({more:+.0f}%)" if is_off else name,
-            (share, height),
-            xytext=(-5 if alike else 5, -11 if "," in name else 3),
+            name,
+            (share, own),
+            xytext=(-5 if alike else 5, -11 if "," in name else -3),
             textcoords="offset points",
             ha="right" if alike else "left",
             fontsize=8,
         )
-    axis.set_ylim(-1)
-    axis.set_xlim(0.05, 0.65)
+    axis.set_yscale("log")
+    axis.set_xlim(0.1, 0.65)
     axis.set_xlabel("bytes of keys and values, as a share of float16")
-    axis.set_ylabel("increase of loss over float, %")
-    title = "blue: the same bits for keys and values; orange: keys and values; bars: without copies in float"
+    axis.set_ylabel("KL divergence from float, mean of all tokens, nats")
+    title = "dots: SmolLM2, bars up to all tokens rounded; circles: Gemma 3; blue: keys and values alike"
     axis.set_title(title, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -209,6 +210,12 @@ def formats(rows: Mapping[str, Row]) -> list[tuple[str, float]]:
             assert row.ratio is not None
             found.append((key.removeprefix(begin), row.ratio))
     return found
+
+
+def divergence(rows: Mapping[str, Row], text: str, end: str) -> float | None:
+    """The KL divergence from float in nats, by the end of its row's key; None if not measured."""
+    row = rows.get(f"bits.divergence.{text}.{end}")
+    return None if row is None else row.ours
 
 
 def loss(rows: Mapping[str, Row], text: str, end: str) -> float | None:
