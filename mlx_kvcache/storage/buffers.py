@@ -154,8 +154,10 @@ class Recent(NamedTuple):
     def at(self, begin: int, end: int) -> tuple[mx.array, mx.array]:
         """Returns views of the cells [begin, end)."""
         assert self.floats is not None
-        own = slice(begin - self.begin, end - self.begin)
-        return self.floats[0][:, :, own], self.floats[1][:, :, own]
+        keys, values = self.floats
+        first = self.end - keys.shape[2]
+        own = slice(begin - first, end - first)
+        return keys[:, :, own], values[:, :, own]
 
     def newest(self, size: int, end: int | None = None) -> Recent:
         """Returns the newest `size` cells of those before `end`."""
@@ -234,15 +236,15 @@ class Pair:
     changes the array objects. A pair therefore has array objects of its own.
     """
 
-    __slots__ = ("capacity", "form", "is_packed", "keys", "tracks", "values")
+    __slots__ = ("capacity", "form", "is_packed", "keys", "levels", "tracks", "values")
 
     def __init__(self, form: Form, keys: Lane, values: Lane, recent: Recent = NONE) -> None:
         self.form = form
         self.keys = keys.like(map(alias, keys.arrays))
         self.values = values.like(map(alias, values.arrays))
-        self.capacity = keys.arrays[0].shape[2]
+        self.levels, _, self.capacity, _ = keys.arrays[0].shape
         self.is_packed = isinstance(keys, Packed) or isinstance(values, Packed)
-        self.tracks = {(0, keys.arrays[0].shape[0]): Track(recent)}
+        self.tracks = {(0, self.levels): Track(recent)}
         """The newest cells in float, for each run of levels [low, high) that are written together; always
         empty unless the pair is packed and its form has `recent`."""
 
@@ -271,7 +273,7 @@ class Pair:
             self.keys.write(index, keys)
             self.values.write(index, values)
             if self.form.recent:
-                low, high, _ = index[0].indices(self.keys.arrays[0].shape[0])
+                low, high, _ = index[0].indices(self.levels)
                 track = self.tracks.get((low, high)) or self._track_of(low, high)
                 self.tracks[low, high] = track.then(index[2].start, keys, values, self.form.recent)
         else:
@@ -334,22 +336,21 @@ class Pair:
         if not self.form.recent:
             return [self.lanes(index)]
         levels, heads, cells = index
-        border = self.border(index)
+        recent = self._recent(index)
+        border = _border(cells, recent)
         found = [self.lanes((levels, heads, slice(cells.start, border)))] if cells.start < border else []
         if border < cells.stop:
-            keys, values = self._recent(index).at(border, cells.stop)
+            keys, values = recent.at(border, cells.stop)
             found.append((Plain(keys), Plain(values)))
         return found
 
     def border(self, index: Index) -> int:
         """Returns the first of some cells that `newest` returns in float, or the one after them."""
-        start, stop, (end, floats) = index[2].start, index[2].stop, self._recent(index)
-        begin: int = max(start, end - floats[0].shape[2]) if floats else end
-        return begin if begin < stop <= end else stop
+        return _border(index[2], self._recent(index))
 
     def _recent(self, index: Index) -> Recent:
         """The newest cells in float of levels that are written together; none for others."""
-        low, high, _ = index[0].indices(self.keys.arrays[0].shape[0])
+        low, high, _ = index[0].indices(self.levels)
         if track := self.tracks.get((low, high)):
             return track.ending(index[2].stop)
         for (first, stop), track in self.tracks.items():
@@ -362,6 +363,13 @@ class Pair:
         if not self.form.recent:
             return self.read(index)
         return concatenated([self.form.decoded(lanes) for lanes in self.newest(index)])
+
+
+def _border(cells: slice, recent: Recent) -> int:
+    """The first of some cells that is held in float together with all after it, or the one after them."""
+    end, floats = recent
+    begin: int = max(cells.start, end - floats[0].shape[2]) if floats else end
+    return begin if begin < cells.stop <= end else cells.stop
 
 
 Rebase = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]

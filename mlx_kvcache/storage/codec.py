@@ -127,8 +127,8 @@ class Packed(NamedTuple):
         return Packed.of(arrays, self.codec)
 
     def write(self, index: Index, tokens: mx.array) -> None:
-        for own, new in zip(self.arrays, packed(tokens, self.codec).arrays, strict=True):
-            own[index] = new
+        new = packed(tokens, self.codec)
+        self.words[index], self.scales[index], self.biases[index] = new.words, new.scales, new.biases
 
     def at(self, index: Index) -> Packed:
         return Packed(self.words[index], self.scales[index], self.biases[index], self.codec)
