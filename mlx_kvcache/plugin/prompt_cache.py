@@ -390,8 +390,9 @@ def make_prompt_cache(
             refer to each rank's own cache list. None, or a group of one, compares nothing.
         kv_transform: "hadamard" transforms keys and values of fewer than 8 bits before they are quantized,
             which lowers the loss; "none" quantizes them as they are.
-        kv_text: tokens of a text like those to come, 256 or more. The model reads it once, and transformed
-            keys and values are centered on their means over this text, which lowers the loss further.
+        kv_text: tokens of a text like those to come, and about as long. The model reads it once, and
+            transformed keys and values are centered on their means over this text, which lowers the loss
+            further.
         kv_recent: how many of the newest tokens have a copy in float, which attention reads instead, if a
             width is below 8. The tokens of one call of the model see each other in float, too. With 0, all
             tokens are read quantized, and outputs do not depend on how a text is divided into calls.
