@@ -45,7 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
 """Options by name: one width for keys and values, or "keys and values" separately."""
 SHORT = ("8", "6", "5", "4", "3", "8 and 4", "5 and 4", "5 and 3", "4 and 2")
 """What is measured on the second text."""
-OTHER_MODEL = ("8", "4", "3", "8 and 4", "5 and 4", "5 and 3", "4 and 2")
+OTHER_MODEL = ("8", "6", "4", "3", "8 and 4", "6 and 4", "5 and 4", "5 and 3", "4 and 2")
 """What is measured with the second model."""
 CENTERED = ("5 and 4", "5 and 3", "4", "4 and 2", "3")
 """What is also measured with centers, which are taken from the other text."""

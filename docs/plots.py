@@ -114,37 +114,30 @@ def curve(told: Curve) -> Figure:
 
 def bits(rows: Mapping[str, Row]) -> Figure:
     """Bytes against how far predictions move, for each choice of bit widths."""
-    figure = Figure(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
     for name, share in formats(rows):
-        own, rounded, other = (
-            divergence(rows, *end)
-            for end in (("topics", name), ("topics", f"{name}.rounded"), ("gemma3", name))
-        )
+        nats = {text: divergence(rows, text, name) for text in ("topics", "gemma3")}
+        if "," in name or nats["topics"] is None:
+            continue
         alike = " and " not in name
         color = "C0" if alike else "C1"
-        if own is None:
-            continue
-        if rounded is not None:
-            # What the newest tokens in float gain.
-            axis.plot([share, share], [own, rounded], color=color, linewidth=1, alpha=0.5)
-            axis.scatter(share, rounded, color=color, marker="_")
-        if other is not None:
-            axis.scatter(share, other, facecolors="none", edgecolors=color)
-        axis.scatter(share, own, color=color)
+        axis.scatter(share, nats["topics"], color=color)
+        if nats["gemma3"] is not None:
+            axis.scatter(share, nats["gemma3"], facecolors="none", edgecolors=color)
         axis.annotate(
             name,
-            (share, own),
-            xytext=(-5 if alike else 5, -11 if "," in name else -3),
+            (share, nats["topics"]),
+            xytext=(-6 if alike else 6, -3),
             textcoords="offset points",
             ha="right" if alike else "left",
             fontsize=8,
         )
     axis.set_yscale("log")
-    axis.set_xlim(0.1, 0.65)
+    axis.set_xlim(0.1, 0.6)
     axis.set_xlabel("bytes of keys and values, as a share of float16")
-    axis.set_ylabel("KL divergence from float, mean of all tokens, nats")
-    title = "dots: SmolLM2, bars up to all tokens rounded; circles: Gemma 3; blue: keys and values alike"
+    axis.set_ylabel("KL divergence from float, nats")
+    title = "dots: SmolLM2, circles: Gemma 3; blue: one width, orange: one for keys and one for values"
     axis.set_title(title, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
