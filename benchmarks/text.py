@@ -36,8 +36,13 @@ def foretold(
     """
     for start in tqdm(range(0, len(text) - 1, block), desc=name, unit="block", leave=False):
         read = text[start : min(start + block, len(text) - 1)]
-        logits = model(mx.array([read]), cache=cache)[0].astype(mx.float32)
-        yield start, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        yield start, log_probabilities(model(mx.array([read]), cache=cache)[0])
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Log probabilities (n, vocabulary) in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def losses(model: Any, cache: Any, text: list[int], block: int, name: str = "") -> np.ndarray:
@@ -57,10 +62,14 @@ def losses_and_divergences(
     """
     found, apart = [], []
     for start, logs in foretold(model, cache, text, block):
-        own = expected[start : start + len(logs)]
-        apart.append(np.array((mx.exp(own) * (own - logs)).sum(axis=-1)))
+        apart.append(divergences(expected[start : start + len(logs)], logs))
         found.append(losses_of(logs, text[start:]))
     return np.concatenate(found), np.concatenate(apart)
+
+
+def divergences(expected: mx.array, logs: mx.array) -> np.ndarray:
+    """KL divergences of predictions from expected ones in nats, by log probabilities (n, vocabulary)."""
+    return np.array((mx.exp(expected) * (expected - logs)).sum(axis=-1))
 
 
 def losses_of(logs: mx.array, text: list[int]) -> np.ndarray:

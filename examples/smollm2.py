@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,7 +32,7 @@ THREADS = 2
 CONTROL = 3
 """GGUF's token type of control tokens such as <|im_start|>."""
 
-_NAMES = {
+NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -45,6 +45,7 @@ _NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
 }
+"""Parts of a layer, and what stands before and after all, by GGUF's names."""
 
 
 def find() -> Path:
@@ -130,10 +131,15 @@ def _dequantized(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.
             scales, biases = weights[f"{stem}.scales"], weights[f"{stem}.biases"]
             bits = array.shape[-1] * array.itemsize * 8 // (scales.shape[-1] * GROUP_SIZE)
             array = mx.dequantize(array, scales, biases, group_size=GROUP_SIZE, bits=bits)
-        *block, part = stem.split(".")
-        prefix = f"model.layers.{block[1]}" if block else "model"
-        result[f"{prefix}.{_NAMES[part]}.weight"] = array.astype(dtype)
+        result[weight_name(stem, NAMES)] = array.astype(dtype)
     return result
+
+
+def weight_name(stem: str, names: Mapping[str, str]) -> str:
+    """The name in mlx-lm's models of a weight that GGUF calls `stem`, such as blk.0.attn_q."""
+    *block, part = stem.split(".")
+    prefix = f"model.layers.{block[1]}" if block else "model"
+    return f"{prefix}.{names[part]}.weight"
 
 
 def _tokenizer(meta: dict[str, Any]) -> TokenizerWrapper:
