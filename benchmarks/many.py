@@ -17,6 +17,8 @@ LENGTHS = (32, 64, 128, 256, 512, 48, 96, 192, 384, 40, 80, 160, 320, 56, 112, 2
 """Lengths of the 16 prompts, in tokens."""
 EVERY = 4
 """Steps between arrivals."""
+TOGETHER = 8
+"""Sequences that generate together."""
 LONG, RUNNING = 512, 4
 """The length of the prompt that joins, in tokens, and the number of running sequences."""
 
@@ -27,7 +29,7 @@ DRAFTED = 8
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """16 prompts of 32 to 512 tokens that arrive over time, the stall when one of 512 joins, and drafts."""
+    """Prompts that arrive over time, replies side by side, the stall when a long prompt joins, and drafts."""
     model, tokenizer = setting.load(setting.of("smollm2", "tiny"))
     lengths, new = setting.of(LENGTHS, LENGTHS[:8]), setting.of(24, 12)
     prompts = [[(7 * i + 13 * j) % 400 + 100 for j in range(n)] for i, n in enumerate(lengths)]
@@ -40,6 +42,17 @@ def run(setting: Setting) -> Iterator[Row]:
         _throughput(_ours(model), prompts, new),
         "BatchGenerator",
         _throughput(_theirs(model), prompts, new),
+    )
+    new = setting.of(48, 12)
+    yield speed(
+        "many.decode",
+        f"a step of {TOGETHER} sequences of {lengths[0]} to {lengths[0] + new} tokens",
+        "ms",
+        lambda: _decoding(_ours(model), prompts[0], new),
+        "BatchGenerator",
+        lambda: _decoding(_theirs(model), prompts[0], new),
+        setting.of(7, 1),
+        per=new - 1,
     )
     yield once(
         "many.stall",
@@ -89,6 +102,20 @@ def _throughput(loop: Loop, prompts: list[list[int]], new: int) -> float:
             add(waiting.pop(0), new)
         tokens += step()
         steps += 1
+    return time.perf_counter() - start
+
+
+def _decoding(loop: Loop, prompt: list[int], new: int) -> float:
+    """The time of all tokens but the first of some sequences that generate together."""
+    add, step = loop
+    for _ in range(TOGETHER):
+        add(prompt, new)
+    tokens = 0
+    while tokens < TOGETHER:
+        tokens += step()
+    start = time.perf_counter()
+    while tokens < TOGETHER * new:
+        tokens += step()
     return time.perf_counter() - start
 
 

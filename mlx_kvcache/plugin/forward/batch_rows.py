@@ -59,10 +59,9 @@ from ..pool.pool import Pool
 from ..rope import axes
 from ..rope.axes import ARGUMENT, Prompt
 from ..rope.rebase import Head
-from . import blocks
 from .agreement import Told, edit_together, forward_together, named, unless_all_can
+from .division import edges_of, groups, is_one_input, needs_groups, run_apart, run_in_blocks
 from .forward import Columns, Form, Forward, Padding
-from .row_groups import groups, is_one_input, needs_groups, run_apart
 
 
 class Rows(Caller):
@@ -360,9 +359,9 @@ class Rows(Caller):
             relative = axes.told_by(self, columns, n, args, kwargs) if self.pool.keeps_positions else None
             if relative is not None:
                 kwargs = {**kwargs, ARGUMENT: relative}
-            edges = blocks.edges(self, columns, n)
+            edges = edges_of(self, columns, n)
             if len(edges) > 2:
-                return blocks.run(self, edges, model, call, args, kwargs)
+                return run_in_blocks(self, edges, model, call, args, kwargs)
             if self.is_batch and needs_groups(self, columns):
                 self.settle()
                 together = groups(self, columns)

@@ -103,6 +103,7 @@ class Pool:
         mirrored: the leaves whose values the model replaces by arrays shaped like their keys.
         ask: answers a question about the model, such as "batching", by running it.
         text: the tokens on which the centers of the quantization were measured.
+        is_shared: whether several live threads have used the pool.
         is_scratch: whether written arrays are discarded without being computed.
     """
 
@@ -155,7 +156,7 @@ class Pool:
         self._dropped: deque[int] = deque()
         self._user: weakref.ref[User] | None = None
         self._thread: weakref.ref[threading.Thread] | None = None
-        self._is_shared = False
+        self.is_shared = False
         self.is_scratch = False
         self._computed = count(1)
         weakref.finalize(self, observe(model))
@@ -247,7 +248,7 @@ class Pool:
         if not self.ranks.is_alone and next(self._computed) % EVALUATE:
             # With ranks, evaluation is left to the caller: here it could wait for another rank.
             return
-        evaluate: Callable[..., None] = mx.eval if self._is_shared else mx.async_eval
+        evaluate: Callable[..., None] = mx.eval if self.is_shared else mx.async_eval
         evaluate(list(arrays))
 
     def compute_forward(self, arrays: Iterable[mx.array]) -> None:
@@ -259,7 +260,7 @@ class Pool:
         try:
             self.compute(arrays)
         except RuntimeError:
-            if self._is_shared:
+            if self.is_shared:
                 raise
 
     def codecs(self, leaf: Leaf) -> Codecs:
@@ -335,8 +336,8 @@ class Pool:
         current, last = threading.current_thread(), self._thread and self._thread()
         if last is current:
             return
-        if last and last.is_alive() and not self._is_shared:
-            self._is_shared = True
+        if last and last.is_alive() and not self.is_shared:
+            self.is_shared = True
             # Arrays that another thread is still loading from a file cannot be evaluated here.
             with suppress(RuntimeError):
                 self.compute_all()

@@ -4,19 +4,22 @@ Each step calls the model once, with one token of every generating sequence and 
 as fit into the rest of the step. A long prompt is thus read in chunks and delays the other sequences by one
 step at a time (chunked prefill, "Sarathi-Serve", arXiv 2403.02310).
 
-With `draft_tokens`, the rest of a step also tries tokens that are likely to come next: those that followed
-the newest tokens where they occurred before in the text (prompt lookup decoding, Saxena 2023,
-https://github.com/apoorvumang/prompt-lookup-decoding; a form of speculative decoding, arXiv 2211.17192).
-One call then checks them all, and the cache rolls back those that are not what the sampler chooses.
+A step starts the call of the model for the next one before it waits for its own tokens: the arrays that
+compute them are the next input. So the device computes while Python prepares, as in mlx-lm's `generate_step`.
+The token after a stop token is computed in vain, and rolled back.
+
+With `draft_tokens`, the rest of a step also tries tokens that are likely to come next. One call then checks
+them all, and the cache rolls back those that are not what the sampler chooses.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate, count, islice, repeat
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -30,18 +33,15 @@ from ..entries.nested import entries_of
 from ..forward.token_rows import TokenRows
 from ..hosts.host import logits_of, name_of
 from ..hosts.layout import language_model_of
+from ..pool.pool import Pool
 from ..prompt_cache import PromptCache, make_prompt_cache
 from ..ranks import ranks_of
-
-Sampler = Callable[[mx.array], mx.array]
-"""Maps log probabilities (1, vocabulary) to a token (1,), like mlx-lm's samplers."""
+from .next_tokens import Drafter, Drawn, Sampler, greedy
 
 Finish = Literal["stop", "length", "cancelled", "full", "closed", "interrupted"]
 
-NGRAMS = (3, 2)
-"""The numbers of newest tokens that a draft looks for in the text, the first that is found."""
-LONGEST_PAUSE = 32
-"""The largest number of steps between two drafts."""
+UNKNOWN = -1
+"""Stands for a token that the step before computes."""
 
 
 class Generated(NamedTuple):
@@ -63,55 +63,6 @@ class Generated(NamedTuple):
     error: CacheError | None = None
 
 
-class _Drafter:
-    """Drafts the next tokens of a text: those that followed its newest tokens where they occurred before.
-
-    A draft has at most 1 token more than twice as many as were accepted of the draft before. After a draft
-    of which none was accepted, the next steps have no draft: 1 step, then 2, 4, up to `LONGEST_PAUSE`.
-
-    Drafts only change the speed, so a step that raises need not restore a drafter, and an interrupt may keep
-    tokens from it.
-    """
-
-    def __init__(self, text: Iterable[int]) -> None:
-        self._text: list[int] = []
-        # For each n-gram, the index of the token that followed it last.
-        self._followers: dict[tuple[int, ...], int] = {}
-        self._longest = sys.maxsize
-        self._pause, self._steps_left = 1, 0
-        self._extend(text)
-
-    def draft(self, most: int) -> list[int]:
-        """Return at most `most` tokens."""
-        if self._steps_left:
-            self._steps_left -= 1
-            return []
-        text, n = self._text, min(most, self._longest)
-        for size in NGRAMS:
-            begin = self._followers.get(tuple(text[-size:]))
-            if begin is not None:
-                # Where fewer than n tokens follow, what follows them is a repetition.
-                return [text[begin + i % (len(text) - begin)] for i in range(n)]
-        return []
-
-    def learn(self, tokens: Sequence[int], drafted: int, accepted: int) -> None:
-        """Append generated tokens, and note how many of a draft were accepted."""
-        self._extend(tokens)
-        if drafted:
-            self._longest = 2 * accepted + 1
-            self._steps_left = 0 if accepted else self._pause
-            self._pause = 1 if accepted else min(2 * self._pause, LONGEST_PAUSE)
-
-    def _extend(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            # An n-gram is indexed once its follower is there, so that the newest one does not find itself.
-            end = len(self._text)
-            self._text.append(token)
-            for size in NGRAMS:
-                if size <= end:
-                    self._followers[tuple(self._text[end - size : end])] = end
-
-
 @dataclass(frozen=True)
 class _Sequence:
     """A running sequence: `tokens` are those to compute next, the rest of the prompt or a generated one."""
@@ -121,8 +72,26 @@ class _Sequence:
     left: int
     sampler: Sampler
     stop: frozenset[int]
-    drafter: _Drafter | None = None
+    drafter: Drafter | None = None
     is_generating: bool = False
+
+    def holds(self, pool: Pool, position: int) -> bool:
+        """Whether its cache is open, in this pool, and holds as many tokens."""
+        try:
+            return self.cache.pool is pool and self.cache.position == position
+        except CacheError:
+            return False
+
+    def can_take_ahead(self, position: int) -> bool:
+        """Whether the two tokens from `position` on fit the cache and can be dropped again.
+
+        They can, unless plain decoding would shift or quantize before the second one.
+        """
+        conversation = self.cache._conversation
+        quantization, limits = conversation.pool.quantization, conversation.limits
+        borders = limits.capacity, quantization.after if quantization else None
+        fits = all(border is None or not position < border < position + 2 for border in borders)
+        return fits and limits.rewind >= 2 and not conversation.waiting
 
     @property
     def most(self) -> int:
@@ -150,6 +119,23 @@ class _Block(NamedTuple):
 
     tokens: list[int]
     drafts: Sequence[int] = ()
+
+
+@dataclass
+class _Step:
+    """A call of the model, and the tokens that follow it.
+
+    Attributes:
+        blocks: the tokens of each sequence that it serves.
+        begins: the position of each one's cache before it.
+        ready: the tickets whose prompt is read after it, so that they get a token.
+        drawn: their tokens, once the model has been called.
+    """
+
+    blocks: Mapping[int, _Block]
+    begins: Mapping[int, int]
+    ready: Sequence[int]
+    drawn: Drawn | None = None
 
 
 class Many:
@@ -189,6 +175,10 @@ class Many:
         self._tickets = count()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: list[Generated] = []
+        self._under_way: _Step | None = None
+        """A step for which the model has been called and whose tokens no step has returned."""
+        self._is_careful = False
+        """Whether the last step raised, so that the next one starts none ahead."""
         self._entries: list[Any] | None = None
         """The cache list of the last step, if each sequence had one token in it and none has ended since."""
         first = make_prompt_cache(model, **self._options)
@@ -196,7 +186,8 @@ class Many:
         self._pool = first.pool
         # The shape is known without evaluating the logits.
         self._vocabulary = logits_of(model, mx.zeros((1, 1), mx.int32), first).shape[-1]
-        if self._pool.layout.is_recurrent and not self._pool.mixers:
+        self._goes_back = not self._pool.layout.is_recurrent or bool(self._pool.mixers)
+        if not self._goes_back:
             self._most_drafted = 0
         self.drafted = self.accepted = 0
 
@@ -258,8 +249,8 @@ class Many:
                 f"sampler must be a function (log probabilities -> token), got {class_of(sampler)}"
             )
         ticket = next(self._tickets)
-        drafter = _Drafter(tokens) if self._most_drafted else None
-        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler or _greedy, stop, drafter)
+        drafter = Drafter(tokens) if self._most_drafted else None
+        self._sequences[ticket] = _Sequence(cache, tokens, max_tokens, sampler or greedy, stop, drafter)
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
@@ -267,143 +258,228 @@ class Many:
         sequence = self._sequences.get(ticket)
         if sequence is None:
             raise ValueError(f"no sequence {ticket} is running; running: {sorted(self._sequences)}")
+        step = self._under_way
+        if step and ticket in step.blocks and sequence.is_generating:
+            # Its newest token was to come after all others.
+            with suppress(CacheError):
+                sequence.cache.rewind_to(step.begins[ticket])
         self._end(Generated(ticket, None, "cancelled"))
         return sequence.cache
 
     def step(self) -> list[Generated]:
-        """Call the model once.
+        """Return the next tokens, and start the call of the model after them.
 
-        If the model or a sampler raises, the caches roll back and the next step repeats the tokens of this
-        one. A sequence whose cache cannot roll back ends ("interrupted").
+        If the model or a sampler raises, the caches roll back and the next step repeats the tokens that this
+        one lacks. A sequence whose cache cannot roll back ends ("interrupted").
 
         Returns:
             The tokens of this step, and the sequences that have ended since the last one.
         """
-        chosen = self._chosen()
-        begins = {ticket: self._sequences[ticket].cache.position for ticket in chosen}
+        step = self._under_way
+        if step is None or step.blocks.keys().isdisjoint(self._sequences):
+            step = self._step(self._sequences)
+        ahead = self._step_after(step)
         try:
-            after, new = self._computed(chosen)
+            if step is not self._under_way:
+                self._call(step)
+                self._under_way = step
+            if ahead is not None:
+                self._call(ahead, step)
+            # From here on, an exception undoes this step, too.
+            self._under_way = None
+            after, new = self._delivered(step, ahead)
             results = [result for own in new.values() for result in own]
             if any(result.finish for result in results):
                 # It would keep the conversations of sequences that have ended.
                 self._entries = None
-            self._sequences, self._ended = after, [*self._ended, *results]
+            self._is_careful = False
+            self._sequences, self._ended, self._under_way = after, [*self._ended, *results], ahead
         except BaseException as error:
-            for ticket, begin in begins.items():
-                try:
-                    self._sequences[ticket].cache.rewind_to(begin)
-                except CacheError as refusal:
-                    refusal.__cause__ = error
-                    self._end(Generated(ticket, None, "interrupted", refusal))
+            begins = dict(ahead.begins) if ahead else {}
+            if self._under_way is not step:
+                self._under_way = None
+                begins |= step.begins
+            self._is_careful = True
+            self._roll_back(begins, error)
             raise
-        self._learn(chosen, new)
+        self._learn(step, new)
         # In one line: if an exception comes before it, the next step returns these results.
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
 
-    def _chosen(self) -> dict[int, _Block]:
+    def _step(
+        self, sequences: Mapping[int, _Sequence], begins: Mapping[int, int] = MappingProxyType({})
+    ) -> _Step:
         """Choose the tokens of the next step: one of each generating sequence, then blocks of prompts.
 
         If `tokens_per_step` or more sequences are generating, all sequences take turns. Drafts share what is
         left, so that no sequence waits for them.
+
+        Args:
+            sequences: in the order of service: those that have waited longest come first.
+            begins: the positions of caches that will have changed before the step.
         """
-        chosen: dict[int, _Block] = {}
+        blocks: dict[int, _Block] = {}
         room = self._most
-        generating = [t for t, s in self._sequences.items() if s.is_generating]
-        starting = sorted(self._sequences.keys() - set(generating))
-        # self._sequences is in the order of service: those that have waited longest come first.
-        for ticket in list(self._sequences) if len(generating) >= room else [*generating, *starting]:
-            sequence = self._sequences[ticket]
+        generating = [t for t, s in sequences.items() if s.is_generating]
+        starting = sorted(sequences.keys() - set(generating))
+        for ticket in list(sequences) if len(generating) >= room else [*generating, *starting]:
+            sequence = sequences[ticket]
             tokens = sequence.tokens[: min(room, sequence.most)]
             if not tokens:
                 continue
-            try:
-                if sequence.cache.pool is not self._pool:
-                    raise CacheError("the cache has moved to another pool since it was added")
-                with sequence.cache._rows.edit(f"make room for {len(tokens)} tokens"):
-                    conversation = sequence.cache._conversation
-                    conversation.join_waiting(early=True)
-                    # Other tokens may join after some of these.
-                    tokens = tokens[: min(conversation.edges(len(tokens)), default=len(tokens))]
-                    conversation.make_room(len(tokens), early=True)
-            except CacheError as error:
-                finish: Finish = "full" if isinstance(error, CacheFullError) else "closed"
-                self._end(Generated(ticket, None, finish, error))
-                continue
-            chosen[ticket] = _Block(tokens)
-            room -= len(tokens)
-        drafting = [ticket for ticket in chosen if self._sequences[ticket].is_generating]
-        for sharing, ticket in zip(range(len(drafting), 0, -1), drafting, strict=True):
-            drafts = self._sequences[ticket].draft(min(self._most_drafted, room // sharing))
-            chosen[ticket] = _Block([*chosen[ticket].tokens, *drafts], drafts)
-            room -= len(drafts)
-        return chosen
-
-    def _computed(self, chosen: dict[int, _Block]) -> tuple[dict[int, _Sequence], dict[int, list[Generated]]]:
-        """Call the model. Returns the sequences after it, and the tokens of those whose prompt is read."""
-        # The sequences served in this step move behind the others.
-        unserved = {t: s for t, s in self._sequences.items() if t not in chosen}
-        after, new = {**unserved, **self._sequences}, dict[int, list[Generated]]()
-        for ticket, block in chosen.items():
-            after[ticket] = replace(after[ticket], tokens=after[ticket].tokens[len(block.tokens) :])
-        logits = dict(self._logits(chosen)) if chosen else {}
-        ready = {ticket: own for ticket, own in logits.items() if not after[ticket].tokens}
-        if len(ready) < len(chosen):
-            # Sequences still reading their prompt are part of the same computation.
-            mx.eval(list(ready.values()))
-        sampled = _all_sampled({ticket: (after[ticket].sampler, own) for ticket, own in ready.items()})
-        for ticket in ready:
-            sequence, drafts = after[ticket], chosen[ticket].drafts
-            results = new[ticket] = _generated(ticket, sequence, drafts, sampled[ticket])
-            rejected = len(drafts) + 1 - len(results)
-            if rejected:
+            if ticket not in begins:
                 try:
-                    sequence.cache.rewind(rejected)
+                    tokens = self._with_room(sequence.cache, tokens)
                 except CacheError as error:
-                    results[-1] = results[-1]._replace(finish=results[-1].finish or "closed", error=error)
+                    finish: Finish = "full" if isinstance(error, CacheFullError) else "closed"
+                    self._end(Generated(ticket, None, finish, error))
+                    continue
+            blocks[ticket] = _Block(tokens)
+            room -= len(tokens)
+        drafting = [ticket for ticket in blocks if self._most_drafted and sequences[ticket].is_generating]
+        for sharing, ticket in zip(range(len(drafting), 0, -1), drafting, strict=True):
+            drafts = sequences[ticket].draft(min(self._most_drafted, room // sharing))
+            blocks[ticket] = _Block([*blocks[ticket].tokens, *drafts], drafts)
+            room -= len(drafts)
+        at = {t: begins[t] if t in begins else sequences[t].cache.position for t in blocks}
+        ready = [t for t, block in blocks.items() if len(block.tokens) >= len(sequences[t].tokens)]
+        return _Step(blocks, at, ready)
+
+    def _with_room(self, cache: PromptCache, tokens: list[int]) -> list[int]:
+        """Make room for tokens, or for those of them after which others join. Raises CacheError."""
+        if cache.pool is not self._pool:
+            raise CacheError("the cache has moved to another pool since it was added")
+        conversation = cache._conversation
+        conversation.check_open()
+        if conversation.waiting or not conversation.has_room(len(tokens)):
+            with cache._rows.edit(f"make room for {len(tokens)} tokens"):
+                conversation.join_waiting(early=True)
+                tokens = tokens[: min(conversation.edges(len(tokens)), default=len(tokens))]
+                conversation.make_room(len(tokens), early=True)
+        return tokens
+
+    def _step_after(self, step: _Step) -> _Step | None:
+        """The step after one whose tokens need not be known yet. None if they must be."""
+        if self._is_careful or self._most_drafted or not self._goes_back or self._pool.is_shared:
+            return None
+        called = step is self._under_way
+        after = {t: own for t, own in self._sequences.items() if t not in step.blocks}
+        begins = {}
+        for ticket in step.blocks:
+            sequence = self._sequences.get(ticket)
+            if sequence is None:
+                continue
+            if not sequence.is_generating:
+                return None
+            if sequence.left > 1:
+                # Its user may have changed or closed the cache since.
+                is_whole = sequence.holds(self._pool, step.begins[ticket] + called)
+                if not (is_whole and sequence.can_take_ahead(step.begins[ticket])):
+                    return None
+                begins[ticket] = step.begins[ticket] + 1
+                after[ticket] = replace(sequence, tokens=[UNKNOWN], left=sequence.left - 1)
+        ahead = self._step(after, begins) if begins else None
+        return ahead if ahead and ahead.blocks else None
+
+    def _call(self, step: _Step, before: _Step | None = None) -> None:
+        """Call the model and the samplers, without waiting for what they compute.
+
+        Args:
+            before: the step whose tokens take the place of those that are `UNKNOWN`.
+        """
+        if not step.blocks:
+            return
+        logits = self._logits(step, _inputs(step, before))
+        ends = accumulate(len(block.tokens) for block in step.blocks.values())
+        given = {
+            ticket: (self._sequences[ticket].sampler, range(end - 1 - len(block.drafts), end))
+            for (ticket, block), end in zip(step.blocks.items(), ends, strict=True)
+            if ticket in step.ready
+        }
+        step.drawn = Drawn(logits, given)
+        # Sequences that still read their prompt are part of the same computation.
+        mx.async_eval(logits, step.drawn.tokens)  # type: ignore[no-untyped-call]
+
+    def _logits(self, step: _Step, inputs: mx.array) -> mx.array:
+        """The logits (tokens, vocabulary) after each token of a step."""
+        counts = [len(block.tokens) for block in step.blocks.values()]
+        caches = [self._sequences[ticket].cache for ticket in step.blocks]
+        if not self._pool.mixes:
+            pieces = mx.split(inputs, list(accumulate(counts))[:-1])
+            every = [
+                logits_of(self._model, own[None], cache)[0] for own, cache in zip(pieces, caches, strict=True)
+            ]
+            return mx.concatenate(every)
+        conversations = [cache._conversation for cache in caches]
+        entries, self._entries = self._entries, None
+        if entries is None or any(n > 1 for n in counts) or entries[0].rows.conversations != conversations:
+            entries = entries_of(TokenRows(self._pool, conversations, counts))
+        logits = logits_of(self._model, inputs[:, None], entries)[:, 0]
+        if all(n == 1 for n in counts):
+            self._entries = entries
+        return logits
+
+    def _delivered(
+        self, step: _Step, ahead: _Step | None
+    ) -> tuple[dict[int, _Sequence], dict[int, list[Generated]]]:
+        """Wait for a step. Returns the sequences after it, and the tokens of those whose prompt is read.
+
+        Args:
+            ahead: the step after it, if the model has been called for it. Sequences that end leave it.
+        """
+        # The sequences served in this step move behind the others.
+        unserved = {t: s for t, s in self._sequences.items() if t not in step.blocks}
+        after, new = {**unserved, **self._sequences}, dict[int, list[Generated]]()
+        drawn = step.drawn.numbers() if step.drawn else {}
+        for ticket, block in step.blocks.items():
+            sequence = after.get(ticket)
+            if sequence is None:
+                continue
+            if ticket not in step.ready:
+                after[ticket] = replace(sequence, tokens=sequence.tokens[len(block.tokens) :])
+                continue
+            results = new[ticket] = _generated(ticket, sequence, block.drafts, drawn[ticket])
             last = results[-1]
-            if last.finish or last.token is None:
+            ends = last.finish is not None
+            kept = step.begins[ticket] + len(block.tokens) - len(block.drafts) + len(results) - 1
+            if len(results) <= len(block.drafts) or (ends and ahead and ticket in ahead.blocks):
+                try:
+                    sequence.cache.rewind_to(kept)
+                except CacheError as error:
+                    results[-1] = last._replace(finish=last.finish or "closed", error=error)
+                    ends = True
+            if ends or last.token is None:
                 del after[ticket]
             else:
                 left = sequence.left - len(results)
                 after[ticket] = replace(sequence, tokens=[last.token], left=left, is_generating=True)
         return after, new
 
-    def _learn(self, chosen: dict[int, _Block], new: dict[int, list[Generated]]) -> None:
+    def _learn(self, step: _Step, new: dict[int, list[Generated]]) -> None:
         """Count drafted and accepted tokens, and tell the drafters."""
         for ticket, results in new.items():
             tokens = [result.token for result in results if result.token is not None]
-            drafts, sequence = chosen[ticket].drafts, self._sequences.get(ticket)
+            drafts, sequence = step.blocks[ticket].drafts, self._sequences.get(ticket)
             accepted = sum(a == b for a, b in zip(drafts, tokens, strict=False))
             self.drafted += len(drafts)
             self.accepted += accepted
             if sequence and sequence.drafter:
                 sequence.drafter.learn(tokens, len(drafts), accepted)
 
+    def _roll_back(self, begins: Mapping[int, int], error: BaseException) -> None:
+        """Take the tokens of failed steps out of the caches."""
+        for ticket, begin in begins.items():
+            sequence = self._sequences.get(ticket)
+            if sequence is not None:
+                try:
+                    sequence.cache.rewind_to(begin)
+                except CacheError as refusal:
+                    refusal.__cause__ = error
+                    self._end(Generated(ticket, None, "interrupted", refusal))
+
     def _end(self, last: Generated) -> None:
         others = {ticket: own for ticket, own in self._sequences.items() if ticket != last.ticket}
         self._sequences, self._ended, self._entries = others, [*self._ended, last], None
-
-    def _logits(self, chosen: dict[int, _Block]) -> Iterator[tuple[int, mx.array]]:
-        """Yield the logits (1 + drafts, vocabulary) after each sequence's last token and its drafts."""
-        if not self._pool.mixes:
-            for ticket, (tokens, drafts) in chosen.items():
-                cache = self._sequences[ticket].cache
-                yield ticket, logits_of(self._model, mx.array([tokens]), cache)[0, -1 - len(drafts) :]
-            return
-        conversations = [self._sequences[ticket].cache._conversation for ticket in chosen]
-        counts = [len(block.tokens) for block in chosen.values()]
-        entries, self._entries = self._entries, None
-        if entries is None or any(n > 1 for n in counts) or entries[0].rows.conversations != conversations:
-            entries = entries_of(TokenRows(self._pool, conversations, counts))
-        rows = mx.array([[token] for block in chosen.values() for token in block.tokens])
-        logits = logits_of(self._model, rows, entries)[:, 0]
-        if all(n == 1 for n in counts):
-            self._entries = entries
-        for (ticket, block), end in zip(chosen.items(), accumulate(counts), strict=True):
-            yield ticket, logits[end - 1 - len(block.drafts) : end]
-
-
-_greedy: Sampler = partial(mx.argmax, axis=-1)
 
 
 def _generated(
@@ -425,43 +501,22 @@ def _generated(
     return results
 
 
-def _all_sampled(given: Mapping[int, tuple[Sampler, mx.array]]) -> dict[int, Iterable[int]]:
-    """Sample from the logits (n, vocabulary) of each ticket: a token for each row.
-
-    Tokens are computed together, which waits for the device once. Only after drafts does a sampler choose one
-    token after another, because a rejected draft leaves the rest out.
-    """
-    greedy = {ticket: logits for ticket, (sampler, logits) in given.items() if sampler is _greedy}
-    others = {ticket: own for ticket, own in given.items() if ticket not in greedy}
-    drawn = {t: sampler(_normalized(own)) for t, (sampler, own) in others.items() if len(own) == 1}
-    sampled: dict[int, Iterable[int]] = {
-        t: _sampled(sampler, own) for t, (sampler, own) in others.items() if t not in drawn
-    }
-    likeliest = _greedy(_normalized(mx.concatenate(list(greedy.values())))) if greedy else mx.zeros(0)
-    mx.eval(likeliest, *drawn.values())
-    sampled |= {ticket: [_number(token)] for ticket, token in drawn.items()}
-    tokens: Any = likeliest.tolist()
-    for ticket, end in zip(greedy, accumulate(map(len, greedy.values())), strict=True):
-        sampled[ticket] = tokens[end - len(greedy[ticket]) : end]
-    return sampled
-
-
-def _sampled(sampler: Sampler, logits: mx.array) -> Iterator[int]:
-    """Sample a token from each row of logits (n, vocabulary), one after another."""
-    logits = _normalized(logits)
-    for row in range(len(logits)):
-        yield _number(sampler(logits[row : row + 1]))
-
-
-def _number(token: mx.array) -> int:
-    number: Any = token.item()
-    return int(number)
-
-
-def _normalized(logits: mx.array) -> mx.array:
-    """Log-probabilities in float32."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+def _inputs(step: _Step, before: _Step | None) -> mx.array:
+    """The tokens of a step, of which some may still be computed by the step before."""
+    tokens = [token for block in step.blocks.values() for token in block.tokens]
+    if before is None or before.drawn is None:
+        return mx.array(tokens)
+    drawn, places = before.drawn.tokens, before.drawn.places
+    if tokens == [UNKNOWN] * drawn.size and list(step.blocks) == list(places):
+        return drawn
+    known = [token for token in tokens if token != UNKNOWN]
+    others = iter(range(drawn.size, drawn.size + len(known)))
+    chosen = [
+        places[ticket] if token == UNKNOWN else next(others)
+        for ticket, block in step.blocks.items()
+        for token in block.tokens
+    ]
+    return mx.concatenate([drawn, mx.array(known, drawn.dtype)])[mx.array(chosen)]
 
 
 def generate_many(

@@ -207,8 +207,8 @@ def test_a_thread_that_ended_does_not_make_a_pool_shared() -> None:
     model = tiny_llama()
     cache = in_thread(lambda: feed(model, make_prompt_cache(model), Path()))
     feed(model, cache, Path())
-    assert not cache.pool._is_shared
+    assert not cache.pool.is_shared
     other = Thread(target=feed, args=(model, cache.fork(), Path()))
     other.start()
     other.join()
-    assert cache.pool._is_shared
+    assert cache.pool.is_shared

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -11,10 +12,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvcache import CacheError
-from mlx_kvcache.plugin import Generated, Many, generate_many, make_prompt_cache
+from mlx_kvcache.plugin import Generated, Many, PromptCache, generate_many, make_prompt_cache
 from tests.interrupts import Planted
 from tests.plugin.configurations import CONFIGURATIONS, DIFFERS_IN_BLOCKS, build, chosen
-from tests.plugin.running import greedy, logits_of, model_of
+from tests.plugin.running import difference, greedy, logits_of, model_of
 from tests.plugin.test_architectures import REFUSED
 from tests.plugin.tiny import tiny_llama
 
@@ -188,28 +189,157 @@ def test_samplers() -> None:
     assert tokens[0][0] != tokens[1][0]
 
 
-def test_tokens_of_several_samplers_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sampler is called before a token of another is waited for."""
-    many, computed = Many(tiny_llama()), list[int]()
-    original, called = mx.eval, 0
-
-    def evaluate(*arrays: Any) -> None:
-        computed.append(called)
-        original(*arrays)
+def test_a_step_starts_the_next_one_and_waits_for_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it returns, all samplers of the next one have been called."""
+    many, called = Many(tiny_llama()), list[int]()
 
     def sampler(logprobs: mx.array) -> mx.array:
-        nonlocal called
-        called += 1
+        called.append(len(logprobs))
         return mx.argmin(logprobs, axis=-1)
 
     for prompt in PROMPTS[:3]:
         many.add(prompt, max_tokens=4, sampler=sampler)
     many.add(PROMPTS[3], max_tokens=4)
     many.step()
-    monkeypatch.setattr(mx, "eval", evaluate)
-    called = 0
-    many.step()
-    assert computed[-1] == called == 3
+    called.clear()
+    monkeypatch.setattr(mx, "eval", lambda *arrays: pytest.fail("waits for arrays"))
+    counts = []
+    while len(many):
+        many.step()
+        counts.append(len(called))
+    assert counts == [6, 9, 9]
+
+
+ENDS = ["llama", "gemma3_text", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "falcon_h1", "mamba2"]
+"""Full attention, windows, chunks, latent attention, hybrids, and recurrences alone."""
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_caches_of_sequences_that_end_are_as_alone(name: str) -> None:
+    """One ends at a stop token, one is cancelled, and the others go on."""
+    model = model_of(name)
+    many, caches = Many(model), [make_prompt_cache(model) for _ in range(3)]
+    texts = [prompt + reply[:6] for prompt, reply in zip(PROMPTS, alone(name), strict=True)]
+    stops = [texts[0][20:21], [], []]
+    for prompt, cache, stop in zip(PROMPTS, caches, stops, strict=False):
+        many.add(prompt, 6, cache, stop_tokens=stop)
+    results = [*many.step(), *many.step()]
+    assert many.cancel(1) is caches[1]
+    while len(many):
+        results += many.step()
+    tokens = collected(results)
+    assert [len(tokens[i]) for i in range(3)] == [alone(name)[0].index(texts[0][20]) + 1, 2, 6]
+    for i, cache in enumerate(caches):
+        text = PROMPTS[i] + alone(name)[i][: len(tokens[i]) - 1]
+        assert cache.position == len(text)
+        expected = logits_of(model, make_prompt_cache(model), [*text, 5, 17], 1)[-2:]
+        assert difference(logits_of(model, cache, [5, 17]), expected) <= 1e-4
+
+
+def likeliest(logits: mx.array) -> int:
+    token: Any = mx.argmax(logits[-1]).item()
+    return int(token)
+
+
+BORDERS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"capacity": 20, "overflow": "shift", "sinks": 2}),
+    ("llama", {"kv_bits": 4, "kv_group_size": 32, "quantize_after": 20}),
+    ("gemma3_text", {"rewind": 1}),
+    ("gemma3_text", {"rewind": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BORDERS)
+def test_a_reply_that_ends_has_crossed_no_border_ahead(name: str, options: dict[str, Any]) -> None:
+    """Where the next token would shift, quantize or be kept for good, no step is started ahead."""
+    model = model_of(name, is_wide=True)
+    for n in range(1, 7):
+        single, text = make_prompt_cache(model, **options), list[int]()
+        logits = logits_of(model, single, PROMPTS[0])
+        for _ in range(n):
+            if text:
+                logits = logits_of(model, single, text[-1:])
+            text += [likeliest(logits)]
+        many, cache = Many(model, **options), make_prompt_cache(model, **options)
+        ticket = many.add(PROMPTS[0], 50, cache)
+        assert collected(result for _ in range(n) for result in many.step())[0] == text
+        many.cancel(ticket)
+        assert (cache.position, cache.gaps) == (single.position, single.gaps)
+        assert difference(logits_of(model, cache, [5, 17]), logits_of(model, single, [5, 17])) <= 1e-5
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_sampler_that_raises_once_takes_nothing_from_others(at: int) -> None:
+    model, calls = model_of("gemma3_text"), 0
+
+    def sampler(logprobs: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Planted
+        return mx.argmax(logprobs, axis=-1)
+
+    many, results = Many(model), list[Generated]()
+    many.add(PROMPTS[0], 6, sampler=sampler)
+    many.add(PROMPTS[1], 6)
+    while len(many):
+        with suppress(Planted):
+            results += many.step()
+    assert collected(results) == {i: alone("gemma3_text")[i][:6] for i in range(2)}
+
+
+class Failing:
+    """A sampler that raises from its `at`-th call on."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        self._left -= 1
+        if self._left <= 0:
+            raise Planted
+        return mx.argmax(logprobs, axis=-1)
+
+
+def test_a_sampler_that_never_works_again_raises_in_every_other_step() -> None:
+    """Tokens that are computed already are returned in between, and then each step raises."""
+    many, model = Many(model_of("llama")), model_of("llama")
+    many.add(PROMPTS[0], 6, sampler=Failing(4))
+    found = []
+    for _ in range(5):
+        try:
+            found.append(collected(many.step()).get(0))
+        except Planted:
+            found.append(None)
+    tokens = greedy(model, PROMPTS[0], 3)
+    assert found == [tokens[:1], tokens[1:2], None, tokens[2:3], None]
+
+
+@pytest.mark.parametrize("change", [lambda cache: cache.rewind(1), lambda cache: cache.rewind(4)])
+def test_a_cache_that_its_user_changes_between_steps(change: Callable[[PromptCache], None]) -> None:
+    """The others go on as alone."""
+    model = model_of("llama")
+    many, cache = Many(model), make_prompt_cache(model)
+    many.add(PROMPTS[0], 7, cache)
+    many.add(PROMPTS[1], 7)
+    results = [*many.step(), *many.step()]
+    change(cache)
+    while len(many):
+        results += many.step()
+    assert collected(results)[1] == alone("llama")[1]
+    assert len(collected(results)[0]) == 7
+
+
+def test_steps_in_turns_of_two_threads() -> None:
+    model = build("llama")
+    many = Many(model)
+    for prompt in PROMPTS[:3]:
+        many.add(prompt, 7)
+    results: list[Generated] = []
+    with ThreadPoolExecutor(1) as other:
+        for step in range(9):
+            results += other.submit(many.step).result() if step % 2 else many.step()
+    assert collected(results) == {i: greedy(model, PROMPTS[i], 7) for i in range(3)}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])

@@ -1,17 +1,21 @@
-"""Calls a model once for each group of rows that can share an input.
+"""Divides a call of the model into blocks of columns, or into groups of rows, each a forward of its own.
 
-Recurrences read every column, and only some of mlx-lm's accept a mask for padding. So rows that differ in
-padding, or in the shapes of their states, are separate calls of the model. If a model computes a batch
-differently from its single rows, each row is a separate call.
+Between two blocks a shift makes room, tokens of a splice join, or recurrent layers leave a checkpoint.
+
+Rows are divided where they cannot share an input. Recurrences read every column, and only some of mlx-lm's
+accept a mask for padding. So rows that differ in padding, or in the shapes of their states, are separate
+calls of the model. If a model computes a batch differently from its single rows, each row is a separate call.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ...arguments import class_of
 from ...errors import NotSupportedError
@@ -20,7 +24,7 @@ from ..hosts.observe import Call, Caller, is_cache
 from ..pool.conversation import Conversation
 from ..pool.pool import Pool
 from ..rope.axes import Relative
-from .forward import Columns, newest
+from .forward import Columns, cuts_of, newest
 
 
 class Divisible(Caller, Protocol):
@@ -30,6 +34,63 @@ class Divisible(Caller, Protocol):
     conversations: list[Conversation]
 
     def subset(self, members: Sequence[int]) -> Divisible: ...
+
+
+class InBlocks(Divisible, Protocol):
+    """Rows whose call can be divided. `is_divided` says that it has been."""
+
+    is_divided: bool
+
+    @property
+    def positions(self) -> list[int]: ...
+
+
+def edges_of(rows: InBlocks, columns: Sequence[Columns], n: int) -> Sequence[int]:
+    """Return the columns at which to divide a call of n columns, with both ends."""
+    pairs = zip(rows.conversations, columns, strict=True)
+    blocks = (conversation.block(stop - first) for conversation, (first, stop) in pairs)
+    block = min(filter(None, blocks), default=n)
+    if block < n:
+        return [*range(0, n, block), n]
+    if len(columns) == 1 and rows.conversations[0].waiting:
+        first, stop = columns[0]
+        return [0, *(first + edge for edge in rows.conversations[0].edges(stop - first)), n]
+    if n == 1 or rows.is_divided or not any(own.is_nested for own in rows.pool.mixers.values()):
+        return [0, n]
+    # Modules that cannot give recurrent states inside a block.
+    return [0, *cuts_of(rows.pool, rows.conversations, rows.positions, n), n]
+
+
+def run_in_blocks(
+    rows: InBlocks,
+    at: Sequence[int],
+    model: nn.Module,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call the model on blocks of columns, one after another, and join the outputs."""
+    outputs, before = [], rows.is_divided
+    rows.is_divided = True
+    try:
+        for begin, end in pairwise(at):
+            block = functools.partial(_columns, at[-1], slice(begin, end))
+            named = {name: block(value) for name, value in kwargs.items()}
+            outputs.append(rows.run(model, call, tuple(map(block, args)), named))
+    finally:
+        rows.is_divided = before
+    return joined(outputs, lambda arrays: mx.concatenate(arrays, axis=1))
+
+
+def _columns(n: int, block: slice, argument: Any) -> Any:
+    """An argument of the model's call, cut to some of its n columns."""
+    if isinstance(argument, Relative):
+        return argument.part(range(argument.array.shape[1]), block.start, block.stop)
+    if is_cache(argument) or is_undivided(argument):
+        return argument
+    if isinstance(argument, mx.array) and argument.ndim >= 2 and argument.shape[1] == n:
+        return argument[:, block]
+    raise indivisible(argument, (1, n))
 
 
 def needs_groups(rows: Divisible, columns: Sequence[Columns]) -> bool:
@@ -114,6 +175,16 @@ def _of_rows(
     raise indivisible(argument, shape)
 
 
+def _form(rows: Divisible, row: int) -> tuple[object, ...]:
+    """The shapes of a row's recurrent arrays."""
+    conversation = rows.conversations[row]
+    return tuple(
+        tuple(None if array is None else array.shape for array in newest(conversation, leaf))
+        for leaf in rows.pool.leaves
+        if leaf.rule is None
+    )
+
+
 def is_undivided(argument: Any) -> bool:
     """Whether an argument of a call is the same for all of its rows and columns."""
     if isinstance(argument, (list, tuple)):
@@ -127,14 +198,4 @@ def indivisible(argument: Any, shape: tuple[int, ...]) -> NotSupportedError:
     return NotSupportedError(
         f"the rows or blocks of this call must be computed one after another, and an argument {found} cannot "
         f"be divided like the input of shape {shape}: call the model for one row or block at a time"
-    )
-
-
-def _form(rows: Divisible, row: int) -> tuple[object, ...]:
-    """The shapes of a row's recurrent arrays."""
-    conversation = rows.conversations[row]
-    return tuple(
-        tuple(None if array is None else array.shape for array in newest(conversation, leaf))
-        for leaf in rows.pool.leaves
-        if leaf.rule is None
     )
