@@ -213,7 +213,8 @@ class Many:
             prompt: its tokens, without those that `cache` already holds.
             max_tokens: the maximum number of tokens to generate.
             cache: a prompt cache of this model to continue; None makes a new one.
-            sampler: chooses the next token; None takes the likeliest.
+            sampler: chooses the next token; None takes the likeliest. It is called for a token before the
+                token in front of it is known to end the reply; that token is then dropped.
             stop_tokens: tokens that end the sequence.
 
         Returns:
@@ -254,7 +255,11 @@ class Many:
         return ticket
 
     def cancel(self, ticket: int) -> PromptCache:
-        """End a sequence early and return its cache. Raises ValueError if the ticket's is not running."""
+        """End a sequence early and return its cache, which holds all but the newest of its tokens.
+
+        Raises:
+            ValueError: the ticket's sequence is not running.
+        """
         sequence = self._sequences.get(ticket)
         if sequence is None:
             raise ValueError(f"no sequence {ticket} is running; running: {sorted(self._sequences)}")
