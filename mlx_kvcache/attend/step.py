@@ -67,6 +67,8 @@ class Step:
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.opened: list[int] = []
         """The layers that were put for the first time in this step."""
+        self.moves = 0
+        """How often the step has become the next one."""
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
 
@@ -91,6 +93,7 @@ class Step:
             self.stacks = stacks_of(self.parts, self._levels, self.n)
             self.apart, self.whole, self.run = self._apart(), self._whole(), self._only_run()
         self.name = next(_names)
+        self.moves += 1
         self.opened.clear()
         if self._found or self.later:
             self.set_later(())

@@ -21,6 +21,7 @@ from ..batch import Batch, CacheConfig, CausalOptions
 from ..cells.edits import drop_tail, graft, remove_range
 from ..cells.placement import Placement, allocated_after, append, compact, place
 from ..cells.spans import FOREVER, Sequence, clip, resumable
+from ..cells.stacks import PATIENCE
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
 from ..errors import CacheError, NotSupportedError
@@ -131,11 +132,13 @@ class PositionalCache(KeyValueCache):
 
     def _plan_forward(self, batch: Batch) -> StepPlan:
         batch.check_continues(self._end)
-        placement = place(self._table, batch.rows, self._rule, self._rewind)
+        step = self._step
+        is_settled = isinstance(step, Step) and step.moves >= PATIENCE and step.rows == batch.rows
+        placement = place(self._table, batch.rows, self._rule, self._rewind, is_settled)
         if placement.capacity and allocated_after(self._table, placement) <= self._table.room:
             # Nothing refers to the new cells yet, so running out of memory here changes nothing.
             self._store.grow(placement.capacity)
-        return StepPlan(self, batch, placement)
+        return StepPlan(self, batch, placement, is_settled)
 
     def _plan_reserve(self, batch: Batch) -> Plan:
         return ReservePlan(self, batch)
@@ -340,9 +343,10 @@ class CellsPlan(Plan):
 class StepPlan(CellsPlan):
     """Adds the tokens of a batch to their sequences."""
 
-    def __init__(self, cache: PositionalCache, batch: Batch, placement: Placement) -> None:
+    def __init__(self, cache: PositionalCache, batch: Batch, placement: Placement, is_settled: bool) -> None:
         super().__init__(cache, placement)
         self._batch = batch
+        self._is_settled = is_settled
         self._step: Step | None = None
         self.made = 0
 
@@ -351,7 +355,7 @@ class StepPlan(CellsPlan):
         self._journal = journal = Journal(cache)
         if self._placement.capacity and allocated_after(table, self._placement) > table.room:
             journal.apply(compact(table))
-            self._placement = place(table, self._batch.rows, cache._rule, cache._rewind)
+            self._placement = place(table, self._batch.rows, cache._rule, cache._rewind, self._is_settled)
         journal.apply(self._placement)
         placed, n = self._placement.placed, len(self._batch)
         cache._step = self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
@@ -388,6 +392,8 @@ class StepPlan(CellsPlan):
             return False
         # After a row has begun a segment, rows may be stacked that could not be before.
         if self._placement.capacity and not (step.run or step.stacks):
+            return False
+        if step.moves == PATIENCE and len(step.stacks) + len(step.apart) > 1 and not self._is_settled:
             return False
         appended = append(cache._table, step.rows, cache._rule, cache._rewind)
         if appended is None:

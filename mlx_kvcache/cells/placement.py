@@ -90,7 +90,9 @@ class Placement:
         return {span.segment for spans in held for span in spans}
 
 
-def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int) -> Placement:
+def place(
+    table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int, is_settled: bool = False
+) -> Placement:
     """Plans a forward pass.
 
     Args:
@@ -98,6 +100,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         rows: for each sequence, the batch indices of its next tokens.
         rule: the visibility rule.
         rewind: the number of newest tokens that can be dropped afterwards.
+        is_settled: see `stacks_of`.
 
     Raises:
         NotSupportedError: a token would see a position that is not stored.
@@ -117,7 +120,7 @@ def place(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rew
         raise CacheFullError(new, table.room - live, table.room)
     # Sequences that begin here also get a share of the free room.
     spare = max(0, table.room - table.allocated - new) // len(table.sequences.keys() | rows.keys())
-    stacks = stacks_of(table, _stackable(table, blocks, rule))
+    stacks = stacks_of(table, _stackable(table, blocks, rule), is_settled)
     placement = _placement(table, blocks, stacks, rule, spare)
     if placement.levels and allocated_after(table, placement) > table.room:
         # There is no room for padding.

@@ -20,6 +20,8 @@ SLACK = 256
 """The number of cells of padding that costs less than a write and a product of its own."""
 RUNS = 3
 """Up to so many writes and products cost less than to copy all rows whenever one joins or leaves."""
+PATIENCE = 16
+"""After so many steps of the same rows, their further writes and products have cost as much as a copy."""
 
 
 class Row(NamedTuple):
@@ -50,8 +52,13 @@ class Stack(NamedTuple):
     is_packed: bool
 
 
-def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
-    """Returns the stacks of a batch, without the rows that are not stacked. Rows are in batch order."""
+def stacks_of(table: CellTable, rows: Iterable[Row], is_settled: bool = False) -> list[Stack]:
+    """Returns the stacks of a batch, without the rows that are not stacked.
+
+    Args:
+        rows: in batch order.
+        is_settled: these rows have decoded together for `PATIENCE` steps, so that a copy pays.
+    """
     found = []
     for members in _buckets(_divided(table, rows)):
         are_whole = all(len(row.kept) == 1 for row, _, _ in members)
@@ -62,7 +69,7 @@ def stacks_of(table: CellTable, rows: Iterable[Row]) -> list[Stack]:
         runs = _runs(table, owns, is_packed)
         stay = [run for run in runs if len(run) > 1]
         full = [run for run in stay if owns[run[0]][-1].stop == table.capacity[owns[run[0]][-1].segment]]
-        goes_on = len(runs) == 1 or (stay and len(runs) <= RUNS and not full)
+        goes_on = len(runs) == 1 or (stay and len(runs) <= RUNS and not full and not is_settled)
         for run in stay if goes_on else [list(range(len(members)))]:
             chosen, prefixes, own = zip(*(members[index] for index in run), strict=True)
             segments = tuple(spans[-1].segment for spans in own) if goes_on else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_kvcache.attend.part import Part, stacks_of
-from mlx_kvcache.cells.placement import DEAD, Placement, compact
+from mlx_kvcache.cells.placement import DEAD, Placement, compact, place
 from mlx_kvcache.cells.spans import FOREVER, Span, clip, count
 from mlx_kvcache.cells.stacks import LONG, SLACK
 from mlx_kvcache.cells.table import CellTable, Level
@@ -115,6 +115,15 @@ def test_rows_that_leave_and_join_are_not_copied_at_once() -> None:
     assert not decoded(table, 0, 1, 3, 4, 5).moves, "two runs of levels, and a row that has joined"
     assert len(decoded(table, 0, 1, 3, 4, 5, 6).moves) == 6, "one write and product too many"
     assert len(decoded(table, 0, 3).moves) == 2, "no levels beside each other"
+
+
+def test_rows_that_stay_together_become_one_stack() -> None:
+    table = table_of(*[60] * 4)
+    decoded(table, 0, 1, 2)
+    assert not decoded(table, 0, 1, 2, 3).moves
+    rows = {sequence: (sequence,) for sequence in range(4)}
+    assert len(place(table, rows, Causal(), 0, is_settled=True).moves) == 4
+    assert not place(table, {0: (0,), 1: (1,), 2: (2,)}, Causal(), 0, is_settled=True).moves, "it is one"
 
 
 def test_a_stack_of_which_most_is_free_can_be_given_back() -> None:

@@ -10,6 +10,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from mlx_kvcache.caches import causal
+from mlx_kvcache.cells.placement import Placement, place
+from mlx_kvcache.cells.stacks import PATIENCE
 from mlx_kvcache.plugin import make_prompt_cache
 from tests.plugin.tiny import VOCABULARY, tiny_llama
 
@@ -95,7 +98,10 @@ class Batch:
 
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("window", [None, 32])
-def test_rows_that_come_and_go_equal_fresh_ones(window: int | None, bits: int | None, device: str) -> None:
+def test_rows_that_come_and_go_equal_fresh_ones(
+    window: int | None, bits: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal, "PATIENCE", 1)
     model = tiny_llama(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     for layer in model.layers:
         # Even attention, which notices a cell too many.
@@ -116,13 +122,36 @@ def test_rows_that_come_and_go_equal_fresh_ones(window: int | None, bits: int | 
                 edits = [batch.join, batch.leave, batch.fork, batch.extract, *[batch.go_back] * (not window)]
                 batch.random.choice(edits)()
         batch.join()
-        for _ in range(2):
+        for _ in range(3):
             logits = batch.step()
         assert mx.allclose(logits, batch.fresh(), rtol=0, atol=0.05 if bits else 1e-4)
         stacked += batch.stacked
     # Otherwise the trial of the model has found its rows to be wrong.
     assert batch.origins[0][1].pool.batching == "ragged"
     assert stacked > 20
+
+
+def test_a_row_that_has_joined_is_stacked_when_the_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are planned anew once, and not again."""
+    batch = Batch(tiny_llama(), 0, 0, {})
+    for _ in range(3):
+        batch.join()
+    batch.step()
+    batch.join()
+    cache, planned = batch.layers[0].rows.pool.caches[0], list[bool]()
+
+    def placed(*args: Any) -> Placement:
+        planned.append(args[-1])
+        return place(*args)
+
+    monkeypatch.setattr(causal, "place", placed)
+    rows = []
+    for _ in range(PATIENCE + 4):
+        logits = batch.step()
+        rows.append([len(stack.parts) for stack in cache._step.stacks])
+    assert rows == [[3]] * (PATIENCE + 1) + [[4]] * 3
+    assert planned == [False, True]
+    assert mx.allclose(logits, batch.fresh(), rtol=0, atol=1e-4)
 
 
 def test_one_row_does_not_keep_the_memory_of_all() -> None:
