@@ -89,6 +89,8 @@ COUNTS = {
     "graph.forks.stored": Bound(1.25, 1.25),
     "graph.forks.stored.2": aim(1.68, 1.5),
     "graph.forks.stored.8": aim(2.27, 1.5),
+    "graph.many.1": Bound(0.93, 0.93),
+    "graph.many.8": Bound(0.93, 0.93),
     "calls.one": Bound(9.5, 9.5, of_value=True),
     "calls.window": Bound(9.8, 9.8, of_value=True),
     "calls.fork": Bound(9.5, 9.5, of_value=True),

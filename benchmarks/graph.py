@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as caches
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, RotatingKVCache
@@ -21,7 +24,7 @@ from benchmarks.measure import speed, timed
 from benchmarks.rows import Row, less
 from benchmarks.setting import Setting
 from benchmarks.shape import fill, read, shape_of
-from mlx_kvcache.plugin import make_prompt_cache
+from mlx_kvcache.plugin import Many, make_prompt_cache
 from tests.plugin.configurations import build
 
 LAYERS, WINDOW = 12, 128
@@ -58,6 +61,8 @@ def run(setting: Setting) -> Iterator[Row]:
     with as_on_a_gpu():
         for key, make in CASES.items():
             yield from counted(key, make())
+        for rows in (1, 8):
+            yield from many(rows)
         for key in ("one", "batch.8", "batch.8.living"):
             yield from evaluations(key, setting.of(STEPS, STEPS // 8))
         for key, length in (("one", 256), ("one", 4096), ("batch.8", 256), ("batch.8", 4096)):
@@ -85,6 +90,36 @@ def counted(key: str, case: Case) -> tuple[Row, Row]:
     return (
         less(f"graph.{key}", f"primitives, {name}", "", found[0] / layers, case.peer, found[1] / layers),
         less(f"calls.{key}", f"Python calls, {name}", "", calls[0] / layers, case.peer, calls[1] / layers),
+    )
+
+
+def many(rows: int) -> tuple[Row, Row]:
+    """The primitives and Python calls of a step of `Many`, with sampling, after its rows have joined."""
+    model = _llama()
+    ours, theirs = Many(model), BatchGenerator(model)
+    for row in range(rows):
+        prompt = [row + 7 * i % 50 for i in range(WINDOW // 3)]
+        ours.add(prompt, STEPS)
+        theirs.insert([prompt], [STEPS])
+    found: list[int] = []
+
+    def evaluate(*arrays: Any) -> None:
+        found.append(sum(primitives(*(array for _, array in tree_flatten(arrays))).values()))
+        original(*arrays)
+
+    original: Any = mx.async_eval
+    calls: list[int] = []
+    for step, places in ((ours.step, (OWN,)), (theirs.next, (*THEIRS, inspect.getfile(BatchGenerator)))):
+        for _ in range(40):
+            step()
+        calls.append(python_calls(step, *places))
+        with fused(), patch.object(ours._pool, "is_scratch", True), patch.object(mx, "async_eval", evaluate):
+            step()
+    name = f"a step of {rows} sequences with sampling, a layer"
+    each = [count / LAYERS for count in (*found, *calls)]
+    return (
+        less(f"graph.many.{rows}", f"primitives, {name}", "", each[0], "BatchGenerator", each[1]),
+        less(f"calls.many.{rows}", f"Python calls, {name}", "", each[2], "BatchGenerator", each[3]),
     )
 
 

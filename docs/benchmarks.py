@@ -119,8 +119,8 @@ def _machine(name: str, told: Mapping[str, Any]) -> str:
         lines += [f"![{c['title']}](pictures/{name}-{c['key']}.svg)\n" for c in entry["curves"]]
         lines += ["| work | here | peer | | ratio | quartiles | peak, MB |", "|---|---|---|---|---|---|---|"]
         lines += [_joined(_cells(rows[row["key"]], blas)) for row in entry["rows"]] + [""]
-        for name, text in entry.get("failed", {}).items():
-            lines += [f"🔴 {name} failed: `{text.splitlines()[-1]}`", ""]
+        for what, text in entry.get("failed", {}).items():
+            lines += [f"🔴 {what} failed: `{text.splitlines()[-1]}`", ""]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.bounds import COUNTS
 from benchmarks.counts import as_on_a_gpu, fused, primitives
-from benchmarks.graph import CASES, counted, evaluations, packed_row
+from benchmarks.graph import CASES, counted, evaluations, many, packed_row
 
 
 @pytest.mark.parametrize("key", CASES)
@@ -18,6 +18,14 @@ def test_counts_are_within_their_bounds(key: str) -> None:
         rows = counted(key, CASES[key]())
     for row in rows:
         assert row.key not in COUNTS or COUNTS[row.key].is_met(row), row
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_step_of_many_has_fewer_primitives_than_mlx_lms(rows: int) -> None:
+    with as_on_a_gpu():
+        counts = many(rows)
+    for row in counts:
+        assert COUNTS[row.key].is_met(row), row
 
 
 def test_a_transform_is_three_products_more() -> None:
