@@ -91,6 +91,8 @@ COUNTS = {
     "graph.forks.stored.8": aim(2.27, 1.5),
     "graph.many.1": Bound(0.93, 0.93),
     "graph.many.8": Bound(0.93, 0.93),
+    "calls.many.1": Bound(12.8, 12.8, of_value=True),
+    "calls.many.8": Bound(28.1, 28.1, of_value=True),
     "calls.one": Bound(9.5, 9.5, of_value=True),
     "calls.window": Bound(9.8, 9.8, of_value=True),
     "calls.fork": Bound(9.5, 9.5, of_value=True),

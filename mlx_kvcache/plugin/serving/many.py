@@ -75,28 +75,28 @@ class _Sequence:
     drafter: Drafter | None = None
     is_generating: bool = False
 
-    def holds(self, pool: Pool, position: int) -> bool:
-        """Whether its cache is open, in this pool, and holds as many tokens."""
+    def can_take_ahead(self, pool: Pool, begin: int, position: int) -> bool:
+        """Whether its cache can take the two tokens from `begin` on and drop them again.
+
+        It can, unless plain decoding would shift or quantize before the second one. A user may also have
+        changed or closed the cache, which should be in this pool and at this position.
+        """
+        rows, quantization = self.cache._rows, pool.quantization
+        [conversation] = rows.conversations
+        capacity, _, _, rewind, *_ = conversation.limits
+        quantized = quantization.after if quantization else None
+        if rewind < 2 or conversation.waiting or begin + 1 in (capacity, quantized) or rows.pool is not pool:
+            return False
         try:
-            return self.cache.pool is pool and self.cache.position == position
+            return conversation.position == position
         except CacheError:
             return False
-
-    def can_take_ahead(self, position: int) -> bool:
-        """Whether the two tokens from `position` on fit the cache and can be dropped again.
-
-        They can, unless plain decoding would shift or quantize before the second one.
-        """
-        conversation = self.cache._conversation
-        quantization, limits = conversation.pool.quantization, conversation.limits
-        borders = limits.capacity, quantization.after if quantization else None
-        fits = all(border is None or not position < border < position + 2 for border in borders)
-        return fits and limits.rewind >= 2 and not conversation.waiting
 
     @property
     def most(self) -> int:
         """The longest block that the cache can take at once after making room."""
-        capacity, overflow, sinks, *_ = self.cache._conversation.limits
+        [conversation] = self.cache._rows.conversations
+        capacity, overflow, sinks, *_ = conversation.limits
         return sys.maxsize if capacity is None or overflow == "error" else capacity - sinks
 
     def draft(self, most: int) -> list[int]:
@@ -307,7 +307,8 @@ class Many:
             self._is_careful = True
             self._roll_back(begins, error)
             raise
-        self._learn(step, new)
+        if self._most_drafted:
+            self._learn(step, new)
         # In one line: if an exception comes before it, the next step returns these results.
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
 
@@ -377,11 +378,10 @@ class Many:
             if not sequence.is_generating:
                 return None
             if sequence.left > 1:
-                # Its user may have changed or closed the cache since.
-                is_whole = sequence.holds(self._pool, step.begins[ticket] + called)
-                if not (is_whole and sequence.can_take_ahead(step.begins[ticket])):
+                begin = step.begins[ticket]
+                if not sequence.can_take_ahead(self._pool, begin, begin + called):
                     return None
-                begins[ticket] = step.begins[ticket] + 1
+                begins[ticket] = begin + 1
                 after[ticket] = replace(sequence, tokens=[UNKNOWN], left=sequence.left - 1)
         ahead = self._step(after, begins) if begins else None
         return ahead if ahead and ahead.blocks else None
@@ -409,18 +409,18 @@ class Many:
         """The logits (tokens, vocabulary) after each token of a step."""
         counts = [len(block.tokens) for block in step.blocks.values()]
         caches = [self._sequences[ticket].cache for ticket in step.blocks]
-        if not self._pool.mixes:
+        if not self._pool.mixes or len(caches) == 1:
             pieces = mx.split(inputs, list(accumulate(counts))[:-1])
             every = [
                 logits_of(self._model, own[None], cache)[0] for own, cache in zip(pieces, caches, strict=True)
             ]
             return mx.concatenate(every)
-        conversations = [cache._conversation for cache in caches]
-        entries, self._entries = self._entries, None
-        if entries is None or any(n > 1 for n in counts) or entries[0].rows.conversations != conversations:
+        conversations = [cache._rows.conversation for cache in caches]
+        entries, self._entries, is_decoding = self._entries, None, len(inputs) == len(counts)
+        if entries is None or not is_decoding or entries[0].rows.conversations != conversations:
             entries = entries_of(TokenRows(self._pool, conversations, counts))
         logits = logits_of(self._model, inputs[:, None], entries)[:, 0]
-        if all(n == 1 for n in counts):
+        if is_decoding:
             self._entries = entries
         return logits
 
