@@ -115,7 +115,7 @@ def many(rows: int) -> tuple[Row, Row]:
         calls.append(python_calls(step, *places))
         with fused(), patch.object(ours._pool, "is_scratch", True), patch.object(mx, "async_eval", evaluate):
             step()
-    name = f"a step of {rows} sequences with sampling, a layer"
+    name = f"a step of {rows} sequence{'s' * (rows > 1)} with sampling, a layer"
     each = [count / LAYERS for count in (*found, *calls)]
     return (
         less(f"graph.many.{rows}", f"primitives, {name}", "", each[0], "BatchGenerator", each[1]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,11 @@ class Terminal:
         )
         command += "; echo ended with $?; cat"
         self("new-session", "-d", "-x", "100", "-y", "30", "-c", str(ROOT), command)
+        # What the chat writes also comes here, so that nobody has to look at a screen that stays the same.
+        output = folder / f"{name}.output"
+        os.mkfifo(output)
+        self("pipe-pane", f"exec cat > {output}")
+        self._output = os.open(output, os.O_RDONLY)
 
     def __call__(self, *arguments: str) -> str:
         run = [str(TMUX), "-S", self.socket, "-f", "/dev/null", *arguments]
@@ -43,16 +50,16 @@ class Terminal:
 
     def until(self, *texts: str) -> str:
         """Wait until all of these patterns are on the screen."""
-        screen = ""
-        for _ in range(3000):
+        while True:
             screen = self.screen()
-            if "ended with" in screen and "ended with 0" not in texts:
-                break
             if all(re.search(text, screen) for text in texts):
                 return screen
-        raise AssertionError(f"{texts} not on\n{screen}")
+            assert "ended with" not in screen or "ended with 0" in texts, screen
+            assert select.select([self._output], [], [], 120)[0], f"{texts} not on\n{screen}"
+            os.read(self._output, 1 << 16)
 
     def close(self) -> None:
+        os.close(self._output)
         subprocess.run([str(TMUX), "-S", self.socket, "kill-server"], capture_output=True, check=False)
 
 
