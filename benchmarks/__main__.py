@@ -32,6 +32,7 @@ from benchmarks import (
     masks,
     packed,
     prefill,
+    replies,
     results,
     saving,
     sessions,
@@ -67,6 +68,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "agent": agent.run,
     "packed": packed.run,
     "bits": bits.run,
+    "replies": replies.run,
     "saving": saving.run,
 }
 APART: dict[str, Benchmark] = {"endless": endless.run, "chat": chat.run}

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks import replies
 from benchmarks.bounds import BOUNDS
 from benchmarks.machine import described
 from benchmarks.results import FOLDER, curves_of, rows_of
@@ -93,7 +94,7 @@ def written() -> Iterator[tuple[Path, bytes]]:
     first = next(iter(told.values()))
     rows = rows_of(first)
     yield ROOT / "README.md", _placed(ROOT / "README.md", _summary(first, rows))
-    yield QUANTIZE, _placed(QUANTIZE, _bits(first, rows))
+    yield QUANTIZE, _placed(QUANTIZE, _bits(first, rows) + _replies(rows))
     yield PICTURES / "bits.svg", _svg(plots.bits(rows))
     yield CHANGES, _placed(CHANGES, _splices(first, rows))
     yield PICTURES / "splice.svg", _svg(plots.splices(rows))
@@ -240,6 +241,25 @@ def _bits(told: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
             if any(cells):
                 share = shares.get(name) or _share(name)
                 lines.append(f"| {called} | {share:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _replies(rows: Mapping[str, Row]) -> str:
+    sizes = [prompt for prompt, _ in replies.SIZES]
+    lines = [
+        "",
+        f"Replies of SmolLM2 to {len(sizes)} prompts of {min(sizes)} to {max(sizes)} tokens, with "
+        f"{sum(new for _, new in replies.SIZES)} tokens in all:",
+        "",
+        "| options | largest change of a log probability, first token | later tokens "
+        "| KL of later tokens, the largest mean of a reply | tokens that are not the likeliest any more |",
+        "|---|---|---|---|---|",
+    ]
+    for way, (name, _) in replies.WAYS.items():
+        first, later, apart, changed = (
+            rows[f"replies.{key}.{way}"].ours for key in ("first", "later", "divergence", "changed")
+        )
+        lines.append(f"| {name} | {first:.2f} | {later:.2f} | {apart:.5f} | {changed:.0f} |")
     return "\n".join(lines) + "\n"
 
 
