@@ -46,7 +46,10 @@ if find_spec("mlx_lm") is None:
     ]  # fmt: skip
 # The lowest versions, and other versions of mlx-lm, are tested without mlx-vlm.
 if find_spec("mlx_vlm") is None:
-    collect_ignore_glob = ["plugin/test_vlm_*.py", "plugin/serving/test_mlx_vlm_*.py"]
+    collect_ignore_glob = [
+        "plugin/test_vlm_*.py", "plugin/serving/test_mlx_vlm_*.py", "plugin/test_attach_hosts.py",
+        "plugin/hosts/test_contract.py", "plugin/hosts/test_two_hosts.py",
+    ]  # fmt: skip
 
 
 @pytest.fixture(params=["CPU", "GPU"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +34,13 @@ CACHES: dict[str, dict[str, Any]] = {
     "chunked": {"chunked_prefill_tokens": 64},
 }
 """Ways in which vllm-mlx stores prompts. The second is its default."""
+
+
+@pytest.fixture(autouse=True)
+def own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-mlx puts its thread's stream into mlx-lm, where other tests' threads cannot use it."""
+    module: Any = importlib.import_module("mlx_lm.generate")
+    monkeypatch.setattr(module, "generation_stream", module.generation_stream)
 
 
 @cache

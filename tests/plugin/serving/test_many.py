@@ -265,7 +265,7 @@ def test_a_reply_that_ends_has_crossed_no_border_ahead(name: str, options: dict[
         assert collected(result for _ in range(n) for result in many.step())[0] == text
         many.cancel(ticket)
         assert (cache.position, cache.gaps) == (single.position, single.gaps)
-        assert difference(logits_of(model, cache, [5, 17]), logits_of(model, single, [5, 17])) <= 1e-5
+        assert difference(logits_of(model, cache, [5, 17]), logits_of(model, single, [5, 17])) <= 1e-4
 
 
 @pytest.mark.parametrize("at", range(1, 9))
