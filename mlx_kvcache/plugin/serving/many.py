@@ -265,7 +265,7 @@ class Many:
             raise ValueError(f"no sequence {ticket} is running; running: {sorted(self._sequences)}")
         step = self._under_way
         if step and ticket in step.blocks and sequence.is_generating:
-            # Its newest token was to come after all others.
+            # The step under way has put its newest token there already.
             with suppress(CacheError):
                 sequence.cache.rewind_to(step.begins[ticket])
         self._end(Generated(ticket, None, "cancelled"))
@@ -282,8 +282,8 @@ class Many:
         """
         step = self._under_way
         if step is None or step.blocks.keys().isdisjoint(self._sequences):
-            step = self._step(self._sequences)
-        ahead = self._step_after(step)
+            step = self._choose(self._sequences)
+        ahead = self._choose_ahead(step)
         try:
             if step is not self._under_way:
                 self._call(step)
@@ -312,7 +312,7 @@ class Many:
         # In one line: if an exception comes before it, the next step returns these results.
         return list(map(self._ended.pop, repeat(0, len(self._ended))))
 
-    def _step(
+    def _choose(
         self, sequences: Mapping[int, _Sequence], begins: Mapping[int, int] = MappingProxyType({})
     ) -> _Step:
         """Choose the tokens of the next step: one of each generating sequence, then blocks of prompts.
@@ -364,7 +364,7 @@ class Many:
                 conversation.make_room(len(tokens), early=True)
         return tokens
 
-    def _step_after(self, step: _Step) -> _Step | None:
+    def _choose_ahead(self, step: _Step) -> _Step | None:
         """The step after one whose tokens need not be known yet. None if they must be."""
         if self._is_careful or self._most_drafted or not self._goes_back or self._pool.is_shared:
             return None
@@ -383,7 +383,7 @@ class Many:
                     return None
                 begins[ticket] = begin + 1
                 after[ticket] = replace(sequence, tokens=[UNKNOWN], left=sequence.left - 1)
-        ahead = self._step(after, begins) if begins else None
+        ahead = self._choose(after, begins) if begins else None
         return ahead if ahead and ahead.blocks else None
 
     def _call(self, step: _Step, before: _Step | None = None) -> None:
