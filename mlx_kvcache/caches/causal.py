@@ -347,6 +347,7 @@ class StepPlan(CellsPlan):
         super().__init__(cache, placement)
         self._batch = batch
         self._is_settled = is_settled
+        self._undo = placement.undo
         self._step: Step | None = None
         self.made = 0
 
@@ -356,6 +357,7 @@ class StepPlan(CellsPlan):
         if self._placement.capacity and allocated_after(table, self._placement) > table.room:
             journal.apply(compact(table))
             self._placement = place(table, self._batch.rows, cache._rule, cache._rewind, self._is_settled)
+            self._undo = self._placement.undo
         journal.apply(self._placement)
         placed, n = self._placement.placed, len(self._batch)
         cache._step = self._step = Step(placed, n, cache._rule, cache._config, cache._store, table)
@@ -372,12 +374,12 @@ class StepPlan(CellsPlan):
 
     def finish(self) -> None:
         if self._step is not None and self.is_under_way:
-            self._step.finish(self._placement.undo)
+            self._step.finish(self._undo)
 
     def undo(self) -> None:
         step, cache = self._step, self._cache
         if step is not None and cache._step is step:
-            cache._table.assign(self._placement.undo)
+            cache._table.assign(self._undo)
             for layer in step.opened:
                 cache._store.layers.pop(layer, None)
             if not cache._table.sequences:
@@ -391,22 +393,21 @@ class StepPlan(CellsPlan):
         if step is None or cache._step is not step or not step.can_move:
             return False
         # After a row has begun a segment, rows may be stacked that could not be before.
-        if self._placement.capacity and not (step.run or step.stacks):
+        if not self.made and self._placement.capacity and not (step.run or step.stacks):
             return False
         if step.moves == PATIENCE and len(step.stacks) + len(step.apart) > 1 and not self._is_settled:
             return False
         appended = append(cache._table, step.rows, cache._rule, cache._rewind)
         if appended is None:
             return False
-        placement, reads = appended
         try:
             # The last tokens were in the last cells of their segments, so nobody has those after them.
-            cache._table.assign(placement.changes, is_growth=True)
-            step.move(reads)
-            self._placement = placement
+            cache._table.assign(appended.changes, is_growth=True)
+            step.move(appended.reads)
+            self._undo = appended.undo
             self.made += 1
         except BaseException:
-            cache._table.assign(placement.undo)
+            cache._table.assign(appended.undo)
             # The step may be half moved, so it cannot be used any more.
             cache._step = None
             raise

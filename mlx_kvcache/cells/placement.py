@@ -107,12 +107,11 @@ def place(
         CacheFullError: there is no room for the cells to keep and those that the tokens see meanwhile.
     """
     if len(rows) == 1 and (appended := append(table, rows, rule, rewind)):
-        (placement, [reads]), [(sequence, own)] = appended, rows.items()
+        (changes, undo, [reads]), [(sequence, own)] = appended, rows.items()
         if len(table.owners(reads[-1].segment)) == 1:
             begin, end = table[sequence].end, table[sequence].end + len(own)
             write = Span(reads[-1].segment, reads[-1].stop - len(own), begin, len(own))
-            placement.placed.append(Placed(sequence, own, begin, end, (write,), reads, False))
-            return placement
+            return Placement([Placed(sequence, own, begin, end, (write,), reads, False)], changes, undo)
     blocks = [_block(table, sequence, own, rule, rewind) for sequence, own in rows.items()]
     new = sum(count(block.new) for block in blocks)
     live = table.live_after({block.sequence: Sequence(block.begin, block.during) for block in blocks})
@@ -155,26 +154,33 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
     return required + min(reserve + -wanted % step, spare)
 
 
-def append(
-    table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int
-) -> tuple[Placement, list[Spans]] | None:
+class Appended(NamedTuple):
+    """A plan of `append`.
+
+    Attributes:
+        changes, undo: as of a `Placement`.
+        reads: for each sequence the cells that its tokens see, the new ones last.
+    """
+
+    changes: dict[int, Sequence | None]
+    undo: dict[int, Sequence | None]
+    reads: list[Spans]
+
+
+def append(table: CellTable, rows: Mapping[int, tuple[int, ...]], rule: Rule, rewind: int) -> Appended | None:
     """Plans the simplest case of `place`: each sequence goes on in the cells after its last ones.
 
     The caller knows that no other sequence has these cells. Decoding comes here for almost every token, so it
-    calls and makes little.
-
-    Returns:
-        The plan without `placed`, and for each sequence the cells that its tokens see, the new ones last.
-        None in other cases.
+    calls and makes little. Returns None in other cases.
     """
-    placement, reads, sees_all, new = Placement(), [], isinstance(rule, Causal), 0
+    appended, sees_all, added = Appended({}, {}, []), isinstance(rule, Causal), 0
     for sequence, own in rows.items():
         old = table.sequences.get(sequence)
         if old is None or not old.spans:
             return None
-        begin, spans = old
+        (begin, spans), n = old, len(own)
         segment, start, position, length = spans[-1]
-        end, after = begin + len(own), length + len(own)
+        end, after = begin + n, length + n
         # The first positions to keep, and to see.
         low, first = (0, 0) if sees_all else (rule.lower(max(0, end - rewind)), rule.lower(begin))
         if (
@@ -198,13 +204,13 @@ def append(
                 return None
         run = (*spans[:-1], Span(segment, start, position, after))
         if rule.sinks:
-            reads.append(seen_from(rule, run, begin))
+            appended.reads.append(seen_from(rule, run, begin))
         else:
-            reads.append(run if first <= run[0].position else clip(run, first))
-        placement.changes[sequence] = Sequence(end, run if low <= run[0].position else clip(run, low))
-        placement.undo[sequence] = old
-        new += len(own)
-    return (placement, reads) if table.live + new <= table.room else None
+            appended.reads.append(run if first <= run[0].position else clip(run, first))
+        appended.changes[sequence] = Sequence(end, run if low <= run[0].position else clip(run, low))
+        appended.undo[sequence] = old
+        added += n
+    return appended if table.live + added <= table.room else None
 
 
 class _Block(NamedTuple):

@@ -14,7 +14,7 @@ from mlx_kvcache.cells.visibility import Causal, Chunk, Rule, Window
 
 def test_what_may_be_rewound_from_the_first_token_on() -> None:
     appended = append(_one(end=1), {0: (0,)}, Window(1), 2)
-    assert appended is not None and appended[0].changes == {0: Sequence(2, (Span(1, 0, 0, 2),))}
+    assert appended is not None and appended.changes == {0: Sequence(2, (Span(1, 0, 0, 2),))}
 
 
 @st.composite
@@ -66,8 +66,8 @@ def test_the_way_that_decoding_takes() -> None:
     assert placement.undo == {0: table[0]}
     windowed = append(table, {0: (0,)}, Window(3), 1)
     assert windowed is not None
-    assert windowed[1] == [(Span(1, 4, 4, 3),)]
-    assert windowed[0].changes == {0: Sequence(7, (Span(1, 4, 4, 3),))}
+    assert windowed.reads == [(Span(1, 4, 4, 3),)]
+    assert windowed.changes == {0: Sequence(7, (Span(1, 4, 4, 3),))}
 
 
 def _two() -> CellTable:

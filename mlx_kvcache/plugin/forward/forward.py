@@ -253,10 +253,12 @@ class Forward:
             return mx.eye(self.n, dtype=mx.bool_)
         step = self.step(leaf)
         rule = narrowed(leaf.rule, window_size)
+        is_own = rule is leaf.rule or rule == leaf.rule
+        if self.n == 1 and is_own and not return_array and (self.is_ragged or self.is_single):
+            # A single token sees all that its rule lets be stored.
+            return None
         if self.is_ragged:
-            sees_all = rule == leaf.rule and self.n == 1 and not return_array
-            return None if sees_all else RaggedMask(leaf, window_size)
-        is_own = rule == leaf.rule
+            return RaggedMask(leaf, window_size)
         if is_own and self.is_single:
             mask = step.own_mask(step.parts[0])
             if not (return_array and isinstance(mask, str)):

@@ -71,11 +71,16 @@ def attending(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> mx.array:
         if isinstance(keys, Ragged):
             return keys.forward.attend(keys.leaf, queries, scale, mask, sinks)
-        if sinks is None and isinstance(cache, Observable) and codec.is_cpu():
-            if mask is None and queries.shape[0] == queries.shape[2] == 1:
-                return attend_single(queries, keys, values, scale)
-            if isinstance(mask, str) and queries.shape[2] > STRETCH:
-                return attend_causal(queries, keys, values, scale)
+        if isinstance(cache, Observable) and not more:
+            if sinks is None and codec.is_cpu():
+                if mask is None and queries.shape[0] == queries.shape[2] == 1:
+                    return attend_single(queries, keys, values, scale)
+                if isinstance(mask, str) and queries.shape[2] > STRETCH:
+                    return attend_causal(queries, keys, values, scale)
+            # As the host does after it has looked for quantized caches of its own.
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask, sinks=sinks
+            )
         result: mx.array = original(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more
         )
