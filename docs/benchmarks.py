@@ -67,10 +67,10 @@ output says what failed, if anything did, and what there was no time for.
 
 OLDER = {
     "linux-x86_64-nvidia-h100-80gb-hbm3-gpu": (
-        "These figures are older than two changes that concern GPUs most, and could not be measured again yet: "
-        "rows that decode together now lie in one array, so that a step of 8 equal rows launches 0.93 times as "
-        "many primitives as BatchKVCache's instead of 1.60 times; and a decoded token takes less than half as "
-        "many calls of Python functions. `graph` above counts both."
+        "These figures are older than two changes that concern GPUs most, and could not be measured again "
+        "yet: rows that decode together now lie in one array, so that a step of 8 equal rows launches 0.93 "
+        "times as many primitives as BatchKVCache's instead of 1.60 times; and a decoded token takes less "
+        "than half as many calls of Python functions. `graph` above counts both."
     ),
 }
 """By machine, what has changed since it was measured."""
