@@ -31,6 +31,9 @@ def test_the_steps() -> None:
         (10, 50, 128, False, 60),
         (200, 1000, 128, False, 512),
         (128, 1000, 128, False, 256),
+        (8191, 1000, 0, False, 8192),
+        (8193, 1000, 0, False, 8704),
+        (32_769, 9999, 0, False, 34_816),
     ],
 )
 def test_the_capacity_of_a_segment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import pytest
 from mlx_kvcache import CacheFileError, CausalCache
 from mlx_kvcache.persist import load
 from mlx_kvcache.persist.container import Stored, read_contents, write
-from mlx_kvcache.plugin import PromptCache
-from tests.plugin.tiny import tiny_llama
 
 from .samples import stored
 from .test_damage import metadata, with_fields, with_text
@@ -64,8 +63,14 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def readers(path: Path) -> list[Callable[[], object]]:
     cache = CausalCache()
     cache.init(mx.float32, capacity=8)
-    model = tiny_llama(num_hidden_layers=1)
-    return [lambda: load(path, cache, 0), lambda: PromptCache.load(path, model)]
+    found: list[Callable[[], object]] = [lambda: load(path, cache, 0)]
+    if find_spec("mlx_lm"):
+        from mlx_kvcache.plugin import PromptCache
+        from tests.plugin.tiny import tiny_llama
+
+        model = tiny_llama(num_hidden_layers=1)
+        found.append(lambda: PromptCache.load(path, model))
+    return found
 
 
 @pytest.mark.parametrize("name", TEXTS)
