@@ -18,6 +18,8 @@ from .visibility import Causal, Rule
 
 STEP = 256
 """Segments grow by this number of cells, a compromise between copies and unused memory."""
+SHARE = 16
+"""Long segments grow by one part in this number, so that few tokens cause a copy."""
 SMALL_STEP = 64
 """Segments up to STEP cells and shared segments grow by this, so that many short branches stay cheap."""
 DEAD = 128
@@ -150,7 +152,7 @@ def capacity_for(required: int, spare: int, reserve: int = 0, is_shared: bool = 
     because only one of its branches continues there.
     """
     wanted = required + reserve
-    step = SMALL_STEP if is_shared or wanted <= STEP else STEP
+    step = SMALL_STEP if is_shared or wanted <= STEP else max(STEP, wanted // SHARE // STEP * STEP)
     return required + min(reserve + -wanted % step, spare)
 
 
