@@ -156,7 +156,7 @@ audit: $(VENV)/release  ## look for known holes in dependencies, write an SBOM, 
 	.ci/audit "$(abspath $(BIN))"
 
 test-lowest: $(VENV)/release  ## the tests with the lowest versions that pyproject.toml allows: core, then plug-in
-	.ci/test-lowest "$(abspath $(BIN))"
+	.ci/test-lowest "$(abspath $(BIN))" "$(MODEL_WHEEL)"
 
 test-hosts: $(VENV)/release  ## the plug-in's tests with mlx-lm 0.31.3, 0.32.0 and 0.32.2; HOSTS=0.31.3: one of them
 	.ci/test-hosts "$(abspath $(BIN))" "$(MODEL_WHEEL)"
