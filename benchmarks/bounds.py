@@ -157,7 +157,7 @@ BOUNDS = COUNTS | {
     "batches.equal": Bound(1.04, 0.75, reason=SHORT, is_of_blas=True),
     "batches.ragged": Bound(2.5, 1.5),
     "many.throughput": Bound(1.0, 0.75),
-    "many.decode": Bound(0.95, 0.75, wanted=1.0),
+    "many.decode": Bound(0.95, 0.6, wanted=1.0),
     "many.stall": Bound(1.0),
     "saving.shared.bytes": Bound(1.1, 1.1),
     "agent.computed": Bound(1.15),

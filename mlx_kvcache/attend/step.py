@@ -13,6 +13,7 @@ from ..batch import CacheConfig
 from ..cells.placement import Placed
 from ..cells.spans import Sequence as Held
 from ..cells.spans import Spans
+from ..cells.stacks import COPIED, PATIENCE
 from ..cells.table import CellTable
 from ..cells.visibility import Rule
 from ..errors import CacheError
@@ -69,6 +70,9 @@ class Step:
         """The layers that were put for the first time in this step."""
         self.moves = 0
         """How often the step has become the next one."""
+        longest = max((part.cells[-1].length for part in self.parts if part.cells), default=0)
+        self.patience = PATIENCE + longest // COPIED
+        """The number of moves after which it pays to copy all rows that decode to one stack."""
         self.is_over = False
         """Whether the forward pass is over: `get` still works, `put` does not."""
 

@@ -21,7 +21,6 @@ from ..batch import Batch, CacheConfig, CausalOptions
 from ..cells.edits import drop_tail, graft, remove_range
 from ..cells.placement import Placement, allocated_after, append, compact, place
 from ..cells.spans import FOREVER, Sequence, clip, resumable
-from ..cells.stacks import PATIENCE
 from ..cells.table import CellTable
 from ..cells.visibility import Causal, Chunk, Rule, Window
 from ..errors import CacheError, NotSupportedError
@@ -133,7 +132,7 @@ class PositionalCache(KeyValueCache):
     def _plan_forward(self, batch: Batch) -> StepPlan:
         batch.check_continues(self._end)
         step = self._step
-        is_settled = isinstance(step, Step) and step.moves >= PATIENCE and step.rows == batch.rows
+        is_settled = isinstance(step, Step) and step.rows == batch.rows and step.moves >= step.patience
         placement = place(self._table, batch.rows, self._rule, self._rewind, is_settled)
         if placement.capacity and allocated_after(self._table, placement) <= self._table.room:
             # Nothing refers to the new cells yet, so running out of memory here changes nothing.
@@ -395,7 +394,8 @@ class StepPlan(CellsPlan):
         # After a row has begun a segment, rows may be stacked that could not be before.
         if not self.made and self._placement.capacity and not (step.run or step.stacks):
             return False
-        if step.moves == PATIENCE and len(step.stacks) + len(step.apart) > 1 and not self._is_settled:
+        is_divided = len(step.stacks) + len(step.apart) > 1
+        if is_divided and step.moves >= step.patience and not self._is_settled:
             return False
         appended = append(cache._table, step.rows, cache._rule, cache._rewind)
         if appended is None:

@@ -20,8 +20,9 @@ SLACK = 256
 """The number of cells of padding that costs less than a write and a product of its own."""
 RUNS = 3
 """Up to so many writes and products cost less than to copy all rows whenever one joins or leaves."""
-PATIENCE = 16
-"""After so many steps of the same rows, their further writes and products have cost as much as a copy."""
+PATIENCE, COPIED = 2, 256
+"""After so many steps of the same rows, and one more for each `COPIED` cells of the longest, their further
+writes and products have cost as much as a copy."""
 
 
 class Row(NamedTuple):
@@ -57,7 +58,7 @@ def stacks_of(table: CellTable, rows: Iterable[Row], is_settled: bool = False) -
 
     Args:
         rows: in batch order.
-        is_settled: these rows have decoded together for `PATIENCE` steps, so that a copy pays.
+        is_settled: these rows have decoded together for so long that a copy pays; see `PATIENCE`.
     """
     found = []
     for members in _buckets(_divided(table, rows)):
