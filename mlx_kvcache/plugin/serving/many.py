@@ -15,7 +15,7 @@ them all, and the cache rolls back those that are not what the sampler chooses.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice, repeat
@@ -75,17 +75,28 @@ class _Sequence:
     drafter: Drafter | None = None
     is_generating: bool = False
 
+    def room_ahead(self, position: int) -> int:
+        """How many tokens after the pending one, which comes to `position`, the cache can take and roll back.
+
+        It takes none that would make it shift or quantize before plain decoding does.
+        """
+        [conversation] = self.cache._rows.conversations
+        limits, quantization = conversation.limits, conversation.pool.quantization
+        # `rewind` tokens can always be dropped. One of them is the pending token, for when a step raises.
+        room = limits.rewind - 1
+        for border in (limits.capacity, quantization.after if quantization else None):
+            if border is not None and position < border:
+                room = min(room, border - position - 1)
+        return room
+
     def can_take_ahead(self, pool: Pool, begin: int, position: int) -> bool:
         """Whether its cache can take the two tokens from `begin` on and drop them again.
 
-        It can, unless plain decoding would shift or quantize before the second one. A user may also have
-        changed or closed the cache, which should be in this pool and at this position.
+        A user may have changed or closed the cache, which should be in this pool and at this position.
         """
-        rows, quantization = self.cache._rows, pool.quantization
+        rows = self.cache._rows
         [conversation] = rows.conversations
-        capacity, _, _, rewind, *_ = conversation.limits
-        quantized = quantization.after if quantization else None
-        if rewind < 2 or conversation.waiting or begin + 1 in (capacity, quantized) or rows.pool is not pool:
+        if rows.pool is not pool or conversation.waiting or self.room_ahead(begin) < 1:
             return False
         try:
             return conversation.position == position
@@ -103,14 +114,7 @@ class _Sequence:
         """Draft at most `most` tokens that come after the pending one and that the cache can roll back."""
         if self.drafter is None:
             return []
-        position, quantization = self.cache.position, self.cache.pool.quantization
-        limits = self.cache._conversation.limits
-        # `rewind` tokens can always be dropped. One of them is the pending token, for when a step raises.
-        most = min(most, limits.rewind - 1, self.left - 1)
-        # Where a draft would make the cache shift or quantize before plain decoding does.
-        for border in (limits.capacity, quantization.after if quantization else None):
-            if border is not None and position < border:
-                most = min(most, border - position - 1)
+        most = min(most, self.room_ahead(self.cache.position), self.left - 1)
         return self.drafter.draft(most) if most > 0 else []
 
 
@@ -134,7 +138,7 @@ class _Step:
 
     blocks: Mapping[int, _Block]
     begins: Mapping[int, int]
-    ready: Sequence[int]
+    ready: Set[int]
     drawn: Drawn | None = None
 
 
@@ -294,7 +298,7 @@ class Many:
             self._under_way = None
             after, new = self._delivered(step, ahead)
             results = [result for own in new.values() for result in own]
-            if any(result.finish for result in results):
+            if len(after) < len(self._sequences):
                 # It would keep the conversations of sequences that have ended.
                 self._entries = None
             self._is_careful = False
@@ -348,7 +352,7 @@ class Many:
             blocks[ticket] = _Block([*blocks[ticket].tokens, *drafts], drafts)
             room -= len(drafts)
         at = {t: begins[t] if t in begins else sequences[t].cache.position for t in blocks}
-        ready = [t for t, block in blocks.items() if len(block.tokens) >= len(sequences[t].tokens)]
+        ready = {t for t, block in blocks.items() if len(block.tokens) >= len(sequences[t].tokens)}
         return _Step(blocks, at, ready)
 
     def _with_room(self, cache: PromptCache, tokens: list[int]) -> list[int]:
@@ -446,8 +450,8 @@ class Many:
             results = new[ticket] = _generated(ticket, sequence, block.drafts, drawn[ticket])
             last = results[-1]
             ends = last.finish is not None
-            kept = step.begins[ticket] + len(block.tokens) - len(block.drafts) + len(results) - 1
             if len(results) <= len(block.drafts) or (ends and ahead and ticket in ahead.blocks):
+                kept = step.begins[ticket] + len(block.tokens) - len(block.drafts) + len(results) - 1
                 try:
                     sequence.cache.rewind_to(kept)
                 except CacheError as error:
